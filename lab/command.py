@@ -1,0 +1,111 @@
+"""What the commands share: a study's config from the command line, and one line for a user's mistake."""
+
+import argparse
+import ast
+import errno
+import importlib.util
+import pathlib
+import signal
+import sys
+from collections.abc import Callable, Sequence
+
+from ml_collections import ConfigDict
+
+from lab.config import leaves, set_field
+from lab.errors import UserError, choose
+
+EPILOG = """any field of the config can be set: --config.train.steps=50 --config.model.rotary.unselected=time
+a config takes a scale after a colon:  --config=configs/rope_ablation.py:gpu"""
+
+
+def run(main: Callable[[list[str]], int | None]) -> None:
+    """Runs a command: a user's mistake ends it with one line, code 2 where nothing was run."""
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except UserError as error:
+        print(f"lab: {error}", file=sys.stderr)
+        sys.exit(getattr(error, "exit_code", 2))
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        print(
+            f"lab: the disk is full ({error}); free space and run the same command again: it goes on", file=sys.stderr
+        )
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("lab: interrupted; run the same command again: it goes on", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """A parser with --config; further flags are the command's own."""
+    made = argparse.ArgumentParser(
+        description=description, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    made.add_argument(
+        "--config", required=True, metavar="FILE[:SCALE]", help="the study, such as configs/rope_ablation.py"
+    )
+    return made
+
+
+def parse(
+    parser: argparse.ArgumentParser, argv: Sequence[str]
+) -> tuple[argparse.Namespace, ConfigDict, tuple[str, ...]]:
+    """The flags, the study's config with its overrides applied, and the names of the overridden fields."""
+    overrides, rest = [], []
+    for argument in argv:
+        (overrides if argument.startswith("--config.") else rest).append(argument)
+    flags = parser.parse_args(rest)
+    config = load_config(flags.config)
+    names = []
+    for argument in overrides:
+        name, equals, text = argument.removeprefix("--config.").partition("=")
+        if not equals:
+            raise UserError(f"--config.{name} needs a value: --config.{name}=VALUE")
+        override(config, name, text)
+        names.append(name)
+    return flags, config, tuple(names)
+
+
+def load_config(spec: str) -> ConfigDict:
+    """The config of "path.py" or "path.py:scale"."""
+    path, _, scale = spec.partition(":")
+    if not pathlib.Path(path).is_file():
+        here = sorted(str(p) for p in pathlib.Path("configs").glob("*.py"))
+        raise UserError(
+            f"--config: there is no file {path!r}" + (f"; choose one of: {', '.join(here)}" if here else "")
+        )
+    module_spec = importlib.util.spec_from_file_location(f"config_{pathlib.Path(path).stem}", path)
+    if module_spec is None:
+        raise UserError(f"--config: {path!r} is not a Python file")
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    return module.get_config(scale) if scale else module.get_config()
+
+
+def override(config: ConfigDict, name: str, text: str) -> None:
+    """Sets one field from text, in the type it has."""
+    fields = leaves(config)
+    choose("a config field", name, fields)
+    try:
+        value = _convert(text, fields[name])
+    except (ValueError, SyntaxError, KeyError):
+        kind = type(fields[name]).__name__
+        raise UserError(f"--config.{name}={text!r} is no {kind}; the default is {fields[name]!r}") from None
+    set_field(config, name, value)
+
+
+_TRUTH = {"true": True, "1": True, "false": False, "0": False}
+
+
+def _convert(text: str, old):
+    if isinstance(old, bool):
+        return _TRUTH[text.lower()]
+    if isinstance(old, int):
+        return int(text)
+    if isinstance(old, float):
+        return float(text)
+    if isinstance(old, tuple):
+        value = ast.literal_eval(text if text.strip().startswith(("(", "[")) else f"({text},)")
+        return tuple(value)
+    return text

@@ -1,0 +1,103 @@
+"""The base configuration: every field a study may set, with its default. Studies edit it; see configs/."""
+
+from ml_collections import ConfigDict
+
+
+def base() -> ConfigDict:
+    """A fresh, locked config: unknown fields and wrong types are refused."""
+    config = ConfigDict(
+        dict(
+            seed=0,  # of the model and of the data: cells and their batches depend on nothing else
+            study=dict(
+                name="",
+                question="",
+                cells=(),  # made by lab.study.cells: product, chain, zipped, named
+                labels=(),  # ((field, short label), ...) for columns and axes, in the order tables use
+                condition="eval_branch",  # the label of what cells are evaluated under
+                sections=("curves",),  # parts of the report, by name: lab.study.sections
+                published="",  # a csv of published numbers, relative to the repository
+                seeds=1,
+            ),
+            model=dict(
+                dim=96,
+                layers=3,
+                heads=4,
+                kv_heads=1,
+                head_dim=24,
+                ffn=256,
+                vocabulary=258,
+                tied=True,
+                norm_eps=1e-5,
+                pattern=((),),  # layer specs that repeat; each a tuple of (model field, value) laid over these
+                mixer="attention",
+                rule="all_branches",  # names of lab.kernels.rules joined by &
+                implementation="auto",  # auto | tiled | reference
+                softcap=0.0,
+                position="rope2d",  # rope2d | fourier
+                rotary=dict(theta=1e6, ratio=1.0, stride=128, unselected="index"),
+                compute="float32",  # float32 | bfloat16; weights stay float32
+                scan=False,  # lax.scan over layers: fast to compile; unrolled: fast on a CPU
+                remat="none",  # none | dots | full
+            ),
+            data=dict(
+                corpus="stdlib",  # stdlib | files | jsonl | parquet | huggingface
+                path="",  # globs joined by commas, or a dataset's name
+                field="text",  # of a JSON line, a parquet column, a dataset
+                tokenizer="bytes",  # bytes | bpe:<size> | the path of a tokenizer.json
+                text_length=32,  # tokens of a text at most
+                long_texts="split",  # split | truncate | refuse
+                texts=0,  # training texts at most, 0 = all
+                texts_per_row=16,
+                rows=4,  # of a training step, over all devices and hosts
+                draw="1-15",  # branches of a group: fixedN or LOW-HIGH
+                stagger=True,
+                align="left",  # left | right
+                slots=0,  # 0: branches take slots 1, 2, ...; S: a random subset of 1..S
+                prompt="none",  # none | first: the first text of a group is its shared prompt
+                workers=0,  # processes that pack batches; 0 packs in threads
+            ),
+            train=dict(
+                steps=250,
+                microbatches=1,
+                optimizer="adamw",
+                schedule="cosine",  # constant | cosine | linear | wsd
+                learning_rate=3e-3,
+                final_learning_rate=3e-4,
+                warmup=30,
+                cooldown=0.2,  # share of the steps that wsd spends cooling down
+                b1=0.9,
+                b2=0.95,
+                eps=1e-8,
+                weight_decay=0.01,
+                decay="declared",  # declared: not norms, biases, scales; all: everything
+                clip=1.0,  # of the global gradient norm
+                z_loss=0.0,
+            ),
+            evaluate=dict(
+                branches=(1, 2, 4, 8, 16, 24, 32, 48, 64),
+                texts=768,  # a multiple of texts_per_row
+                texts_per_row=192,  # lcm of the branch counts, so that every count fills its groups
+                rows=2,  # of one call, over all devices and hosts
+            ),
+            mesh=dict(data=-1, fsdp=1, tensor=1, context=1),  # -1: what is left of the devices
+            checkpoint=dict(every=100, keep=2),
+            log=dict(every=10),
+        )
+    )
+    return config.lock()
+
+
+def leaves(config: ConfigDict, prefix: str = "") -> dict[str, object]:
+    """Every field by its dotted name."""
+    found = {}
+    for name, value in config.items():
+        found |= leaves(value, f"{prefix}{name}.") if isinstance(value, ConfigDict) else {f"{prefix}{name}": value}
+    return found
+
+
+def set_field(config: ConfigDict, name: str, value) -> None:
+    """Sets a field by its dotted name."""
+    *path, last = name.split(".")
+    for part in path:
+        config = config[part]
+    config[last] = value

@@ -1,0 +1,65 @@
+"""Opens what config.data names: two splits of texts, a tokenizer, and the fingerprint of both."""
+
+from typing import NamedTuple
+
+from ml_collections import ConfigDict
+
+from lab.data import cache, corpora, texts, tokenizers
+from lab.data.checks import check
+from lab.data.texts import Texts
+from lab.data.tokenizers import Tokenizer
+from lab.errors import UserError
+
+
+class Data(NamedTuple):
+    """fingerprint: of the tokens of both splits and of the tokenizer, the same on every machine."""
+
+    train: Texts
+    validation: Texts
+    tokenizer: Tokenizer
+    fingerprint: str
+
+
+def open(config: ConfigDict) -> Data:
+    """The texts of `config.data`, tokenised into the cache if they are not there yet.
+
+    Raises UserError for a field that cannot work, a corpus that is empty or too small, and a tokenizer larger than
+    config.model.vocabulary.
+    """
+    check(config)
+    data = config.data
+    corpus = corpora.open(data)
+    tokenizer = tokenizers.open(data, corpus)
+    if tokenizer.size > config.model.vocabulary:
+        raise UserError(
+            f"data.tokenizer = {data.tokenizer!r} has {tokenizer.size} ids, over model.vocabulary = "
+            f"{config.model.vocabulary}; raise it to at least {tokenizer.size}"
+        )
+    # A capped stream stops early; its validation texts are then as many as evaluation reads, whatever the cap.
+    most = (data.texts, config.evaluate.texts) if corpus.streamed and data.texts else (None, None)
+    entry = texts.prepare(corpus, tokenizer, data.text_length, data.long_texts, most)
+    meta = texts.read_meta(entry)
+    _check_enough(config, corpus.searched, meta)
+    train, validation = Texts(entry, "train", data.texts), Texts(entry, "validation")
+    fingerprint = cache.digest(
+        meta["train"]["digest"], len(train), meta["validation"]["digest"], data.text_length, tokenizer.fingerprint
+    )
+    return Data(train, validation, tokenizer, fingerprint)
+
+
+def _check_enough(config: ConfigDict, searched: str, meta: dict) -> None:
+    data, evaluate = config.data, config.evaluate
+    found = {split: meta[split]["texts"] for split in ("train", "validation")}
+    if not any(found.values()):
+        raise UserError(f"the corpus {searched} is empty: no text of at least 2 tokens")
+    step = data.rows * data.texts_per_row
+    if found["train"] < step or (data.texts and data.texts < step):
+        raise UserError(
+            f"the corpus {searched} gives {found['train']} training texts (data.texts = {data.texts}), fewer than "
+            f"one step of data.rows x texts_per_row = {data.rows} x {data.texts_per_row}"
+        )
+    if found["validation"] < evaluate.texts:
+        raise UserError(
+            f"the corpus {searched} gives {found['validation']} validation texts, fewer than "
+            f"evaluate.texts = {evaluate.texts}"
+        )

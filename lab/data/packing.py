@@ -1,0 +1,165 @@
+"""Packing texts into rows of interleaved branches, with the coordinates and labels of every token. NumPy only."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from lab.coordinates import Coordinates
+from lab.errors import UserError
+
+ALIGNMENTS = ("left", "right")
+PROMPTS = ("none", "first")
+
+
+class Row(NamedTuple):
+    """Arrays int32 [T]. labels: the token that follows in the same branch, -1 where there is none. Padding: token 0."""
+
+    tokens: np.ndarray
+    labels: np.ndarray
+    coordinates: Coordinates
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a row is laid out: `texts` texts in `length` tokens, in groups of low..high branches each."""
+
+    texts: int
+    length: int
+    low: int
+    high: int
+    stagger: bool
+    align: str
+    slots: int
+    prompt: str
+
+    def row(self, texts: Sequence[np.ndarray], rng: np.random.Generator) -> Row:
+        """Draws groups, slots and offsets from `rng` and packs the texts."""
+        prompts = prompts_of_group(self.prompt)
+        groups = draw_groups(self.texts, self.low + prompts, self.high + prompts, rng)
+        options = dict(stagger=self.stagger, align=self.align, slots=self.slots, prompt=self.prompt)
+        return pack_row(texts, groups, self.length, rng, **options)
+
+
+def prompts_of_group(prompt: str) -> int:
+    """Texts that a group has on top of its branches."""
+    return int(prompt == "first")
+
+
+def parse_draw(draw: str) -> tuple[int, int]:
+    """The least and most branches of a group: fixedN -> (N, N), LOW-HIGH -> (LOW, HIGH). Raises UserError."""
+    match = re.fullmatch(r"fixed(\d+)|(\d+)-(\d+)", draw)
+    low, high = (int(match[1] or match[2]), int(match[1] or match[3])) if match else (0, 0)
+    if not 1 <= low <= high:
+        raise UserError(f"data.draw = {draw!r} is not a draw; choose fixedN or LOW-HIGH with 1 <= LOW <= HIGH, as 1-15")
+    return low, high
+
+
+def draw_groups(n: int, low: int, high: int, rng: np.random.Generator) -> list[int]:
+    """Sizes of groups, each uniform over low..high, that sum to n: the last takes what is left."""
+    ends = np.minimum(np.cumsum(rng.integers(low, high + 1, size=n)), n)
+    sizes = np.diff(ends, prepend=0)
+    return sizes[sizes > 0].tolist()
+
+
+def pack_row(
+    texts: Sequence[np.ndarray],
+    groups: Sequence[int],
+    length: int,
+    rng: np.random.Generator,
+    *,
+    stagger: bool,
+    align: str,
+    slots: int,
+    prompt: str,
+) -> Row:
+    """One row of `length` tokens: the texts in order, `groups` of them at a time, each group a segment.
+
+    stagger: each branch starts later by an offset uniform over {0..its length}.
+    align: right makes the branches of a group end together (before staggering); left starts them together.
+    slots: 0 numbers branches 1, 2, ...; S takes a sorted random subset of 1..S.
+    prompt: first makes each group's first text its shared prompt, branch 0.
+    Raises UserError for texts longer than the row, and for more branches than slots.
+    """
+    lengths = np.array([len(text) for text in texts])
+    offsets = rng.integers(0, lengths + 1) if stagger else np.zeros_like(lengths)
+    return interleave(
+        texts, groups, length, offsets, draw_slots(groups, slots, prompt, rng), align=align, prompt=prompt
+    )
+
+
+def draw_slots(groups: Sequence[int], slots: int, prompt: str, rng: np.random.Generator) -> np.ndarray:
+    """The branch number of each text, int [n]; prompts have 0. See `pack_row`."""
+    prompts = prompts_of_group(prompt)
+    branches = [size - prompts for size in groups]
+    if slots and max(branches) > slots:
+        raise UserError(
+            f"data.slots = {slots} is fewer than the {max(branches)} branches of a group; 0 means 1, 2, ..."
+        )
+    numbers = []
+    for count in branches:
+        numbers += [0] * prompts
+        numbers += sorted(1 + rng.permutation(slots)[:count]) if slots else range(1, count + 1)
+    return np.array(numbers)
+
+
+def interleave(
+    texts: Sequence[np.ndarray],
+    groups: Sequence[int],
+    length: int,
+    offsets: np.ndarray,
+    slots: np.ndarray,
+    *,
+    align: str,
+    prompt: str,
+) -> Row:
+    """`pack_row` with the offset and the branch number of each text given: sorts tokens by (group, time, branch)."""
+    lengths = np.array([len(text) for text in texts])
+    total = int(lengths.sum())
+    if total > length:
+        raise UserError(f"{len(texts)} texts of {total} tokens do not fit a row of {length}; raise data.text_length")
+    ends = np.cumsum(lengths)
+    group = np.repeat(np.arange(len(groups)), groups)
+    text = np.repeat(np.arange(len(texts)), lengths)
+
+    begin = _begin_times(lengths, group, np.asarray(groups), offsets, align, prompt)
+    time = np.arange(total) + (begin - (ends - lengths))[text]
+    tokens = np.concatenate(texts)
+    labels = np.append(tokens[1:], -1)
+    labels[ends - 1] = -1
+
+    order = np.lexsort((slots[text], time, group[text]))
+    segment = group[text]  # already sorted, and `order` keeps it so
+    group_lengths = np.bincount(segment, minlength=len(groups))
+    index = np.arange(total) - (np.cumsum(group_lengths) - group_lengths)[segment]
+    coordinates = Coordinates(
+        segment=_padded(segment, length, -1),
+        branch=_padded(slots[text][order], length, 0),
+        time=_padded(time[order], length, 0),
+        index=_padded(index, length, 0),
+    )
+    return Row(_padded(tokens[order], length, 0), _padded(labels[order], length, -1), coordinates)
+
+
+def _begin_times(lengths, group, sizes, offsets, align: str, prompt: str) -> np.ndarray:
+    """The time of each text's first token [n]: prompts at 0, branches where their prompt ends, shifted."""
+    first = np.cumsum(sizes) - sizes
+    branches = lengths.copy()  # what counts as a branch's length: nothing for prompts
+    prompts = np.zeros_like(lengths)
+    if prompt == "first":
+        prompts[first] = lengths[first]
+        branches[first] = 0
+    begin = np.repeat(prompts[first], sizes) + offsets
+    if align == "right":
+        begin += np.repeat(np.maximum.reduceat(branches, first), sizes) - branches
+    if prompt == "first":
+        begin[first] = 0
+    return begin
+
+
+def _padded(values: np.ndarray, length: int, fill: int) -> np.ndarray:
+    row = np.full(length, fill, np.int32)
+    row[: len(values)] = values
+    return row

@@ -1,0 +1,173 @@
+"""Tokenised texts on local disk: documents cut to at most `text_length` tokens, read at random."""
+
+import contextlib
+import hashlib
+import json
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from lab.data import cache
+from lab.data.corpora import Corpus, Document
+from lab.data.tokenizers import Tokenizer
+from lab.errors import UserError
+
+LONG_TEXTS = ("split", "truncate", "refuse")
+_FORMAT = 1  # of an entry's files; a change makes new entries
+_LEAST = 2  # tokens: a shorter text has nothing to predict
+_CHUNK_CHARACTERS = 2**20
+_META = "meta.json"
+
+
+class Texts:
+    """A split of an entry: texts[i] is int32 [n], 2 <= n <= text_length. Memory-mapped; pickles as its path."""
+
+    def __init__(self, entry: Path, split: str, most: int = 0):
+        """`most` keeps only the first so many texts; 0 keeps all."""
+        self._opened = entry, split, most
+        meta = read_meta(entry)
+        self._offsets = np.load(entry / f"{split}.offsets.npy", mmap_mode="r")
+        count = len(self._offsets) - 1
+        self._count = min(count, most) if most else count
+        # The base class: slices of np.memmap are several times slower.
+        self._tokens = np.memmap(entry / f"{split}.tokens", meta["dtype"], "r").view(np.ndarray) if count else None
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        if not 0 <= i < self._count:
+            raise IndexError(f"text {i} of {self._count}")
+        return self._tokens[self._offsets[i] : self._offsets[i + 1]].astype(np.int32)
+
+    def __reduce__(self):
+        return Texts, self._opened
+
+
+def read_meta(entry: Path) -> dict:
+    """What was recorded with an entry: dtype, and for each split texts, tokens, digest."""
+    return json.loads((entry / _META).read_text("utf-8"))
+
+
+def prepare(corpus: Corpus, tokenizer: Tokenizer, text_length: int, long_texts: str, most=(None, None)) -> Path:
+    """The entry of the corpus' texts, tokenised now unless an earlier call did. Bounded memory: one chunk of documents.
+
+    most: (training, validation) texts to keep, None for all; when both are reached, reading stops at the next chunk.
+    Raises UserError for a document over the budget under long_texts = refuse, and for a cache that cannot be written.
+    """
+    key = cache.digest(_FORMAT, corpus.fingerprint, tokenizer.fingerprint, text_length, long_texts, *most)
+    entry = cache.root() / "texts" / key
+    if not entry.exists():
+        with cache.explained(), cache.publishing(entry) as building:
+            _build(building, corpus, tokenizer, text_length, long_texts, most)
+    return entry
+
+
+def cut(ids: np.ndarray, name: str, text_length: int, long_texts: str) -> tuple[np.ndarray, np.ndarray]:
+    """A document's ids [n] (eos included) as texts: the ids kept, and the length of each text, in order.
+
+    split: consecutive pieces, a last one of a single token dropped. truncate: the first piece. refuse: UserError.
+    """
+    if long_texts == "refuse" and len(ids) > text_length:
+        raise UserError(
+            f"{name} has {len(ids)} tokens, over data.text_length = {text_length}; raise it, "
+            "or set data.long_texts to split or truncate (now refuse)"
+        )
+    if long_texts == "truncate":
+        ids = ids[:text_length]
+    whole, rest = divmod(len(ids), text_length)
+    lengths = np.full(whole + (rest >= _LEAST), text_length, np.int64)
+    if rest >= _LEAST:
+        lengths[-1] = rest
+    return ids[: lengths.sum()], lengths
+
+
+class _Writer:
+    """Appends texts of one split to its files."""
+
+    def __init__(self, entry: Path, split: str, dtype: np.dtype, most: int | None):
+        self._offsets_path = entry / f"{split}.offsets.npy"
+        self._file = (entry / f"{split}.tokens").open("wb")
+        self._dtype = dtype
+        self._most = most
+        self._count = 0
+        self._lengths = [np.zeros(1, np.int64)]
+        self._digest = hashlib.blake2b(digest_size=16)
+
+    @property
+    def full(self) -> bool:
+        return self._most is not None and self._count >= self._most
+
+    def add(self, ids: np.ndarray, lengths: np.ndarray) -> None:
+        if self._most is not None:
+            lengths = lengths[: self._most - self._count]
+        data = ids[: lengths.sum()].astype(self._dtype).tobytes()
+        self._file.write(data)
+        self._digest.update(data + lengths.tobytes())
+        self._lengths.append(lengths)
+        self._count += len(lengths)
+
+    def finish(self) -> dict:
+        offsets = np.cumsum(np.concatenate(self._lengths))
+        np.save(self._offsets_path, offsets)
+        return dict(texts=self._count, tokens=int(offsets[-1]), digest=self._digest.hexdigest())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _build(entry: Path, corpus: Corpus, tokenizer: Tokenizer, text_length: int, long_texts: str, most) -> None:
+    dtype = np.dtype(np.uint16 if tokenizer.size <= 2**16 else np.int32)
+    with contextlib.ExitStack() as stack:
+        writers = [
+            stack.enter_context(contextlib.closing(_Writer(entry, split, dtype, limit)))
+            for split, limit in zip(("train", "validation"), most, strict=True)
+        ]
+        for chunk in _chunks(_watched(corpus)):
+            wanted = [document for document in chunk if not writers[document.validation].full]
+            for document, ids in zip(wanted, tokenizer.encode_batch([d.text for d in wanted]), strict=True):
+                if document.ends and tokenizer.eos is not None:
+                    ids = np.append(ids, np.int32(tokenizer.eos))
+                writers[document.validation].add(*cut(ids, document.name, text_length, long_texts))
+            if all(writer.full for writer in writers):
+                break
+        train, validation = (writer.finish() for writer in writers)
+    meta = dict(searched=corpus.searched, dtype=dtype.name, train=train, validation=validation)
+    (entry / _META).write_text(json.dumps(meta, indent=1), "utf-8")
+
+
+def _chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    chunk, characters = [], 0
+    for document in documents:
+        chunk.append(document)
+        characters += len(document.text)
+        if characters >= _CHUNK_CHARACTERS:
+            yield chunk
+            chunk, characters = [], 0
+    yield chunk
+
+
+def _watched(corpus: Corpus, quiet_seconds: float = 2.0) -> Iterator[Document]:
+    """The corpus' documents, with a progress line once reading them has lasted a while."""
+    columns = (
+        SpinnerColumn(),
+        TextColumn("tokenising {task.description}: {task.completed} documents"),
+        TimeElapsedColumn(),
+    )
+    progress = Progress(*columns, console=Console(stderr=True), transient=True)
+    task = progress.add_task(corpus.searched, total=None)
+    begun, shown = time.monotonic(), False
+    try:
+        for document in corpus.read():
+            if not shown and time.monotonic() - begun > quiet_seconds:
+                progress.start()
+                shown = True
+            progress.advance(task)
+            yield document
+    finally:
+        if shown:
+            progress.stop()

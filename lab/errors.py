@@ -1,0 +1,23 @@
+"""One kind of error for what a user can mend: printed as one line, without a traceback."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Something the user asked for cannot be done. The message names the value and the valid choices."""
+
+
+SHOWN = 12  # choices that fit on one line
+
+
+def choose(what: str, value, choices: Iterable):
+    """`value`, if it is one of `choices`; else raises a UserError that names them, or the nearest if they are many."""
+    choices = list(choices)
+    if value in choices:
+        return value
+    names = [str(c) for c in choices]
+    near = difflib.get_close_matches(str(value), names, n=1)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    some = names if len(names) <= SHOWN else [*difflib.get_close_matches(str(value), names, n=SHOWN, cutoff=0.0), "..."]
+    raise UserError(f"{what} = {value!r} is unknown{hint}; choose one of: {', '.join(some)}")

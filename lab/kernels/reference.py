@@ -1,0 +1,27 @@
+"""Attention as the formula says: the whole matrix, in one precision. For tests, and for reading."""
+
+import jax
+import jax.numpy as jnp
+
+from lab.coordinates import Coordinates
+from lab.kernels.rules import Rule, visible
+
+
+def attend(q_BTHK, k_BSGK, v_BSGV, q_coordinates: Coordinates, k_coordinates: Coordinates, rule: Rule, scale, softcap):
+    """Returns (o_BTHV, lse_BTH): softmax(scale q k^T, soft-capped, over visible keys) v, and its log normaliser."""
+    B, T, H, _ = q_BTHK.shape
+    G = k_BSGK.shape[2]
+    precision = jnp.promote_types(q_BTHK.dtype, jnp.float32)
+    q_BTGRK = q_BTHK.reshape(B, T, G, H // G, -1).astype(precision)
+    s_BGRTS = scale * jnp.einsum("btgrk,bsgk->bgrts", q_BTGRK, k_BSGK.astype(precision))
+    if softcap:
+        s_BGRTS = softcap * jnp.tanh(s_BGRTS / softcap)
+    seen_B11TS = visible(rule, q_coordinates, k_coordinates)[:, None, None]
+    top_BGRT1 = jax.lax.stop_gradient(jnp.max(s_BGRTS, axis=-1, keepdims=True, where=seen_B11TS, initial=-1e30))
+    p_BGRTS = jnp.where(seen_B11TS, jnp.exp(jnp.where(seen_B11TS, s_BGRTS - top_BGRT1, 0)), 0)
+    sum_BGRT1 = p_BGRTS.sum(-1, keepdims=True)
+    saw = sum_BGRT1 > 0
+    lse_BGRT = jnp.where(saw, top_BGRT1 + jnp.log(jnp.where(saw, sum_BGRT1, 1)), -jnp.inf)[..., 0]
+    p_BGRTS = p_BGRTS / jnp.where(saw, sum_BGRT1, 1)
+    o_BTGRV = jnp.einsum("bgrts,bsgv->btgrv", p_BGRTS, v_BSGV.astype(precision))
+    return o_BTGRV.reshape(B, T, H, -1).astype(q_BTHK.dtype), jnp.moveaxis(lse_BGRT, 3, 1).reshape(B, T, H)

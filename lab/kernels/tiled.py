@@ -1,0 +1,218 @@
+"""Attention over lists of non-empty tiles, in plain XLA: memory linear in length, tuned for a CPU.
+
+An outer loop over query tiles, an inner loop over the key tiles of its list: first those that need no mask, then
+those that do. The query heads of a group are folded into rows. The backward pass computes each tile again.
+
+N query tiles of all rows of the batch, M key tiles; q and k: tokens of a tile; R = H / G * q rows. FlashAttention-2
+(arXiv 2307.08691, algorithms 1 and 2) on tile lists.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lab.coordinates import Coordinates
+from lab.kernels.rules import Rule, visible
+from lab.kernels.tiles import Tiles, make_tiles, pad_to_tiles
+
+MASKED = -1e30  # not -inf: a tile may hide every key of a query, and inf - inf is nan
+
+
+class Static(NamedTuple):
+    """What the program is compiled for."""
+
+    rule: Rule
+    scale: float
+    softcap: float
+    q_tile: int
+    k_tile: int
+
+
+def tile_sizes(T: int, S: int) -> tuple[int, int]:
+    """Tokens of a query tile and of a key tile: 64, or less for short inputs (decoding)."""
+    return min(64, T), min(64, S)
+
+
+def plan(rule: Rule, q_coordinates: Coordinates, k_coordinates: Coordinates) -> Tiles:
+    """The tile lists `attend` needs: made once per batch and rule, shared by layers."""
+    q_tile, k_tile = tile_sizes(q_coordinates.shape[1], k_coordinates.shape[1])
+    padded = pad_to_tiles(q_coordinates, q_tile), pad_to_tiles(k_coordinates, k_tile)
+    return make_tiles(rule, *padded, q_tile, k_tile)
+
+
+def attend(q_BTHK, k_BSGK, v_BSGV, q_coordinates, k_coordinates, rule, scale, softcap, tiles: Tiles | None = None):
+    """Returns (o_BTHV, lse_BTH) as lab.kernels.reference.attend does."""
+    tiles = plan(rule, q_coordinates, k_coordinates) if tiles is None else tiles
+    q_tile, k_tile = tile_sizes(q_BTHK.shape[1], k_BSGK.shape[1])
+    q_coordinates, k_coordinates = pad_to_tiles(q_coordinates, q_tile), pad_to_tiles(k_coordinates, k_tile)
+    to_tiles = lambda x, tile: x.reshape(-1, tile)  # noqa: E731
+    static = Static(rule, float(scale), float(softcap or 0.0), q_tile, k_tile)
+    B, T, H, _ = q_BTHK.shape
+    G = k_BSGK.shape[2]
+    o_NGRV, lse_NGR = _attend(
+        static,
+        _fold_queries(q_BTHK, q_tile, G),
+        _fold_keys(k_BSGK, k_tile),
+        _fold_keys(v_BSGV, k_tile),
+        q_coordinates.map(lambda x: to_tiles(x, q_tile)),
+        k_coordinates.map(lambda x: to_tiles(x, k_tile)),
+        _flat_lists(tiles),
+    )
+    return _unfold_queries(o_NGRV, B, T, H), _unfold_queries(lse_NGR[..., None], B, T, H)[..., 0]
+
+
+def _flat_lists(tiles: Tiles) -> Tiles:
+    """Lists over all rows of the batch: key tiles numbered through, so that one loop serves every row."""
+    B, n, m = tiles.keys.shape
+    keys = tiles.keys + jnp.arange(B, dtype=jnp.int32)[:, None, None] * m
+    return Tiles(keys.reshape(B * n, m), tiles.full.reshape(B * n), tiles.total.reshape(B * n))
+
+
+def _pad(x, tile):
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % tile), (0, 0), (0, 0)))
+
+
+def _fold_queries(x_BTHK, tile: int, G: int):
+    """[B, T, H, K] -> [N, G, R, K] with R = (head of the group, token of the tile)."""
+    x = _pad(x_BTHK, tile)
+    B, T, H, K = x.shape
+    return x.reshape(B, T // tile, tile, G, H // G, K).transpose(0, 1, 3, 4, 2, 5).reshape(-1, G, H // G * tile, K)
+
+
+def _unfold_queries(x_NGRK, B: int, T: int, H: int):
+    N, G, R, K = x_NGRK.shape
+    tile = R // (H // G)
+    x = x_NGRK.reshape(B, N // B, G, H // G, tile, K).transpose(0, 1, 4, 2, 3, 5)
+    return x.reshape(B, N // B * tile, H, K)[:, :T]
+
+
+def _fold_keys(x_BSGK, tile: int):
+    """[B, S, G, K] -> [M, G, tile, K]."""
+    x = _pad(x_BSGK, tile)
+    B, S, G, K = x.shape
+    return x.reshape(B, S // tile, tile, G, K).transpose(0, 1, 3, 2, 4).reshape(-1, G, tile, K)
+
+
+def _at(x, i):
+    return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, i, 0, keepdims=False), x)
+
+
+def _put(x, value, i):
+    return lax.dynamic_update_index_in_dim(x, value, i, 0)
+
+
+def _dot(spec: str, a, b):
+    return jnp.einsum(spec, a, b, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))
+
+
+def _scores(static: Static, q_GRK, k_GkK, q_at: Coordinates, k_at: Coordinates | None):
+    """Scaled and capped scores [G, R, k], MASKED where the rule hides; k_at None: nothing of this tile is hidden."""
+    s_GRk = _dot("grd,gcd->grc", q_GRK, k_GkK)
+    if static.softcap:
+        s_GRk = static.softcap * jnp.tanh(s_GRk / static.softcap)
+    if k_at is None:
+        return s_GRk
+    seen = visible(static.rule, q_at, k_at)
+    G, R, k = s_GRk.shape
+    return jnp.where(seen, s_GRk.reshape(G, R // static.q_tile, static.q_tile, k), MASKED).reshape(G, R, k)
+
+
+def _over_tiles(lists: Tiles, i, body, carry, k_coordinates: Coordinates):
+    """body(j, coordinates of key tile j or None where no mask is needed, carry) over the list of query tile i."""
+    keys = _at(lists.keys, i)
+    carry = lax.fori_loop(0, lists.full[i], lambda x, carry: body(keys[x], None, carry), carry)
+    masked = lambda x, carry: body(keys[x], _at(k_coordinates, keys[x]), carry)  # noqa: E731
+    return lax.fori_loop(lists.full[i], lists.total[i], masked, carry)
+
+
+def _rows(q_at: Coordinates, R: int):
+    """bool [R, 1]: the rows of a folded query tile that are no padding."""
+    return jnp.tile(q_at.segment >= 0, R // q_at.segment.shape[0])[:, None]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(static, q_NGRK, k_MGkK, v_MGkV, q_coordinates, k_coordinates, lists):
+    return _forward(static, q_NGRK, k_MGkK, v_MGkV, q_coordinates, k_coordinates, lists)[0]
+
+
+def _forward(static, q_NGRK, k_MGkK, v_MGkV, q_coordinates, k_coordinates, lists):
+    N, G, R, _ = q_NGRK.shape
+    V = v_MGkV.shape[-1]
+    q_NGRK = (q_NGRK * static.scale).astype(q_NGRK.dtype)
+    acc = jnp.promote_types(q_NGRK.dtype, jnp.float32)
+
+    def query_tile(i, outputs):
+        q_GRK, q_at = _at(q_NGRK, i), _at(q_coordinates, i)
+
+        def key_tile(j, k_at, carry):
+            o_GRV, max_GR, sum_GR = carry
+            s_GRk = _scores(static, q_GRK, _at(k_MGkK, j), q_at, k_at)
+            new_GR = jnp.maximum(max_GR, s_GRk.max(-1))
+            p_GRk = jnp.exp(s_GRk - new_GR[..., None])
+            shrink_GR = jnp.exp(max_GR - new_GR)
+            o_GRV = o_GRV * shrink_GR[..., None] + _dot("grc,gcv->grv", p_GRk.astype(v_MGkV.dtype), _at(v_MGkV, j))
+            return o_GRV, new_GR, sum_GR * shrink_GR + p_GRk.sum(-1)
+
+        carry = jnp.zeros((G, R, V), acc), jnp.full((G, R), MASKED, acc), jnp.zeros((G, R), acc)
+        o_GRV, max_GR, sum_GR = _over_tiles(lists, i, key_tile, carry, k_coordinates)
+        # A row that saw nothing has kept its first maximum, or has summed exp(0) over hidden keys.
+        saw_GR = (max_GR > MASKED) & _rows(q_at, R)[:, 0]
+        o_GRV = jnp.where(saw_GR[..., None], o_GRV / jnp.where(saw_GR, sum_GR, 1)[..., None], 0)
+        lse_GR = jnp.where(saw_GR, max_GR + jnp.log(jnp.where(saw_GR, sum_GR, 1)), -jnp.inf)
+        return _put(outputs[0], o_GRV.astype(q_NGRK.dtype), i), _put(outputs[1], lse_GR, i)
+
+    empty = jnp.zeros((N, G, R, V), q_NGRK.dtype), jnp.zeros((N, G, R), acc)
+    o_NGRV, lse_NGR = lax.fori_loop(0, N, query_tile, empty)
+    return (o_NGRV, lse_NGR), (q_NGRK, k_MGkK, v_MGkV, q_coordinates, k_coordinates, lists, o_NGRV, lse_NGR)
+
+
+def _backward(static, residuals, cotangents):
+    q_NGRK, k_MGkK, v_MGkV, q_coordinates, k_coordinates, lists, o_NGRV, lse_NGR = residuals
+    do_NGRV, dlse_NGR = cotangents
+    N, G, R, K = q_NGRK.shape
+    M, _, tile, V = v_MGkV.shape
+    acc = lse_NGR.dtype
+    saw_NGR = lse_NGR > -jnp.inf
+    # Rows that saw nothing: lse = +inf makes every probability 0, so nothing flows.
+    lse_NGR = jnp.where(saw_NGR, lse_NGR, jnp.inf)
+    delta_NGR = (o_NGRV.astype(acc) * do_NGRV.astype(acc)).sum(-1) - jnp.where(saw_NGR, dlse_NGR, 0)
+
+    def query_tile(i, gradients):
+        q_GRK, do_GRV, q_at = _at(q_NGRK, i), _at(do_NGRV, i), _at(q_coordinates, i)
+        # Transposed once here: XLA's CPU dots would otherwise transpose them again for every key tile.
+        q_GKR, do_GVR = lax.optimization_barrier((q_GRK.swapaxes(1, 2), do_GRV.swapaxes(1, 2)))
+        lse_GR1, delta_GR1 = _at(lse_NGR, i)[..., None], _at(delta_NGR, i)[..., None]
+
+        def key_tile(j, k_at, carry):
+            dq_GRK, dk_MGKk, dv_MGVk = carry
+            k_GkK, v_GkV = _at(k_MGkK, j), _at(v_MGkV, j)
+            s_GRk = _scores(static, q_GRK, k_GkK, q_at, k_at)
+            p_GRk = jnp.exp(s_GRk - lse_GR1)
+            ds_GRk = p_GRk * (_dot("grv,gcv->grc", do_GRV, v_GkV) - delta_GR1)
+            if static.softcap:
+                ds_GRk = ds_GRk * jnp.where(s_GRk > MASKED, 1 - jnp.square(s_GRk / static.softcap), 0)
+            p_GRk, ds_GRk = p_GRk.astype(v_GkV.dtype), ds_GRk.astype(k_GkK.dtype)
+            dk_MGKk = _put(dk_MGKk, _at(dk_MGKk, j) + _dot("gdr,grc->gdc", q_GKR, ds_GRk), j)
+            dv_MGVk = _put(dv_MGVk, _at(dv_MGVk, j) + _dot("gvr,grc->gvc", do_GVR, p_GRk), j)
+            return dq_GRK + _dot("grc,gcd->grd", ds_GRk, k_GkK), dk_MGKk, dv_MGVk
+
+        carry = jnp.zeros((G, R, K), acc), *gradients[1:]
+        dq_GRK, *rest = _over_tiles(lists, i, key_tile, carry, k_coordinates)
+        return _put(gradients[0], dq_GRK, i), *rest
+
+    zeros = jnp.zeros((N, G, R, K), acc), jnp.zeros((M, G, K, tile), acc), jnp.zeros((M, G, V, tile), acc)
+    dq_NGRK, dk_MGKk, dv_MGVk = lax.fori_loop(0, N, query_tile, zeros)
+    return (
+        (dq_NGRK * static.scale).astype(q_NGRK.dtype),
+        dk_MGKk.swapaxes(2, 3).astype(k_MGkK.dtype),  # q was scaled before the scores
+        dv_MGVk.swapaxes(2, 3).astype(v_MGkV.dtype),
+        None,
+        None,
+        None,
+    )
+
+
+_attend.defvjp(_forward, _backward)

@@ -1,0 +1,36 @@
+"""What a model costs, by closed formulas over its declared shapes."""
+
+import jax
+import numpy as np
+
+from lab.model import parameter
+from lab.model.transformer import Transformer
+
+
+def parameters(model: Transformer) -> dict[str, int]:
+    """Trained numbers, in all and without the embedding and the output head."""
+    total = parameter.count(model)
+    outer = sum(int(np.prod(w.shape)) for w in (model.embedding, model.head) if w is not None)
+    return {"parameters": total, "parameters_non_embedding": total - outer}
+
+
+def train_flops_per_token(model: Transformer, visible_keys: list[float]) -> float:
+    """FLOPs of one token in a training step: forward and twice that backward; recomputation is not counted.
+
+    Each weight matrix does one multiply and one add per number; attention, per visible key (`visible_keys`: the mean
+    for each entry of the layer pattern). Norms, activations and the softmax are left out.
+    """
+    head = model.embedding if model.head is None else model.head
+    forward = 2.0 * np.prod(head.shape)
+    for entry, (block, visible) in enumerate(zip(model.blocks, visible_keys, strict=True)):
+        repeats = len(range(entry, model.layers, len(model.blocks)))
+        forward += sum(2.0 * np.prod(w.shape) for w in jax.tree.leaves(parameter.split(block)[1]) if len(w.shape) > 2)
+        forward += repeats * visible * block.mixer.flops_per_key
+    return 3.0 * float(forward)
+
+
+def cache_per_token_per_layer(model: Transformer) -> int | float:
+    """Numbers that decoding keeps per token: the mean over layers, an int where they are alike."""
+    numbers = {layer: model.blocks[layer % len(model.blocks)].mixer.cached_numbers for layer in range(model.layers)}
+    mean = sum(numbers.values()) / model.layers
+    return int(mean) if mean.is_integer() else mean

@@ -1,0 +1,76 @@
+"""How batches, activations and attention lie over the mesh (data, fsdp, tensor, context)."""
+
+import math
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from lab.errors import UserError
+
+AXES = ("data", "fsdp", "tensor", "context")
+BATCH = ("data", "fsdp")  # rows; tokens lie over context, heads over tensor
+TOKENS = P(BATCH, "context")  # of an array [B, T]
+
+
+def make(config) -> Mesh:
+    """The mesh that `config.mesh` describes over all devices of all hosts; one axis may be -1: what is left."""
+    sizes = [config[axis] for axis in AXES]
+    devices = jax.device_count()
+    known = math.prod(size for size in sizes if size != -1)
+    wanted = [devices // known if size == -1 else size for size in sizes]
+    if sizes.count(-1) > 1 or min(wanted) < 1 or math.prod(wanted) != devices:
+        shown = ", ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))
+        raise UserError(
+            f"mesh ({shown}) does not cover {devices} devices; their product must be {devices}, one may be -1"
+        )
+    return jax.make_mesh(tuple(wanted), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def check_rows(mesh: Mesh, name: str, rows: int, tokens: int) -> None:
+    """Refuses a batch that does not divide over the mesh."""
+    over_rows, over_tokens = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["context"]
+    if rows % over_rows:
+        raise UserError(f"{name} = {rows} does not divide over mesh data x fsdp = {over_rows}; choose a multiple of it")
+    if tokens % over_tokens:
+        raise UserError(f"rows of {tokens} tokens do not divide over mesh.context = {over_tokens}; choose a divisor")
+
+
+def place(batch, mesh: Mesh):
+    """A host's rows of a batch [B, T] as global arrays. Over context, tiles of tokens are dealt out in turn.
+
+    The mask is a function of coordinates, so the order is free; dealt out, every device has early and late queries.
+    """
+    sharding = NamedSharding(mesh, TOKENS)
+    deal = _dealt_out(batch.tokens.shape[1], mesh.shape["context"])
+    put = lambda x: jax.make_array_from_process_local_data(sharding, x if deal is None else x[:, deal])  # noqa: E731
+    return jax.tree.map(put, batch)
+
+
+def _dealt_out(tokens: int, parts: int) -> np.ndarray | None:
+    if parts == 1:
+        return None
+    tile = math.gcd(tokens // parts, 64)
+    return np.arange(tokens).reshape(-1, parts, tile).swapaxes(0, 1).reshape(-1)
+
+
+def current() -> dict[str, int]:
+    """Axis sizes of the mesh in use (jax.set_mesh), empty where there is none or where it has one device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return {} if mesh.empty or mesh.size == 1 else dict(mesh.shape)
+
+
+def constrain(x: jax.Array) -> jax.Array:
+    """Lays activations x [B, T, ...] over the mesh."""
+    return jax.lax.with_sharding_constraint(x, TOKENS) if current() else x
+
+
+def per_device(function, in_specs, out_specs):
+    """`function` run by each device on its own part; on one device, simply `function`.
+
+    Loops of a data-dependent length cannot be partitioned by the compiler, so attention says itself what each holds.
+    """
+    if not current():
+        return function
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)

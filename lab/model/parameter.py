@@ -1,0 +1,65 @@
+"""A parameter is declared once, with what everything else derives from: its logical axes and whether it decays."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+# Logical axis -> mesh axis. A dimension that the mesh axis does not divide stays whole.
+MESH_AXES = {"embed": "fsdp", "heads": "tensor", "kv_heads": "tensor", "ffn": "tensor", "vocabulary": "tensor"}
+
+
+class Table(nnx.Variable):
+    """A value the model reads but does not train: rebuilt from the config, never checkpointed."""
+
+
+def matrix(key: jax.Array, shape: tuple[int, ...], axes: tuple[str, ...], fan_in: int, gain: float = 1.0) -> nnx.Param:
+    """A weight drawn from N(0, gain^2 / fan_in), float32."""
+    return nnx.Param(gain * fan_in**-0.5 * jax.random.normal(key, shape), axes=axes, decay=True)
+
+
+def scale(size: int) -> nnx.Param:
+    """A multiplier per channel that starts at one, does not decay, and is whole on every device."""
+    return nnx.Param(jnp.ones(size), axes=("channel",), decay=False)
+
+
+def split(model) -> tuple:
+    """(structure, trainable, rest) of a model; nnx.merge puts them together again."""
+    return nnx.split(model, nnx.Param, ...)
+
+
+def _declared(tree, function):
+    """`function(variable)` for every variable of a model or of a part of one, in the structure of its leaves."""
+    is_variable = lambda x: isinstance(x, nnx.Variable)  # noqa: E731
+    return jax.tree.map(lambda v: v.replace(function(v)) if is_variable(v) else function(v), tree, is_leaf=is_variable)
+
+
+def decay_mask(trainable, everything: bool = False):
+    """True where weight decay applies: by declaration, or everywhere."""
+    return _declared(trainable, lambda v: everything or v.get_metadata()["decay"])
+
+
+def partition_spec(variable: nnx.Variable, mesh_shape: dict[str, int]) -> PartitionSpec:
+    """How a variable is laid over the mesh. Stacked layers have one more leading axis than was declared: kept whole."""
+    axes = variable.get_metadata().get("axes", ())
+    shape = variable.get_raw_value().shape
+    names = [None] * (len(shape) - len(axes)) + [MESH_AXES.get(axis) for axis in axes]
+    return PartitionSpec(
+        *(n if n and s % mesh_shape.get(n, 1) == 0 else None for n, s in zip(names, shape, strict=True))
+    )
+
+
+def shardings(tree, mesh: Mesh):
+    """A NamedSharding for every variable, from its declaration; replicated where there is none."""
+
+    def sharding(leaf):
+        spec = partition_spec(leaf, dict(mesh.shape)) if isinstance(leaf, nnx.Variable) else PartitionSpec()
+        return NamedSharding(mesh, spec)
+
+    return _declared(tree, sharding)
+
+
+def count(tree) -> int:
+    """How many numbers the trainable part of a model (abstract or not) holds."""
+    return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(split(tree)[1]))

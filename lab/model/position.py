@@ -1,0 +1,98 @@
+"""Where the position of a token enters: rotary angles of queries and keys, and what is added to the embedding.
+
+F = K / 2 rotary pairs; pair p = 0 is the fastest. Dimensions p and p + F form pair p (the rotate-half convention).
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from lab.coordinates import Coordinates
+from lab.errors import UserError, choose
+from lab.model.parameter import Table
+
+
+def rope2d_frequencies(head_dim: int, rotary) -> dict[str, np.ndarray]:
+    """Radians per unit of index, branch and time for each pair, [F] each: interleaved 2D RoPE.
+
+    Of F pairs, the n = round(F * ratio) slowest are selected; among them even ones rotate by stride * branch, odd ones
+    by time. The others rotate by the flat index, or by time (rotary.unselected). inv_p = theta^(-2 p / K).
+    """
+    F = head_dim // 2
+    pair = np.arange(F)
+    inverse = rotary.theta ** (-2.0 * pair / head_dim)
+    n = round(F * rotary.ratio)
+    selected = pair >= F - n
+    even = (pair - (F - n)) % 2 == 0
+    return {
+        "index": np.where(~selected & (rotary.unselected == "index"), inverse, 0.0),
+        "branch": np.where(selected & even, rotary.stride * inverse, 0.0),
+        "time": np.where((selected & ~even) | (~selected & (rotary.unselected == "time")), inverse, 0.0),
+    }
+
+
+def fourier_frequencies(head_dim: int, rotary) -> dict[str, np.ndarray]:
+    """One-dimensional RoPE over time: what Fourier branch codes leave to the rotation."""
+    inverse = rotary.theta ** (-2.0 * np.arange(head_dim // 2) / head_dim)
+    return {"index": 0 * inverse, "branch": 0 * inverse, "time": inverse}
+
+
+FREQUENCIES = {"rope2d": rope2d_frequencies, "fourier": fourier_frequencies}
+
+
+def check(model) -> None:
+    """Refuses position settings that mean nothing."""
+    choose("model.position", model.position, FREQUENCIES)
+    choose("model.rotary.unselected", model.rotary.unselected, ("index", "time"))
+    if not 0 <= model.rotary.ratio <= 1:
+        raise UserError(f"model.rotary.ratio = {model.rotary.ratio} is outside 0..1")
+    if model.head_dim < 2 or model.head_dim % 2:
+        raise UserError(
+            f"model.head_dim = {model.head_dim} must be even and at least 2: rotary dimensions come in pairs"
+        )
+
+
+def pair_counts(model) -> dict[str, int]:
+    """How many rotary pairs carry the branch, the time and the index."""
+    frequencies = FREQUENCIES[model.position](model.head_dim, model.rotary)
+    return {name: int(np.count_nonzero(frequencies[name])) for name in ("branch", "time", "index")}
+
+
+class Rotary(nnx.Module):
+    """angle(token, p) = index w_index[p] + branch w_branch[p] + time w_time[p]: one table, and a leaf of the model."""
+
+    def __init__(self, model):
+        frequencies = FREQUENCIES[model.position](model.head_dim, model.rotary)
+        self.frequencies = Table(
+            jnp.asarray(np.stack([frequencies[n] for n in ("index", "branch", "time")]), jnp.float32)
+        )
+
+    def __call__(self, coordinates: Coordinates) -> tuple[jax.Array, jax.Array]:
+        """cos and sin of the angles, float32 [B, T, 1, F]."""
+        w_index, w_branch, w_time = self.frequencies[...]
+        index, branch, time = (x[..., None, None] for x in (coordinates.index, coordinates.branch, coordinates.time))
+        angle = index * w_index + branch * w_branch + time * w_time
+        return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x_BTHK: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Each pair of dimensions (p, p + K/2) turned by its angle."""
+    cos, sin = (r.astype(x_BTHK.dtype) for r in rotation)
+    a, b = jnp.split(x_BTHK, 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+
+class FourierCode(nnx.Module):
+    """sin and cos of the branch number, added to the embedding (the code of arXiv 1706.03762, section 3.5, base 10000).
+
+    Scaled so that its mean square is that of a token embedding when training starts.
+    """
+
+    def __init__(self, model):
+        self.frequencies = Table(jnp.asarray(10_000.0 ** (-2.0 * np.arange(model.dim // 2) / model.dim), jnp.float32))
+        self.amplitude = (2 / model.dim) ** 0.5
+
+    def __call__(self, coordinates: Coordinates) -> jax.Array:
+        angle = coordinates.branch[..., None] * self.frequencies[...]
+        return self.amplitude * jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)

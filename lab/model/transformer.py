@@ -1,0 +1,202 @@
+"""The forward pass.
+
+B batch, T new tokens, S cached tokens, D model width, H query heads, G key-value heads, K head width, L layers,
+C vocabulary.
+
+Layers are stored stacked: one Block per entry of the layer pattern, with a leading axis over its repeats. Scanned and
+unrolled execution read the same parameters.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lab import kernels
+from lab.coordinates import Coordinates
+from lab.errors import UserError, choose
+from lab.kernels import rules
+from lab.model import mesh, parameter, position
+from lab.model.attention import MIXERS, View, plan_tiles_over_mesh
+from lab.model.feedforward import SwiGLU
+from lab.model.norm import RMSNorm
+
+REMAT = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+PATTERN_FIELDS = ("mixer", "rule", "rotary.theta", "rotary.ratio", "rotary.stride", "rotary.unselected")
+
+
+class Cache(NamedTuple):
+    """Keys and values of every layer, beside the coordinates of the slots; an empty slot has segment -1."""
+
+    layers: tuple
+    coordinates: Coordinates
+    used: jax.Array  # int32: slots filled so far, the same in every row
+
+
+class Block(nnx.Module):
+    """One pre-norm layer: x + mixer(norm(x)), then x + feedforward(norm(x))."""
+
+    def __init__(self, spec, key: jax.Array):
+        mixer, feedforward = jax.random.split(key)
+        self.mixer_norm = RMSNorm(spec.dim, spec.norm_eps)
+        self.mixer = MIXERS[spec.mixer](spec, rules.parse(spec.rule), mixer)
+        self.feedforward_norm = RMSNorm(spec.dim, spec.norm_eps)
+        self.feedforward = SwiGLU(spec, feedforward)
+
+    def __call__(self, x_BTD, view: View, cache=None):
+        mixed_BTD, cache = self.mixer(self.mixer_norm(x_BTD), view, cache)
+        x_BTD = x_BTD + mixed_BTD
+        x_BTD = x_BTD + self.feedforward(self.feedforward_norm(x_BTD))
+        return mesh.constrain(x_BTD), cache
+
+
+class Transformer(nnx.Module):
+    """tokens [B, T] -> logits [B, T, C]. Made by `lab.model.build`."""
+
+    def __init__(self, model, key: jax.Array):
+        embedding, head, *layers = jax.random.split(key, 2 + model.layers)
+        specs = layer_specs(model)
+        shape, axes = (model.vocabulary, model.dim), ("vocabulary", "embed")
+        self.embedding = parameter.matrix(embedding, shape, axes, fan_in=model.dim)
+        self.branch_code = position.FourierCode(model) if model.position == "fourier" else None
+        self.rotary = nnx.List([position.Rotary(spec) for spec in specs])
+        self.blocks = nnx.List(
+            [
+                jax.vmap(functools.partial(Block, spec))(jnp.stack(layers[p :: len(specs)]))
+                for p, spec in enumerate(specs)
+            ]
+        )
+        self.norm = RMSNorm(model.dim, model.norm_eps)
+        self.head = None if model.tied else parameter.matrix(head, shape, axes, fan_in=model.dim)
+        self.compute = jnp.dtype(model.compute)
+        self.layers, self.scan, self.remat = model.layers, model.scan, model.remat
+
+    def __call__(self, tokens_BT: jax.Array, coordinates: Coordinates | None = None) -> jax.Array:
+        """Logits [B, T, C], float32. coordinates None: one causal segment per row."""
+        if coordinates is None:
+            coordinates = Coordinates.single(*tokens_BT.shape)
+        x_BTD, _ = self.run_layers(self.embed(tokens_BT, coordinates), self.views(coordinates, coordinates))
+        return self.logits(x_BTD)
+
+    def init_cache(self, batch: int, length: int) -> Cache:
+        """An empty cache of `length` slots a row."""
+        layers = tuple(block.mixer.init_cache(batch, length, self.compute) for block in self.blocks)
+        return Cache(layers, Coordinates.padding(batch, length).map(jnp.asarray), jnp.int32(0))
+
+    def extend(self, tokens_BT: jax.Array, coordinates: Coordinates, cache: Cache) -> tuple[jax.Array, Cache]:
+        """Logits [B, T, C] of the new tokens, which see each other and the cache, and the cache that holds them too.
+
+        Every row takes T slots; a token of segment -1 takes one that nobody sees. T more slots must be free.
+        """
+        append = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, jnp.asarray(new), cache.used, 1)  # noqa: E731
+        keys = jax.tree.map(append, cache.coordinates, coordinates)
+        views = self.views(coordinates, keys, start=cache.used)
+        x_BTD, layers = self.run_layers(self.embed(tokens_BT, coordinates), views, cache.layers)
+        return self.logits(x_BTD), Cache(layers, keys, cache.used + tokens_BT.shape[1])
+
+    def embed(self, tokens_BT, coordinates: Coordinates):
+        x_BTD = self.embedding[...][tokens_BT]
+        if self.branch_code is not None:
+            x_BTD = x_BTD + self.branch_code(coordinates)
+        return mesh.constrain(x_BTD.astype(self.compute))
+
+    def views(self, queries: Coordinates, keys: Coordinates, start=None) -> list[View]:
+        """What each entry of the layer pattern sees; tile lists are made once per distinct rule."""
+        mixers = [block.mixer for block in self.blocks]
+        tiles = {m.rule: plan_tiles_over_mesh(queries, keys, m.rule, m.implementation) for m in mixers}
+        return [
+            View(rotary(queries), queries, keys, tiles[mixer.rule], start)
+            for rotary, mixer in zip(self.rotary, mixers, strict=True)
+        ]
+
+    def run_layers(self, x_BTD, views: list[View], caches: tuple | None = None):
+        """Layer l is repeat l // P of pattern entry l % P. Returns the stream and the new caches."""
+        caches = caches or (None,) * len(views)
+
+        def run_period(x_BTD, entries):
+            """One pass over (some of) the entries of the pattern."""
+            new = []
+            for view, (block, cache) in zip(views, entries, strict=False):
+                x_BTD, cache = rematerialised(Block.__call__, self.remat)(block, x_BTD, view, cache)
+                new.append(cache)
+            return x_BTD, tuple(new)
+
+        entries = tuple(zip(self.blocks, caches, strict=True))
+        full, left = divmod(self.layers, len(views))
+        if self.scan and full > 1:
+            x_BTD, new = jax.lax.scan(run_period, x_BTD, jax.tree.map(lambda w: w[:full], entries))
+            periods = [jax.tree.map(lambda w: w[full], entries[:left])] if left else []
+        else:
+            new = None
+            unstacked = [unstack(entry, full + (p < left)) for p, entry in enumerate(entries)]
+            periods = [tuple(e[r] for e in unstacked if r < len(e)) for r in range(full + bool(left))]
+        rows = []
+        for period in periods:
+            x_BTD, row = run_period(x_BTD, period)
+            rows.append(row)
+        return x_BTD, restack(new, rows, len(views))
+
+    def logits(self, x_BTD):
+        weight_CD = self.embedding if self.head is None else self.head
+        x_BTD = self.norm(x_BTD)
+        return jnp.einsum("btd,cd->btc", x_BTD, weight_CD[...].astype(x_BTD.dtype), preferred_element_type=jnp.float32)
+
+
+def rematerialised(function, policy: str):
+    """`function`, keeping for the backward pass everything (none), matrix products (dots), or its inputs (full)."""
+    return function if policy == "none" else jax.checkpoint(function, policy=REMAT[policy])
+
+
+def unstack(tree, n: int) -> list:
+    """The n slices of a stacked pytree. lax.split, because its gradient is one concatenation."""
+    parts = jax.tree.map(lambda w: [part[0] for part in jax.lax.split(w, (1,) * n)], tree)
+    is_parts = lambda x: isinstance(x, list)  # noqa: E731
+    return [jax.tree.map(lambda part, i=i: part[i], parts, is_leaf=is_parts) for i in range(n)]
+
+
+def restack(scanned, rows: list, entries: int) -> tuple:
+    """Caches stacked per pattern entry again: those that a scan gave, then those of the unrolled layers."""
+    stacked = []
+    for p in range(entries):
+        parts = [] if scanned is None else [scanned[p]]
+        parts += [jax.tree.map(lambda x: x[None], row[p]) for row in rows if p < len(row)]
+        stacked.append(jax.tree.map(lambda *x: jnp.concatenate(x), *parts))
+    return tuple(stacked)
+
+
+def layer_specs(model) -> list:
+    """The model config as each entry of the layer pattern has it."""
+    specs = []
+    for entry in model.pattern:
+        spec = model.copy_and_resolve_references()
+        for field, value in entry:
+            choose("a field of model.pattern", field, PATTERN_FIELDS)
+            *path, name = field.split(".")
+            functools.reduce(lambda node, part: node[part], path, spec)[name] = value
+        specs.append(spec)
+    return specs
+
+
+def check(model) -> None:
+    """Refuses a model config that means nothing, naming the value and the valid choices."""
+    for field in ("dim", "layers", "heads", "kv_heads", "ffn", "vocabulary"):
+        if model[field] < 1:
+            raise UserError(f"model.{field} = {model[field]} must be at least 1")
+    choose("model.compute", model.compute, ("float32", "bfloat16"))
+    choose("model.remat", model.remat, REMAT)
+    if not 1 <= len(model.pattern) <= model.layers:
+        raise UserError(
+            f"model.pattern has {len(model.pattern)} entries for model.layers = {model.layers}; choose 1 to that many"
+        )
+    for spec in layer_specs(model):
+        choose("model.mixer", spec.mixer, MIXERS)
+        rules.parse(spec.rule)
+        kernels.resolve(spec.implementation)
+        position.check(spec)
+        MIXERS[spec.mixer].check(spec)

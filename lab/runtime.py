@@ -1,0 +1,145 @@
+"""The process the lab runs in: memory allocator, CPU devices, several hosts, compile cache and compile counts.
+
+Import this first and call `tune_allocator` before anything imports JAX.
+"""
+
+import collections
+import ctypes
+import math
+import os
+import pathlib
+import platform
+import signal
+import sys
+from collections.abc import Callable
+
+from lab.errors import UserError
+
+
+def tune_allocator() -> None:
+    """Keeps freed memory in the process (glibc only): XLA's CPU buffers are otherwise mapped anew at every step.
+
+    About 10% of a small step. If the environment sets any MALLOC_ variable, nothing is changed.
+    """
+    if not sys.platform.startswith("linux") or any(name.startswith("MALLOC_") for name in os.environ):
+        return
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):  # another C library
+        return
+    limit = 2**31 - 1
+    # M_ARENA_MAX, M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD of <malloc.h>
+    for option, value in ((-8, 1), (-3, limit), (-1, limit), (-2, 2**28)):
+        mallopt(option, value)
+
+
+def cores() -> int:
+    """CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cpu_devices(rows: int, mesh, processes: int = 1) -> int:
+    """CPU devices of this process: one per core, as far as the rows of its batch divide over them."""
+    inner = mesh.fsdp * mesh.tensor * mesh.context
+    if mesh.data > 0:
+        return max(mesh.data * inner // processes, 1)
+    fitting = [n for n in range(1, cores() // inner + 1) if rows % (n * processes * mesh.fsdp) == 0]
+    return max(fitting, default=1) * inner
+
+
+def start(config) -> None:
+    """Configures JAX for this process and joins the other hosts that the environment names. Call once, first."""
+    import jax
+
+    address = os.environ.get("JAX_COORDINATOR_ADDRESS")
+    processes = int(os.environ.get("JAX_NUM_PROCESSES", 1)) if address else 1
+    explicit = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if not explicit and "JAX_NUM_CPU_DEVICES" not in os.environ:
+        rows = math.gcd(config.data.rows // config.train.microbatches, config.evaluate.rows)
+        jax.config.update("jax_num_cpu_devices", cpu_devices(rows, config.mesh, processes))
+    jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    if address:
+        process = os.environ.get("JAX_PROCESS_ID")
+        if process is None or not 0 <= int(process) < processes:
+            raise UserError(
+                f"JAX_PROCESS_ID = {process} must lie in 0..{processes - 1} (JAX_NUM_PROCESSES = {processes})"
+            )
+        jax.distributed.initialize(address, processes, int(process))
+
+
+def cache_directory() -> pathlib.Path:
+    """Where tokenised corpora, tokenizers and compiled programs are kept: $LAB_CACHE, or ~/.cache/lab."""
+    return pathlib.Path(os.environ.get("LAB_CACHE", "~/.cache/lab")).expanduser()
+
+
+def environment(mesh) -> dict:
+    """What a result depends on beside its config: recorded with it."""
+    import jax
+    import jaxlib
+
+    device = jax.devices()[0]
+    return {
+        "platform": device.platform,
+        "device_kind": device.device_kind,
+        "devices": jax.device_count(),
+        "processes": jax.process_count(),
+        "mesh": dict(mesh.shape),
+        "jax": jax.__version__,
+        "jaxlib": jaxlib.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "cores": cores(),
+    }
+
+
+class CompileCounts:
+    """How often each function was compiled since this was made, and for how many seconds."""
+
+    def __init__(self):
+        import jax
+
+        self.counts, self.seconds = collections.Counter(), collections.Counter()
+        jax.monitoring.register_event_duration_secs_listener(self._note)
+
+    def _note(self, event: str, duration: float, **details) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            name = details.get("fun_name", "?").removeprefix("jit(").removesuffix(")")
+            self.counts[name] += 1
+            self.seconds[name] += duration
+
+
+def peak_bytes(executable) -> int:
+    """Memory of a device while the executable runs: as measured, or (CPU) as its buffer assignment says."""
+    import jax
+
+    measured = jax.local_devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in measured:
+        return measured["peak_bytes_in_use"]
+    sizes = executable.memory_analysis()
+    return (
+        sizes.argument_size_in_bytes + sizes.output_size_in_bytes + sizes.temp_size_in_bytes - sizes.alias_size_in_bytes
+    )
+
+
+def stop_requests() -> Callable[[int], bool]:
+    """A function of the step that says whether SIGTERM or Ctrl-C came; over several hosts, the same answer on all.
+
+    A second Ctrl-C ends at once.
+    """
+    import jax
+    from jax.experimental import multihost_utils
+
+    came = []
+
+    def note(number, frame):
+        if came and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        came.append(number)
+        os.write(2, b"\nlab: stopping after this step, with a checkpoint\n")
+
+    signal.signal(signal.SIGINT, note)
+    if jax.process_count() > 1:  # JAX's own runtime catches SIGTERM and agrees on a step
+        return multihost_utils.reached_preemption_sync_point
+    signal.signal(signal.SIGTERM, note)
+    return lambda step: bool(came)

@@ -1,0 +1,67 @@
+"""How reports name cells, arrange them into panels and write numbers."""
+
+import math
+from collections.abc import Mapping
+
+from lab.study.results import Run, Study, identity
+
+DRAW = "train_branch"
+WIDEST = 3  # panels in a row, where rows mean nothing
+
+
+def line_label(study: Study) -> str:
+    """The label whose values become the lines of a figure: the first that is numeric, else the first; "" of none."""
+    numeric = [
+        label for label in study.labels if all(_is_number(cell["labels"].get(label)) for cell in study.plan["cells"])
+    ]
+    return (numeric or study.labels or [""])[0]
+
+
+def arrange(study: Study, curves: Mapping[tuple, object], line: str) -> list[dict[str, dict]]:
+    """Rows of panels {title: {value of `line`: curve}}: a panel for each combination of the other labels, a row for
+    each draw where there are labels besides. Values without a curve get an empty one, so that colours stay put."""
+    names = list(dict.fromkeys(cell["labels"].get(line, "") for cell in study.plan["cells"]))
+    others = [label for label in study.labels if label != line]
+    by = DRAW if DRAW in others else others[-1] if others else None
+    rows: dict = {}
+    for key, curve in curves.items():
+        labels = dict(zip(study.labels, key, strict=True))
+        title = describe({label: labels[label] for label in others})
+        panels = rows.setdefault(labels[by] if len(others) > 1 else "", {})
+        panels.setdefault(title, {name: {} for name in names})[labels.get(line, "")] = curve
+    if len(others) > 1:
+        return list(rows.values())
+    panels = list(rows.get("", {}).items())
+    return [dict(panels[start : start + WIDEST]) for start in range(0, len(panels), WIDEST)]
+
+
+def describe(labels: Mapping[str, object]) -> str:
+    """Labels as text: rope_ratio 0.5, train_branch 1-15."""
+    return ", ".join(f"{label} {value}" for label, value in labels.items())
+
+
+def cell_label(study: Study, key: tuple) -> str:
+    """A cell by the values of its labels."""
+    return describe(dict(zip(study.labels, key, strict=True)))
+
+
+def run_label(study: Study, run: Run) -> str:
+    """A cell and its seed."""
+    return describe({name: value for name, value in identity(study, run).items() if name != "cell"})
+
+
+def number(value: float | None, digits: int) -> str:
+    """With thousands separators; a dash for what was not measured."""
+    return "—" if value is None or math.isnan(value) else f"{value:,.{digits}f}"
+
+
+def short(value: float) -> str:
+    """Three significant digits and a decimal prefix: 1.93 M."""
+    for power, prefix in ((12, "T"), (9, "G"), (6, "M"), (3, "k")):
+        if abs(value) >= 10**power:
+            return f"{value / 10**power:.3g} {prefix}"
+    return f"{value:.3g}"
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

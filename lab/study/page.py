@@ -1,0 +1,136 @@
+"""A report as typed blocks, written as Markdown and as one self-contained HTML page."""
+
+import base64
+import dataclasses
+import re
+from pathlib import Path
+
+import jinja2
+from markupsafe import Markup, escape
+
+from lab.study.results import write_atomically
+
+
+@dataclasses.dataclass(frozen=True)
+class Heading:
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """A paragraph. `code` and **bold** are rendered, here and in tables and captions; nothing else is."""
+
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Code:
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    columns: list[str]
+    rows: list[list[str]]
+    caption: str = ""
+    folded: bool = False  # behind its caption, for tables one looks things up in
+
+
+@dataclasses.dataclass(frozen=True)
+class Chart:
+    """A figure: written to figures/<name>.png and embedded in the page."""
+
+    name: str
+    content: bytes
+    caption: str
+
+
+Block = Heading | Text | Code | Table | Chart
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    title: str
+    blocks: list[Block]
+
+
+def write(directory: Path, title: str, sections: list[Section]) -> list[Path]:
+    """Writes the figures, report.md and report.html; returns the paths of the pages."""
+    for block in (block for section in sections for block in section.blocks):
+        if isinstance(block, Chart):
+            write_atomically(directory / "figures" / f"{block.name}.png", block.content)
+    return [
+        write_atomically(directory / "report.md", markdown(title, sections).encode()),
+        write_atomically(directory / "report.html", html(title, sections).encode()),
+    ]
+
+
+def markdown(title: str, sections: list[Section]) -> str:
+    """GitHub-flavoured Markdown that links to figures/*.png."""
+    parts = [f"# {_plain(title)}"]
+    for section in sections:
+        parts += [f"## {_plain(section.title)}", *(_MARKDOWN[type(block)](block) for block in section.blocks)]
+    return "\n\n".join(parts) + "\n"
+
+
+def html(title: str, sections: list[Section]) -> str:
+    """A page that needs no other file, no network and no script."""
+    environment = jinja2.Environment(
+        autoescape=True,
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters |= {"inline": _inline, "slug": _slug, "numeric": _numeric, "base64": _base64}
+    environment.tests["kind"] = lambda block, name: type(block).__name__ == name
+    return environment.get_template("report.html.j2").render(title=title, sections=sections)
+
+
+def _markdown_table(table: Table) -> str:
+    aligned = ["--:" if number else ":--" for number in _numeric(table)]
+    rows = [table.columns, aligned, *table.rows]
+    lines = ["| " + " | ".join(_cell(text) for text in row) + " |" for row in rows]
+    body = "\n".join(lines)
+    if not table.folded:
+        return f"{_plain(table.caption)}\n\n{body}" if table.caption else body
+    return f"<details><summary>{_plain(table.caption)}</summary>\n\n{body}\n\n</details>"
+
+
+_MARKDOWN = {
+    Heading: lambda block: f"### {_plain(block.text)}",
+    Text: lambda block: _plain(block.text),
+    Code: lambda block: f"```\n{block.text}\n```",
+    Table: _markdown_table,
+    Chart: lambda block: f"![{_plain(block.name)}](figures/{block.name}.png)\n\n{_plain(block.caption)}",
+}
+
+
+def _plain(text: str) -> str:
+    """Text that cannot be taken for HTML tags."""
+    return " ".join(text.split()).replace("<", "&lt;")
+
+
+def _cell(text: str) -> str:
+    return _plain(text).replace("|", "\\|")
+
+
+def _inline(text: str) -> Markup:
+    """Escapes everything, then renders `code` and **bold**."""
+    marked = re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text)))
+    return Markup(re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", marked))
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"\W+", "-", text.lower()).strip("-")
+
+
+def _numeric(table: Table) -> list[bool]:
+    """Which columns hold only numbers, and so are aligned to the right."""
+    number = re.compile(r"(\*\*)?[-+]?\d[\d,.]*(e[-+]?\d+)?( ?[%kMGT]| \(.*\))?(\*\*)?|—|inf")
+    columns = zip(*table.rows, strict=True) if table.rows else [[] for _ in table.columns]
+    return [bool(column) and all(number.fullmatch(text) for text in column) for column in columns]
+
+
+def _base64(content: bytes) -> str:
+    return base64.b64encode(content).decode()

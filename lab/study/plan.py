@@ -1,0 +1,79 @@
+"""What a study would cost, cell by cell, before anything is trained."""
+
+import hashlib
+
+import jax
+
+from lab import data as lab_data
+from lab.errors import UserError
+from lab.kernels import rules
+from lab.model import abstract, accounting, position, transformer
+from lab.study.cells import Cell
+from lab.train import optimizer, step
+
+TOKENS_COUNTED = 32_768  # of training rows over which visible keys are averaged
+
+
+def check(cell: Cell) -> None:
+    """Refuses a cell that cannot run, naming the field: everything that shows before the data is read."""
+    config = cell.config
+    transformer.check(config.model)
+    optimizer.check(config.train)
+    lab_data.check(config)
+    if config.data.rows % config.train.microbatches:
+        raise UserError(
+            f"train.microbatches = {config.train.microbatches} does not divide data.rows = {config.data.rows}; "
+            "choose a divisor"
+        )
+    for field in ("checkpoint.every", "checkpoint.keep", "log.every"):
+        room, name = field.split(".")
+        if config[room][name] < 1:
+            raise UserError(f"{field} = {config[room][name]} must be at least 1")
+
+
+def describe(cell: Cell) -> dict:
+    """A row of the plan."""
+    config = cell.config
+    model = abstract(config.model)
+    visible = [visible_keys(block.mixer.rule, config) for block in model.blocks]
+    rotary = {f"pairs_{name}": count for name, count in position.pair_counts(config.model).items()}
+    texts = config.train.steps * config.data.rows * config.data.texts_per_row
+    return {
+        "name": cell.name,
+        "labels": cell.labels,
+        **accounting.parameters(model),
+        "train_flops_per_token": accounting.train_flops_per_token(model, visible),
+        "cache_per_token_per_layer": accounting.cache_per_token_per_layer(model),
+        "tokens": texts * config.data.text_length,
+        "executable": executable(config, model),
+        "head_dim": config.model.head_dim,
+        **rotary,
+    }
+
+
+_counted: dict[tuple, float] = {}  # counting a long row takes seconds, and cells share it
+
+
+def visible_keys(rule: rules.Rule, config) -> float:
+    """Mean number of keys that a token of the first training rows sees, were every text text_length long."""
+    key = rule, config.data.to_json_best_effort(), config.seed
+    if key not in _counted:
+        rows = max(1, TOKENS_COUNTED // (config.data.texts_per_row * config.data.text_length))
+        _counted[key] = rules.mean_visible_keys(rule, lab_data.nominal_coordinates(config, rows))
+    return _counted[key]
+
+
+def executable(config, model) -> str:
+    """Names the training program: cells of one name share one compilation. What `lab.train.compiled` shares by."""
+    program = step.Program(config.train.optimizer, config.train.decay, config.train.microbatches)
+    leaves, structure = jax.tree.flatten(model)
+    shape = config.data.rows, config.data.texts_per_row * config.data.text_length
+    text = repr((str(structure), [(x.shape, str(x.dtype)) for x in leaves], program, shape, dict(config.mesh)))
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def table(config, cells: list[Cell]) -> list[dict]:
+    """The plan of a study, every cell checked."""
+    for cell in cells:
+        check(cell)
+    return [describe(cell) for cell in cells]

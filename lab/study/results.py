@@ -1,0 +1,186 @@
+"""What a study has found so far, read from its directory, and the csv files made of it."""
+
+import csv
+import dataclasses
+import functools
+import io
+import json
+import math
+import os
+from pathlib import Path
+
+import pandas as pd
+
+from lab.errors import UserError
+
+REPOSITORY = Path(__file__).parents[2]
+TIMINGS = ("seconds", "tokens_per_second", "peak_bytes", "compile_seconds", "overhead_share")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One seed of one cell. `result` and `failure` are None where their files are missing; `metrics` may be empty."""
+
+    cell: dict
+    seed: int
+    result: dict | None
+    failure: dict | None
+    metrics: list[dict]
+
+    @property
+    def status(self) -> str:
+        """done | failed | pending; a result outweighs the failure of an earlier attempt."""
+        return "done" if self.result else "failed" if self.failure else "pending"
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """A plan and its runs, in the plan's order. Frames have the short labels of the plan as columns."""
+
+    directory: Path
+    plan: dict
+    runs: list[Run]
+
+    @property
+    def labels(self) -> list[str]:
+        return [label for _, label in self.plan["labels"]]
+
+    @property
+    def condition(self) -> str:
+        return self.plan["condition"]
+
+    def key(self, cell: dict) -> tuple:
+        """The values of a cell's labels, in the order of the labels; "" for a label that the cell lacks."""
+        return tuple(cell["labels"].get(label, "") for label in self.labels)
+
+    @functools.cached_property
+    def results(self) -> pd.DataFrame:
+        """cell, the labels, seed, the condition, loss (nats per token), ppl, tokens (trained), parameters."""
+        columns = ["cell", *self.labels, "seed", self.condition, "loss", "ppl", "tokens", "parameters"]
+        return pd.DataFrame([row for run in self.runs for row in _result_rows(self, run)], columns=columns)
+
+    @functools.cached_property
+    def timings(self) -> pd.DataFrame:
+        """cell, the labels, seed, phase (train | eval), the condition, and the columns of TIMINGS where measured."""
+        columns = ["cell", *self.labels, "seed", "phase", self.condition, *TIMINGS]
+        return pd.DataFrame([row for run in self.runs for row in _timing_rows(self, run)], columns=columns)
+
+    @functools.cached_property
+    def curves(self) -> pd.DataFrame:
+        """cell, the labels, seed, step, and what the metrics hold; every run that has logged a step, done or not."""
+        rows = [identity(self, run) | line for run in self.runs for line in run.metrics]
+        return pd.DataFrame(rows, columns=["cell", *self.labels, "seed", "step", "loss"] if not rows else None)
+
+    def config(self, cell: dict) -> dict:
+        """The resolved config of a cell; empty where the cell has not been started."""
+        path = self.directory / cell["directory"] / "config.json"
+        return read_json(path) if path.exists() else {}
+
+    def published(self) -> pd.DataFrame | None:
+        """The published numbers that the plan names. Raises UserError where their file is missing."""
+        if not self.plan["published"]:
+            return None
+        path = REPOSITORY / self.plan["published"]
+        if not path.exists():
+            raise UserError(f"study.published = {self.plan['published']!r}: there is no such file")
+        return pd.read_csv(path)
+
+
+def collect(directory: str | Path) -> Study:
+    """Reads runs/<study>, finished or not. Raises UserError where it is not the directory of a study."""
+    directory = Path(directory)
+    if not (directory / "plan.json").exists():
+        raise UserError(f"{directory} has no plan.json: give the directory of a study, such as runs/rope_ablation")
+    plan = read_json(directory / "plan.json")
+    runs = [_run(directory, cell, seed) for cell in plan["cells"] for seed in cell["seeds"]]
+    return Study(directory, plan, runs)
+
+
+def write_csv(study: Study) -> list[Path]:
+    """Writes results.csv, the same bytes whenever the losses are the same, and timings.csv; returns their paths."""
+    results = [row for run in study.runs for row in _result_rows(study, run)]
+    timings = [row for run in study.runs for row in _timing_rows(study, run)]
+    return [
+        write_atomically(study.directory / "results.csv", _csv(list(study.results.columns)[1:], results)),
+        write_atomically(study.directory / "timings.csv", _csv(list(study.timings.columns), timings)),
+    ]
+
+
+def write_atomically(path: Path, content: bytes) -> Path:
+    """A reader, or a run killed here, finds the old file or the new one, never half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
+    return path
+
+
+def identity(study: Study, run: Run) -> dict:
+    """The columns that say which run a row belongs to."""
+    labels = dict(zip(study.labels, study.key(run.cell), strict=True))
+    return {"cell": run.cell["name"], **labels, "seed": run.seed}
+
+
+def read_json(path: Path) -> dict:
+    """Raises UserError where the file is not JSON."""
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from error
+
+
+def _run(directory: Path, cell: dict, seed: int) -> Run:
+    place = directory / cell["directory"] / f"seed-{seed}"
+    result, failure = (
+        read_json(place / name) if (place / name).exists() else None for name in ("result.json", "failure.json")
+    )
+    return Run(cell, seed, result, failure, _metrics(place / "metrics.jsonl"))
+
+
+def _metrics(path: Path) -> list[dict]:
+    """One line for each step: a resumed run takes steps again, and a killed one may leave half a line."""
+    steps = {}
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        steps[entry["step"]] = entry
+    return [steps[step] for step in sorted(steps)]
+
+
+def _result_rows(study: Study, run: Run) -> list[dict]:
+    if not run.result:
+        return []
+    known = identity(study, run)
+    size = {"tokens": run.result["tokens"], "parameters": run.result["parameters"]}
+    return [
+        known
+        | {study.condition: entry[study.condition], "loss": entry["loss"], "ppl": _perplexity(entry["loss"])}
+        | size
+        for entry in run.result["conditions"]
+    ]
+
+
+def _perplexity(loss: float) -> float:
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
+def _timing_rows(study: Study, run: Run) -> list[dict]:
+    if not run.result:
+        return []
+    known = identity(study, run)
+    measured = ("phase", study.condition, *TIMINGS)
+    return [known | {name: entry.get(name) for name in measured} for entry in run.result["timings"]]
+
+
+def _csv(columns: list[str], rows: list[dict]) -> bytes:
+    """Floats as repr gives them, so equal numbers give equal bytes."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()

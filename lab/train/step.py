@@ -1,0 +1,98 @@
+"""The training step and the evaluation step: what is compiled, once each for all cells that can share them."""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from lab.data import Batch
+from lab.model import parameter
+from lab.train.optimizer import Numbers, transformation
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What is compiled in, beside the structure of the model and the shapes of a batch."""
+
+    optimizer: str
+    decay: str
+    microbatches: int
+
+
+class State(NamedTuple):
+    """What a step changes: the model and the state of the optimizer."""
+
+    model: nnx.Module
+    optimizer: optax.OptState
+
+
+class Metrics(NamedTuple):
+    """Of one step, float32 scalars. loss: nats per labelled token, without the z-loss."""
+
+    loss: jax.Array
+    grad_norm: jax.Array
+
+
+def initial_state(model, program: Program) -> State:
+    trainable = parameter.split(model)[1]
+    ones = Numbers(*[1.0] * len(Numbers._fields))  # the state's structure does not depend on them
+    return State(model, transformation(program.optimizer, program.decay, ones, trainable).init(trainable))
+
+
+def summed_losses(model, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Over the labelled tokens of a batch: summed cross entropy (nats), summed log^2 Z, and how many there are."""
+    logits_BTC = model(batch.tokens, batch.coordinates)
+    labelled = batch.labels >= 0
+    log_z = jax.nn.logsumexp(logits_BTC, axis=-1)
+    label_logit = jnp.take_along_axis(logits_BTC, jnp.maximum(batch.labels, 0)[..., None], axis=-1)[..., 0]
+    total = lambda x: jnp.sum(jnp.where(labelled, x, 0))  # noqa: E731
+    return total(log_z - label_logit), total(jnp.square(log_z)), jnp.sum(labelled)
+
+
+def accumulated_gradient(model, batch: Batch, z_loss, microbatches: int):
+    """(cross entropy, gradient), both means over the labelled tokens of the whole batch, however it is cut."""
+    structure, trainable, rest = parameter.split(model)
+    tokens = jnp.maximum(jnp.sum(batch.labels >= 0), 1)
+
+    def objective(trainable, part: Batch):
+        ce, z, _ = summed_losses(nnx.merge(structure, trainable, rest), part)
+        return (ce + z_loss * z) / tokens, ce / tokens
+
+    gradient = jax.grad(objective, has_aux=True)
+    if microbatches == 1:
+        grads, loss = gradient(trainable, batch)
+        return loss, grads
+    # Rows are dealt out in turn, so that every device has its share of each part.
+    parts = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, microbatches, *x.shape[1:]), 1, 0), batch)
+
+    def add(total, part):
+        return jax.tree.map(jnp.add, total, gradient(trainable, part)[::-1]), None
+
+    zero = jnp.float32(0), jax.tree.map(jnp.zeros_like, trainable)
+    return jax.lax.scan(add, zero, parts)[0]
+
+
+def train_step(state: State, numbers: Numbers, batch: Batch, program: Program) -> tuple[State, Metrics]:
+    """One update. `program` is static, `state` is donated."""
+    loss, grads = accumulated_gradient(state.model, batch, numbers.z_loss, program.microbatches)
+    structure, trainable, rest = parameter.split(state.model)
+    optimizer = transformation(program.optimizer, program.decay, numbers, trainable)
+    updates, optimizer_state = optimizer.update(grads, state.optimizer, trainable)
+    model = nnx.merge(structure, optax.apply_updates(trainable, updates), rest)
+    return State(model, optimizer_state), Metrics(loss, optax.global_norm(grads))
+
+
+def evaluation_step(model, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """Summed cross entropy (nats) and the number of labelled tokens."""
+    ce, _, tokens = summed_losses(model, batch)
+    return ce, tokens
+
+
+@functools.cache
+def jitted(function, donate: tuple[int, ...] = (), static: tuple[str, ...] = ()):
+    """One jit per function, so that its traces are shared by all who lower it."""
+    return jax.jit(function, donate_argnums=donate, static_argnames=static)

@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# Runs a lab command as several processes of this machine, joined by JAX's own multi-process runtime.
+#
+#   launch/local.sh PROCESSES [ARGUMENTS of python -m lab.main]
+#   launch/local.sh 2 --config=configs/rope_ablation.py
+#
+# DEVICES=2 sets the CPU devices of each process, PYTHON the interpreter (default: .venv/bin/python), PORT the
+# coordinator's port. Ends with the first exit code that is not 0, and ends the other processes then.
+set -euo pipefail
+if ! [[ ${1:-} =~ ^[1-9][0-9]*$ ]]; then
+  echo "launch/local.sh: the first argument is the number of processes, not '${1:-}'; usage: launch/local.sh 2 --config=configs/rope_ablation.py" >&2
+  exit 2
+fi
+processes=$1
+shift
+cd "$(dirname "$0")/.."
+python=${PYTHON:-.venv/bin/python}
+command -v "$python" >/dev/null || { echo "launch/local.sh: there is no $python: run 'make setup' first, or set PYTHON" >&2; exit 2; }
+port=${PORT:-$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')}
+
+pids=()
+forward() { kill -TERM "${pids[@]}" 2>/dev/null || true; }
+trap forward TERM INT
+for ((process = 0; process < processes; process++)); do
+  JAX_COORDINATOR_ADDRESS=127.0.0.1:$port JAX_NUM_PROCESSES=$processes JAX_PROCESS_ID=$process \
+    JAX_NUM_CPU_DEVICES=${DEVICES:-2} "$python" -m lab.main "$@" &
+  pids+=($!)
+done
+
+code=0
+for ((left = processes; left > 0; left--)); do
+  status=0
+  wait -n -p ended "${pids[@]}" || status=$?
+  # A signal to this script interrupts wait: the processes are still to be waited for.
+  while [[ -z ${ended:-} ]]; do
+    status=0
+    wait -n -p ended "${pids[@]}" || status=$?
+  done
+  if ((status != 0 && code == 0)); then
+    code=$status
+    for ((process = 0; process < processes; process++)); do
+      [[ ${pids[$process]} == "$ended" ]] && echo "launch/local.sh: process $process ended with code $status" >&2
+    done
+    ((status == 75)) || forward # 75: all of them stop at the same step by themselves
+  fi
+  ended=
+done
+exit "$code"

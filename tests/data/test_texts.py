@@ -1,0 +1,294 @@
+"""Documents become texts once, whole or not at all, and data.open says when there are too few."""
+
+import concurrent.futures
+import errno
+import json
+import multiprocessing
+import pickle
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import lab.data
+from lab.data import texts, tokenizers
+from lab.data.corpora import Corpus, Document
+from lab.errors import UserError
+
+BYTES = tokenizers.Bytes()
+
+
+@given(st.integers(0, 60), st.integers(2, 12))
+def test_splitting_keeps_all_but_a_last_single_token(count, text_length):
+    ids, lengths = texts.cut(np.arange(count), "it", text_length, "split")
+    pieces = [list(range(count))[i : i + text_length] for i in range(0, count, text_length)]
+    pieces = [piece for piece in pieces if len(piece) > 1]
+    assert [piece.tolist() for piece in np.split(ids, np.cumsum(lengths))[:-1]] == pieces
+
+
+@given(st.integers(0, 60), st.integers(2, 12))
+def test_truncating_keeps_the_first_piece(count, text_length):
+    ids, lengths = texts.cut(np.arange(count), "it", text_length, "truncate")
+    kept = list(range(min(count, text_length))) if count > 1 else []
+    assert ids.tolist() == kept and lengths.tolist() == [len(kept)] * (count > 1)
+
+
+def test_refusing_names_the_document_and_the_choices():
+    assert texts.cut(np.arange(8), "it", 8, "refuse")[1].tolist() == [8]
+    with pytest.raises(UserError, match=r"book.txt has 9 tokens, over data\.text_length = 8; .*split or truncate"):
+        texts.cut(np.arange(9), "book.txt", 8, "refuse")
+
+
+def corpus(documents, fingerprint="some documents"):
+    return Corpus(fingerprint, "some documents", lambda: iter(documents))
+
+
+def opened(entry, split="train", most=0):
+    return [list(text) for text in texts.Texts(entry, split, most)]
+
+
+def test_texts_end_where_their_document_does():
+    documents = [
+        Document("a", "abcdefg", False),
+        Document("b", "xyz", True),
+        Document("c", "", False),
+        Document("d", "hij", False, ends=False),
+        Document("e", "klmnopqr", False),
+    ]
+    entry = texts.prepare(corpus(documents), BYTES, 4, "split")
+    expected = [b"abcd", [*b"efg", 256], b"hij", b"klmn", b"opqr"]
+    assert opened(entry) == [list(text) for text in expected]
+    assert opened(entry, "validation") == [[*b"xyz", 256]]
+    assert opened(entry, most=2) == [list(text) for text in expected[:2]]
+    assert texts.Texts(entry, "train")[1].dtype == np.int32
+
+
+def test_texts_pickle_as_their_path():
+    entry = texts.prepare(corpus([Document("a", "abcdefg" * 10**5, False)]), BYTES, 4, "split")
+    prepared = texts.Texts(entry, "train", 1000)
+    sent = pickle.dumps(prepared)
+    assert len(sent) < 1000
+    again = pickle.loads(sent)
+    assert len(again) == 1000 and again[999].tolist() == prepared[999].tolist()
+    with pytest.raises(IndexError):
+        again[1000]
+
+
+def test_chunks_do_not_show(monkeypatch):
+    documents = [Document(str(i), "word " * (i % 7), i % 3 == 0) for i in range(50)]
+    whole = texts.prepare(corpus(documents), BYTES, 4, "split")
+    monkeypatch.setattr(texts, "_CHUNK_CHARACTERS", 20)
+    pieces = texts.prepare(corpus(documents, "in chunks"), BYTES, 4, "split")
+    assert texts.read_meta(pieces) == texts.read_meta(whole)
+    assert opened(pieces) == opened(whole)
+
+
+def test_a_large_vocabulary_keeps_its_ids():
+    class Wide(tokenizers.Bytes):
+        size = 100_000
+        fingerprint = "wide"
+
+        def encode(self, text):
+            return super().encode(text) + 70_000
+
+    entry = texts.prepare(corpus([Document("a", "ab", False)]), Wide(), 4, "split")
+    assert opened(entry) == [[70_097, 70_098, 256]]
+
+
+def test_a_second_call_does_not_tokenise():
+    documents = corpus([Document("a", "abcdefg", False)])
+    entry = texts.prepare(documents, BYTES, 4, "split")
+    unread = Corpus(documents.fingerprint, "", None)
+    assert texts.prepare(unread, BYTES, 4, "split") == entry
+    others = [
+        texts.prepare(documents, BYTES, 5, "split"),
+        texts.prepare(documents, BYTES, 4, "truncate"),
+        texts.prepare(corpus([], "other"), BYTES, 4, "split"),
+        texts.prepare(documents, BYTES, 4, "split", (1, 1)),
+    ]
+    assert len({entry, *others}) == 5
+
+
+def test_limits_end_the_reading(monkeypatch):
+    monkeypatch.setattr(texts, "_CHUNK_CHARACTERS", 1)
+
+    def read():
+        for i in range(10):
+            yield Document(str(i), "abcdef", i % 2 == 1)
+        raise AssertionError("read on")
+
+    entry = texts.prepare(Corpus("endless", "", read), BYTES, 2, "split", (5, 4))
+    assert len(opened(entry)) == 5 and len(opened(entry, "validation")) == 4
+
+
+def test_two_builders_at_once_leave_one_entry(cache_root):
+    inner = corpus([Document("a", "abcdefg", False)])
+
+    def read():
+        texts.prepare(inner, BYTES, 4, "split")  # the other one finishes first
+        yield from inner.read()
+
+    entry = texts.prepare(Corpus(inner.fingerprint, "", read), BYTES, 4, "split")
+    assert opened(entry) == [list(b"abcd"), [*b"efg", 256]]
+    assert [path.name for path in (cache_root / "texts").iterdir()] == [entry.name]
+
+
+def test_a_failed_build_leaves_nothing(cache_root):
+    def read():
+        yield Document("a", "abcdefg", False)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        texts.prepare(Corpus("interrupted", "", read), BYTES, 4, "split")
+    assert list((cache_root / "texts").iterdir()) == []
+
+
+def test_a_full_disk_is_one_clear_line(cache_root, monkeypatch):
+    def add(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(texts._Writer, "add", add)
+    with pytest.raises(UserError, match=f"cannot fill the cache {cache_root}: .*No space left.*set LAB_CACHE"):
+        texts.prepare(corpus([Document("a", "abcdefg", False)]), BYTES, 4, "split")
+    assert list((cache_root / "texts").iterdir()) == []
+
+
+def test_a_cache_that_is_no_directory_is_one_clear_line(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("LAB_CACHE", str(tmp_path / "file"))
+    with pytest.raises(UserError, match=r"cannot fill the cache .*set LAB_CACHE"):
+        texts.prepare(corpus([Document("a", "abcdefg", False)]), BYTES, 4, "split")
+
+
+def test_slow_reading_shows_progress(capsys, monkeypatch):
+    documents = corpus([Document("a", "abcdefg", False)] * 3)
+    assert len(list(texts._watched(documents))) == 3
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert len(list(texts._watched(documents, quiet_seconds=-1))) == 3
+    assert "some documents" in capsys.readouterr().err
+
+
+@pytest.fixture
+def stories(config, tmp_path):
+    """A config over 2,000 distinct lines."""
+    path = tmp_path / "stories.jsonl"
+    path.write_text("".join(json.dumps({"text": f"{i:04d}"}) + "\n" for i in range(2000)))
+    config.data.update(corpus="jsonl", path=str(path))
+    return config
+
+
+def open_splits(config):
+    """What data.open gives, as plain lists: for other processes."""
+    opened = lab.data.open(config)
+    return [text.tolist() for text in opened.train], opened.fingerprint
+
+
+def test_open_gives_both_splits_apart(stories):
+    stories.data.text_length = 5
+    opened = lab.data.open(stories)
+    train, validation = (
+        [opened.tokenizer.decode(text) for text in split] for split in (opened.train, opened.validation)
+    )
+    assert sorted(train + validation) == [f"{i:04d}" for i in range(2000)]
+    assert 50 < len(validation) < 150
+
+
+def test_the_fingerprint_is_of_the_tokens(stories, tmp_path):
+    path = tmp_path / "stories.jsonl"
+    first = lab.data.open(stories).fingerprint
+    (tmp_path / "moved.jsonl").write_text(path.read_text().replace('": "', '":  "'))  # other bytes, the same texts
+    stories.data.path = str(tmp_path / "moved.jsonl")
+    assert lab.data.open(stories).fingerprint == first
+    seen = {first}
+    stories.data.texts = 100
+    seen.add(lab.data.open(stories).fingerprint)
+    stories.data.update(texts=0, text_length=3)
+    seen.add(lab.data.open(stories).fingerprint)
+    path.write_text(path.read_text().replace("0007", "abcd"))
+    stories.data.update(path=str(path), text_length=4)
+    seen.add(lab.data.open(stories).fingerprint)
+    assert len(seen) == 4
+
+
+def test_a_cap_keeps_the_first_texts_and_all_validation(stories):
+    whole = lab.data.open(stories)
+    stories.data.texts = 100
+    capped = lab.data.open(stories)
+    assert [t.tolist() for t in capped.train] == [whole.train[i].tolist() for i in range(100)]
+    assert len(capped.validation) == len(whole.validation)
+
+
+def test_a_capped_stream_is_read_once_and_no_further(config, monkeypatch):
+    read = []
+
+    def rows(path):
+        for i in range(10**6):
+            read.append(i)
+            yield f"row {i}", {"text": f"{i:04d}"}
+
+    monkeypatch.setattr("lab.data.corpora._huggingface_rows", rows)
+    monkeypatch.setattr(texts, "_CHUNK_CHARACTERS", 400)
+    config.data.update(corpus="huggingface", path="org/stories", texts=100)
+    first = lab.data.open(config)
+    assert len(first.train) == 100 and len(first.validation) == config.evaluate.texts
+    assert len(read) < 2000
+    del read[:]
+    lab.data.open(config)
+    assert not read
+    config.data.texts = 200
+    second = lab.data.open(config)
+    assert len(second.train) == 200
+    assert [t.tolist() for t in second.validation] == [t.tolist() for t in first.validation]
+
+
+@pytest.mark.slow
+def test_processes_that_open_at_once_agree(stories):
+    stories.data.tokenizer = "bpe:270"
+    stories.model.vocabulary = 270
+    stories.data.text_length = 3
+    with concurrent.futures.ProcessPoolExecutor(3, multiprocessing.get_context("spawn")) as pool:
+        results = list(pool.map(open_splits, [stories] * 3))
+    assert results[0] == results[1] == results[2]
+
+
+@pytest.mark.parametrize(
+    "lines, message",
+    [
+        ([], r"the corpus jsonl \(.*rows\.jsonl\) is empty: no text of at least 2 tokens"),
+        ([""] * 50, "is empty"),
+        ([f"{i:04d}" for i in range(12)], "gives 1[0-2] training texts .* fewer than one step of .* = 4 x 6"),
+        ([f"{i:04d}" for i in range(100)], r"gives \d validation texts, fewer than evaluate.texts = 24"),
+    ],
+)
+def test_a_corpus_that_is_too_small_is_refused(config, tmp_path, lines, message):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    config.data.update(corpus="jsonl", path=str(path))
+    with pytest.raises(UserError, match=message):
+        lab.data.open(config)
+
+
+def test_a_cap_below_one_step_is_refused(stories):
+    stories.data.texts = 23
+    with pytest.raises(UserError, match=r"data\.texts = 23.* fewer than one step"):
+        lab.data.open(stories)
+
+
+def test_a_tokenizer_over_the_vocabulary_is_refused(stories):
+    stories.model.vocabulary = 257
+    with pytest.raises(UserError, match=r"'bytes' has 258 ids, over model\.vocabulary = 257; .* at least 258"):
+        lab.data.open(stories)
+
+
+def test_a_text_over_the_budget_is_refused(stories):
+    stories.data.long_texts = "refuse"
+    with pytest.raises(UserError, match=r"stories\.jsonl, line 1 has 5 tokens, over data\.text_length = 4"):
+        lab.data.open(stories)
+
+
+def test_a_bad_config_is_refused_before_anything_is_read(stories):
+    stories.data.update(align="centre", path="/nowhere")
+    with pytest.raises(UserError, match=r"data\.align"):
+        lab.data.open(stories)
