@@ -46,7 +46,7 @@ def base() -> ConfigDict:
                 tokenizer="bytes",  # bytes | bpe:<size> | the path of a tokenizer.json
                 text_length=32,  # tokens of a text at most
                 long_texts="split",  # split | truncate | refuse
-                texts=0,  # training texts at most, 0 = all
+                texts=0,  # training texts: the first so many, 0 = all
                 texts_per_row=16,
                 rows=4,  # of a training step, over all devices and hosts
                 draw="1-15",  # branches of a group: fixedN or LOW-HIGH

@@ -53,7 +53,12 @@ def _check_enough(config: ConfigDict, searched: str, meta: dict) -> None:
     if not any(found.values()):
         raise UserError(f"the corpus {searched} is empty: no text of at least 2 tokens")
     step = data.rows * data.texts_per_row
-    if found["train"] < step or (data.texts and data.texts < step):
+    if found["train"] < data.texts:
+        raise UserError(
+            f"the corpus {searched} gives {found['train']} training texts, fewer than data.texts = {data.texts}; "
+            "bring more text, or set data.texts lower (0: all there are)"
+        )
+    if min(found["train"], data.texts or found["train"]) < step:
         raise UserError(
             f"the corpus {searched} gives {found['train']} training texts (data.texts = {data.texts}), fewer than "
             f"one step of data.rows x texts_per_row = {data.rows} x {data.texts_per_row}"

@@ -73,6 +73,10 @@ class Rule:
     def __or__(self, other: "Rule") -> "Rule":
         return Rule(("|", self.tree, other.tree))
 
+    def __bool__(self) -> bool:
+        # Python would read `a < b < c`, `!=`, `not`, `and` and `or` as half of what was meant.
+        raise TypeError("a rule is neither true nor false: join comparisons with & and |, and write no chains and no !=")
+
     def visible(self, q: Coordinates, k: Coordinates):
         """Truth values for arrays of coordinates that broadcast against each other, q [..., T, 1] and k [..., 1, S]."""
         return _evaluate(self.tree, q, k, on_ranges=False)

@@ -173,6 +173,7 @@ def _run(run: Run, display: Display, stop: Callable[[int], bool]) -> str:
         run.directory.mkdir(parents=True, exist_ok=True)
         (run.directory / "failure.json").unlink(missing_ok=True)
         _write_json(run.directory.parent / "config.json", json.loads(run.cell.config.to_json_best_effort()))
+        run.data.tokenizer.save(run.directory.parent)
     log = _Log(run, display, every=config.log.every, writes=first)
     checkpoints = Checkpoints(run.directory / "checkpoints", config.checkpoint.keep)
     try:

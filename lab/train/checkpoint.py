@@ -23,29 +23,45 @@ class Position(NamedTuple):
     texts: int
 
 
-def _tree(state: State) -> dict:
-    """The trained part of a state under plain names; tables are rebuilt from the config."""
-    model = nnx.to_pure_dict(parameter.split(state.model)[1])
+def _named(tree) -> dict:
+    """Leaves by the dotted path to each."""
     return {
-        "model": _text_keys(model),
-        "optimizer": {str(i): x for i, x in enumerate(jax.tree.leaves(state.optimizer))},
+        jax.tree_util.keystr(path, simple=True, separator="."): x
+        for path, x in jax.tree_util.tree_leaves_with_path(tree)
     }
 
 
-def _text_keys(tree):
-    return {str(k): _text_keys(v) for k, v in tree.items()} if isinstance(tree, dict) else tree
+def _unnamed(named: dict, like):
+    return jax.tree.unflatten(jax.tree.structure(like), [named[name] for name in _named(like)])
 
 
-def _rebuild(tree: dict, like: State) -> State:
-    structure, trainable, rest = parameter.split(like.model)
-    values = jax.tree.unflatten(jax.tree.structure(trainable), jax.tree.leaves(tree["model"]))
-    leaves = [tree["optimizer"][str(i)] for i in range(len(tree["optimizer"]))]
-    optimizer = jax.tree.unflatten(jax.tree.structure(like.optimizer), leaves)
-    return State(nnx.merge(structure, values, rest), optimizer)
+def _saved(state: State) -> dict:
+    """What a checkpoint holds of a state: tables are not in it, they are rebuilt from the config."""
+    return {"model": _named(parameter.split(state.model)[1]), "optimizer": _named(state.optimizer)}
 
 
 def _restorable(tree):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+def _with_weights(model, named: dict):
+    structure, trainable, rest = parameter.split(model)
+    return nnx.merge(structure, _unnamed(named, trainable), rest)
+
+
+def read_model(directory: pathlib.Path, model, step: int | None = None):
+    """`model` with the weights of a checkpoint, the newest by default. Raises UserError where there is none."""
+    manager = ocp.CheckpointManager(pathlib.Path(directory).absolute())
+    steps = manager.all_steps()
+    if not steps or (step is not None and step not in steps):
+        raise UserError(
+            f"{directory} has no checkpoint{'' if step is None else f' {step}'}; there are: {sorted(steps)}"
+        )
+    target = {"model": _restorable(_named(parameter.split(model)[1]))}
+    arguments = ocp.checkpoint_utils.construct_restore_args(target)
+    only_model = ocp.args.PyTreeRestore(target, restore_args=arguments, partial_restore=True)
+    found = manager.restore(max(steps) if step is None else step, args=ocp.args.Composite(state=only_model))
+    return _with_weights(model, found["state"]["model"])
 
 
 class Checkpoints:
@@ -61,7 +77,7 @@ class Checkpoints:
         if position.step in self._manager.all_steps():
             return
         items = ocp.args.Composite(
-            state=ocp.args.StandardSave(_tree(state)), position=ocp.args.JsonSave(position._asdict())
+            state=ocp.args.StandardSave(_saved(state)), position=ocp.args.JsonSave(position._asdict())
         )
         self._named_if_full(lambda: self._manager.save(position.step, args=items))
 
@@ -72,12 +88,15 @@ class Checkpoints:
     def restore(self, like: State) -> tuple[Position, State] | None:
         """The newest checkpoint that can be read, laid over devices as `like` is; None where there is none."""
         target = ocp.args.Composite(
-            state=ocp.args.StandardRestore(_restorable(_tree(like))), position=ocp.args.JsonRestore()
+            state=ocp.args.StandardRestore(_restorable(_saved(like))), position=ocp.args.JsonRestore()
         )
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
                 found = self._manager.restore(step, args=target)
-                return Position(**found["position"]), _rebuild(found["state"], like)
+                model = _with_weights(like.model, found["state"]["model"])
+                return Position(**found["position"]), State(
+                    model, _unnamed(found["state"]["optimizer"], like.optimizer)
+                )
             except _UNREADABLE as error:
                 reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
                 logging.warning(

@@ -31,7 +31,7 @@ class Trained(NamedTuple):
     state: State
     steps: int  # made here: fewer than configured if the run was resumed
     seconds: float  # their steady wall time, without compiling and restoring
-    outside: float  # the part of it not spent in, or waiting for, the compiled step
+    outside: float  # the part of it in which the devices had nothing to do: data, logging, checkpoints
     tokens: int  # trained on here
     executable: object  # None if no step was left to make
 
@@ -62,33 +62,33 @@ def train(
     program = Program(config.train.optimizer, config.train.decay, config.train.microbatches)
     state = compiled.initial_state(config.model, program, mesh, config.seed)
     position, state = checkpoints.restore(state) or (Position(0, 0), state)
+    checkpoints.save(position, state)  # of step 0: what Orbax does once in a process is done before steps are timed
     on_start(position.step)
     numbers = optimizer.numbers_by_step(config.train)
     texts_per_step = config.data.rows * config.data.texts_per_row
     hosts = dict(process_index=jax.process_index(), process_count=jax.process_count())
     batches = train_batches(config, texts, start=position.step, **hosts)
-    run, pending, inside, steps, tokens = None, None, 0.0, 0, 0
+    run, pending, outside, steps, tokens = None, None, 0.0, 0, 0
 
     def settle() -> None:
         """Waits for the step that was sent last, and checks and reports it."""
-        nonlocal pending, inside
+        nonlocal pending, idle_since
         if pending is not None:
-            before = time.perf_counter()
             metrics = jax.device_get(pending[0])
-            inside += time.perf_counter() - before
+            idle_since = time.perf_counter()
             record, pending = _record(metrics, *pending[1:]), None
             _check_finite(record, position)
             on_step(record)
 
-    begun = time.perf_counter()
+    begun = idle_since = time.perf_counter()
     for step, (batch, info) in enumerate(batches, position.step):
         placed: Batch = lab_mesh.place(batch, mesh)
         if run is None:
             run = compiled.train_step(state, numbers(step), placed, program, mesh)
-            begun, inside = time.perf_counter(), 0.0
-        sent = time.perf_counter()
+            begun = idle_since = time.perf_counter()
+        if pending is None or pending[0].loss.is_ready():  # the devices may have waited for us all the while
+            outside += time.perf_counter() - idle_since
         state, metrics = run(state, numbers(step), placed)
-        inside += time.perf_counter() - sent
         settle()  # of the step before, while this one runs
         pending = metrics, step, info, numbers(step).learning_rate
         steps, tokens = steps + 1, tokens + info.tokens
@@ -101,8 +101,8 @@ def train(
             checkpoints.wait()
             raise Stopped(f"step {step + 1}")
     checkpoints.wait()
-    seconds = time.perf_counter() - begun
-    return Trained(state, steps, seconds, seconds - inside, tokens, run)
+    end = time.perf_counter()
+    return Trained(state, steps, end - begun, outside + end - idle_since, tokens, run)
 
 
 def _record(metrics: Metrics, step: int, info, learning_rate) -> Record:

@@ -1,0 +1,30 @@
+"""Every test runs on eight simulated CPU devices, and shares one cache of compiled programs with all runs before it."""
+
+import os
+import pathlib
+
+_CACHE = pathlib.Path(__file__).resolve().parents[1] / ".pytest_cache" / "lab"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("LAB_CACHE", str(_CACHE))
+
+import hypothesis  # noqa: E402
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+DEVICES = 8
+
+jax.config.update("jax_num_cpu_devices", DEVICES)  # before the backend starts
+jax.config.update("jax_compilation_cache_dir", str(_CACHE / "xla"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+# First calls compile and shared machines stall: time limits of single examples only make tests flaky.
+hypothesis.settings.register_profile("lab", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("lab")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def devices():
+    """The simulated devices. Host device counts in XLA_FLAGS would silently be overruled; fewer would test nothing."""
+    found = jax.devices()
+    assert len(found) == DEVICES
+    return found

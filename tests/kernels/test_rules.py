@@ -1,0 +1,167 @@
+import operator
+
+import numpy as np
+import packs
+import pytest
+from drawn_rules import drawn_rules
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lab.coordinates import Coordinates
+from lab.errors import UserError
+from lab.kernels import rules
+from lab.kernels.rules import Range
+
+seeds = st.integers(0, 2**32 - 1)
+
+# What the specification says of one query and one key of a segment, in plain words.
+DEFINITIONS = {
+    "causal": lambda q, k: k.index <= q.index,
+    "all_branches": lambda q, k: k.time < q.time or k.index == q.index,
+    "own_branch": lambda q, k: k.branch in (0, q.branch) and not k.time > q.time,
+}
+
+
+def sees(name: str, q: Coordinates, k: Coordinates) -> bool:
+    """Of two tokens with plain ints: may q look at k?"""
+    return q.segment != -1 and q.segment == k.segment and bool(DEFINITIONS[name](q, k))
+
+
+def tile(rng: np.random.Generator, tokens: int, width: int) -> Coordinates:
+    """Coordinates [tokens] whose fields each spread over at most `width` values."""
+    fields = (rng.integers(0, 30) + rng.integers(0, width, tokens) for _ in packs.FIELDS)
+    return Coordinates(*fields)
+
+
+def ranges(coordinates: Coordinates) -> Coordinates:
+    return Coordinates(*(Range(f.min(), f.max()) for f in (getattr(coordinates, name) for name in packs.FIELDS)))
+
+
+def pairs(q: Coordinates, k: Coordinates) -> tuple[Coordinates, Coordinates]:
+    return q.map(lambda x: x[:, None]), k.map(lambda x: x[None, :])
+
+
+@given(drawn_rules, seeds, st.sampled_from([1, 2, 6, 40]), st.sampled_from([1, 3, 12]))
+def test_ranges_never_say_a_wrong_always_or_never(rule, seed, width, tokens):
+    rng = np.random.default_rng(seed)
+    q, k = tile(rng, tokens, width), tile(rng, tokens, width)
+    dense = rule.plain(*pairs(q, k))
+    certainly, possibly = rule.made.visible_range(ranges(q), ranges(k))
+    assert not certainly or dense.all()
+    assert possibly or not dense.any()
+
+
+@given(drawn_rules, seeds)
+def test_ranges_of_single_tokens_are_exact(rule, seed):
+    rng = np.random.default_rng(seed)
+    q, k = tile(rng, 1, 30), tile(rng, 1, 30)
+    expected = bool(np.all(rule.plain(q, k)))
+    assert [bool(x) for x in rule.made.visible_range(ranges(q), ranges(k))] == [expected, expected]
+
+
+@given(drawn_rules, seeds)
+def test_the_dense_form_says_what_its_operators_say(rule, seed):
+    rng = np.random.default_rng(seed)
+    q, k = pairs(tile(rng, 7, 9), tile(rng, 5, 9))
+    np.testing.assert_array_equal(np.broadcast_to(rule.made.visible(q, k), (7, 5)), rule.plain(q, k))
+
+
+@given(drawn_rules, drawn_rules)
+def test_rules_compare_and_hash_by_value(one, other):
+    again = rules.Rule(one.made.tree)
+    assert again == one.made and hash(again) == hash(one.made) and len({again, one.made}) == 1
+    assert (one.made == other.made) == (one.made.tree == other.made.tree)
+    assert one.made & other.made == again & other.made
+    assert one.made & other.made != one.made | other.made
+
+
+def test_rules_written_twice_are_equal():
+    assert rules.window(3) == rules.window(3) != rules.window(4)
+    assert rules.k.index <= rules.q.index == rules.causal
+    assert (rules.k.time + 1 <= rules.q.time) != (rules.k.time + 2 <= rules.q.time)
+
+
+@pytest.mark.parametrize("written", [
+    lambda q, k: (k.time < q.time) and (k.index == q.index),
+    lambda q, k: not k.time < q.time,
+    lambda q, k: k.branch != q.branch,
+    lambda q, k: 0 < k.time < q.time,
+])  # fmt: skip
+def test_what_python_would_read_as_half_a_rule_is_refused(written):
+    with pytest.raises(TypeError, match="&"):
+        written(rules.q, rules.k)
+
+
+@pytest.mark.parametrize("divide", [operator.floordiv, operator.mod])
+@pytest.mark.parametrize("by", [0, -3, 1.5, rules.k.time])
+def test_division_takes_a_positive_constant(divide, by):
+    with pytest.raises(ValueError, match="at least 1"):
+        divide(rules.q.time, by)
+
+
+@pytest.mark.parametrize("name", rules.RULES)
+@given(seed=seeds, pack=st.sampled_from(sorted(packs.PACKS)))
+def test_named_rules_against_their_definitions(name, seed, pack):
+    rng = np.random.default_rng(seed)
+    q, k = (packs.PACKS[pack](rng, 2, length) for length in (9, 12))
+    seen = rules.visible(rules.RULES[name], q, k)
+    expected = [
+        [[sees(name, packs.token(q, b, t), packs.token(k, b, s)) for s in range(12)] for t in range(9)]
+        for b in range(2)
+    ]
+    np.testing.assert_array_equal(seen, expected)
+
+
+@given(seeds, st.integers(1, 15))
+def test_window_against_its_definition(seed, n):
+    at = packs.scattered(np.random.default_rng(seed), 1, 15)
+    expected = np.zeros((15, 15), bool)
+    for t in range(15):
+        for s in range(15):
+            q, k = packs.token(at, 0, t), packs.token(at, 0, s)
+            expected[t, s] = q.segment >= 0 and q.segment == k.segment and q.time - n < k.time
+    np.testing.assert_array_equal(rules.visible(rules.window(n), at, at)[0], expected)
+
+
+@pytest.mark.parametrize("name", rules.RULES)
+@given(seed=seeds, block=st.integers(1, 30))
+def test_mean_visible_keys_against_a_loop(name, seed, block):
+    at = packs.interleaved(np.random.default_rng(seed), 2, 24)
+    seen = tokens = 0
+    for b in range(2):
+        row = [packs.token(at, b, t) for t in range(24)]
+        tokens += sum(q.segment >= 0 for q in row)
+        seen += sum(sees(name, q, k) for q in row for k in row)
+    assert rules.mean_visible_keys(rules.RULES[name], at, block) == pytest.approx(seen / tokens, rel=1e-12)
+
+
+def test_mean_visible_keys_of_one_causal_text():
+    assert rules.mean_visible_keys(rules.causal, Coordinates.single(3, 9)) == 5.0
+    assert rules.mean_visible_keys(rules.causal, Coordinates.padding(1, 4)) == 0.0
+
+
+@given(st.lists(st.sampled_from(sorted(rules.RULES)) | st.integers(1, 999), min_size=1, max_size=4))
+def test_parse_reads_what_a_config_spells(parts):
+    made = [rules.window(part) if isinstance(part, int) else rules.RULES[part] for part in parts]
+    expected = made[0]
+    for rule in made[1:]:
+        expected = expected & rule
+    spelled = [f"window({part})" if isinstance(part, int) else part for part in parts]
+    assert rules.parse("&".join(spelled)) == rules.parse("  &  ".join(spelled)) == expected
+
+
+@pytest.mark.parametrize(("text", "names"), [
+    ("own_branches", ["own_branches", "own_branch", "causal", "window(n)"]),
+    ("", ["model.rule = ''", "causal"]),
+    ("causal &", ["model.rule = ''"]),
+    ("causal | own_branch", ["causal | own_branch"]),
+    ("window", ["'window'", "window(n)"]),
+    ("window(n)", ["window(128)"]),
+    ("window(-1)", ["window(-1)", "window(n)"]),
+    ("causal & window(0)", ["window(0)", "at least 1"]),
+])  # fmt: skip
+def test_parse_refuses_by_name(text, names):
+    with pytest.raises(UserError) as refused:
+        rules.parse(text)
+    assert "\n" not in str(refused.value)
+    assert all(name in str(refused.value) for name in names)

@@ -1,0 +1,97 @@
+import jax
+import numpy as np
+import packs
+import pytest
+from drawn_rules import drawn_rules
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lab import kernels
+from lab.coordinates import Coordinates
+from lab.kernels import rules, tiled, tiles
+
+seeds = st.integers(0, 2**32 - 1)
+Q_TILE, K_TILE = 4, 3
+NAMED = [*rules.RULES.values(), rules.own_branch & rules.window(5), rules.causal | (rules.k.branch == 0)]
+
+
+def lists(rule, q: Coordinates, k: Coordinates, q_tile: int = Q_TILE, k_tile: int = K_TILE):
+    """(query coordinates, key coordinates, tiles), all numpy, padded to whole tiles."""
+    q, k = tiles.pad_to_tiles(q, q_tile), tiles.pad_to_tiles(k, k_tile)
+    return jax.device_get((q, k, tiles.make_tiles(rule, q, k, q_tile, k_tile)))
+
+
+def check_lists(rule, q: Coordinates, k: Coordinates) -> None:
+    q, k, made = lists(rule, q, k)
+    seen = rules.visible(rule, q, k)
+    B, n, m = made.keys.shape
+    blocks = seen.reshape(B, n, Q_TILE, m, K_TILE).swapaxes(2, 3)  # [B, n, m, Q_TILE, K_TILE]
+    q_real, k_real = (q.segment >= 0).reshape(B, n, Q_TILE), (k.segment >= 0).reshape(B, m, K_TILE)
+    assert made.keys.dtype == made.full.dtype == made.total.dtype == np.int32
+    for b in range(B):
+        for i in range(n):
+            full, total = made.full[b, i], made.total[b, i]
+            assert 0 <= full <= total <= m
+            listed = made.keys[b, i, :total].tolist()
+            assert len(set(listed)) == total and set(listed) <= set(range(m))
+            assert {j for j in range(m) if blocks[b, i, j].any()} <= set(listed)
+            assert q_real[b, i].any() or total == 0
+            assert all(k_real[b, j].any() for j in listed)
+            for j in listed[:full]:  # what needs no mask: only padded queries may see less
+                assert blocks[b, i, j][q_real[b, i]].all()
+
+
+@pytest.mark.parametrize("rule", NAMED, ids=range(len(NAMED)))
+@pytest.mark.parametrize("pack", packs.PACKS)
+@settings(max_examples=10)
+@given(seed=seeds)
+def test_lists_of_named_rules(rule, pack, seed):
+    rng = np.random.default_rng(seed)
+    check_lists(rule, packs.PACKS[pack](rng, 2, 22), packs.PACKS[pack](rng, 2, 17))
+
+
+@pytest.mark.parametrize("pack", packs.PACKS)
+@settings(max_examples=10)
+@given(rule=drawn_rules, seed=seeds)
+def test_lists_of_any_rule(rule, pack, seed):
+    at = packs.PACKS[pack](np.random.default_rng(seed), 2, 24)
+    check_lists(rule.made, at, at)
+
+
+def test_one_causal_text_needs_the_lower_triangle():
+    at = Coordinates.single(1, 24)
+    _, _, made = lists(rules.causal, at, at, 4, 4)
+    assert made.total[0].tolist() == [1, 2, 3, 4, 5, 6]
+    assert made.full[0].tolist() == [0, 1, 2, 3, 4, 5]
+    assert [made.keys[0, i, i] for i in range(6)] == list(range(6))  # the diagonal is what needs a mask
+
+
+def test_a_window_needs_a_band():
+    at = Coordinates.single(1, 24)
+    _, _, made = lists(rules.causal & rules.window(5), at, at, 4, 4)
+    assert made.total[0].tolist() == [1, 2, 2, 2, 2, 2]
+
+
+def test_segments_need_only_their_own_tiles():
+    segment = np.repeat([0, 1, -1], 8)[None].astype(np.int32)
+    index = np.tile(np.arange(8, dtype=np.int32), 3)[None]
+    at = Coordinates(segment, np.ones_like(segment), index, index)
+    _, _, made = lists(rules.own_branch, at, at, 4, 4)
+    assert [set(made.keys[0, i, : made.total[0, i]].tolist()) for i in range(6)] == [
+        {0}, {0, 1}, {2}, {2, 3}, set(), set(),
+    ]  # fmt: skip
+
+
+def test_padding_only_gives_empty_lists():
+    _, _, made = lists(rules.causal, Coordinates.padding(2, 9), Coordinates.padding(2, 9))
+    assert not made.total.any() and not made.full.any()
+
+
+def test_plan_is_what_the_tiled_implementation_makes_for_itself():
+    at = packs.interleaved(np.random.default_rng(0), 2, 130)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        kernels.plan_tiles(at, at, rules.own_branch),
+        tiled.plan(rules.own_branch, at, at),
+    )
+    assert kernels.plan_tiles(at, at, rules.own_branch, "reference") is None
