@@ -75,7 +75,7 @@ class Rule:
 
     def __bool__(self) -> bool:
         # Python would read `a < b < c`, `!=`, `not`, `and` and `or` as half of what was meant.
-        raise TypeError("a rule is neither true nor false: join comparisons with & and |, and write no chains and no !=")
+        raise TypeError("a rule is neither true nor false: join comparisons with & and |; no chains, no !=")
 
     def visible(self, q: Coordinates, k: Coordinates):
         """Truth values for arrays of coordinates that broadcast against each other, q [..., T, 1] and k [..., 1, S]."""

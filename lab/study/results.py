@@ -14,7 +14,7 @@ import pandas as pd
 from lab.errors import UserError
 
 REPOSITORY = Path(__file__).parents[2]
-TIMINGS = ("seconds", "tokens_per_second", "peak_bytes", "compile_seconds", "overhead_share")
+TIMINGS = ("seconds", "tokens_per_second", "peak_bytes", "overhead_share")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -62,7 +62,7 @@ def _cells(study: Study) -> list[Block]:
     planned = {
         "parameters": lambda cell: f"{cell['parameters']:,}",
         "parameters besides embeddings": lambda cell: f"{cell['parameters_non_embedding']:,}",
-        "training FLOPs per token": lambda cell: short(cell["train_flops_per_token"]),
+        "FLOPs/token": lambda cell: short(cell["train_flops_per_token"]),
         "cache per token and layer": lambda cell: f"{cell['cache_per_token_per_layer']:,}",
         "training tokens": lambda cell: f"{cell['tokens']:,}",
         "executable": lambda cell: f"`{cell['executable']}`",
@@ -70,7 +70,7 @@ def _cells(study: Study) -> list[Block]:
     cells = study.plan["cells"]
     common = {name: show(cells[0]) for name, show in planned.items() if len({show(cell) for cell in cells}) == 1}
     differing = {name: show for name, show in planned.items() if name not in common}
-    measured = ("train s", "tokens/s", "compile s", "outside the step", "peak MiB")
+    measured = ("train s", "tokens/s", "outside the step", "peak MiB")
     rows = [
         [
             *map(str, study.key(cell)),
@@ -99,12 +99,11 @@ def _status(study: Study, cell: dict) -> str:
 def _training_cost(study: Study, cell: dict) -> list[str]:
     frame = study.timings
     train = frame[(frame["cell"] == cell["name"]) & (frame["phase"] == "train")]
-    seconds, speed, build, outside, peak = (
-        train[name].astype(float).mean()
-        for name in ("seconds", "tokens_per_second", "compile_seconds", "overhead_share", "peak_bytes")
+    seconds, speed, outside, peak = (
+        train[name].astype(float).mean() for name in ("seconds", "tokens_per_second", "overhead_share", "peak_bytes")
     )
     share = "—" if math.isnan(outside) else f"{100 * outside:.1f}%"
-    return [number(seconds, 1), number(speed, 0), number(build, 1), share, number(peak / MEBIBYTE, 0)]
+    return [number(seconds, 1), number(speed, 0), share, number(peak / MEBIBYTE, 0)]
 
 
 def _failures(study: Study) -> list[Block]:

@@ -36,6 +36,28 @@ class Trained(NamedTuple):
     executable: object  # None if no step was left to make
 
 
+class Stopwatch:
+    """Steady wall time of the steps, and the part of it in which the devices had nothing to do."""
+
+    def __init__(self):
+        self.outside, self._begun = 0.0, time.perf_counter()
+        self._idle_since = self._begun
+
+    def send(self, running: bool) -> None:
+        """A step is sent now. If none is running, the devices may have waited ever since the last one was settled."""
+        if not running:
+            self.outside += time.perf_counter() - self._idle_since
+
+    def settle(self) -> None:
+        """The last step sent is done."""
+        self._idle_since = time.perf_counter()
+
+    def stop(self) -> float:
+        """All is saved: seconds since the first step."""
+        self.send(running=False)
+        return time.perf_counter() - self._begun
+
+
 class NonFinite(Exception):
     """The loss or the gradient norm of a step is not a number."""
 
@@ -68,26 +90,23 @@ def train(
     texts_per_step = config.data.rows * config.data.texts_per_row
     hosts = dict(process_index=jax.process_index(), process_count=jax.process_count())
     batches = train_batches(config, texts, start=position.step, **hosts)
-    run, pending, outside, steps, tokens = None, None, 0.0, 0, 0
+    run, clock, pending, steps, tokens = None, Stopwatch(), None, 0, 0
 
     def settle() -> None:
         """Waits for the step that was sent last, and checks and reports it."""
-        nonlocal pending, idle_since
+        nonlocal pending
         if pending is not None:
             metrics = jax.device_get(pending[0])
-            idle_since = time.perf_counter()
+            clock.settle()
             record, pending = _record(metrics, *pending[1:]), None
             _check_finite(record, position)
             on_step(record)
 
-    begun = idle_since = time.perf_counter()
     for step, (batch, info) in enumerate(batches, position.step):
         placed: Batch = lab_mesh.place(batch, mesh)
         if run is None:
-            run = compiled.train_step(state, numbers(step), placed, program, mesh)
-            begun = idle_since = time.perf_counter()
-        if pending is None or pending[0].loss.is_ready():  # the devices may have waited for us all the while
-            outside += time.perf_counter() - idle_since
+            run, clock = compiled.train_step(state, numbers(step), placed, program, mesh), Stopwatch()
+        clock.send(running=pending is not None and not pending[0].loss.is_ready())
         state, metrics = run(state, numbers(step), placed)
         settle()  # of the step before, while this one runs
         pending = metrics, step, info, numbers(step).learning_rate
@@ -101,8 +120,7 @@ def train(
             checkpoints.wait()
             raise Stopped(f"step {step + 1}")
     checkpoints.wait()
-    end = time.perf_counter()
-    return Trained(state, steps, end - begun, outside + end - idle_since, tokens, run)
+    return Trained(state, steps, clock.stop(), clock.outside, tokens, run)
 
 
 def _record(metrics: Metrics, step: int, info, learning_rate) -> Record:
@@ -112,8 +130,7 @@ def _record(metrics: Metrics, step: int, info, learning_rate) -> Record:
 
 def _check_finite(record: Record, position: Position) -> None:
     if not (math.isfinite(record.loss) and math.isfinite(record.grad_norm)):
-        good = f"checkpoint {position.step}" if position.step else "none"
         raise NonFinite(
             f"step {record.step}: loss {record.loss}, gradient norm {record.grad_norm}, batch {record.text_hash}; "
-            f"last good checkpoint: {good}"
+            f"last good checkpoint: {position.step}"
         )

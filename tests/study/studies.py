@@ -72,7 +72,6 @@ def write_run(directory, cell, seed, loss=plausible, counts=COUNTS, speed=45000.
                 "seconds": 512000 / speed,
                 "tokens_per_second": speed,
                 "peak_bytes": 700 * 2**20,
-                "compile_seconds": 4.2,
                 "overhead_share": 0.021,
             },
             *(

@@ -53,7 +53,7 @@ def test_timings_csv_has_training_and_every_condition(tmp_path):
     frame = pd.read_csv(tmp_path / "timings.csv")
     assert len(frame) == 30 * 3
     train = frame[frame["phase"] == "train"]
-    assert len(train) == 30 and set(train["compile_seconds"]) == {4.2} and train["eval_branch"].isna().all()
+    assert len(train) == 30 and train["eval_branch"].isna().all()
     assert sorted(set(frame[frame["phase"] == "eval"]["eval_branch"])) == [1, 4]
 
 

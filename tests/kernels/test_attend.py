@@ -1,0 +1,267 @@
+"""K and V widths differ from each other throughout, so that mixing them up fails."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import packs
+import pytest
+from drawn_rules import drawn_rules
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lab import kernels
+from lab.coordinates import Coordinates
+from lab.errors import UserError
+from lab.kernels import rules
+from lab.kernels.rules import Rule
+
+seeds = st.integers(0, 2**32 - 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What an attention is compiled for."""
+
+    T: int = 70  # more than a tile, and no multiple of one
+    S: int = 70
+    rule: Rule = rules.all_branches
+    H: int = 4
+    G: int = 2
+    K: int = 8
+    V: int = 6
+    scale: float | None = None
+    softcap: float | None = None
+    dtype: str = "float32"
+
+    @property
+    def options(self) -> dict:
+        return dict(scale=self.scale, softcap=self.softcap, return_lse=True)
+
+
+CASES = {
+    "all_branches": Case(),
+    "own_branch, capped": Case(rule=rules.own_branch & rules.window(9), softcap=1.5, scale=0.7, H=6, G=2),
+    "causal, few queries": Case(T=3, S=130, rule=rules.causal, H=2, G=2, K=6, V=16),
+}
+SLOW_CASES = {
+    "own_branch": Case(T=130, S=130, rule=rules.own_branch, H=8, G=1),
+    "window": Case(rule=rules.window(7), H=3, G=1, V=12),
+    "few keys": Case(T=130, S=5, rule=rules.all_branches, H=2, G=1),
+    "one query": Case(T=1, S=90, rule=rules.own_branch),
+    "even tiles, capped": Case(T=128, S=192, rule=rules.causal & rules.window(40), softcap=5.0, H=4, G=4),
+    "one of everything": Case(T=1, S=1, rule=rules.causal, H=1, G=1, K=2, V=1),
+}
+MARKED = [*CASES] + [pytest.param(name, marks=pytest.mark.slow) for name in SLOW_CASES]
+BATCH = 2
+
+
+def draw(case: Case, seed: int, pack: str = "scattered"):
+    """((q, k, v), (query, key) coordinates, (cotangent of o, of lse))"""
+    rng = np.random.default_rng(seed)
+    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), case.dtype)  # noqa: E731
+    arrays = (
+        normal(BATCH, case.T, case.H, case.K),
+        normal(BATCH, case.S, case.G, case.K),
+        normal(BATCH, case.S, case.G, case.V),
+    )
+    keys = packs.PACKS[pack](rng, BATCH, case.S)
+    some = np.sort(rng.permutation(case.S)[: case.T])
+    short = case.T <= case.S  # queries are tokens among the keys where there are enough of them
+    queries = keys.map(lambda x: x[:, some]) if short else packs.PACKS[pack](rng, BATCH, case.T)
+    cotangents = normal(BATCH, case.T, case.H, case.V), normal(BATCH, case.T, case.H).astype(jnp.float32)
+    return arrays, (queries, keys), cotangents
+
+
+@functools.cache
+def compiled(case: Case, implementation: str):
+    """(arrays, coordinates, cotangents) -> (o, lse), (dq, dk, dv)"""
+
+    def run(arrays, coordinates, cotangents):
+        def attend(*arrays):
+            return kernels.attend(*arrays, *coordinates, case.rule, implementation=implementation, **case.options)
+
+        outputs, pull = jax.vjp(attend, *arrays)
+        return outputs, pull(cotangents)
+
+    return jax.jit(run)
+
+
+def by_loop(case: Case, arrays, coordinates):
+    """(o, lse) in float64, one query at a time."""
+    q, k, v = (np.asarray(x, np.float64) for x in arrays)
+    queries, keys = coordinates
+    o, lse = np.zeros((BATCH, case.T, case.H, case.V)), np.full((BATCH, case.T, case.H), -np.inf)
+    seen = rules.visible(case.rule, queries, keys)
+    scale = case.K**-0.5 if case.scale is None else case.scale
+    for b, t, h in np.ndindex(BATCH, case.T, case.H):
+        visible, g = np.flatnonzero(seen[b, t]), h // (case.H // case.G)
+        if not len(visible):
+            continue
+        scores = np.array([scale * np.dot(q[b, t, h], k[b, s, g]) for s in visible])
+        if case.softcap:
+            scores = case.softcap * np.tanh(scores / case.softcap)
+        weights = np.exp(scores - scores.max())
+        lse[b, t, h] = scores.max() + np.log(weights.sum())
+        o[b, t, h] = weights / weights.sum() @ v[b, visible, g]
+    return o, lse
+
+
+def check_close(got, expected, tolerance: float = 1e-5) -> None:
+    """Within the tolerance, relative to the largest finite value (or to one), and infinite in the same places."""
+
+    def check(got, expected):
+        got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
+        assert not np.isnan(got).any()
+        np.testing.assert_array_equal(np.isinf(got), np.isinf(expected))
+        finite = np.isfinite(expected)
+        size = max(1.0, np.abs(expected[finite]).max(initial=0.0))
+        np.testing.assert_allclose(got[finite], expected[finite], rtol=0, atol=tolerance * size)
+
+    jax.tree.map(check, got, expected)
+
+
+def case_of(name: str) -> Case:
+    return (CASES | SLOW_CASES)[name]
+
+
+@pytest.mark.parametrize("name", MARKED)
+@settings(max_examples=5)
+@given(seed=seeds, pack=st.sampled_from(sorted(packs.PACKS)))
+def test_reference_against_a_loop(name, seed, pack):
+    arrays, coordinates, cotangents = draw(case_of(name), seed, pack)
+    outputs, _ = compiled(case_of(name), "reference")(arrays, coordinates, cotangents)
+    check_close(outputs, by_loop(case_of(name), arrays, coordinates))
+
+
+@pytest.mark.parametrize("name", MARKED)
+@settings(max_examples=20)
+@given(seed=seeds, pack=st.sampled_from(sorted(packs.PACKS)))
+def test_tiled_equals_reference_forward_and_backward(name, seed, pack):
+    inputs = draw(case_of(name), seed, pack)
+    expected, got = (compiled(case_of(name), which)(*inputs) for which in ("reference", "tiled"))
+    check_close(got, expected)
+
+
+@pytest.mark.slow
+@settings(max_examples=40)
+@given(rule=drawn_rules, seed=seeds, pack=st.sampled_from(sorted(packs.PACKS)))
+def test_tiled_equals_reference_for_any_rule(rule, seed, pack):
+    case = Case(T=70, S=70, H=2, G=1, K=4, V=3, rule=rule.made)
+    inputs = draw(case, seed, pack)
+    check_close(compiled(case, "tiled")(*inputs), compiled(case, "reference")(*inputs))
+
+
+@settings(max_examples=5)
+@given(seed=seeds, pack=st.sampled_from(sorted(packs.PACKS)))
+def test_bfloat16_is_near_the_exact_result_of_the_same_inputs(seed, pack):
+    case = Case(dtype="bfloat16", rule=rules.own_branch)
+    arrays, coordinates, cotangents = draw(case, seed, pack)
+    outputs, gradients = compiled(case, "tiled")(arrays, coordinates, cotangents)
+    assert outputs[0].dtype == jnp.bfloat16 and outputs[1].dtype == jnp.float32
+    assert {g.dtype for g in gradients} == {jnp.dtype("bfloat16")}
+    exact = jax.tree.map(lambda x: x.astype(jnp.float32), (arrays, cotangents))
+    expected = compiled(dataclasses.replace(case, dtype="float32"), "reference")(exact[0], coordinates, exact[1])
+    check_close((outputs, gradients), expected, tolerance=0.03)
+
+
+@pytest.mark.parametrize("implementation", kernels.IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", CASES)
+def test_queries_that_see_nothing_give_zeros_and_no_gradient(name, implementation):
+    case = case_of(name)
+    arrays, (queries, keys), cotangents = draw(case, 0)
+    blind = np.arange(case.T) % 3 == 0
+    queries = dataclasses.replace(queries, segment=np.where(blind, 7, queries.segment))  # nobody else's segment
+    keys = dataclasses.replace(keys, segment=np.where(keys.segment == 2, -1, keys.segment))
+    (o, lse), (dq, dk, dv) = jax.device_get(compiled(case, implementation)(arrays, (queries, keys), cotangents))
+    seen = rules.visible(case.rule, queries, keys)
+    sees_none, seen_by_none = ~seen.any(2), ~seen.any(1)
+    assert sees_none.any() and seen_by_none.any() and seen.any()
+    assert not o[sees_none].any() and not dq[sees_none].any()
+    assert (lse[sees_none] == -np.inf).all() and np.isfinite(lse[~sees_none]).all()
+    assert not dk[seen_by_none].any() and not dv[seen_by_none].any()
+    assert dq[~sees_none].any() and all(np.isfinite(x).all() for x in (o, dq, dk, dv))
+
+
+@pytest.mark.parametrize("implementation", kernels.IMPLEMENTATIONS)
+def test_nothing_but_padding_gives_zeros(implementation):
+    case = CASES["all_branches"]
+    arrays, _, cotangents = draw(case, 1)
+    padding = Coordinates.padding(BATCH, case.T)
+    (o, lse), gradients = compiled(case, implementation)(arrays, (padding, padding), cotangents)
+    assert not np.any(o) and np.all(lse == -np.inf)
+    assert not any(np.any(g) for g in gradients)
+
+
+def test_large_scores_do_not_overflow():
+    case = CASES["all_branches"]
+    (q, k, v), coordinates, cotangents = draw(case, 2)
+    inputs = (100 * q, 100 * k, v), coordinates, cotangents
+    expected, got = (compiled(case, which)(*inputs) for which in ("reference", "tiled"))
+    check_close(got[0], expected[0], tolerance=1e-4)
+    assert all(np.isfinite(x).all() for x in got[1])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_calls_are_identical_to_the_bit(name):
+    inputs = draw(case_of(name), 3, "interleaved")
+    first, second = (jax.device_get(compiled(case_of(name), "tiled")(*inputs)) for _ in range(2))
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
+@pytest.mark.parametrize("implementation", kernels.IMPLEMENTATIONS)
+@settings(max_examples=3)
+@given(seed=seeds)
+def test_the_order_of_queries_and_keys_is_free(implementation, seed):
+    case = CASES["all_branches"]
+    (q, k, v), (queries, keys), (do, dlse) = draw(case, seed, "interleaved")
+    rng = np.random.default_rng(seed)
+    t, s = rng.permutation(case.T), rng.permutation(case.S)
+    moved = (
+        (q[:, t], k[:, s], v[:, s]),
+        (queries.map(lambda x: x[:, t]), keys.map(lambda x: x[:, s])),
+        (do[:, t], dlse[:, t]),
+    )
+    run = compiled(case, implementation)
+    (o, lse), (dq, dk, dv) = run((q, k, v), (queries, keys), (do, dlse))
+    check_close(run(*moved), ((o[:, t], lse[:, t]), (dq[:, t], dk[:, s], dv[:, s])))
+
+
+def test_tiles_made_before_change_nothing():
+    case = CASES["all_branches"]
+    arrays, coordinates, _ = draw(case, 4, "interleaved")
+    attend = jax.jit(lambda tiles: kernels.attend(*arrays, *coordinates, case.rule, tiles=tiles))
+    np.testing.assert_array_equal(attend(kernels.plan_tiles(*coordinates, case.rule)), attend(None))
+
+
+def test_defaults_are_the_scale_of_the_key_width_no_cap_and_no_lse():
+    case = CASES["all_branches"]
+    arrays, coordinates, _ = draw(case, 5)
+    o = kernels.attend(*arrays, *coordinates, case.rule)
+    said = kernels.attend(*arrays, *coordinates, case.rule, scale=8**-0.5, softcap=None, implementation="auto")
+    np.testing.assert_array_equal(o, said)
+    check_close(o, by_loop(case, arrays, coordinates)[0])
+
+
+def temporaries(implementation: str, T: int) -> int:
+    """Bytes of scratch memory of a forward and backward pass over one row."""
+    case = Case(T=T, S=T, rule=rules.own_branch, H=2, G=1, K=16, V=16)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), draw(case, 0))
+    return compiled(case, implementation).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
+
+
+def test_memory_of_tiled_grows_with_the_length_not_its_square():
+    tiled, dense = ([temporaries(which, T) for T in (1024, 2048)] for which in ("tiled", "reference"))
+    assert tiled[1] < 2.2 * tiled[0]
+    assert dense[1] > 3.5 * dense[0] and dense[1] > 10 * tiled[1]
+
+
+def test_refusals_name_the_choices():
+    (q, k, v), coordinates, _ = draw(Case(), 0)
+    with pytest.raises(UserError, match=r"'tild' is unknown \(did you mean 'tiled'\?\).*auto, reference, tiled"):
+        kernels.attend(q, k, v, *coordinates, rules.causal, implementation="tild")
+    with pytest.raises(UserError, match="4 query heads cannot share 3 key heads; choose a divisor of 4"):
+        three = lambda x: jnp.repeat(x, 2, axis=2)[:, :, :3]  # noqa: E731
+        kernels.attend(q, three(k), three(v), *coordinates, rules.causal)
