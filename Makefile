@@ -1,5 +1,7 @@
 # make run | make test | make setup. PYTHON picks the interpreter (3.11 to 3.13), VENV the environment.
-PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do command -v $$p && break; done 2>/dev/null)
+# The first that runs and is recent enough: a version manager's shim may be on the path and run nothing.
+RECENT = import sys; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do $$p -c '$(RECENT)' && echo $$p && break; done 2>/dev/null)
 VENV ?= .venv
 CONFIG ?= configs/rope_ablation.py
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
@@ -21,9 +23,10 @@ smoke: $(VENV)/.tests
 	$(VENV)/bin/python -m pytest -m smoke
 
 $(VENV)/.runs: requirements.txt
+	@test -n "$(PYTHON)" || { echo "lab needs Python 3.11 or newer, and none was found; name one: make PYTHON=/path/to/python"; exit 1; }
+	@$(PYTHON) -c '$(RECENT)' || { echo "lab needs Python 3.11 or newer; $(PYTHON) is older, or does not run"; exit 1; }
 	@echo "setting up $(VENV) with $(PYTHON)"
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lab needs Python 3.11 or newer, this is " + sys.version)'
-	$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -m venv $(VENV)
 	$(PIP) -r requirements.txt
 	@touch $@
 

@@ -7,6 +7,7 @@ import importlib.util
 import pathlib
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 
 from ml_collections import ConfigDict
@@ -79,8 +80,24 @@ def load_config(spec: str) -> ConfigDict:
     if module_spec is None:
         raise UserError(f"--config: {path!r} is not a Python file")
     module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
-    return module.get_config(scale) if scale else module.get_config()
+    try:
+        module_spec.loader.exec_module(module)
+        return module.get_config(scale) if scale else module.get_config()
+    except UserError:
+        raise
+    except Exception as error:  # a config is a program: it can fail in every way
+        raise UserError(_located(path, error)) from error
+
+
+def _located(path: str, error: Exception) -> str:
+    """What went wrong in a config and in which of its lines, without the listing that ml_collections adds."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+    line = frames[-1].lineno if frames else getattr(error, "lineno", None)
+    inner = error.args[0] if error.args else ""  # ml_collections puts a KeyError inside its AttributeError
+    said = str(inner.args[0] if isinstance(inner, KeyError) else inner).splitlines()
+    hint = [text for text in said[1:] if text.startswith("Did you mean")]
+    text = " ".join([text.partition(" Other fields present")[0] for text in said[:1]] + hint)
+    return f"{path}{f', line {line}' if line else ''}: {type(error).__name__}: {text}"
 
 
 def override(config: ConfigDict, name: str, text: str) -> None:
@@ -106,6 +123,8 @@ def _convert(text: str, old):
     if isinstance(old, float):
         return float(text)
     if isinstance(old, tuple):
-        value = ast.literal_eval(text if text.strip().startswith(("(", "[")) else f"({text},)")
-        return tuple(value)
+        value = tuple(ast.literal_eval(text if text.strip().startswith(("(", "[")) else f"({text},)"))
+        if not all(isinstance(item, type(old[0])) for item in value if old):
+            raise ValueError
+        return value
     return text

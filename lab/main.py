@@ -41,6 +41,7 @@ def main(argv: list[str]) -> int:
     rows = plan.table(config, cells)
     workdir = flags.workdir or pathlib.Path("runs") / config.study.name
     runs = run.runs_of(cells, config.study.seeds, workdir)
+    run.check_devices(runs)
     run.check_hosts_agree(runs)
     first = jax.process_index() == 0
     if first:

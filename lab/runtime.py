@@ -5,6 +5,7 @@ Import this first and call `tune_allocator` before anything imports JAX.
 
 import collections
 import ctypes
+import itertools
 import math
 import os
 import pathlib
@@ -130,16 +131,24 @@ def stop_requests() -> Callable[[int], bool]:
     import jax
     from jax.experimental import multihost_utils
 
-    came = []
+    came, agreed, calls, several = [], [], itertools.count(), jax.process_count() > 1
 
     def note(number, frame):
         if came and number == signal.SIGINT:
             raise KeyboardInterrupt
         came.append(number)
         os.write(2, b"\nlab: stopping after this step, with a checkpoint\n")
+        if several:
+            signal.raise_signal(signal.SIGTERM)
+
+    def stop_together(step: int) -> bool:
+        # The hosts agree on a number that must only grow: steps begin again with every run, calls do not.
+        if multihost_utils.reached_preemption_sync_point(next(calls)):
+            agreed.append(step)
+        return bool(agreed)
 
     signal.signal(signal.SIGINT, note)
-    if jax.process_count() > 1:  # JAX's own runtime catches SIGTERM and agrees on a step
-        return multihost_utils.reached_preemption_sync_point
+    if several:  # JAX's own runtime catches SIGTERM
+        return stop_together
     signal.signal(signal.SIGTERM, note)
     return lambda step: bool(came)

@@ -18,31 +18,28 @@ python=${PYTHON:-.venv/bin/python}
 command -v "$python" >/dev/null || { echo "launch/local.sh: there is no $python: run 'make setup' first, or set PYTHON" >&2; exit 2; }
 port=${PORT:-$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')}
 
-pids=()
-forward() { kill -TERM "${pids[@]}" 2>/dev/null || true; }
+declare -A running=() # the number of each process by its pid
+forward() { kill -TERM "${!running[@]}" 2>/dev/null || true; }
 trap forward TERM INT
 for ((process = 0; process < processes; process++)); do
   JAX_COORDINATOR_ADDRESS=127.0.0.1:$port JAX_NUM_PROCESSES=$processes JAX_PROCESS_ID=$process \
     JAX_NUM_CPU_DEVICES=${DEVICES:-2} "$python" -m lab.main "$@" &
-  pids+=($!)
+  running[$!]=$process
 done
 
 code=0
-for ((left = processes; left > 0; left--)); do
+while ((${#running[@]})); do
   status=0
-  wait -n -p ended "${pids[@]}" || status=$?
-  # A signal to this script interrupts wait: the processes are still to be waited for.
-  while [[ -z ${ended:-} ]]; do
-    status=0
-    wait -n -p ended "${pids[@]}" || status=$?
-  done
+  wait -n -p ended "${!running[@]}" || status=$?
+  [[ -n ${ended:-} ]] || continue # a signal to this script interrupts wait
+  process=${running[$ended]}
+  unset "running[$ended]"
   if ((status != 0 && code == 0)); then
     code=$status
-    for ((process = 0; process < processes; process++)); do
-      [[ ${pids[$process]} == "$ended" ]] && echo "launch/local.sh: process $process ended with code $status" >&2
-    done
-    ((status == 75)) || forward # 75: all of them stop at the same step by themselves
+    if ((status != 75)); then # 75: all of them stop at the same step by themselves
+      echo "launch/local.sh: process $process ended with code $status" >&2
+      forward
+    fi
   fi
-  ended=
 done
 exit "$code"

@@ -34,6 +34,8 @@ def check_training(config: ConfigDict) -> None:
 def check_evaluation(config: ConfigDict, branch_counts: Sequence[int]) -> None:
     """The sizes of config.evaluate: every branch count fills its groups, and the texts fill every call."""
     evaluate = config.evaluate
+    if not branch_counts:
+        raise UserError("evaluate.branches is empty; choose at least one number of branches, such as (1, 2, 4)")
     for field in ("texts", "texts_per_row", "rows"):
         _at_least(f"evaluate.{field}", evaluate[field], 1)
     for branches in branch_counts:

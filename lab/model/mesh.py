@@ -18,9 +18,9 @@ def make(config) -> Mesh:
     """The mesh that `config.mesh` describes over all devices of all hosts; one axis may be -1: what is left."""
     sizes = [config[axis] for axis in AXES]
     devices = jax.device_count()
-    known = math.prod(size for size in sizes if size != -1)
-    wanted = [devices // known if size == -1 else size for size in sizes]
-    if sizes.count(-1) > 1 or min(wanted) < 1 or math.prod(wanted) != devices:
+    known = [size for size in sizes if size != -1]
+    wanted = [devices // max(math.prod(known), 1) if size == -1 else size for size in sizes]
+    if len(known) < len(sizes) - 1 or min(wanted) < 1 or math.prod(wanted) != devices:
         shown = ", ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))
         raise UserError(
             f"mesh ({shown}) does not cover {devices} devices; their product must be {devices}, one may be -1"

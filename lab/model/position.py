@@ -47,10 +47,14 @@ def check(model) -> None:
     choose("model.rotary.unselected", model.rotary.unselected, ("index", "time"))
     if not 0 <= model.rotary.ratio <= 1:
         raise UserError(f"model.rotary.ratio = {model.rotary.ratio} is outside 0..1")
+    if not model.rotary.theta > 0:
+        raise UserError(f"model.rotary.theta = {model.rotary.theta} must be positive")
     if model.head_dim < 2 or model.head_dim % 2:
         raise UserError(
             f"model.head_dim = {model.head_dim} must be even and at least 2: rotary dimensions come in pairs"
         )
+    if model.position == "fourier" and model.dim % 2:
+        raise UserError(f"model.dim = {model.dim} must be even: a fourier code is made of pairs")
 
 
 def pair_counts(model) -> dict[str, int]:

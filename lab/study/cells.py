@@ -78,7 +78,7 @@ class Cell:
     def seeded(self, seed: int) -> ConfigDict:
         """The config of one of its runs."""
         config = self.config.copy_and_resolve_references()
-        config.seed = self.config.seed + seed
+        config.seed = seed
         return config
 
 
@@ -100,7 +100,11 @@ def resolve(config: ConfigDict, overridden: tuple[str, ...] = ()) -> list[Cell]:
         for field, value in override:
             if field != NAME:
                 choose("a field of study.cells", field, fields)
-                set_field(changed, field, value)
+                try:
+                    set_field(changed, field, value)
+                except TypeError:
+                    kind = type(fields[field]).__name__
+                    raise UserError(f"a cell of the study sets {field} = {value!r}, which is no {kind}") from None
         values = leaves(changed) | {NAME: dict(override).get(NAME, "")}
         labels = {
             label: values[choose("a field of study.labels", field, values)] for field, label in config.study.labels

@@ -5,7 +5,7 @@ import hashlib
 import jax
 
 from lab import data as lab_data
-from lab.errors import UserError
+from lab.errors import UserError, choose
 from lab.kernels import rules
 from lab.model import abstract, accounting, position, transformer
 from lab.study.cells import Cell
@@ -29,6 +29,21 @@ def check(cell: Cell) -> None:
         room, name = field.split(".")
         if config[room][name] < 1:
             raise UserError(f"{field} = {config[room][name]} must be at least 1")
+
+
+def check_study(study) -> None:
+    """Refuses what would show only in the report, after everything was trained."""
+    from lab.study import results, sections  # slow to import: they draw
+
+    for field in ("name", "condition"):
+        if not study[field]:
+            raise UserError(f"study.{field} is empty; choose a word for it")
+    if study.seeds < 1:
+        raise UserError(f"study.seeds = {study.seeds} must be at least 1")
+    for name in study.sections:
+        choose("study.sections", name, sections.SECTIONS)
+    if study.published and not (results.REPOSITORY / study.published).is_file():
+        raise UserError(f"study.published = {study.published!r}: there is no such file in the repository")
 
 
 def describe(cell: Cell) -> dict:
@@ -73,7 +88,8 @@ def executable(config, model) -> str:
 
 
 def table(config, cells: list[Cell]) -> list[dict]:
-    """The plan of a study, every cell checked."""
+    """The plan of a study, everything checked."""
+    check_study(config.study)
     for cell in cells:
         check(cell)
     return [describe(cell) for cell in cells]

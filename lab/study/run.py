@@ -67,7 +67,7 @@ def runs_of(cells: list[Cell], seeds: int, workdir: pathlib.Path) -> list[Run]:
     runs = []
     for cell, data in zip(cells, _open_data(cells), strict=True):
         fingerprint = cell.fingerprint(data.fingerprint)
-        for seed in range(seeds):
+        for seed in range(cell.config.seed, cell.config.seed + seeds):
             directory = workdir / cell_directory(cell, fingerprint) / f"seed-{seed}"
             runs.append(Run(cell, seed, fingerprint, data, directory))
     return runs
@@ -86,16 +86,17 @@ def write_plan(workdir: pathlib.Path, config: ConfigDict, rows: list[dict], runs
             raise UserError(
                 f"--workdir={workdir} holds the study {there!r}, not {config.study.name!r}; choose another directory"
             )
-    elif workdir.exists() and any(workdir.iterdir()):
+    elif workdir.exists() and any(not entry.name.startswith(".plan.json.") for entry in workdir.iterdir()):
         raise UserError(f"--workdir={workdir} holds other files and no study; choose an empty or new directory")
-    of_cell = {run.cell.name: run for run in runs}
-    seeds = list(range(config.study.seeds))
+    of_cell: dict[str, list[Run]] = {}
+    for run in runs:
+        of_cell.setdefault(run.cell.name, []).append(run)
     cells = [
         row
         | {
-            "fingerprint": of_cell[row["name"]].fingerprint,
-            "directory": cell_directory(of_cell[row["name"]].cell, of_cell[row["name"]].fingerprint),
-            "seeds": seeds,
+            "fingerprint": of_cell[row["name"]][0].fingerprint,
+            "directory": cell_directory(of_cell[row["name"]][0].cell, of_cell[row["name"]][0].fingerprint),
+            "seeds": [run.seed for run in of_cell[row["name"]]],
         }
         for row in rows
     ]
@@ -151,23 +152,27 @@ def _agreed(values: list[int]) -> list[int]:
     return multihost_utils.broadcast_one_to_all(np.asarray(values, np.int32)).tolist()
 
 
+def check_devices(runs: list[Run]) -> None:
+    """Refuses cells whose mesh or batches do not fit the devices at hand."""
+    for config in (run.cell.config for run in runs):
+        mesh, length = lab_mesh.make(config.mesh), config.data.text_length
+        rows = config.data.rows // config.train.microbatches
+        lab_mesh.check_rows(mesh, "data.rows / train.microbatches", rows, config.data.texts_per_row * length)
+        lab_mesh.check_rows(mesh, "evaluate.rows", config.evaluate.rows, config.evaluate.texts_per_row * length)
+
+
 def check_hosts_agree(runs: list[Run]) -> None:
-    """Stops hosts that hold other code, data or configs: they would silently train something else."""
-    if jax.process_count() > 1:
-        text = json.dumps([(run.name, run.fingerprint) for run in runs])
-        ours = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
-        multihost_utils.assert_equal(ours, "the hosts differ in config, data or code")
+    """Stops hosts that hold other code, data or configs: they would silently train something else, or wait forever."""
+    text = json.dumps([(run.name, run.fingerprint, run.cell.config.to_json_best_effort()) for run in runs])
+    ours = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
+    if jax.process_count() > 1 and len(np.unique(multihost_utils.process_allgather(ours), axis=0)) > 1:
+        raise UserError("the hosts differ in config, data or code; give each the same command and the same files")
 
 
 def _run(run: Run, display: Display, stop: Callable[[int], bool]) -> str:
     """Trains and evaluates one run; returns a line about it."""
     config = run.cell.seeded(run.seed)
     mesh = lab_mesh.make(config.mesh)
-    lab_mesh.check_rows(mesh, "data.rows / train.microbatches", config.data.rows // config.train.microbatches,
-                        config.data.texts_per_row * config.data.text_length)  # fmt: skip
-    lab_mesh.check_rows(
-        mesh, "evaluate.rows", config.evaluate.rows, config.evaluate.texts_per_row * config.data.text_length
-    )
     first = jax.process_index() == 0
     if first:
         run.directory.mkdir(parents=True, exist_ok=True)
@@ -183,7 +188,6 @@ def _run(run: Run, display: Display, stop: Callable[[int], bool]) -> str:
             on_condition=log.condition, stop=lambda: stop(config.train.steps),
         )  # fmt: skip
         if first:
-            log.flush()
             result = _result(run, config, mesh, trained, conditions, executable)
             log.finish(result)
             _write_json(run.directory / "result.json", result)
@@ -216,7 +220,7 @@ class _Log:
 
             kept = self._path.read_text().splitlines(keepends=True)[:step] if self._path.exists() else []
             write_atomically(self._path, "".join(kept).encode())
-            self._file = self._path.open("a")
+            self._file = self._path.open("a", buffering=1)  # a checkpoint must never outlive the lines before it
             self._board = Writer(self._run.directory / "tensorboard")
         self._since = time.perf_counter()
 
@@ -229,7 +233,6 @@ class _Log:
             rate, self._since, self._tokens = self._tokens / (now - self._since), now, 0
             self._display.step(record.step, record.loss, rate)
             if self._writes:
-                self._file.flush()
                 self._board.scalars(record.step, {
                     "train/loss_nats": record.loss, "train/grad_norm": record.grad_norm,
                     "train/learning_rate": record.learning_rate, "train/fill_share": record.fill,
@@ -238,9 +241,6 @@ class _Log:
 
     def condition(self, condition: branches.Condition) -> None:
         self._display.condition(self._run.cell.config.study.condition, condition.branches, condition.loss)
-
-    def flush(self) -> None:
-        self._file.flush()
 
     def finish(self, result: dict) -> None:
         """The run among the others, in the HPARAMS tab."""

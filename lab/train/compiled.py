@@ -1,6 +1,7 @@
 """Steps compiled ahead of time for a mesh, and called directly: another shape is an error, never a silent compile."""
 
 import jax
+from flax import nnx
 from jax.sharding import Mesh
 
 from lab import model as lab_model
@@ -14,14 +15,26 @@ _executables = {}
 
 
 def initial_state(model_config, program: Program, mesh: Mesh, seed: int) -> State:
-    """A fresh state, every array laid over the mesh as its declaration says."""
+    """A fresh state, every array laid over the mesh as its declaration says.
 
-    def initial(key):
-        return step.initial_state(lab_model.build(model_config, key), program)
+    Weights and tables are made apart: cells that differ in tables share the program that draws their weights.
+    """
+
+    def parts(key):
+        state = step.initial_state(lab_model.build(model_config, key), program)
+        structure, trainable, rest = parameter.split(state.model)
+        return structure, (trainable, state.optimizer), rest
+
+    def made(part: int):
+        def initial(key):
+            return parts(key)[part]
+
+        return jax.jit(initial, out_shardings=parameter.shardings(jax.eval_shape(initial, key), mesh))(key)
 
     key = jax.random.key(seed)
     with jax.set_mesh(mesh):
-        return jax.jit(initial, out_shardings=parameter.shardings(jax.eval_shape(initial, key), mesh))(key)
+        trainable, optimizer = made(1)
+        return State(nnx.merge(jax.eval_shape(parts, key)[0], trainable, made(2)), optimizer)
 
 
 def abstract(tree):

@@ -46,7 +46,8 @@ class Stopwatch:
     def send(self, running: bool) -> None:
         """A step is sent now. If none is running, the devices may have waited ever since the last one was settled."""
         if not running:
-            self.outside += time.perf_counter() - self._idle_since
+            now = time.perf_counter()
+            self.outside, self._idle_since = self.outside + now - self._idle_since, now
 
     def settle(self) -> None:
         """The last step sent is done."""
