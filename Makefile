@@ -6,7 +6,7 @@ VENV ?= .venv
 CONFIG ?= configs/rope_ablation.py
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: run setup test test-slow smoke lint
+.PHONY: run setup test test-slow smoke
 
 run: setup
 	$(VENV)/bin/python -m lab.main --config=$(CONFIG)

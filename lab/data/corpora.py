@@ -104,7 +104,8 @@ def huggingface(data: ConfigDict) -> Corpus:
     )
 
 
-CORPORA = dict(stdlib=stdlib, files=files, jsonl=jsonl, parquet=parquet, huggingface=huggingface)
+BROUGHT = dict(files=files, jsonl=jsonl, parquet=parquet, huggingface=huggingface)  # these read data.path
+CORPORA = dict(stdlib=stdlib, **BROUGHT)
 
 
 def _stdlib_names(root: Path) -> Iterator[str]:

@@ -28,6 +28,11 @@ def open(config: ConfigDict) -> Data:
     """
     check(config)
     data = config.data
+    if data.texts and data.corpus in corpora.BROUGHT and not data.path:
+        raise UserError(
+            f"data.path is empty: this config reads {data.texts} training and {config.evaluate.texts} validation texts "
+            f"from corpus {data.corpus}; name its files there (--config.data.path=...), or set data.texts lower"
+        )
     corpus = corpora.open(data)
     tokenizer = tokenizers.open(data, corpus)
     if tokenizer.size > config.model.vocabulary:
