@@ -23,6 +23,9 @@ STOPPED = 75  # EX_TEMPFAIL: schedulers requeue it
 def main(argv: list[str]) -> int:
     parser = command.parser(__doc__)
     parser.add_argument("--workdir", type=pathlib.Path, help="where the study's files go (default: runs/<study>)")
+    parser.add_argument(
+        "--cells", default="1/1", metavar="I/N", help="only every N-th cell, from the I-th: for job arrays"
+    )
     parser.add_argument("--retry-failed", action="store_true", help="run cells again that failed before")
     flags, config, overridden = command.parse(parser, argv)
     runtime.start(config)
@@ -39,6 +42,7 @@ def main(argv: list[str]) -> int:
     counts = runtime.CompileCounts()
     cells = study_cells.resolve(config, overridden)
     rows = plan.table(config, cells)
+    share = study_cells.share(flags.cells)
     workdir = flags.workdir or pathlib.Path("runs") / config.study.name
     runs = run.runs_of(cells, config.study.seeds, workdir)
     run.check_devices(runs)
@@ -52,6 +56,7 @@ def main(argv: list[str]) -> int:
         if first:
             report.rebuild(workdir)
 
+    runs = runs[share]
     with Display(len(runs), config.train.steps, quiet=not first) as display:
         devices = f"{jax.device_count()} {jax.devices()[0].platform} devices"
         display.say(f"{config.study.name}: {len(runs)} runs on {devices}, in {workdir}")

@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import json
 import pathlib
+import re
 
 from ml_collections import ConfigDict
 
@@ -117,6 +118,14 @@ def resolve(config: ConfigDict, overridden: tuple[str, ...] = ()) -> list[Cell]:
                 f"two cells of the study are named {one.name!r}; study.labels or a name must tell them apart"
             )
     return cells
+
+
+def share(text: str) -> slice:
+    """The part of a study that "I/N" names: every N-th of its runs, from the I-th."""
+    part = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", text)
+    if not part or int(part[1]) > int(part[2]):
+        raise UserError(f"--cells={text!r} is no share; choose I/N with 1 <= I <= N, as in 1/4")
+    return slice(int(part[1]) - 1, None, int(part[2]))
 
 
 @functools.cache

@@ -58,14 +58,14 @@ class Display:
         self._live.update(self._run, status=f"{label} {value}: loss {loss:.3f}")
         self._line(f"{self._name}: {label} {value}  loss {loss:.3f}")
 
-    def finish_run(self, text: str, fresh: bool = True) -> None:
+    def finish_run(self, name: str, text: str, fresh: bool = True) -> None:
         """Counts a run as done; `fresh`: its time tells how long the others take."""
         self._done += 1
         if fresh:
             self._seconds.append(time.monotonic() - self._began)
         self._live.update(self._study, completed=self._done, status=f"{self._left(0.0)} left")
         self._live.update(self._run, visible=False)
-        self._line(f"[{self._done}/{self._runs}] {self._name}: {text}", always=True)
+        self._line(f"[{self._done}/{self._runs}] {name}: {text}", always=True)
 
     def skip_runs(self, count: int) -> None:
         """Counts runs that were finished before."""

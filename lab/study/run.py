@@ -1,12 +1,14 @@
 """Runs a study: every cell and seed that has no result yet, one after another, each leaving its result behind."""
 
+import contextlib
 import hashlib
 import json
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import filelock
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
@@ -23,6 +25,9 @@ from lab.study.progress import Display
 from lab.study.results import write_atomically
 from lab.train import loop
 from lab.train.checkpoint import Checkpoints
+
+WAITING, FINISHED, FAILED = range(3)
+POLL = 1.0  # seconds between looks at runs that other processes make
 
 
 class Run(NamedTuple):
@@ -121,28 +126,67 @@ def run_study(
 ) -> Summary:
     """Makes every run that is not finished. A run that fails is written down, and the others go on.
 
+    Processes that share the directory divide the runs: each run is made by one of them, and all wait for the last.
     Raises loop.Stopped when a stop was asked for; everything finished or checkpointed is kept.
     """
-    status = _agreed([_status(run) for run in runs])
-    waiting = [run for run, s in zip(runs, status, strict=True) if s == 0 or (s == 2 and retry_failed)]
+    found = dict(zip((run.directory for run in runs), _agreed([_status(run) for run in runs]), strict=True))
+    to_make = (WAITING, FAILED) if retry_failed else (WAITING,)
+    waiting = [run for run in runs if found[run.directory] in to_make]
     display.skip_runs(len(runs) - len(waiting))
-    failed = len([s for s in status if s == 2]) if not retry_failed else 0
-    for run in waiting:
+    new = 0
+    while waiting:
+        held = waiting
+        for run in waiting:
+            with _locked(run) as ours:
+                if not ours:
+                    continue
+                held = [other for other in held if other is not run]
+                if _agreed([_status(run)])[0] != found[run.directory]:
+                    display.finish_run(run.name, "made by another process", fresh=False)
+                    continue
+                new += 1
+                _make(run, display, stop)
+            after_run()
+        if len(held) == len(waiting):
+            time.sleep(POLL)
+            if stop(0):
+                raise loop.Stopped("a run that another process makes")
+        waiting = held
+    failed = sum(status == FAILED for status in _agreed([_status(run) for run in runs]))
+    return Summary(len(runs) - failed, new, failed)
+
+
+def _make(run: Run, display: Display, stop: Callable[[int], bool]) -> None:
+    try:
+        text = _run(run, display, stop)
+    except loop.NonFinite as error:
+        text = f"FAILED: {error}"
+        if jax.process_index() == 0:
+            _write_json(run.directory / "failure.json", {"reason": str(error)})
+    display.finish_run(run.name, text, fresh=not text.startswith("FAILED"))
+
+
+@contextlib.contextmanager
+def _locked(run: Run) -> Iterator[bool]:
+    """Whether this program holds the run until the block ends; process 0 holds it for all its hosts."""
+    lock = filelock.FileLock(run.directory / ".lock")
+    held = True
+    if jax.process_index() == 0:
+        run.directory.mkdir(parents=True, exist_ok=True)
         try:
-            text = _run(run, display, stop)
-        except loop.NonFinite as error:
-            failed += 1
-            text = f"FAILED: {error}"
-            if jax.process_index() == 0:
-                _write_json(run.directory / "failure.json", {"reason": str(error)})
-        display.finish_run(text, fresh=not text.startswith("FAILED"))
-        after_run()
-    return Summary(len(runs) - failed, len(waiting), failed)
+            lock.acquire(blocking=False)
+        except filelock.Timeout:
+            held = False
+    try:
+        yield bool(_agreed([held])[0])
+    finally:
+        lock.release()
 
 
 def _status(run: Run) -> int:
-    """0: to be made, 1: finished, 2: failed."""
-    return 1 if (run.directory / "result.json").exists() else 2 if (run.directory / "failure.json").exists() else 0
+    if (run.directory / "result.json").exists():
+        return FINISHED
+    return FAILED if (run.directory / "failure.json").exists() else WAITING
 
 
 def _agreed(values: list[int]) -> list[int]:
