@@ -38,7 +38,7 @@ def main(argv: list[str]) -> int:
     from lab.study.progress import Display
     from lab.train.loop import Stopped
 
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells every save
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax tells every save, and twice what it raises
     counts = runtime.CompileCounts()
     cells = study_cells.resolve(config, overridden)
     rows = plan.table(config, cells)

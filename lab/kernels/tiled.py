@@ -139,9 +139,16 @@ def _attend(static, q_NGRK, k_MGkK, v_MGkV, q_coordinates, k_coordinates, lists)
 
 
 def _forward(static, q_NGRK, k_MGkK, v_MGkV, q_coordinates, k_coordinates, lists):
+    q_NGRK = (q_NGRK * static.scale).astype(q_NGRK.dtype)
+    inputs = q_NGRK, k_MGkK, v_MGkV, q_coordinates, k_coordinates, lists
+    outputs = _foldable(_forward_loop, static)(*inputs)
+    return outputs, (*inputs, *outputs)
+
+
+def _forward_loop(static, q_NGRK, k_MGkK, v_MGkV, q_coordinates, k_coordinates, lists):
+    """(o_NGRV, lse_NGR) for scaled queries."""
     N, G, R, _ = q_NGRK.shape
     V = v_MGkV.shape[-1]
-    q_NGRK = (q_NGRK * static.scale).astype(q_NGRK.dtype)
     acc = jnp.promote_types(q_NGRK.dtype, jnp.float32)
 
     def query_tile(i, outputs):
@@ -165,20 +172,34 @@ def _forward(static, q_NGRK, k_MGkK, v_MGkV, q_coordinates, k_coordinates, lists
         return _put(outputs[0], o_GRV.astype(q_NGRK.dtype), i), _put(outputs[1], lse_GR, i)
 
     empty = jnp.zeros((N, G, R, V), q_NGRK.dtype), jnp.zeros((N, G, R), acc)
-    o_NGRV, lse_NGR = lax.fori_loop(0, N, query_tile, empty)
-    return (o_NGRV, lse_NGR), (q_NGRK, k_MGkK, v_MGkV, q_coordinates, k_coordinates, lists, o_NGRV, lse_NGR)
+    return lax.fori_loop(0, N, query_tile, empty)
 
 
 def _backward(static, residuals, cotangents):
-    q_NGRK, k_MGkK, v_MGkV, q_coordinates, k_coordinates, lists, o_NGRV, lse_NGR = residuals
+    *inputs, o_NGRV, lse_NGR = residuals
     do_NGRV, dlse_NGR = cotangents
-    N, G, R, K = q_NGRK.shape
-    M, _, tile, V = v_MGkV.shape
+    q_NGRK, k_MGkK, v_MGkV = inputs[:3]
     acc = lse_NGR.dtype
     saw_NGR = lse_NGR > -jnp.inf
     # Rows that saw nothing: lse = +inf makes every probability 0, so nothing flows.
     lse_NGR = jnp.where(saw_NGR, lse_NGR, jnp.inf)
     delta_NGR = (o_NGRV.astype(acc) * do_NGRV.astype(acc)).sum(-1) - jnp.where(saw_NGR, dlse_NGR, 0)
+    dq_NGRK, dk_MGKk, dv_MGVk = _foldable(_backward_loop, static)(*inputs, do_NGRV, lse_NGR, delta_NGR)
+    return (
+        (dq_NGRK * static.scale).astype(q_NGRK.dtype),
+        dk_MGKk.swapaxes(2, 3).astype(k_MGkK.dtype),  # q was scaled before the scores
+        dv_MGVk.swapaxes(2, 3).astype(v_MGkV.dtype),
+        None,
+        None,
+        None,
+    )
+
+
+def _backward_loop(static, q_NGRK, k_MGkK, v_MGkV, q_coordinates, k_coordinates, lists, do_NGRV, lse_NGR, delta_NGR):
+    """(dq_NGRK of the scaled queries, dk_MGKk, dv_MGVk)."""
+    N, G, R, K = q_NGRK.shape
+    M, _, tile, V = v_MGkV.shape
+    acc = lse_NGR.dtype
 
     def query_tile(i, gradients):
         q_GRK, do_GRV, q_at = _at(q_NGRK, i), _at(do_NGRV, i), _at(q_coordinates, i)
@@ -204,15 +225,27 @@ def _backward(static, residuals, cotangents):
         return _put(gradients[0], dq_GRK, i), *rest
 
     zeros = jnp.zeros((N, G, R, K), acc), jnp.zeros((M, G, K, tile), acc), jnp.zeros((M, G, V, tile), acc)
-    dq_NGRK, dk_MGKk, dv_MGVk = lax.fori_loop(0, N, query_tile, zeros)
-    return (
-        (dq_NGRK * static.scale).astype(q_NGRK.dtype),
-        dk_MGKk.swapaxes(2, 3).astype(k_MGkK.dtype),  # q was scaled before the scores
-        dv_MGVk.swapaxes(2, 3).astype(v_MGkV.dtype),
-        None,
-        None,
-        None,
-    )
+    return lax.fori_loop(0, N, query_tile, zeros)
+
+
+def _foldable(loop, static: Static):
+    """`loop` so that jax.vmap makes one longer loop of it: of its own, a batched trip count would run every tile."""
+
+    @jax.custom_batching.custom_vmap
+    def run(*arrays):
+        return loop(static, *arrays)
+
+    @run.def_vmap
+    def fold(size, batched, *arrays):
+        whole = jax.tree.map(lambda x, b: x if b else jnp.broadcast_to(x, (size, *x.shape)), arrays, tuple(batched))
+        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), whole)
+        M = whole[1].shape[1]
+        keys = whole[5].keys + M * jnp.arange(size, dtype=jnp.int32)[:, None, None]
+        lists = flat[5]._replace(keys=keys.reshape(flat[5].keys.shape))
+        outputs = _foldable(loop, static)(*flat[:5], lists, *flat[6:])
+        return jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), outputs), jax.tree.map(lambda _: True, outputs)
+
+    return run
 
 
 _attend.defvjp(_forward, _backward)
