@@ -7,7 +7,8 @@ def base() -> ConfigDict:
     """A fresh, locked config: unknown fields and wrong types are refused."""
     config = ConfigDict(
         dict(
-            seed=0,  # of the model and of the data: cells and their batches depend on nothing else
+            seed=0,  # of the order and layout of texts: batches depend on it and the step alone
+            model_seed=0,  # of the weights
             study=dict(
                 name="",
                 question="",
@@ -17,6 +18,7 @@ def base() -> ConfigDict:
                 sections=("curves",),  # parts of the report, by name: lab.study.sections
                 published="",  # a csv of published numbers, relative to the repository
                 seeds=1,
+                vmap="none",  # none | seeds | numbers: runs of one program are trained as one vmapped program
             ),
             model=dict(
                 dim=96,

@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
 
     from lab import report
     from lab.study import cells as study_cells
-    from lab.study import plan, run
+    from lab.study import plan, run, runs
     from lab.study.progress import Display
     from lab.train.loop import Stopped
 
@@ -44,25 +44,30 @@ def main(argv: list[str]) -> int:
     rows = plan.table(config, cells)
     share = study_cells.share(flags.cells)
     workdir = flags.workdir or pathlib.Path("runs") / config.study.name
-    runs = run.runs_of(cells, config.study.seeds, workdir)
-    run.check_devices(runs)
-    run.check_hosts_agree(runs)
+    every = runs.runs_of(cells, config.study.seeds, workdir)
+    runs.check_devices(every)
+    runs.check_hosts_agree(every)
     first = jax.process_index() == 0
     if first:
-        run.write_plan(workdir, config, rows, runs, shlex.join(["python", "-m", "lab.main", *argv]))
+        runs.write_plan(workdir, config, rows, every, shlex.join(["python", "-m", "lab.main", *argv]))
     stop = runtime.stop_requests()
 
     def rewrite_report() -> None:
         if first:
             report.rebuild(workdir)
 
-    runs = runs[share]
-    with Display(len(runs), config.train.steps, quiet=not first) as display:
+    ours = every[share]
+    units = runs.units_of(ours, config.study.vmap)
+    with Display(len(ours), config.train.steps, quiet=not first) as display:
         devices = f"{jax.device_count()} {jax.devices()[0].platform} devices"
-        display.say(f"{config.study.name}: {len(runs)} runs on {devices}, in {workdir}")
+        display.say(f"{config.study.name}: {len(ours)} runs on {devices}, in {workdir}")
         try:
             summary = run.run_study(
-                runs, display=display, stop=stop, after_run=rewrite_report, retry_failed=flags.retry_failed
+                units,
+                display=display,
+                stop=stop,
+                after_run=rewrite_report,
+                retry_failed=flags.retry_failed,
             )
         except Stopped as stopped:
             display.say(f"stopped and saved at {stopped}; run the same command again to go on")
@@ -72,7 +77,7 @@ def main(argv: list[str]) -> int:
         )
         display.say(f"compiled: {compiled}, for {summary.new} new runs")
         rewrite_report()
-        display.say(f"{summary.done} of {len(runs)} runs done, {summary.failed} failed; open {workdir / 'report.html'}")
+        display.say(f"{summary.done} of {len(ours)} runs done, {summary.failed} failed; open {workdir / 'report.html'}")
     return 1 if summary.failed else 0
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from lab.data import evaluation_batches
@@ -23,23 +24,36 @@ class Condition(NamedTuple):
 
 
 def evaluate(
-    config: ConfigDict, model, texts, mesh, *, on_condition: Callable[[Condition], None], stop: Callable[[], bool]
+    config: ConfigDict,
+    model,
+    texts,
+    mesh,
+    *,
+    members: int = 1,
+    on_condition: Callable[[list[Condition]], None],
+    stop: Callable[[], bool],
 ):
-    """([Condition] for every count of config.evaluate.branches, the executable). One program serves them all."""
+    """([[Condition of each member] for every count of config.evaluate.branches], the executable).
+
+    One program serves them all. `model` is a stack where members > 1; seconds are those of all members together.
+    """
     hosts = dict(process_index=jax.process_index(), process_count=jax.process_count())
     conditions, run = [], None
+    make = compiled.evaluation_steps if members > 1 else compiled.evaluation_step
     for branches in config.evaluate.branches:
-        nats = tokens = 0.0
+        sums = np.zeros((2, members))  # nats and tokens, float64 on the host
         begun = time.perf_counter()
         for batch in evaluation_batches(config, texts, branches, **hosts):
             placed = lab_mesh.place(batch, mesh)
             if run is None:
-                run = compiled.evaluation_step(model, placed, mesh)
+                run = make(model, placed, mesh)
                 begun = time.perf_counter()
-            part = jax.device_get(run(model, placed))
-            nats, tokens = nats + float(part[0]), tokens + float(part[1])  # float64 on the host
+            sums += [np.reshape(x, -1) for x in jax.device_get(run(model, placed))]
             if stop():
                 raise Stopped("the evaluation, which starts again")
-        conditions.append(Condition(branches, nats / tokens, int(tokens), time.perf_counter() - begun))
+        seconds = time.perf_counter() - begun
+        conditions.append(
+            [Condition(branches, nats / tokens, int(tokens), seconds) for nats, tokens in sums.T.tolist()]
+        )
         on_condition(conditions[-1])
     return conditions, run

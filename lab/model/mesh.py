@@ -38,13 +38,14 @@ def check_rows(mesh: Mesh, name: str, rows: int, tokens: int) -> None:
 
 
 def place(batch, mesh: Mesh):
-    """A host's rows of a batch [B, T] as global arrays. Over context, tiles of tokens are dealt out in turn.
+    """A host's rows of a batch [..., B, T] as global arrays. Over context, tiles of tokens are dealt out in turn.
 
     The mask is a function of coordinates, so the order is free; dealt out, every device has early and late queries.
     """
-    sharding = NamedSharding(mesh, TOKENS)
-    deal = _dealt_out(batch.tokens.shape[1], mesh.shape["context"])
-    put = lambda x: jax.make_array_from_process_local_data(sharding, x if deal is None else x[:, deal])  # noqa: E731
+    stack = (None,) * (batch.tokens.ndim - 2)
+    sharding = NamedSharding(mesh, P(*stack, *TOKENS))
+    deal = _dealt_out(batch.tokens.shape[-1], mesh.shape["context"])
+    put = lambda x: jax.make_array_from_process_local_data(sharding, x if deal is None else x[..., deal])  # noqa: E731
     return jax.tree.map(put, batch)
 
 

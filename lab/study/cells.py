@@ -66,11 +66,10 @@ class Cell:
 
     @functools.cached_property
     def identity(self) -> dict:
-        """The part of the config that a result depends on; the seed names the run within the cell."""
-        return {
-            room: json.loads(self.config[room].to_json_best_effort())
-            for room in ("model", "data", "train", "evaluate", "mesh")
-        }
+        """The part of the config that a result depends on; the data seed names the run within the cell."""
+        rooms = ("model", "data", "train", "evaluate", "mesh")
+        seeds = {"model_seed_offset": self.config.model_seed - self.config.seed}
+        return seeds | {room: json.loads(self.config[room].to_json_best_effort()) for room in rooms}
 
     def fingerprint(self, data_fingerprint: str) -> str:
         """Of the cell's config, its data, and the sources that turn the one and the other into a result."""
@@ -79,6 +78,7 @@ class Cell:
     def seeded(self, seed: int) -> ConfigDict:
         """The config of one of its runs."""
         config = self.config.copy_and_resolve_references()
+        config.model_seed += seed - config.seed
         config.seed = seed
         return config
 

@@ -78,6 +78,11 @@ def visible_keys(rule: rules.Rule, config) -> float:
     return _counted[key]
 
 
+def program(config) -> str:
+    """`executable` of a config."""
+    return executable(config, abstract(config.model))
+
+
 def executable(config, model) -> str:
     """Names the training program: cells of one name share one compilation. What `lab.train.compiled` shares by."""
     program = step.Program(config.train.optimizer, config.train.decay, config.train.microbatches)

@@ -1,9 +1,6 @@
 """Runs a study: every cell and seed that has no result yet, one after another, each leaving its result behind."""
 
 import contextlib
-import hashlib
-import json
-import pathlib
 import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -12,36 +9,14 @@ import filelock
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from ml_collections import ConfigDict
 
-from lab import data as lab_data
-from lab import kernels, runtime
-from lab.errors import UserError
-from lab.evaluate import branches
-from lab.model import mesh as lab_mesh
-from lab.model import parameter
-from lab.study.cells import Cell
+from lab.study.make import make
 from lab.study.progress import Display
-from lab.study.results import write_atomically
+from lab.study.runs import Run, Unit, write_json
 from lab.train import loop
-from lab.train.checkpoint import Checkpoints
 
 WAITING, FINISHED, FAILED = range(3)
 POLL = 1.0  # seconds between looks at runs that other processes make
-
-
-class Run(NamedTuple):
-    """One seed of a cell, and where it leaves its files."""
-
-    cell: Cell
-    seed: int
-    fingerprint: str
-    data: lab_data.Data
-    directory: pathlib.Path
-
-    @property
-    def name(self) -> str:
-        return f"{self.cell.name} seed {self.seed}"
 
 
 class Summary(NamedTuple):
@@ -52,100 +27,41 @@ class Summary(NamedTuple):
     failed: int
 
 
-CORPUS_FIELDS = ("corpus", "path", "field", "tokenizer", "text_length", "long_texts", "texts")
-
-
-def _open_data(cells: list[Cell]) -> list[lab_data.Data]:
-    """The data of each cell; cells that read the same share it."""
-    opened: dict[tuple, lab_data.Data] = {}
-    keys = [
-        (*(c.config.data[f] for f in CORPUS_FIELDS), c.config.model.vocabulary, c.config.evaluate.texts) for c in cells
-    ]
-    for key, cell in zip(keys, cells, strict=True):
-        if key not in opened:
-            opened[key] = lab_data.open(cell.config)
-    return [opened[key] for key in keys]
-
-
-def runs_of(cells: list[Cell], seeds: int, workdir: pathlib.Path) -> list[Run]:
-    """Every run of the study, in the order of its cells."""
-    runs = []
-    for cell, data in zip(cells, _open_data(cells), strict=True):
-        fingerprint = cell.fingerprint(data.fingerprint)
-        for seed in range(cell.config.seed, cell.config.seed + seeds):
-            directory = workdir / cell_directory(cell, fingerprint) / f"seed-{seed}"
-            runs.append(Run(cell, seed, fingerprint, data, directory))
-    return runs
-
-
-def cell_directory(cell: Cell, fingerprint: str) -> str:
-    return f"cells/{cell.name.replace('/', '_')}-{fingerprint}"
-
-
-def write_plan(workdir: pathlib.Path, config: ConfigDict, rows: list[dict], runs: list[Run], command: str) -> None:
-    """plan.json: what the study is, for the report and for whoever finds the directory. Refuses another study's."""
-    path = workdir / "plan.json"
-    if path.exists():
-        there = json.loads(path.read_text())["study"]
-        if there != config.study.name:
-            raise UserError(
-                f"--workdir={workdir} holds the study {there!r}, not {config.study.name!r}; choose another directory"
-            )
-    elif workdir.exists() and any(not entry.name.startswith(".plan.json.") for entry in workdir.iterdir()):
-        raise UserError(f"--workdir={workdir} holds other files and no study; choose an empty or new directory")
-    of_cell: dict[str, list[Run]] = {}
-    for run in runs:
-        of_cell.setdefault(run.cell.name, []).append(run)
-    cells = [
-        row
-        | {
-            "fingerprint": of_cell[row["name"]][0].fingerprint,
-            "directory": cell_directory(of_cell[row["name"]][0].cell, of_cell[row["name"]][0].fingerprint),
-            "seeds": [run.seed for run in of_cell[row["name"]]],
-        }
-        for row in rows
-    ]
-    study = config.study
-    plan = {
-        "study": study.name,
-        "question": study.question,
-        "labels": [list(pair) for pair in study.labels],
-        "condition": study.condition,
-        "sections": list(study.sections),
-        "published": study.published,
-        "command": command,
-        "config": json.loads(config.to_json_best_effort()),
-        "cells": cells,
-    }
-    workdir.mkdir(parents=True, exist_ok=True)
-    _write_json(path, plan)
-
-
 def run_study(
-    runs: list[Run], *, display: Display, stop: Callable[[int], bool], after_run: Callable[[], None], retry_failed: bool
+    units: list[Unit],
+    *,
+    display: Display,
+    stop: Callable[[int], bool],
+    after_run: Callable[[], None],
+    retry_failed: bool,
 ) -> Summary:
     """Makes every run that is not finished. A run that fails is written down, and the others go on.
 
     Processes that share the directory divide the runs: each run is made by one of them, and all wait for the last.
     Raises loop.Stopped when a stop was asked for; everything finished or checkpointed is kept.
     """
+    runs = [run for unit in units for run in unit]
     found = dict(zip((run.directory for run in runs), _agreed([_status(run) for run in runs]), strict=True))
     to_make = (WAITING, FAILED) if retry_failed else (WAITING,)
-    waiting = [run for run in runs if found[run.directory] in to_make]
-    display.skip_runs(len(runs) - len(waiting))
+    waiting = [tuple(run for run in unit if found[run.directory] in to_make) for unit in units]
+    waiting = [unit for unit in waiting if unit]
+    display.skip_runs(len(runs) - sum(map(len, waiting)))
     new = 0
     while waiting:
         held = waiting
-        for run in waiting:
-            with _locked(run) as ours:
+        for unit in waiting:
+            with _locked(unit) as ours:
                 if not ours:
                     continue
-                held = [other for other in held if other is not run]
-                if _agreed([_status(run)])[0] != found[run.directory]:
+                held = [other for other in held if other is not unit]
+                now = _agreed([_status(run) for run in unit])
+                left = tuple(run for run, status in zip(unit, now, strict=True) if status == found[run.directory])
+                for run in set(unit) - set(left):
                     display.finish_run(run.name, "made by another process", fresh=False)
+                if not left:
                     continue
-                new += 1
-                _make(run, display, stop)
+                new += len(left)
+                _make(left, display, stop)
             after_run()
         if len(held) == len(waiting):
             time.sleep(POLL)
@@ -156,31 +72,34 @@ def run_study(
     return Summary(len(runs) - failed, new, failed)
 
 
-def _make(run: Run, display: Display, stop: Callable[[int], bool]) -> None:
-    try:
-        text = _run(run, display, stop)
-    except loop.NonFinite as error:
-        text = f"FAILED: {error}"
-        if jax.process_index() == 0:
-            _write_json(run.directory / "failure.json", {"reason": str(error)})
-    display.finish_run(run.name, text, fresh=not text.startswith("FAILED"))
+def _make(unit: Unit, display: Display, stop: Callable[[int], bool]) -> None:
+    """Makes the runs of a unit. One that fails is written down, and the others are made without it."""
+    while unit:
+        try:
+            for run, text in zip(unit, make(unit, display, stop), strict=True):
+                display.finish_run(run.name, text)
+            return
+        except loop.NonFinite as error:
+            failed = unit[error.member]
+            if jax.process_index() == 0:
+                write_json(failed.directory / "failure.json", {"reason": str(error)})
+            display.finish_run(failed.name, f"FAILED: {error}", fresh=False)
+            unit = tuple(run for run in unit if run is not failed)
 
 
 @contextlib.contextmanager
-def _locked(run: Run) -> Iterator[bool]:
-    """Whether this program holds the run until the block ends; process 0 holds it for all its hosts."""
-    lock = filelock.FileLock(run.directory / ".lock")
-    held = True
-    if jax.process_index() == 0:
-        run.directory.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(blocking=False)
-        except filelock.Timeout:
-            held = False
-    try:
+def _locked(unit: Unit) -> Iterator[bool]:
+    """Whether this program holds all runs of a unit until the block ends; process 0 holds them for all its hosts."""
+    with contextlib.ExitStack() as locks:
+        held = True
+        if jax.process_index() == 0:
+            try:
+                for run in unit:
+                    run.directory.mkdir(parents=True, exist_ok=True)
+                    locks.enter_context(filelock.FileLock(run.directory / ".lock", blocking=False))
+            except filelock.Timeout:
+                held = False
         yield bool(_agreed([held])[0])
-    finally:
-        lock.release()
 
 
 def _status(run: Run) -> int:
@@ -194,148 +113,3 @@ def _agreed(values: list[int]) -> list[int]:
     if jax.process_count() == 1:
         return values
     return multihost_utils.broadcast_one_to_all(np.asarray(values, np.int32)).tolist()
-
-
-def check_devices(runs: list[Run]) -> None:
-    """Refuses cells whose mesh or batches do not fit the devices at hand."""
-    for config in (run.cell.config for run in runs):
-        mesh, length = lab_mesh.make(config.mesh), config.data.text_length
-        rows = config.data.rows // config.train.microbatches
-        lab_mesh.check_rows(mesh, "data.rows / train.microbatches", rows, config.data.texts_per_row * length)
-        lab_mesh.check_rows(mesh, "evaluate.rows", config.evaluate.rows, config.evaluate.texts_per_row * length)
-
-
-def check_hosts_agree(runs: list[Run]) -> None:
-    """Stops hosts that hold other code, data or configs: they would silently train something else, or wait forever."""
-    text = json.dumps([(run.name, run.fingerprint, run.cell.config.to_json_best_effort()) for run in runs])
-    ours = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
-    if jax.process_count() > 1 and len(np.unique(multihost_utils.process_allgather(ours), axis=0)) > 1:
-        raise UserError("the hosts differ in config, data or code; give each the same command and the same files")
-
-
-def _run(run: Run, display: Display, stop: Callable[[int], bool]) -> str:
-    """Trains and evaluates one run; returns a line about it."""
-    config = run.cell.seeded(run.seed)
-    mesh = lab_mesh.make(config.mesh)
-    first = jax.process_index() == 0
-    if first:
-        run.directory.mkdir(parents=True, exist_ok=True)
-        (run.directory / "failure.json").unlink(missing_ok=True)
-        _write_json(run.directory.parent / "config.json", json.loads(run.cell.config.to_json_best_effort()))
-        run.data.tokenizer.save(run.directory.parent)
-    log = _Log(run, display, every=config.log.every, writes=first)
-    checkpoints = Checkpoints(run.directory / "checkpoints", config.checkpoint.keep)
-    try:
-        trained = loop.train(config, run.data.train, checkpoints, mesh, on_start=log.start, on_step=log.step, stop=stop)
-        conditions, executable = branches.evaluate(
-            config, trained.state.model, run.data.validation, mesh,
-            on_condition=log.condition, stop=lambda: stop(config.train.steps),
-        )  # fmt: skip
-        if first:
-            result = _result(run, config, mesh, trained, conditions, executable)
-            log.finish(result)
-            _write_json(run.directory / "result.json", result)
-    finally:
-        checkpoints.close()
-        log.close()
-    text = f"loss {conditions[0].loss:.3f} at {config.study.condition} {conditions[0].branches}"
-    if trained.steps:
-        text += (
-            f", {trained.tokens / trained.seconds:,.0f} tokens/s, {trained.outside / trained.seconds:.1%} of "
-            f"{trained.seconds:.1f} s outside the compiled step"
-        )
-    return text
-
-
-class _Log:
-    """What a run tells while it runs: metrics.jsonl, TensorBoard, and the display."""
-
-    def __init__(self, run: Run, display: Display, every: int, writes: bool):
-        self._run, self._display, self._every, self._writes = run, display, every, writes
-        self._path = run.directory / "metrics.jsonl"
-        self._file = self._board = None
-        self._tokens, self._since = 0, time.perf_counter()
-
-    def start(self, step: int) -> None:
-        """Steps that are made again are logged again: what an earlier attempt logged from here on goes."""
-        self._display.start_run(self._run.name, step)
-        if self._writes:
-            from lab.study.tensorboard import Writer  # slow to import, and only one host needs it
-
-            kept = self._path.read_text().splitlines(keepends=True)[:step] if self._path.exists() else []
-            write_atomically(self._path, "".join(kept).encode())
-            self._file = self._path.open("a", buffering=1)  # a checkpoint must never outlive the lines before it
-            self._board = Writer(self._run.directory / "tensorboard")
-        self._since = time.perf_counter()
-
-    def step(self, record: loop.Record) -> None:
-        self._tokens += record.tokens
-        if self._writes:
-            self._file.write(json.dumps(record._asdict()) + "\n")
-        if (record.step + 1) % self._every == 0:
-            now = time.perf_counter()
-            rate, self._since, self._tokens = self._tokens / (now - self._since), now, 0
-            self._display.step(record.step, record.loss, rate)
-            if self._writes:
-                self._board.scalars(record.step, {
-                    "train/loss_nats": record.loss, "train/grad_norm": record.grad_norm,
-                    "train/learning_rate": record.learning_rate, "train/fill_share": record.fill,
-                    "train/tokens_per_second": rate,
-                })  # fmt: skip
-
-    def condition(self, condition: branches.Condition) -> None:
-        self._display.condition(self._run.cell.config.study.condition, condition.branches, condition.loss)
-
-    def finish(self, result: dict) -> None:
-        """The run among the others, in the HPARAMS tab."""
-        label = self._run.cell.config.study.condition
-        metrics = {f"eval/loss_nats_{label}_{c[label]}": c["loss"] for c in result["conditions"]}
-        self._board.hparams(result["labels"] | {"seed": self._run.seed}, metrics)
-
-    def close(self) -> None:
-        if self._writes and self._file:
-            self._file.close()
-            self._board.close()
-
-
-def _result(run: Run, config: ConfigDict, mesh, trained: loop.Trained, conditions, executable) -> dict:
-    label = config.study.condition
-    lines = [json.loads(line) for line in (run.directory / "metrics.jsonl").read_text().splitlines()]
-    hashes = "".join(line["text_hash"] for line in lines)
-    texts_per_second = lambda c: config.evaluate.texts * config.data.text_length / c.seconds  # noqa: E731
-    peak = runtime.peak_bytes(executable)
-    return {
-        "cell": run.cell.name,
-        "fingerprint": run.fingerprint,
-        "seed": run.seed,
-        "labels": run.cell.labels,
-        "parameters": parameter.count(trained.state.model),
-        "tokens": sum(line["tokens"] for line in lines),
-        "conditions": [{label: c.branches, "loss": c.loss, "tokens": c.tokens} for c in conditions],
-        "timings": [
-            _train_timing(trained),
-            *(
-                {"phase": "eval", label: c.branches, "seconds": c.seconds, "tokens_per_second": texts_per_second(c),
-                 "peak_bytes": peak}
-                for c in conditions
-            ),
-        ],
-        "environment": runtime.environment(mesh) | {"implementation": kernels.resolve(config.model.implementation)},
-        "text_hash": hashlib.sha256(hashes.encode()).hexdigest()[:16],
-    }  # fmt: skip
-
-
-def _train_timing(trained: loop.Trained) -> dict:
-    """Of the steps made by the process that finished the run; a resumed run has made some before."""
-    return {
-        "phase": "train",
-        "seconds": trained.seconds,
-        "steps": trained.steps,
-        "tokens_per_second": trained.tokens / trained.seconds if trained.steps else None,
-        "peak_bytes": runtime.peak_bytes(trained.executable) if trained.executable else None,
-        "overhead_share": trained.outside / trained.seconds if trained.steps else None,
-    }
-
-
-def _write_json(path: pathlib.Path, value) -> None:
-    write_atomically(path, (json.dumps(value, indent=1) + "\n").encode())

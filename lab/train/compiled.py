@@ -1,6 +1,7 @@
 """Steps compiled ahead of time for a mesh, and called directly: another shape is an error, never a silent compile."""
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -10,7 +11,9 @@ from lab.train import step
 from lab.train.step import Program, State
 
 _train = jax.jit(step.train_step, donate_argnums=0, static_argnames="program")
+_train_many = jax.jit(step.train_steps, donate_argnums=0, static_argnames="program")
 _evaluate = jax.jit(step.evaluation_step)
+_evaluate_many = jax.jit(step.evaluation_steps)
 _executables = {}
 
 
@@ -37,6 +40,21 @@ def initial_state(model_config, program: Program, mesh: Mesh, seed: int) -> Stat
         return State(nnx.merge(jax.eval_shape(parts, key)[0], trainable, made(2)), optimizer)
 
 
+def stacked(states: list[State], mesh: Mesh) -> State:
+    """States along a new leading axis, which every device holds whole."""
+
+    def stack(*states):
+        return jax.tree.map(lambda *x: jnp.stack(x), *states)
+
+    with jax.set_mesh(mesh):
+        return jax.jit(stack, out_shardings=parameter.shardings(jax.eval_shape(stack, *states), mesh))(*states)
+
+
+def unstacked(tree, index: int):
+    """One member of a stacked state or model."""
+    return jax.tree.map(lambda x: x[index], tree)
+
+
 def abstract(tree):
     """Shapes, types and shardings without values."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)), tree)
@@ -54,6 +72,16 @@ def _compile(function, mesh: Mesh, *arguments, **static):
 def train_step(state: State, numbers, batch, program: Program, mesh: Mesh):
     """compiled(state, numbers, batch) -> (state, metrics)"""
     return _compile(_train, mesh, state, numbers, batch, program=program)
+
+
+def train_steps(states: State, numbers, batches, program: Program, mesh: Mesh):
+    """The same for stacked members."""
+    return _compile(_train_many, mesh, states, numbers, batches, program=program)
+
+
+def evaluation_steps(models, batch, mesh: Mesh):
+    """compiled(stacked models, one batch) -> the same for each member"""
+    return _compile(_evaluate_many, mesh, models, batch)
 
 
 def evaluation_step(model, batch, mesh: Mesh):

@@ -6,25 +6,11 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
-from ml_collections import ConfigDict
 
-from lab.data import Batch, train_batches
 from lab.model import mesh as lab_mesh
-from lab.train import compiled, optimizer
 from lab.train.checkpoint import Checkpoints, Position
-from lab.train.step import Metrics, Program, State
-
-
-class Record(NamedTuple):
-    """What is known of one step once it is done."""
-
-    step: int
-    loss: float
-    grad_norm: float
-    learning_rate: float
-    fill: float
-    tokens: int
-    text_hash: str
+from lab.train.step import State
+from lab.train.workload import Record, Workload
 
 
 class Trained(NamedTuple):
@@ -60,7 +46,11 @@ class Stopwatch:
 
 
 class NonFinite(Exception):
-    """The loss or the gradient norm of a step is not a number."""
+    """The loss or the gradient norm of a step is not a number, for one member of the workload."""
+
+    def __init__(self, message: str, member: int):
+        super().__init__(message)
+        self.member = member
 
 
 class Stopped(Exception):
@@ -68,50 +58,47 @@ class Stopped(Exception):
 
 
 def train(
-    config: ConfigDict,
-    texts,
+    workload: Workload,
     checkpoints: Checkpoints,
     mesh: jax.sharding.Mesh,
     *,
     on_start: Callable[[int], None],
-    on_step: Callable[[Record], None],
+    on_step: Callable[[list[Record]], None],
     stop: Callable[[int], bool],
 ) -> Trained:
     """Trains from the newest checkpoint, or afresh, to config.train.steps, and leaves a checkpoint of the last step.
 
-    on_start(step) tells where it begins; on_step(record) comes once for every step, in order, while the next one runs.
+    on_start(step) tells where it begins; on_step(records), one for each member, comes once for every step, in order,
+    while the next one runs.
     Raises NonFinite with the step, its batch and the last good checkpoint; Stopped, all saved, when stop(step) says so.
     """
-    program = Program(config.train.optimizer, config.train.decay, config.train.microbatches)
-    state = compiled.initial_state(config.model, program, mesh, config.seed)
+    config = workload.config
+    state = workload.initial_state(mesh)
     position, state = checkpoints.restore(state) or (Position(0, 0), state)
     checkpoints.save(position, state)  # of step 0: what Orbax does once in a process is done before steps are timed
     on_start(position.step)
-    numbers = optimizer.numbers_by_step(config.train)
     texts_per_step = config.data.rows * config.data.texts_per_row
-    hosts = dict(process_index=jax.process_index(), process_count=jax.process_count())
-    batches = train_batches(config, texts, start=position.step, **hosts)
     run, clock, pending, steps, tokens = None, Stopwatch(), None, 0, 0
 
     def settle() -> None:
         """Waits for the step that was sent last, and checks and reports it."""
         nonlocal pending
         if pending is not None:
-            metrics = jax.device_get(pending[0])
+            metrics, step, numbers, infos = pending
+            records, pending = workload.records(step, metrics, numbers, infos), None
             clock.settle()
-            record, pending = _record(metrics, *pending[1:]), None
-            _check_finite(record, position)
-            on_step(record)
+            _check_finite(records, position)
+            on_step(records)
 
-    for step, (batch, info) in enumerate(batches, position.step):
-        placed: Batch = lab_mesh.place(batch, mesh)
+    for step, (batch, infos) in enumerate(workload.batches(position.step), position.step):
+        numbers, placed = workload.numbers(step), lab_mesh.place(batch, mesh)
         if run is None:
-            run, clock = compiled.train_step(state, numbers(step), placed, program, mesh), Stopwatch()
+            run, clock = workload.compile(state, numbers, placed, mesh), Stopwatch()
         clock.send(running=pending is not None and not pending[0].loss.is_ready())
-        state, metrics = run(state, numbers(step), placed)
+        state, metrics = run(state, numbers, placed)
         settle()  # of the step before, while this one runs
-        pending = metrics, step, info, numbers(step).learning_rate
-        steps, tokens = steps + 1, tokens + info.tokens
+        pending = metrics, step, numbers, infos
+        steps, tokens = steps + 1, tokens + sum(info.tokens for info in infos)
         stopping, last = stop(step), step + 1 == config.train.steps
         if stopping or last or (step + 1) % config.checkpoint.every == 0:
             settle()  # a checkpoint is worth keeping only if its step was finite
@@ -124,14 +111,11 @@ def train(
     return Trained(state, steps, clock.stop(), clock.outside, tokens, run)
 
 
-def _record(metrics: Metrics, step: int, info, learning_rate) -> Record:
-    loss, grad_norm = float(metrics.loss), float(metrics.grad_norm)
-    return Record(step, loss, grad_norm, float(learning_rate), info.fill, info.tokens, info.text_hash)
-
-
-def _check_finite(record: Record, position: Position) -> None:
-    if not (math.isfinite(record.loss) and math.isfinite(record.grad_norm)):
-        raise NonFinite(
-            f"step {record.step}: loss {record.loss}, gradient norm {record.grad_norm}, batch {record.text_hash}; "
-            f"last good checkpoint: {position.step}"
-        )
+def _check_finite(records: list[Record], position: Position) -> None:
+    for member, record in enumerate(records):
+        if not (math.isfinite(record.loss) and math.isfinite(record.grad_norm)):
+            raise NonFinite(
+                f"step {record.step}: loss {record.loss}, gradient norm {record.grad_norm}, batch {record.text_hash}; "
+                f"last good checkpoint: {position.step}",
+                member,
+            )

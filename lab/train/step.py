@@ -86,6 +86,16 @@ def train_step(state: State, numbers: Numbers, batch: Batch, program: Program) -
     return State(model, optimizer_state), Metrics(loss, optax.global_norm(grads))
 
 
+def train_steps(states: State, numbers: Numbers, batches: Batch, program: Program) -> tuple[State, Metrics]:
+    """One update of each member of a stack."""
+    return jax.vmap(lambda *member: train_step(*member, program))(states, numbers, batches)
+
+
+def evaluation_steps(models, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """`evaluation_step` of each model of a stack, on the same batch."""
+    return jax.vmap(evaluation_step, in_axes=(0, None))(models, batch)
+
+
 def evaluation_step(model, batch: Batch) -> tuple[jax.Array, jax.Array]:
     """Summed cross entropy (nats) and the number of labelled tokens."""
     ce, _, tokens = summed_losses(model, batch)

@@ -1,0 +1,81 @@
+"""What one training loop trains: one run, or several that share a program as one vmapped run."""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from lab.data import Batch, train_batches
+from lab.data.pipeline import Info
+from lab.train import compiled, optimizer
+from lab.train.optimizer import Numbers
+from lab.train.step import Metrics, Program, State
+
+
+class Member(NamedTuple):
+    """One run: its config, and the texts it trains on."""
+
+    config: ConfigDict
+    texts: Sequence[np.ndarray]
+
+
+class Record(NamedTuple):
+    """What is known of one step once it is done."""
+
+    step: int
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    fill: float
+    tokens: int
+    text_hash: str
+
+
+class Workload:
+    """The members of one training loop. Several are stacked along a leading axis of state, numbers and batches.
+
+    They must share their program and their number of steps. A vmapped run is not the solo run to the last bit.
+    """
+
+    def __init__(self, members: Sequence[Member]):
+        self.members = list(members)
+        self.config = self.members[0].config
+        train = self.config.train
+        self._program = Program(train.optimizer, train.decay, train.microbatches)
+        self._numbers = [optimizer.numbers_by_step(member.config.train) for member in self.members]
+
+    @property
+    def vmapped(self) -> bool:
+        return len(self.members) > 1
+
+    def initial_state(self, mesh: Mesh) -> State:
+        states = [
+            compiled.initial_state(m.config.model, self._program, mesh, m.config.model_seed) for m in self.members
+        ]
+        return compiled.stacked(states, mesh) if self.vmapped else states[0]
+
+    def batches(self, start: int) -> Iterator[tuple[Batch, list[Info]]]:
+        """This host's rows of each step from `start`, and what is known of each member's."""
+        hosts = dict(process_index=jax.process_index(), process_count=jax.process_count())
+        for step in zip(*(train_batches(m.config, m.texts, start=start, **hosts) for m in self.members), strict=True):
+            batches, infos = zip(*step, strict=True)
+            yield jax.tree.map(lambda *x: np.stack(x), *batches) if self.vmapped else batches[0], list(infos)
+
+    def numbers(self, step: int) -> Numbers:
+        each = [numbers(step) for numbers in self._numbers]
+        return jax.tree.map(lambda *x: np.stack(x), *each) if self.vmapped else each[0]
+
+    def compile(self, state: State, numbers: Numbers, batch: Batch, mesh: Mesh):
+        make = compiled.train_steps if self.vmapped else compiled.train_step
+        return make(state, numbers, batch, self._program, mesh)
+
+    def records(self, step: int, metrics: Metrics, numbers: Numbers, infos: list[Info]) -> list[Record]:
+        """What is known of a step of each member; waits for it."""
+        loss, grad_norm, rate = (np.reshape(x, -1).tolist() for x in (*jax.device_get(metrics), numbers.learning_rate))
+        return [
+            Record(step, loss[i], grad_norm[i], rate[i], info.fill, info.tokens, info.text_hash)
+            for i, info in enumerate(infos)
+        ]
