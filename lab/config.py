@@ -18,6 +18,9 @@ def base() -> ConfigDict:
                 sections=("curves",),  # parts of the report, by name: lab.study.sections
                 published="",  # a csv of published numbers, relative to the repository
                 seeds=1,
+                judged=(),  # conditions whose mean loss judges a cell; () = all
+                tune=(),  # ((field, values), ...): each cell is tuned on this grid first
+                tune_seed=1000,  # of the trials; cells are judged on seed, seed + 1, ...
                 vmap="none",  # none | seeds | numbers: runs of one program are trained as one vmapped program
             ),
             model=dict(

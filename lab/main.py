@@ -11,6 +11,7 @@ from lab import runtime
 
 runtime.tune_allocator()  # before anything imports JAX
 
+import functools  # noqa: E402
 import logging  # noqa: E402
 import pathlib  # noqa: E402
 import shlex  # noqa: E402
@@ -34,48 +35,52 @@ def main(argv: list[str]) -> int:
 
     from lab import report
     from lab.study import cells as study_cells
-    from lab.study import plan, run, runs
+    from lab.study import plan, run, runs, tuning
     from lab.study.progress import Display
     from lab.train.loop import Stopped
 
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax tells every save, and twice what it raises
     counts = runtime.CompileCounts()
     cells = study_cells.resolve(config, overridden)
-    rows = plan.table(config, cells)
-    share = study_cells.share(flags.cells)
     workdir = flags.workdir or pathlib.Path("runs") / config.study.name
-    every = runs.runs_of(cells, config.study.seeds, workdir)
-    runs.check_devices(every)
-    runs.check_hosts_agree(every)
+    share = study_cells.share(flags.cells)
+    names = {cell.name for cell in cells[share]}
     first = jax.process_index() == 0
-    if first:
-        runs.write_plan(workdir, config, rows, every, shlex.join(["python", "-m", "lab.main", *argv]))
-    stop = runtime.stop_requests()
+
+    def planned(cells: list[study_cells.Cell]) -> list[runs.Run]:
+        """Plans the cells, writes the plan down, and gives this program's share of their runs."""
+        rows = plan.table(config, cells)
+        every = runs.runs_of(cells, range(config.seed, config.seed + config.study.seeds), workdir)
+        runs.check_devices(every)
+        runs.check_hosts_agree(every)
+        if first:
+            line = shlex.join(["python", "-m", "lab.main", *argv])
+            runs.write_plan(workdir, config, rows, every, [trial.describe() for trial in trials], line)
+        return [r for r in every if r.cell.name in names]
 
     def rewrite_report() -> None:
         if first:
             report.rebuild(workdir)
 
-    ours = every[share]
-    units = runs.units_of(ours, config.study.vmap)
-    with Display(len(ours), config.train.steps, quiet=not first) as display:
+    trials = tuning.trials(config, cells, workdir)
+    ours = planned(tuning.tuned(cells, trials))
+    tried = [trial.run for trial in trials if trial.cell in names]
+    stop = runtime.stop_requests()
+    with Display(len(tried) + len(ours), config.train.steps, quiet=not first) as display:
         devices = f"{jax.device_count()} {jax.devices()[0].platform} devices"
-        display.say(f"{config.study.name}: {len(ours)} runs on {devices}, in {workdir}")
+        display.say(f"{config.study.name}: {len(tried) + len(ours)} runs on {devices}, in {workdir}")
+        make = functools.partial(
+            run.run_study, display=display, stop=stop, after_run=rewrite_report, retry_failed=flags.retry_failed
+        )
         try:
-            summary = run.run_study(
-                units,
-                display=display,
-                stop=stop,
-                after_run=rewrite_report,
-                retry_failed=flags.retry_failed,
-            )
+            tuning_summary = make(runs.units_of(tried, config.study.vmap))
+            if tried:
+                ours = planned(tuning.tuned(cells, trials))
+            summary = make(runs.units_of(ours, config.study.vmap))
         except Stopped as stopped:
             display.say(f"stopped and saved at {stopped}; run the same command again to go on")
             return STOPPED
-        compiled = ", ".join(
-            f"{name} {counts.counts[name]} ({counts.seconds[name]:.1f} s)" for name in ("train_step", "evaluation_step")
-        )
-        display.say(f"compiled: {compiled}, for {summary.new} new runs")
+        display.say(f"compiled: {counts}, for {tuning_summary.new + summary.new} new runs")
         rewrite_report()
         display.say(f"{summary.done} of {len(ours)} runs done, {summary.failed} failed; open {workdir / 'report.html'}")
     return 1 if summary.failed else 0

@@ -109,6 +109,15 @@ class CompileCounts:
             self.counts[name] += 1
             self.seconds[name] += duration
 
+    def __str__(self) -> str:
+        """The training and evaluation programs: how many of each, in how many seconds."""
+        names = [
+            "train_step",
+            "evaluation_step",
+            *(name for name in ("train_steps", "evaluation_steps") if self.counts[name]),
+        ]
+        return ", ".join(f"{name} {self.counts[name]} ({self.seconds[name]:.1f} s)" for name in names)
+
 
 def peak_bytes(executable) -> int:
     """Memory of a device while the executable runs: as measured, or (CPU) as its buffer assignment says."""

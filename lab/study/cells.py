@@ -121,7 +121,7 @@ def resolve(config: ConfigDict, overridden: tuple[str, ...] = ()) -> list[Cell]:
 
 
 def share(text: str) -> slice:
-    """The part of a study that "I/N" names: every N-th of its runs, from the I-th."""
+    """The part of a study that "I/N" names: every N-th of its cells, from the I-th."""
     part = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", text)
     if not part or int(part[1]) > int(part[2]):
         raise UserError(f"--cells={text!r} is no share; choose I/N with 1 <= I <= N, as in 1/4")

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import pathlib
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -50,12 +51,12 @@ def _open_data(cells: list[Cell]) -> list[lab_data.Data]:
     return [opened[key] for key in keys]
 
 
-def runs_of(cells: list[Cell], seeds: int, workdir: pathlib.Path) -> list[Run]:
-    """Every run of the study, in the order of its cells."""
+def runs_of(cells: list[Cell], seeds: Sequence[int], workdir: pathlib.Path) -> list[Run]:
+    """Every cell with every seed, in the order of the cells."""
     runs = []
     for cell, data in zip(cells, _open_data(cells), strict=True):
         fingerprint = cell.fingerprint(data.fingerprint)
-        for seed in range(cell.config.seed, cell.config.seed + seeds):
+        for seed in seeds:
             directory = workdir / cell_directory(cell, fingerprint) / f"seed-{seed}"
             runs.append(Run(cell, seed, fingerprint, data, directory))
     return runs
@@ -66,7 +67,7 @@ def cell_directory(cell: Cell, fingerprint: str) -> str:
 
 
 def units_of(runs: list[Run], vmap: str) -> list[Unit]:
-    """What is trained at once: a run; or, by study.vmap, the seeds of a cell, or the cells of a seed with one program."""
+    """What is trained at once: a run, or (study.vmap) the seeds of a cell or the cells of a seed."""
     choose("study.vmap", vmap, ("none", "seeds", "numbers"))
     if vmap == "none":
         return [(run,) for run in runs]
@@ -77,7 +78,9 @@ def units_of(runs: list[Run], vmap: str) -> list[Unit]:
     return [tuple(unit) for unit in units.values()]
 
 
-def write_plan(workdir: pathlib.Path, config: ConfigDict, rows: list[dict], runs: list[Run], command: str) -> None:
+def write_plan(
+    workdir: pathlib.Path, config: ConfigDict, rows: list[dict], runs: list[Run], tuning: list[dict], command: str
+) -> None:
     """plan.json: what the study is, for the report and for whoever finds the directory. Refuses another study's."""
     path = workdir / "plan.json"
     if path.exists():
@@ -110,6 +113,7 @@ def write_plan(workdir: pathlib.Path, config: ConfigDict, rows: list[dict], runs
         "published": study.published,
         "command": command,
         "config": json.loads(config.to_json_best_effort()),
+        "tuning": tuning,
         "cells": cells,
     }
     workdir.mkdir(parents=True, exist_ok=True)
