@@ -27,10 +27,11 @@ class Run(NamedTuple):
     fingerprint: str
     data: lab_data.Data
     directory: pathlib.Path
+    note: str = ""  # what tells a trial from the other runs of its cell
 
     @property
     def name(self) -> str:
-        return f"{self.cell.name} seed {self.seed}"
+        return f"{self.cell.name} seed {self.seed}" + (f" ({self.note})" if self.note else "")
 
 
 Unit = tuple[Run, ...]  # trained by one program

@@ -1,4 +1,4 @@
-"""Fair tuning: every cell is tried on the same grid with the same budget on a seed of its own, then judged on others."""
+"""Fair tuning: every cell is tried on the same grid with the same budget on one seed, then judged on others."""
 
 import itertools
 import json
@@ -52,7 +52,11 @@ def trials(config: ConfigDict, cells: list[Cell], workdir: pathlib.Path) -> list
     grid = [dict(point) for point in itertools.product(*([(field, v) for v in values] for field, values in study.tune))]
     tried = [(cell.name, values, with_values(cell, values)) for cell in cells for values in grid]
     runs = runs_of([cell for *_, cell in tried], [study.tune_seed], workdir)
-    return [Trial(name, values, run) for (name, values, _), run in zip(tried, runs, strict=True)]
+    return [Trial(name, v, run._replace(note=_spelled(v))) for (name, v, _), run in zip(tried, runs, strict=True)]
+
+
+def _spelled(values: dict[str, object]) -> str:
+    return ", ".join(f"{field}={value}" for field, value in values.items())
 
 
 def with_values(cell: Cell, values: dict[str, object]) -> Cell:
