@@ -44,7 +44,7 @@ def base() -> ConfigDict:
                 remat="none",  # none | dots | full
             ),
             data=dict(
-                corpus="stdlib",  # stdlib | files | jsonl | parquet | huggingface
+                corpus="stdlib",  # stdlib | files | jsonl | parquet | huggingface; or a probe of lab.data.probes
                 path="",  # globs joined by commas, or a dataset's name
                 field="text",  # of a JSON line, a parquet column, a dataset
                 tokenizer="bytes",  # bytes | bpe:<size> | the path of a tokenizer.json
@@ -59,6 +59,11 @@ def base() -> ConfigDict:
                 slots=0,  # 0: branches take slots 1, 2, ...; S: a random subset of 1..S
                 prompt="none",  # none | first: the first text of a group is its shared prompt
                 workers=0,  # processes that pack batches; 0 packs in threads
+                probe=dict(
+                    difficulty="2-8",  # of training rows: fixedN or LOW-HIGH (pairs, symbols, moves or tokens)
+                    symbols=32,  # in the alphabet
+                    objects=5,  # that the permutations of state tracking move: 5 is S5, 2 parity
+                ),
             ),
             train=dict(
                 steps=250,
@@ -79,6 +84,7 @@ def base() -> ConfigDict:
             ),
             evaluate=dict(
                 branches=(1, 2, 4, 8, 16, 24, 32, 48, 64),
+                difficulties=(2, 4, 8),  # of probes, which have no branches
                 texts=768,  # a multiple of texts_per_row
                 texts_per_row=192,  # lcm of the branch counts, so that every count fills its groups
                 rows=2,  # of one call, over all devices and hosts

@@ -51,7 +51,7 @@ def main(argv: list[str]) -> int:
         if first:
             report.rebuild(workdir)
 
-    with Display(len(runs), config.train.steps, quiet=not first) as display:
+    with Display(len(runs), quiet=not first) as display:
         devices = f"{jax.device_count()} {jax.devices()[0].platform} devices"
         display.say(f"{config.study.name}: {len(runs)} runs on {devices}, in {workdir}")
         try:

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from lab import data as lab_data
 from lab import kernels, runtime
 from lab.errors import UserError
-from lab.evaluate import branches
+from lab.evaluate import conditions
 from lab.model import mesh as lab_mesh
 from lab.model import parameter
 from lab.study.cells import Cell
@@ -178,19 +178,19 @@ def _run(run: Run, display: Display, stop: Callable[[int], bool]) -> str:
     checkpoints = Checkpoints(run.directory / "checkpoints", config.checkpoint.keep)
     try:
         trained = loop.train(config, run.data.train, checkpoints, mesh, on_start=log.start, on_step=log.step, stop=stop)
-        conditions, executable = branches.evaluate(
+        found, executable = conditions.evaluate(
             config, trained.state.model, run.data.validation, mesh,
             on_condition=log.condition, stop=lambda: stop(config.train.steps),
         )  # fmt: skip
         if first:
             log.flush()
-            result = _result(run, config, mesh, trained, conditions, executable)
+            result = _result(run, config, mesh, trained, found, executable)
             log.finish(result)
             _write_json(run.directory / "result.json", result)
     finally:
         checkpoints.close()
         log.close()
-    text = f"loss {conditions[0].loss:.3f} at {config.study.condition} {conditions[0].branches}"
+    text = f"loss {found[0].loss:.3f}, accuracy {found[0].accuracy:.1%} at {config.study.condition} {found[0].value}"
     if trained.steps:
         text += (
             f", {trained.tokens / trained.seconds:,.0f} tokens/s, {trained.outside / trained.seconds:.1%} of "
@@ -210,7 +210,7 @@ class _Log:
 
     def start(self, step: int) -> None:
         """Steps that are made again are logged again: what an earlier attempt logged from here on goes."""
-        self._display.start_run(self._run.name, step)
+        self._display.start_run(self._run.name, step, self._run.cell.config.train.steps)
         if self._writes:
             from lab.study.tensorboard import Writer  # slow to import, and only one host needs it
 
@@ -236,8 +236,8 @@ class _Log:
                     "train/tokens_per_second": rate,
                 })  # fmt: skip
 
-    def condition(self, condition: branches.Condition) -> None:
-        self._display.condition(self._run.cell.config.study.condition, condition.branches, condition.loss)
+    def condition(self, condition: conditions.Condition) -> None:
+        self._display.condition(self._run.cell.config.study.condition, condition.value, condition.loss)
 
     def flush(self) -> None:
         self._file.flush()
@@ -245,7 +245,11 @@ class _Log:
     def finish(self, result: dict) -> None:
         """The run among the others, in the HPARAMS tab."""
         label = self._run.cell.config.study.condition
-        metrics = {f"eval/loss_nats_{label}_{c[label]}": c["loss"] for c in result["conditions"]}
+        metrics = {
+            f"eval/{name}_{label}_{c[label]}": c[field]
+            for name, field in (("loss_nats", "loss"), ("accuracy_share", "accuracy"))
+            for c in result["conditions"]
+        }
         self._board.hparams(result["labels"] | {"seed": self._run.seed}, metrics)
 
     def close(self) -> None:
@@ -254,7 +258,7 @@ class _Log:
             self._board.close()
 
 
-def _result(run: Run, config: ConfigDict, mesh, trained: loop.Trained, conditions, executable) -> dict:
+def _result(run: Run, config: ConfigDict, mesh, trained: loop.Trained, found, executable) -> dict:
     label = config.study.condition
     lines = [json.loads(line) for line in (run.directory / "metrics.jsonl").read_text().splitlines()]
     hashes = "".join(line["text_hash"] for line in lines)
@@ -267,13 +271,15 @@ def _result(run: Run, config: ConfigDict, mesh, trained: loop.Trained, condition
         "labels": run.cell.labels,
         "parameters": parameter.count(trained.state.model),
         "tokens": sum(line["tokens"] for line in lines),
-        "conditions": [{label: c.branches, "loss": c.loss, "tokens": c.tokens} for c in conditions],
+        "conditions": [
+            {label: c.value, "loss": c.loss, "accuracy": c.accuracy, "tokens": c.tokens} for c in found
+        ],
         "timings": [
             _train_timing(trained),
             *(
-                {"phase": "eval", label: c.branches, "seconds": c.seconds, "tokens_per_second": texts_per_second(c),
+                {"phase": "eval", label: c.value, "seconds": c.seconds, "tokens_per_second": texts_per_second(c),
                  "peak_bytes": peak}
-                for c in conditions
+                for c in found
             ),
         ],
         "environment": runtime.environment(mesh) | {"implementation": kernels.resolve(config.model.implementation)},

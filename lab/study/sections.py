@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 from lab.errors import choose
-from lab.study import branches, costs, figures, verdicts
+from lab.study import accuracy, branches, costs, figures, verdicts
 from lab.study.evidence import Findings
 from lab.study.layout import arrange, line_label, number, run_label, short
 from lab.study.page import Block, Chart, Code, Section, Table, Text
@@ -42,6 +42,7 @@ def curves(study: Study) -> list[Block]:
 
 
 SECTIONS = {
+    "accuracy": ("Accuracy", accuracy.section),
     "branches": ("Branches", branches.section),
     "curves": ("Learning curves", curves),
 }

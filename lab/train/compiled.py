@@ -44,5 +44,5 @@ def train_step(state: State, numbers, batch, program: Program, mesh: Mesh):
 
 
 def evaluation_step(model, batch, mesh: Mesh):
-    """compiled(model, batch) -> (summed nats, labelled tokens)"""
+    """compiled(model, batch) -> (summed nats, tokens answered right, labelled tokens)"""
     return _compile(_evaluate, mesh, model, batch)

@@ -1,4 +1,4 @@
-"""Loss by number of branches: every model is asked about the same texts, however they are interleaved."""
+"""Loss and accuracy by condition: every model is asked the same, under one number of branches or difficulty each."""
 
 import time
 from collections.abc import Callable
@@ -7,17 +7,18 @@ from typing import NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from lab.data import evaluation_batches
+from lab import data as lab_data
 from lab.model import mesh as lab_mesh
 from lab.train import compiled
 from lab.train.loop import Stopped
 
 
 class Condition(NamedTuple):
-    """The loss at one number of branches: nats per labelled token, the mean over all of them."""
+    """What was found under one of `lab.data.conditions`; means over all labelled tokens."""
 
-    branches: int
-    loss: float
+    value: int
+    loss: float  # nats per token
+    accuracy: float  # share of tokens whose label has the largest logit
     tokens: int  # labelled
     seconds: float  # steady, without compiling
 
@@ -25,21 +26,22 @@ class Condition(NamedTuple):
 def evaluate(
     config: ConfigDict, model, texts, mesh, *, on_condition: Callable[[Condition], None], stop: Callable[[], bool]
 ):
-    """([Condition] for every count of config.evaluate.branches, the executable). One program serves them all."""
+    """([Condition] for every one of `lab.data.conditions`, the executable). One program serves them all."""
     hosts = dict(process_index=jax.process_index(), process_count=jax.process_count())
     conditions, run = [], None
-    for branches in config.evaluate.branches:
-        nats = tokens = 0.0
+    for value in lab_data.conditions(config):
+        nats = right = tokens = 0.0
         begun = time.perf_counter()
-        for batch in evaluation_batches(config, texts, branches, **hosts):
+        for batch in lab_data.evaluation_batches(config, texts, value, **hosts):
             placed = lab_mesh.place(batch, mesh)
             if run is None:
                 run = compiled.evaluation_step(model, placed, mesh)
                 begun = time.perf_counter()
-            part = jax.device_get(run(model, placed))
-            nats, tokens = nats + float(part[0]), tokens + float(part[1])  # float64 on the host
+            part = [float(x) for x in jax.device_get(run(model, placed))]  # float64 on the host
+            nats, right, tokens = nats + part[0], right + part[1], tokens + part[2]
             if stop():
                 raise Stopped("the evaluation, which starts again")
-        conditions.append(Condition(branches, nats / tokens, int(tokens), time.perf_counter() - begun))
+        seconds = time.perf_counter() - begun
+        conditions.append(Condition(value, nats / tokens, right / tokens, int(tokens), seconds))
         on_condition(conditions[-1])
     return conditions, run
