@@ -17,6 +17,7 @@ def base() -> ConfigDict:
                 sections=("curves",),  # parts of the report, by name: lab.study.sections
                 published="",  # a csv of published numbers, relative to the repository
                 seeds=1,
+                length="steps",  # steps | tokens | flops: what cells train alike, by train.steps of each
                 judged=(),  # values of the condition whose mean loss judges a cell; empty: all
                 baseline=(),  # ((label, value), ...): cells are compared with the one that has these instead of theirs
                 contrasts=(),  # ((name, plus, minus) or (name, a, b, c, d), ...): see lab.study.contrasts
