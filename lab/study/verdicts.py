@@ -14,9 +14,9 @@ MEASURED = ["verdict", "difference", "95% interval", "p (Holm)", "detectable", "
 NONE = ["—"] * 4  # where a row is about several contrasts
 EXPLAINED = (
     "Difference: mean over seeds of the paired differences, in nats per token; below 0 is better. 95% interval: "
-    "Student t; bootstrap: studentised. p: paired t-test, corrected (Holm) over all comparisons of the study; "
-    "below 0.05 there is a verdict. Detectable: the difference that this many seeds of this spread find 4 times in 5, "
-    "uncorrected."
+    "Student t; bootstrap: studentised; both of one comparison by itself. p: paired t-test, corrected (Holm) over all "
+    "comparisons of the study; below 0.05 there is a verdict, so that an interval without 0 may still tell nothing. "
+    "Detectable: the difference that this many seeds of this spread find 4 times in 5, uncorrected."
 )
 
 
