@@ -18,7 +18,11 @@ def base() -> ConfigDict:
                 sections=("curves",),  # parts of the report, by name: lab.study.sections
                 published="",  # a csv of published numbers, relative to the repository
                 seeds=1,
-                judged=(),  # conditions whose mean loss judges a cell; () = all
+                length="steps",  # steps | tokens | flops: what cells train alike, by train.steps of each
+                judged=(),  # values of the condition whose mean loss judges a cell; empty: all
+                baseline=(),  # ((label, value), ...): cells are compared with the one that has these instead of theirs
+                contrasts=(),  # ((name, plus, minus) or (name, a, b, c, d), ...): see lab.study.contrasts
+                hypotheses=(),  # ((claim, ((single | crossed | aligned, name of a contrast, -1 | 1), ...)), ...)
                 tune=(),  # ((field, values), ...): each cell is tuned on this grid first
                 tune_seed=1000,  # of the trials; cells are judged on seed, seed + 1, ...
                 vmap="none",  # none | seeds | numbers: runs of one program are trained as one vmapped program
@@ -45,7 +49,7 @@ def base() -> ConfigDict:
                 remat="none",  # none | dots | full
             ),
             data=dict(
-                corpus="stdlib",  # stdlib | files | jsonl | parquet | huggingface
+                corpus="stdlib",  # stdlib | files | jsonl | parquet | huggingface; or a probe of lab.data.probes
                 path="",  # globs joined by commas, or a dataset's name
                 field="text",  # of a JSON line, a parquet column, a dataset
                 tokenizer="bytes",  # bytes | bpe:<size> | the path of a tokenizer.json
@@ -60,6 +64,11 @@ def base() -> ConfigDict:
                 slots=0,  # 0: branches take slots 1, 2, ...; S: a random subset of 1..S
                 prompt="none",  # none | first: the first text of a group is its shared prompt
                 workers=0,  # processes that pack batches; 0 packs in threads
+                probe=dict(
+                    difficulty="2-8",  # of training rows: fixedN or LOW-HIGH (pairs, symbols, moves or tokens)
+                    symbols=32,  # in the alphabet
+                    objects=5,  # that the permutations of state tracking move: 5 is S5, 2 parity
+                ),
             ),
             train=dict(
                 steps=250,
@@ -80,6 +89,7 @@ def base() -> ConfigDict:
             ),
             evaluate=dict(
                 branches=(1, 2, 4, 8, 16, 24, 32, 48, 64),
+                difficulties=(2, 4, 8),  # of probes, which have no branches
                 texts=768,  # a multiple of texts_per_row
                 texts_per_row=192,  # lcm of the branch counts, so that every count fills its groups
                 rows=2,  # of one call, over all devices and hosts

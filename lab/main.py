@@ -66,7 +66,7 @@ def main(argv: list[str]) -> int:
     ours = planned(tuning.tuned(cells, trials))
     tried = [trial.run for trial in trials if trial.cell in names]
     stop = runtime.stop_requests()
-    with Display(len(tried) + len(ours), config.train.steps, quiet=not first) as display:
+    with Display(len(tried) + len(ours), quiet=not first) as display:
         devices = f"{jax.device_count()} {jax.devices()[0].platform} devices"
         display.say(f"{config.study.name}: {len(tried) + len(ours)} runs on {devices}, in {workdir}")
         make = functools.partial(
@@ -80,6 +80,8 @@ def main(argv: list[str]) -> int:
         except Stopped as stopped:
             display.say(f"stopped and saved at {stopped}; run the same command again to go on")
             return STOPPED
+        if first:
+            runs.note_look(workdir)
         display.say(f"compiled: {counts}, for {tuning_summary.new + summary.new} new runs")
         rewrite_report()
         display.say(f"{summary.done} of {len(ours)} runs done, {summary.failed} failed; open {workdir / 'report.html'}")

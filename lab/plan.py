@@ -4,6 +4,7 @@ python -m lab.plan --config=configs/rope_ablation.py [--json]
 """
 
 import json
+from collections.abc import Iterator
 
 from rich.console import Console
 from rich.table import Table
@@ -54,7 +55,21 @@ def main(argv: list[str]) -> None:
     programs = len({row["executable"] for row in rows})
     console = Console(width=max(Console().width, 150), highlight=False)
     console.print(table)
+    for line in _matches(rows):
+        console.print(line)
     console.print(f"{programs} training program{'s' * (programs > 1)} to compile")
+
+
+def _matches(rows: list[dict]) -> Iterator[str]:
+    """A line for everything that was solved, with how far off it stayed."""
+    from lab.study import matching
+
+    for row in rows:
+        for match in [*row["match"], *filter(None, [row["length"]])]:
+            if match["to"] != row["name"]:
+                flag = f", not within {matching.TOLERANCE:.1%}: no value is nearer" if matching.missed(match) else ""
+                value, off = f"{match['by']} = {match['value']:,}", f"{match['residual']:+.3%}"
+                yield f"{row['name']}: {value} matches {match['on']} of {match['to']} but for {off}{flag}"
 
 
 def _shown(value) -> str:

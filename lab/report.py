@@ -1,4 +1,8 @@
-"""What a study found: python -m lab.report runs/rope_ablation rebuilds its tables, figures and pages."""
+"""What a study found, or several side by side.
+
+python -m lab.report runs/rope_ablation             rebuilds its tables, figures and pages
+python -m lab.report runs/a runs/b [--output DIR]   writes comparison.md and comparison.html, here or to DIR
+"""
 
 import argparse
 import sys
@@ -9,21 +13,45 @@ from lab.study import results
 
 
 def rebuild(directory: str | Path) -> list[Path]:
-    """Writes results.csv, timings.csv, figures/, report.md and report.html of a study, finished or not; returns the
-    paths of the files a reader opens. Raises UserError where `directory` is not the directory of a study."""
+    """Writes results.csv, timings.csv, comparisons.csv where cells are compared, figures/, report.md, report.html and
+    the figures' TensorBoard events of a study, finished or not; returns the paths of the files a reader opens. Raises
+    UserError where `directory` is not the directory of a study."""
     study = results.collect(directory)
-    tables = results.write_csv(study)
-    # Drawing is imported late: matplotlib takes longer to load than everything above takes to run.
-    from lab.study import page, sections
+    written = results.write_csv(study)
+    # Drawing is imported late: matplotlib and scipy take longer to load than everything above takes to run.
+    from lab.study import evidence, page, sections, tensorboard
 
-    return tables + page.write(study.directory, study.plan["study"], sections.make(study))
+    findings = evidence.find(study)
+    if findings:
+        written.append(evidence.write_csv(study.directory / "comparisons.csv", findings.comparisons))
+    parts = sections.make(study, findings)
+    tensorboard.write_figures(
+        study, [block for part in parts for block in part.blocks if isinstance(block, page.Chart)]
+    )
+    return written + page.write(study.directory, study.plan["study"], parts)
+
+
+def compare(directories: list[str], output: str | Path) -> list[Path]:
+    """Writes the pages of a comparison of studies into the directory `output`; returns their paths."""
+    studies = [results.collect(directory) for directory in directories]
+    from lab.study import compare, page
+
+    return page.write(Path(output), compare.TITLE, compare.sections(studies), name="comparison")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m lab.report", description=__doc__)
-    parser.add_argument("directory", help="of a study, such as runs/rope_ablation")
+    parser = argparse.ArgumentParser(
+        prog="python -m lab.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("directories", nargs="+", help="of studies, such as runs/rope_ablation")
+    parser.add_argument("--output", help="where the pages of a comparison go (default: here)")
+    flags = parser.parse_args(arguments)
     try:
-        for path in rebuild(parser.parse_args(arguments).directory):
+        if len(flags.directories) == 1 and flags.output:
+            raise UserError(f"--output={flags.output} needs several studies: the report of one goes to its directory")
+        several = len(flags.directories) > 1
+        paths = compare(flags.directories, flags.output or ".") if several else rebuild(flags.directories[0])
+        for path in paths:
             print(path)
     except UserError as error:
         print(error, file=sys.stderr)

@@ -1,7 +1,7 @@
-"""Text in, batches of interleaved branches out. Stands beside the model and shares only Coordinates with it."""
+"""Text or a probe in, batches of rows out. Stands beside the model and shares only Coordinates with it."""
 
-from lab.data.checks import check
-from lab.data.dataset import Data, open
-from lab.data.pipeline import Batch, evaluation_batches, nominal_coordinates, train_batches
+from lab.data.dataset import Data
+from lab.data.pipeline import Batch
+from lab.data.sources import check, conditions, evaluation_batches, nominal_coordinates, open, train_batches
 
-__all__ = ["Batch", "Data", "check", "evaluation_batches", "nominal_coordinates", "open", "train_batches"]
+__all__ = ["Batch", "Data", "check", "conditions", "evaluation_batches", "nominal_coordinates", "open", "train_batches"]

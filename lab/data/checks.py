@@ -25,9 +25,9 @@ def check_training(config: ConfigDict) -> None:
     choose("data.align", data.align, ALIGNMENTS)
     choose("data.prompt", data.prompt, PROMPTS)
     tokenizers.check(data.tokenizer)
-    _at_least("seed", config.seed, 0)
+    at_least("seed", config.seed, 0)
     for field, least in dict(text_length=2, texts=0, texts_per_row=1, rows=1, slots=0, workers=0).items():
-        _at_least(f"data.{field}", data[field], least)
+        at_least(f"data.{field}", data[field], least)
     _check_draw(data)
 
 
@@ -37,9 +37,9 @@ def check_evaluation(config: ConfigDict, branch_counts: Sequence[int]) -> None:
     if not branch_counts:
         raise UserError("evaluate.branches is empty; choose at least one number of branches, such as (1, 2, 4)")
     for field in ("texts", "texts_per_row", "rows"):
-        _at_least(f"evaluate.{field}", evaluate[field], 1)
+        at_least(f"evaluate.{field}", evaluate[field], 1)
     for branches in branch_counts:
-        _at_least("evaluate.branches", branches, 1)
+        at_least("evaluate.branches", branches, 1)
     sizes = [branches + prompts_of_group(config.data.prompt) for branches in branch_counts]
     if any(evaluate.texts_per_row % size for size in sizes):
         raise UserError(
@@ -77,6 +77,7 @@ def _check_draw(data: ConfigDict) -> None:
         )
 
 
-def _at_least(field: str, value: int, least: int) -> None:
+def at_least(field: str, value: int, least: int) -> None:
+    """Raises UserError for a number below `least`."""
     if value < least:
         raise UserError(f"{field} = {value} is too small; choose at least {least}")

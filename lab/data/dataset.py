@@ -12,10 +12,13 @@ from lab.errors import UserError
 
 
 class Data(NamedTuple):
-    """fingerprint: of the tokens of both splits and of the tokenizer, the same on every machine."""
+    """fingerprint: of the tokens of both splits and of the tokenizer, the same on every machine.
 
-    train: Texts
-    validation: Texts
+    A probe has no texts: its rows are made from numbers alone.
+    """
+
+    train: Texts | None
+    validation: Texts | None
     tokenizer: Tokenizer
     fingerprint: str
 

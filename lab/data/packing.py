@@ -48,12 +48,12 @@ def prompts_of_group(prompt: str) -> int:
     return int(prompt == "first")
 
 
-def parse_draw(draw: str) -> tuple[int, int]:
-    """The least and most branches of a group: fixedN -> (N, N), LOW-HIGH -> (LOW, HIGH). Raises UserError."""
+def parse_draw(draw: str, field: str = "data.draw") -> tuple[int, int]:
+    """The least and most that are drawn: fixedN -> (N, N), LOW-HIGH -> (LOW, HIGH). Raises UserError."""
     match = re.fullmatch(r"fixed(\d+)|(\d+)-(\d+)", draw)
     low, high = (int(match[1] or match[2]), int(match[1] or match[3])) if match else (0, 0)
     if not 1 <= low <= high:
-        raise UserError(f"data.draw = {draw!r} is not a draw; choose fixedN or LOW-HIGH with 1 <= LOW <= HIGH, as 1-15")
+        raise UserError(f"{field} = {draw!r} is not a draw; choose fixedN or LOW-HIGH with 1 <= LOW <= HIGH, as 1-15")
     return low, high
 
 

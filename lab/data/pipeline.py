@@ -57,7 +57,7 @@ def train_batches(
     """
     check_training(config)
     pack = _Steps(config, texts, process_index, process_count)
-    return _prefetched(grain.MapDataset.range(start, config.train.steps).map(pack), config.data.workers)
+    return prefetched(grain.MapDataset.range(start, config.train.steps).map(pack), config.data.workers)
 
 
 def evaluation_batches(
@@ -133,7 +133,8 @@ class _Steps:
         return _stacked(rows), Info(_hash(ids), tokens / (self._rows * self._layout.length), tokens)
 
 
-def _prefetched(steps: grain.MapDataset, workers: int) -> Iterator[tuple[Batch, Info]]:
+def prefetched(steps: grain.MapDataset, workers: int) -> Iterator[tuple[Batch, Info]]:
+    """The steps in order, made ahead of time: in threads, or in so many worker processes."""
     batches = steps.to_iter_dataset(_PREFETCH)
     if workers:
         # Its workers read absl flags, which only a program started by app.run has parsed.

@@ -20,6 +20,7 @@ _EOS = "<|endoftext|>"
 # How published tokenizers call the end of a text, most specific first.
 _EOS_NAMES = (_EOS, "<|end_of_text|>", "<|im_end|>", "</s>", "<eos>", "<|eos|>", "[EOS]")
 _BYTES = json.dumps({"lab": "bytes"})
+_SYMBOLS = '{"lab": "symbols"'  # how the file begins
 _LEAST_BPE = 257  # every byte, and the end of text
 _TRAINING_CHARACTERS = 2**26
 
@@ -62,6 +63,28 @@ class Bytes:
 
     def save(self, directory: Path) -> None:
         cache.write(Path(directory) / FILE, _BYTES)
+
+
+class Symbols:
+    """Ids written as decimal numbers, joined by spaces: what probes are made of."""
+
+    eos = None
+    fingerprint = "symbols"
+
+    def __init__(self, size: int):
+        self.size = size
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.array([int(number) for number in text.split()], np.int32)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return " ".join(str(int(i)) for i in ids)
+
+    def save(self, directory: Path) -> None:
+        cache.write(Path(directory) / FILE, json.dumps({"lab": "symbols", "size": self.size}))
 
 
 class Json:
@@ -115,7 +138,10 @@ def load(directory: Path) -> Tokenizer:
     path = Path(directory) / FILE
     if not path.is_file():
         raise UserError(f"{directory} holds no {FILE}: not the directory of a cell?")
-    return Bytes() if path.read_text("utf-8") == _BYTES else _from_file(path)
+    text = path.read_text("utf-8")
+    if text == _BYTES:
+        return Bytes()
+    return Symbols(json.loads(text)["size"]) if text.startswith(_SYMBOLS) else _from_file(path)
 
 
 def _bpe_size(name: str) -> int | None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 
 from lab.errors import UserError
 from lab.study import figures, tables
-from lab.study.layout import DRAW, arrange, cell_label, describe, number
+from lab.study.layout import DRAW, arrange, cell_label, describe, leaves, number
 from lab.study.page import Block, Chart, Code, Heading, Table, Text
 from lab.study.results import Study
 from lab.study.tables import Choice, Losses
@@ -116,18 +116,11 @@ def _agreement(ours: Losses, theirs: Losses) -> str:
 def _flags(study: Study, key: tuple) -> str:
     """The command-line overrides that make a cell of the base config: its labels, and whatever else it changes."""
     cell = next(cell for cell in study.plan["cells"] if study.key(cell) == key)
-    base, resolved = _leaves(study.plan["config"]), _leaves(study.config(cell))
+    base, resolved = leaves(study.plan["config"]), leaves(study.config(cell))
     labelled = [field for field, _ in study.plan["labels"] if field in resolved]
     changed = [field for field, value in resolved.items() if field in base and base[field] != value]
     fields = dict.fromkeys(labelled + [field for field in changed if not field.startswith("study.")])
     return " ".join(shlex.quote(f"--config.{field}={resolved[field]}") for field in fields)
-
-
-def _leaves(config: Mapping, prefix: str = "") -> dict:
-    found: dict = {}
-    for name, value in config.items():
-        found |= _leaves(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
-    return found
 
 
 def _figures(study: Study, ours: Losses) -> list[Block]:

@@ -2,17 +2,23 @@
 
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from lab.study.evidence import UNKNOWN, Comparison
+from lab.study.layout import panel_rows, short
+from lab.study.trends import Trend
+
 LOSS = "loss (nats per token)"
 MARKERS = "osD^vPX*<>"
 PANEL = (4.6, 3.5)  # inches
 SMALL = 8.5  # points
+BAND = dict(alpha=0.2, linewidth=0)
+EFFECT = {"better": "#1b6ca8", "worse": "#c0532b", UNKNOWN: "0.45"}
 
 Curves = Mapping[object, Mapping[float, float]]  # {name of a line: {x: y}}
 
@@ -78,22 +84,25 @@ def heat_maps(rows: Sequence[Mapping[str, Curves]], vertical: str, horizontal: s
 
 
 def learning_curves(rows: Sequence[Mapping[str, Mapping[object, Sequence[Mapping[float, float]]]]]) -> Figure:
-    """Training loss against step: the centred mean over five logged values, and the values themselves, fainter.
-    Each name has one curve for each seed. Points that are not finite are left out; the first tenth of the steps may
-    rise above the panel, which else would show little but their fall."""
+    """Training loss against step: the centred mean over five logged values, and around it the values themselves or,
+    where a name has several seeds, the range of their centred means. Points that are not finite are left out; the
+    first tenth of the steps may rise above the panel, which else would show little but their fall."""
 
     def draw(axes: Axes, title: str, curves: Mapping) -> None:
         colours, ends, tops = _colours(curves), {}, []
         for name, seeds in curves.items():
-            for points in seeds:
-                steps = [step for step, loss in points.items() if math.isfinite(loss)]
-                values = [points[step] for step in steps]
-                smooth = _smooth(values)
-                axes.plot(steps, values, color=colours[name], linewidth=0.7, alpha=0.3)
-                axes.plot(steps, smooth, color=colours[name], linewidth=1.6)
-                if steps:
-                    ends[name] = (steps[-1], smooth[-1])
-                    tops.append(max(value for step, value in zip(steps, values, strict=True) if 10 * step >= steps[-1]))
+            finite = [{step: loss for step, loss in points.items() if math.isfinite(loss)} for points in seeds]
+            steps = sorted({step for points in finite for step in points})
+            if not steps:
+                continue
+            smooth = np.array([_smoothed(points, steps) for points in finite])
+            middle = np.nanmean(smooth, axis=0)
+            if len(finite) == 1:
+                axes.plot(steps, [finite[0][step] for step in steps], color=colours[name], linewidth=0.7, alpha=0.3)
+            axes.fill_between(steps, np.nanmin(smooth, axis=0), np.nanmax(smooth, axis=0), color=colours[name], **BAND)
+            axes.plot(steps, middle, color=colours[name], linewidth=1.6)
+            ends[name] = (steps[-1], float(middle[-1]))
+            tops += [loss for points in finite for step, loss in points.items() if 10 * step >= steps[-1]]
         axes.set_xlim(0, max((step for step, _ in ends.values()), default=1) * 1.2)
         if tops:
             axes.set_ylim(top=max(tops))
@@ -102,6 +111,78 @@ def learning_curves(rows: Sequence[Mapping[str, Mapping[object, Sequence[Mapping
         axes.set_xlabel("optimizer step")
 
     return _panels(rows, draw, "training " + LOSS, share=False)
+
+
+def trends(rows: Sequence[Mapping[str, Trend]]) -> Figure:
+    """Paired differences against tokens seen, one panel for each title: the mean and its pointwise 95% interval."""
+
+    def draw(axes: Axes, title: str, trend: Trend) -> None:
+        axes.axhline(0, color="0.4", linewidth=0.8)
+        mean, half = 1000 * trend.mean, 0 if trend.half is None else 1000 * trend.half
+        axes.plot(trend.tokens, mean, color=EFFECT["better"], linewidth=1.6)
+        axes.fill_between(trend.tokens, mean - half, mean + half, color=EFFECT["better"], **BAND)
+        late = (np.abs(mean) + half)[len(mean) // 10 :]  # the start is noise: it may leave the panel
+        reach = max(np.max(late), 1e-3)
+        axes.set_ylim(-1.1 * reach, 1.1 * reach)
+        axes.set_xlim(0, trend.tokens[-1] or 1)
+        axes.xaxis.set_major_formatter(lambda tokens, _: short(tokens))
+        axes.locator_params(axis="x", nbins=5)
+        axes.set_xlabel("tokens seen")
+        _style(axes)
+
+    return _panels(rows, draw, "difference (0.001 nats per token)", share=False)
+
+
+def effects(comparisons: Sequence[tuple[str, Comparison]]) -> Figure:
+    """A forest plot of (name, comparison): mean difference with its Student-t interval, coloured by verdict."""
+    figure = Figure(figsize=(8.6, 0.9 + 0.27 * len(comparisons)), layout="constrained")
+    axes = figure.subplots()
+    axes.axvline(0, color="0.4", linewidth=0.8)
+    for place, (_, comparison) in enumerate(comparisons):
+        known, colour = comparison.estimate, EFFECT.get(comparison.verdict, EFFECT[UNKNOWN])
+        if known.t_interval:
+            axes.plot(known.t_interval, [place, place], color=colour, linewidth=2.2, alpha=0.65, solid_capstyle="butt")
+        if known.mean is not None:
+            axes.plot(known.mean, place, "o" if known.t_interval else "x", color=colour, markersize=5)
+    axes.set_yticks(range(len(comparisons)), [name for name, _ in comparisons], fontsize=SMALL)
+    axes.set_ylim(len(comparisons) - 0.5, -0.5)
+    axes.tick_params(axis="x", labelsize=SMALL)
+    axes.set_xlabel("difference of loss (nats per token); left of 0 is better", fontsize=SMALL + 0.5)
+    axes.grid(axis="x", color="0.9", linewidth=0.6)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    return figure
+
+
+def pareto(panels: Mapping[str, Mapping[str, tuple[float, float]]]) -> Figure:
+    """Loss against a cost, {title of a panel: {name of a point: (cost, loss)}}, names being short; the points that no
+    other beats in both are joined."""
+
+    def draw(axes: Axes, title: str, points: Mapping[str, tuple[float, float]]) -> None:
+        front = [name for name, (x, y) in points.items() if not beaten(x, y, points.values())]
+        front.sort(key=points.get)
+        axes.plot(*zip(*(points[name] for name in front), strict=True), color="0.75", linewidth=1.2, zorder=1)
+        for name, (x, y) in points.items():
+            axes.plot(x, y, "o", color=EFFECT["better"] if name in front else EFFECT[UNKNOWN], markersize=5)
+            axes.annotate(name, (x, y), (4, 3), textcoords="offset points", fontsize=SMALL)
+        axes.margins(0.15)
+        axes.xaxis.set_major_formatter(lambda cost, _: short(cost))
+        axes.locator_params(axis="x", nbins=5)
+        _style(axes)
+
+    return _panels(panel_rows(panels), draw, share=False)
+
+
+def beaten(x: float, y: float, points: Iterable[tuple[float, float]]) -> bool:
+    """Whether another point is no worse in either and better in one."""
+    return any(a <= x and b <= y and (a, b) != (x, y) for a, b in points)
+
+
+def _smoothed(points: Mapping[float, float], steps: Sequence[float]) -> list[float]:
+    """The centred means of one seed at `steps`; nan where it has logged nothing, as one that still runs."""
+    known = dict(zip(points, _smooth(list(points.values())), strict=True))
+    return [known.get(step, math.nan) for step in steps]
 
 
 def _panels(rows: Sequence[Mapping], draw, vertical: str = LOSS, share: bool = True) -> Figure:

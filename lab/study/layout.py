@@ -31,8 +31,29 @@ def arrange(study: Study, curves: Mapping[tuple, object], line: str) -> list[dic
         panels.setdefault(title, {name: {} for name in names})[labels.get(line, "")] = curve
     if len(others) > 1:
         return list(rows.values())
-    panels = list(rows.get("", {}).items())
-    return [dict(panels[start : start + WIDEST]) for start in range(0, len(panels), WIDEST)]
+    return panel_rows(rows.get("", {}))
+
+
+def panel_rows(panels: Mapping[str, object]) -> list[dict]:
+    """Panels {title: content} cut into rows, where rows mean nothing."""
+    items = list(panels.items())
+    return [dict(items[start : start + WIDEST]) for start in range(0, len(items), WIDEST)]
+
+
+def leaves(config: Mapping, prefix: str = "") -> dict:
+    """Every field of a config as JSON keeps it, by its dotted name."""
+    found: dict = {}
+    for name, value in config.items():
+        found |= leaves(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return found
+
+
+def differences(config: Mapping, other: Mapping) -> dict[str, tuple]:
+    """{field: (its value, the other's)} of the fields in which two configs differ; fields of the study aside."""
+    ours, theirs = leaves(config), leaves(other)
+    fields = [field for field in ours | theirs if not field.startswith("study.")]
+    found = {field: (ours.get(field, "—"), theirs.get(field, "—")) for field in fields}
+    return {field: pair for field, pair in found.items() if pair[0] != pair[1]}
 
 
 def describe(labels: Mapping[str, object]) -> str:

@@ -3,7 +3,7 @@
 import json
 import time
 
-from lab.evaluate import branches
+from lab.evaluate.conditions import Condition
 from lab.study.progress import Display
 from lab.study.results import write_atomically
 from lab.study.runs import Run, Unit
@@ -16,11 +16,12 @@ class Meter:
     def __init__(self, display: Display, unit: Unit, every: int):
         self._display, self._every = display, every
         self._name = unit[0].name + (f" and {len(unit) - 1} more, vmapped" if len(unit) > 1 else "")
+        self._steps = unit[0].cell.config.train.steps
         self._label = unit[0].cell.config.study.condition
         self._tokens, self._since = 0, time.perf_counter()
 
     def start(self, step: int) -> None:
-        self._display.start_run(self._name, step)
+        self._display.start_run(self._name, step, self._steps)
         self._since = time.perf_counter()
 
     def step(self, records: list[Record]) -> float | None:
@@ -33,8 +34,8 @@ class Meter:
         self._display.step(records[0].step, records[0].loss, rate)
         return rate
 
-    def condition(self, conditions: list[branches.Condition]) -> None:
-        self._display.condition(self._label, conditions[0].branches, conditions[0].loss)
+    def condition(self, conditions: list[Condition]) -> None:
+        self._display.condition(self._label, conditions[0].value, conditions[0].loss)
 
 
 class Log:
@@ -48,12 +49,14 @@ class Log:
     def start(self, step: int) -> None:
         """Steps that are made again are logged again: what an earlier attempt logged from here on goes."""
         if self._writes:
-            from lab.study.tensorboard import Writer  # slow to import, and only one host needs it
+            from lab.study import tensorboard  # slow to import, and only one host needs it
 
             kept = self._path.read_text().splitlines(keepends=True)[:step] if self._path.exists() else []
             write_atomically(self._path, "".join(kept).encode())
             self._file = self._path.open("a", buffering=1)  # a checkpoint must never outlive the lines before it
-            self._board = Writer(self._run.directory / "tensorboard")
+            self._board = tensorboard.Writer(self._run.directory / "tensorboard")
+            config, baseline = (cell and cell.described() for cell in (self._run.cell, self._run.baseline))
+            self._board.text("config", tensorboard.describe(config, baseline))
 
     def step(self, record: Record, rate: float | None) -> None:
         if self._writes:
@@ -68,7 +71,11 @@ class Log:
     def finish(self, result: dict) -> None:
         """The run among the others, in the HPARAMS tab."""
         label = self._run.cell.config.study.condition
-        metrics = {f"eval/loss_nats_{label}_{c[label]}": c["loss"] for c in result["conditions"]}
+        metrics = {
+            f"eval/{name}_{label}_{c[label]}": c[field]
+            for name, field in (("loss_nats", "loss"), ("accuracy_share", "accuracy"))
+            for c in result["conditions"]
+        }
         self._board.hparams(result["labels"] | {"seed": self._run.seed}, metrics)
 
     def close(self) -> None:

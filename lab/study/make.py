@@ -10,7 +10,7 @@ import jax
 from ml_collections import ConfigDict
 
 from lab import kernels, runtime
-from lab.evaluate import branches
+from lab.evaluate import conditions
 from lab.model import mesh as lab_mesh
 from lab.model import parameter
 from lab.study.log import Log, Meter
@@ -30,7 +30,7 @@ def make(unit: Unit, display: Display, stop: Callable[[int], bool]) -> list[str]
     for run in unit:
         if writes:
             (run.directory / "failure.json").unlink(missing_ok=True)
-            write_json(run.directory.parent / "config.json", json.loads(run.cell.config.to_json_best_effort()))
+            write_json(run.directory.parent / "config.json", run.cell.described())
             run.data.tokenizer.save(run.directory.parent)
     meter = Meter(display, unit, config.log.every)
 
@@ -48,7 +48,7 @@ def make(unit: Unit, display: Display, stop: Callable[[int], bool]) -> list[str]
     workload = Workload([Member(c, run.data.train) for c, run in zip(configs, unit, strict=True)])
     try:
         trained = loop.train(workload, checkpoints, mesh, on_start=on_start, on_step=on_step, stop=stop)
-        conditions, executable = branches.evaluate(
+        found, executable = conditions.evaluate(
             config, trained.state.model, unit[0].data.validation, mesh, members=len(unit),
             on_condition=meter.condition, stop=lambda: stop(config.train.steps),
         )  # fmt: skip
@@ -56,7 +56,9 @@ def make(unit: Unit, display: Display, stop: Callable[[int], bool]) -> list[str]
             _keep_members(unit, trained.state, config)
         if writes:
             for i, (run, log) in enumerate(zip(unit, logs, strict=True)):
-                result = _result(run, configs[i], mesh, trained, [c[i] for c in conditions], executable, len(unit))
+                result = _result(
+                    run, configs[i], mesh, trained, [members[i] for members in found], executable, len(unit)
+                )
                 log.finish(result)
                 write_json(run.directory / "result.json", result)
     finally:
@@ -65,7 +67,7 @@ def make(unit: Unit, display: Display, stop: Callable[[int], bool]) -> list[str]
             log.close()
     if workload.vmapped and writes:
         shutil.rmtree(_checkpoint_directory(unit).parent)
-    return [_told(trained, config.study.condition, first) for first in conditions[0]]
+    return [_told(trained, config.study.condition, condition) for condition in found[0]]
 
 
 def _checkpoint_directory(unit: Unit) -> pathlib.Path:
@@ -86,8 +88,8 @@ def _keep_members(unit: Unit, states, config: ConfigDict) -> None:
         checkpoints.close()
 
 
-def _told(trained: loop.Trained, label: str, condition: branches.Condition) -> str:
-    text = f"loss {condition.loss:.3f} at {label} {condition.branches}"
+def _told(trained: loop.Trained, label: str, condition: conditions.Condition) -> str:
+    text = f"loss {condition.loss:.3f}, accuracy {condition.accuracy:.1%} at {label} {condition.value}"
     if trained.steps:
         text += (
             f", {trained.tokens / trained.seconds:,.0f} tokens/s, {trained.outside / trained.seconds:.1%} of "
@@ -96,7 +98,7 @@ def _told(trained: loop.Trained, label: str, condition: branches.Condition) -> s
     return text
 
 
-def _result(run: Run, config: ConfigDict, mesh, trained: loop.Trained, conditions, executable, members: int) -> dict:
+def _result(run: Run, config: ConfigDict, mesh, trained: loop.Trained, found, executable, members: int) -> dict:
     label = config.study.condition
     lines = [json.loads(line) for line in (run.directory / "metrics.jsonl").read_text().splitlines()]
     hashes = "".join(line["text_hash"] for line in lines)
@@ -109,13 +111,15 @@ def _result(run: Run, config: ConfigDict, mesh, trained: loop.Trained, condition
         "labels": run.cell.labels,
         "parameters": parameter.count(trained.state.model) // members,
         "tokens": sum(line["tokens"] for line in lines),
-        "conditions": [{label: c.branches, "loss": c.loss, "tokens": c.tokens} for c in conditions],
+        "conditions": [
+            {label: c.value, "loss": c.loss, "accuracy": c.accuracy, "tokens": c.tokens} for c in found
+        ],
         "timings": [
             _train_timing(trained),
             *(
-                {"phase": "eval", label: c.branches, "seconds": c.seconds, "tokens_per_second": texts_per_second(c),
+                {"phase": "eval", label: c.value, "seconds": c.seconds, "tokens_per_second": texts_per_second(c),
                  "peak_bytes": peak}
-                for c in conditions
+                for c in found
             ),
         ],
         "environment": runtime.environment(mesh)

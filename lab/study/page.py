@@ -34,6 +34,7 @@ class Table:
     rows: list[list[str]]
     caption: str = ""
     folded: bool = False  # behind its caption, for tables one looks things up in
+    sortable: bool = False  # by a click on a heading, where the page's script may run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,14 +55,14 @@ class Section:
     blocks: list[Block]
 
 
-def write(directory: Path, title: str, sections: list[Section]) -> list[Path]:
-    """Writes the figures, report.md and report.html; returns the paths of the pages."""
+def write(directory: Path, title: str, sections: list[Section], name: str = "report") -> list[Path]:
+    """Writes the figures, <name>.md and <name>.html; returns the paths of the pages."""
     for block in (block for section in sections for block in section.blocks):
         if isinstance(block, Chart):
             write_atomically(directory / "figures" / f"{block.name}.png", block.content)
     return [
-        write_atomically(directory / "report.md", markdown(title, sections).encode()),
-        write_atomically(directory / "report.html", html(title, sections).encode()),
+        write_atomically(directory / f"{name}.md", markdown(title, sections).encode()),
+        write_atomically(directory / f"{name}.html", html(title, sections).encode()),
     ]
 
 
@@ -74,7 +75,7 @@ def markdown(title: str, sections: list[Section]) -> str:
 
 
 def html(title: str, sections: list[Section]) -> str:
-    """A page that needs no other file, no network and no script."""
+    """A page that needs no other file and no network; its script only sorts tables that say so."""
     environment = jinja2.Environment(
         autoescape=True,
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -82,9 +83,10 @@ def html(title: str, sections: list[Section]) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
+    scripted = any(getattr(block, "sortable", False) for section in sections for block in section.blocks)
     environment.filters |= {"inline": _inline, "slug": _slug, "numeric": _numeric, "base64": _base64}
     environment.tests["kind"] = lambda block, name: type(block).__name__ == name
-    return environment.get_template("report.html.j2").render(title=title, sections=sections)
+    return environment.get_template("report.html.j2").render(title=title, sections=sections, scripted=scripted)
 
 
 def _markdown_table(table: Table) -> str:
@@ -127,7 +129,7 @@ def _slug(text: str) -> str:
 
 def _numeric(table: Table) -> list[bool]:
     """Which columns hold only numbers, and so are aligned to the right."""
-    number = re.compile(r"(\*\*)?[-+]?\d[\d,.]*(e[-+]?\d+)?( ?[%kMGT]| \(.*\))?(\*\*)?|—|inf")
+    number = re.compile(r"(\*\*)?[-+<]?\d[\d,.]*(e[-+]?\d+)?( ?[%kMGT]| \(.*\)| ± [\d.]+)?(\*\*)?|—|inf")
     columns = zip(*table.rows, strict=True) if table.rows else [[] for _ in table.columns]
     return [bool(column) and all(number.fullmatch(text) for text in column) for column in columns]
 

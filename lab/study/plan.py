@@ -8,6 +8,7 @@ from lab import data as lab_data
 from lab.errors import UserError, choose
 from lab.kernels import rules
 from lab.model import abstract, accounting, position, transformer
+from lab.study import contrasts
 from lab.study.cells import Cell
 from lab.train import optimizer, step
 
@@ -52,18 +53,24 @@ def describe(cell: Cell) -> dict:
     model = abstract(config.model)
     visible = [visible_keys(block.mixer.rule, config) for block in model.blocks]
     rotary = {f"pairs_{name}": count for name, count in position.pair_counts(config.model).items()}
-    texts = config.train.steps * config.data.rows * config.data.texts_per_row
     return {
         "name": cell.name,
         "labels": cell.labels,
         **accounting.parameters(model),
         "train_flops_per_token": accounting.train_flops_per_token(model, visible),
         "cache_per_token_per_layer": accounting.cache_per_token_per_layer(model),
-        "tokens": texts * config.data.text_length,
+        "tokens": nominal_tokens(config),
         "executable": executable(config, model),
         "head_dim": config.model.head_dim,
         **rotary,
+        "match": list(cell.matches),
+        "length": cell.length,
     }
+
+
+def nominal_tokens(config) -> int:
+    """Tokens that a cell trains on, were every text text_length long."""
+    return config.train.steps * config.data.rows * config.data.texts_per_row * config.data.text_length
 
 
 _counted: dict[tuple, float] = {}  # counting a long row takes seconds, and cells share it
@@ -97,4 +104,5 @@ def table(config, cells: list[Cell]) -> list[dict]:
     check_study(config.study)
     for cell in cells:
         check(cell)
+    contrasts.check(config.study, {cell.name: cell.labels for cell in cells}, lab_data.conditions(config))
     return [describe(cell) for cell in cells]

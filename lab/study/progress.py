@@ -11,7 +11,7 @@ SILENCE = 10.0  # seconds between lines where there is no terminal
 class Display:
     """Cells done, and of the current one: step, loss, tokens per second; and the time left for the study."""
 
-    def __init__(self, runs: int, steps: int, quiet: bool = False):
+    def __init__(self, runs: int, quiet: bool = False):
         self.console = Console(quiet=quiet, soft_wrap=True, highlight=False)
         self._live = Progress(
             TextColumn("{task.description}"),
@@ -23,9 +23,9 @@ class Display:
             disable=quiet or not self.console.is_terminal,
             refresh_per_second=4,
         )
-        self._runs, self._steps = runs, steps
+        self._runs = runs
         self._study = self._live.add_task("cells", total=runs, status="")
-        self._run = self._live.add_task("", total=steps, status="", visible=False)
+        self._run = self._live.add_task("", total=None, status="", visible=False)
         self._done, self._seconds, self._name = 0, [], ""
         self._began = self._last_line = time.monotonic()
 
@@ -40,9 +40,10 @@ class Display:
         """A line that stays."""
         self.console.print(text, markup=False)
 
-    def start_run(self, name: str, step: int) -> None:
-        self._name, self._began, self._first_step = name, time.monotonic(), step
-        self._live.reset(self._run, total=self._steps, completed=step, description=name, status="", visible=True)
+    def start_run(self, name: str, step: int, steps: int) -> None:
+        """A run begins, or goes on, at `step` of `steps`."""
+        self._name, self._began, self._first_step, self._steps = name, time.monotonic(), step, steps
+        self._live.reset(self._run, total=steps, completed=step, description=name, status="", visible=True)
         self._line(f"{name}: from step {step}" if step else f"{name}: begins", always=True)
 
     def step(self, step: int, loss: float, tokens_per_second: float) -> None:

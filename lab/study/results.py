@@ -55,9 +55,12 @@ class Study:
 
     @functools.cached_property
     def results(self) -> pd.DataFrame:
-        """cell, the labels, seed, the condition, loss (nats per token), ppl, tokens (trained), parameters."""
-        columns = ["cell", *self.labels, "seed", self.condition, "loss", "ppl", "tokens", "parameters"]
-        return pd.DataFrame([row for run in self.runs for row in _result_rows(self, run)], columns=columns)
+        """cell, the labels, seed, the condition, loss (nats per token), ppl, tokens (trained), parameters; and
+        accuracy (share of tokens) where any run has it."""
+        rows = [row for run in self.runs for row in _result_rows(self, run)]
+        scores = ["loss", "ppl", *["accuracy"] * any("accuracy" in row for row in rows)]
+        columns = ["cell", *self.labels, "seed", self.condition, *scores, "tokens", "parameters"]
+        return pd.DataFrame(rows, columns=columns)
 
     @functools.cached_property
     def timings(self) -> pd.DataFrame:
@@ -157,6 +160,7 @@ def _result_rows(study: Study, run: Run) -> list[dict]:
     return [
         known
         | {study.condition: entry[study.condition], "loss": entry["loss"], "ppl": _perplexity(entry["loss"])}
+        | {name: entry[name] for name in ("accuracy",) if name in entry}
         | size
         for entry in run.result["conditions"]
     ]

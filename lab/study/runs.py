@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from lab import data as lab_data
 from lab.errors import UserError, choose
 from lab.model import mesh as lab_mesh
-from lab.study import plan
+from lab.study import contrasts, plan
 from lab.study.cells import Cell
 from lab.study.results import write_atomically
 
@@ -27,6 +27,7 @@ class Run(NamedTuple):
     fingerprint: str
     data: lab_data.Data
     directory: pathlib.Path
+    baseline: Cell | None = None  # what the study compares it with
     note: str = ""  # what tells a trial from the other runs of its cell
 
     @property
@@ -54,12 +55,15 @@ def _open_data(cells: list[Cell]) -> list[lab_data.Data]:
 
 def runs_of(cells: list[Cell], seeds: Sequence[int], workdir: pathlib.Path) -> list[Run]:
     """Every cell with every seed, in the order of the cells."""
+    by_name = {cell.name: cell for cell in cells}
+    pairs = contrasts.settings(cells[0].config.study).baseline if cells else ()
+    against = contrasts.baselines({name: cell.labels for name, cell in by_name.items()}, pairs)
     runs = []
     for cell, data in zip(cells, _open_data(cells), strict=True):
         fingerprint = cell.fingerprint(data.fingerprint)
         for seed in seeds:
             directory = workdir / cell_directory(cell, fingerprint) / f"seed-{seed}"
-            runs.append(Run(cell, seed, fingerprint, data, directory))
+            runs.append(Run(cell, seed, fingerprint, data, directory, by_name.get(against.get(cell.name))))
     return runs
 
 
@@ -74,7 +78,8 @@ def units_of(runs: list[Run], vmap: str) -> list[Unit]:
         return [(run,) for run in runs]
     units: dict[tuple, list[Run]] = {}
     for run in runs:
-        alike = run.fingerprint if vmap == "seeds" else (run.seed, plan.program(run.cell.config))
+        config = run.cell.config
+        alike = run.fingerprint if vmap == "seeds" else (run.seed, config.train.steps, plan.program(config))
         units.setdefault(alike, []).append(run)
     return [tuple(unit) for unit in units.values()]
 
@@ -84,11 +89,14 @@ def write_plan(
 ) -> None:
     """plan.json: what the study is, for the report and for whoever finds the directory. Refuses another study's."""
     path = workdir / "plan.json"
+    looks = []
     if path.exists():
-        there = json.loads(path.read_text())["study"]
-        if there != config.study.name:
+        there = json.loads(path.read_text())
+        looks = there.get("looks", [])
+        if there["study"] != config.study.name:
             raise UserError(
-                f"--workdir={workdir} holds the study {there!r}, not {config.study.name!r}; choose another directory"
+                f"--workdir={workdir} holds the study {there['study']!r}, not {config.study.name!r}; "
+                "choose another directory"
             )
     elif workdir.exists() and any(not entry.name.startswith(".plan.json.") for entry in workdir.iterdir()):
         raise UserError(f"--workdir={workdir} holds other files and no study; choose an empty or new directory")
@@ -115,10 +123,24 @@ def write_plan(
         "command": command,
         "config": json.loads(config.to_json_best_effort()),
         "tuning": tuning,
+        "looks": looks,
         "cells": cells,
     }
     workdir.mkdir(parents=True, exist_ok=True)
     write_json(path, plan)
+
+
+def note_look(workdir: pathlib.Path) -> None:
+    """Adds to plan.json that the whole study was there to be read, with its number of seeds, unless the last look did.
+
+    Seeds that are added after a look are not what was planned; the report says so.
+    """
+    path = workdir / "plan.json"
+    plan = json.loads(path.read_text())
+    look = {"seeds": plan["config"]["study"]["seeds"]}
+    places = [workdir / cell["directory"] / f"seed-{seed}" for cell in plan["cells"] for seed in cell["seeds"]]
+    if all((place / "result.json").exists() for place in places) and plan["looks"][-1:] != [look]:
+        write_json(path, plan | {"looks": [*plan["looks"], look]})
 
 
 def check_devices(runs: list[Run]) -> None:

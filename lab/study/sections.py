@@ -4,7 +4,8 @@ import math
 from collections.abc import Sequence
 
 from lab.errors import choose
-from lab.study import branches, figures
+from lab.study import accuracy, branches, costs, figures, trials, verdicts
+from lab.study.evidence import Findings
 from lab.study.layout import arrange, line_label, number, run_label, short
 from lab.study.page import Block, Chart, Code, Section, Table, Text
 from lab.study.results import Study
@@ -12,10 +13,14 @@ from lab.study.results import Study
 MEBIBYTE = 2**20
 
 
-def overview(study: Study) -> list[Block]:
-    """What was asked, what is done, what it cost and how to do it again; opens every report."""
-    blocks = [Text(study.plan["question"]), Text(_progress(study)), *_cells(study), *_failures(study)]
-    return [*blocks, *_evaluation_speed(study), *_environment(study), *_commands(study)]
+def question(study: Study) -> list[Block]:
+    """What was asked, and how much of the answer is there; opens every report."""
+    return [Text(study.plan["question"]), Text(_progress(study))]
+
+
+def runs(study: Study) -> list[Block]:
+    """What each cell is and cost, what failed, where it ran and how to do it again."""
+    return [*_cells(study), *_failures(study), *_evaluation_speed(study), *_environment(study), *_commands(study)]
 
 
 def curves(study: Study) -> list[Block]:
@@ -30,22 +35,42 @@ def curves(study: Study) -> list[Block]:
     name = line_label(study)
     caption = (
         f"Training loss, one line for each {name or 'run'}: the centred mean of five logged values; faint, the values "
-        "themselves. The first tenth of the steps may rise above the panel."
+        "themselves, or the range of these means over seeds. The first tenth of the steps may rise above the panel."
     )
     image = figures.png(figures.learning_curves(arrange(study, found, name)))
     return [Chart("learning_curves", image, caption)]
 
 
 SECTIONS = {
+    "accuracy": ("Accuracy", accuracy.section),
     "branches": ("Branches", branches.section),
     "curves": ("Learning curves", curves),
 }
 
 
-def make(study: Study) -> list[Section]:
-    """The overview and the sections that the plan names. Raises UserError for a name that is not in SECTIONS."""
-    wanted = [SECTIONS[choose("study.sections", name, SECTIONS)] for name in study.plan["sections"]]
-    return [Section("Overview", overview(study)), *(Section(title, function(study)) for title, function in wanted)]
+def make(study: Study, findings: Findings | None) -> list[Section]:
+    """The parts of the report, those that the plan names among them; `findings` of a study that compares its cells put
+    the verdicts first. Raises UserError for a name that is not in SECTIONS."""
+    wanted = {name: SECTIONS[choose("study.sections", name, SECTIONS)] for name in study.plan["sections"]}
+    if findings is None:
+        named = [Section(title, function(study)) for title, function in wanted.values()]
+        return [Section("Overview", question(study) + runs(study)), *_if_any("Tuning", trials.section(study)), *named]
+    named = [Section(title, function(study)) for name, (title, function) in wanted.items() if name != "curves"]
+    found = [
+        Section("Verdicts", question(study) + verdicts.verdicts(study, findings)),
+        Section("Evidence", verdicts.evidence(findings) if findings.evidence else []),
+        Section("Learning curves", curves(study) + verdicts.through_training(study, findings)),
+        Section("Loss by condition", [] if "branches" in wanted else costs.by_condition(study)),
+        Section("Loss by cost", costs.pareto(study, findings)),
+        *named,
+        Section("Tuning", trials.section(study)),
+        Section("Runs", costs.config_differences(study, findings) + runs(study)),
+    ]
+    return [section for section in found if section.blocks]
+
+
+def _if_any(title: str, blocks: list[Block]) -> list[Section]:
+    return [Section(title, blocks)] if blocks else []
 
 
 def _progress(study: Study) -> str:
@@ -166,7 +191,7 @@ def _commands(study: Study) -> list[Block]:
     lines = [
         study.plan["command"],
         f"python -m lab.report {study.directory}",
-        f"tensorboard --logdir {study.directory}",
+        f"launch/tensorboard.sh {study.directory}",
     ]
     return [Text("To run it, to rebuild this page, and to follow the curves:"), Code("\n".join(lines))]
 

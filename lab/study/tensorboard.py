@@ -1,16 +1,27 @@
-"""TensorBoard event files without TensorFlow: scalars of one run, and the HPARAMS tab that compares the runs."""
+"""TensorBoard event files without TensorFlow: of a run, its scalars, config and row among the HPARAMS; of a study, its
+figures."""
 
+import io
+import struct
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from tensorboard.compat.proto import tensor_pb2, types_pb2
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.hparams import api_pb2 as api
 from tensorboard.plugins.hparams import metadata
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, SessionEndInfo
 from tensorboard.plugins.hparams.summary_v2 import hparams_pb
+from tensorboard.plugins.image import metadata as image_metadata
+from tensorboard.plugins.text import metadata as text_metadata
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
+from tensorboard.summary.writer.record_writer import RecordWriter
+
+from lab.study.layout import differences, leaves
+from lab.study.page import Chart
+from lab.study.results import Study, write_atomically
 
 
 class Writer:
@@ -34,12 +45,61 @@ class Writer:
             self._add(0, summary=summary)
         self.scalars(self._step or 0, metrics)
 
+    def text(self, name: str, markdown: str) -> None:
+        """Shows Markdown under `name` in the TEXT tab."""
+        content = tensor_pb2.TensorProto(dtype=types_pb2.DT_STRING, string_val=[markdown.encode()])
+        value = Summary.Value(tag=name, metadata=text_metadata.create_summary_metadata(name, ""), tensor=content)
+        self._add(0, summary=Summary(value=[value]))
+
     def close(self) -> None:
         """Flushes and closes the file."""
         self._file.close()
 
     def _add(self, step: int, **content) -> None:
         self._file.add_event(Event(step=step, wall_time=time.time(), **content))
+
+
+def describe(config: Mapping, baseline: Mapping | None) -> str:
+    """A run's config as Markdown: what it changes of its baseline's (None: it has none), then every field."""
+    changed = differences(config, baseline) if baseline else {}
+    rows = [f"| {field} | {ours} | {theirs} |" for field, (ours, theirs) in changed.items()]
+    head = ["| field | here | baseline |", "| --- | --- | --- |"]
+    intro = [*head, *rows] if rows else ["The same as its baseline." if baseline else "No baseline."]
+    every = [f"    {field} = {value!r}" for field, value in leaves(config).items() if not field.startswith("study.")]
+    return "\n".join([*intro, "", "Every field:", "", *every])
+
+
+def write_figures(study: Study, charts: Sequence[Chart]) -> None:
+    """The report's figures as images of a run of their own, at the step of how many runs are done.
+
+    The file is named by the time of the newest result: the same results give the same bytes, and a server that
+    follows the directory goes on to the file of newer ones.
+    """
+    found = [study.directory / run.cell["directory"] / f"seed-{run.seed}" / "result.json" for run in study.runs]
+    times = [path.stat().st_mtime for path in found if path.exists()]
+    newest, content = max(times, default=0.0), io.BytesIO()
+    events = RecordWriter(content)
+    for event in (Event(wall_time=newest, file_version="brain.Event:2"), _images(charts, len(times), newest)):
+        events.write(event.SerializeToString())
+    events.flush()
+    path = study.directory / "tensorboard" / f"events.out.tfevents.{int(newest):010d}.{len(times)}.report"
+    write_atomically(path, content.getvalue())
+    for other in path.parent.glob("events.out.tfevents.*.report"):
+        if other != path:
+            other.unlink(missing_ok=True)
+
+
+def _images(charts: Sequence[Chart], step: int, wall_time: float) -> Event:
+    values = []
+    for chart in charts:
+        width, height = struct.unpack(">II", chart.content[16:24])  # of a PNG's header
+        parts = [str(width).encode(), str(height).encode(), chart.content]
+        content = tensor_pb2.TensorProto(dtype=types_pb2.DT_STRING, string_val=parts)
+        content.tensor_shape.dim.add(size=len(parts))
+        name, caption = f"report/{chart.name}", chart.caption
+        kind = image_metadata.create_summary_metadata(name, caption)
+        values.append(Summary.Value(tag=name, metadata=kind, tensor=content))
+    return Event(step=step, wall_time=wall_time, summary=Summary(value=values))
 
 
 def _scalars(values: Mapping[str, float]) -> Summary:

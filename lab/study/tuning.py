@@ -1,5 +1,6 @@
 """Fair tuning: every cell is tried on the same grid with the same budget on one seed, then judged on others."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -52,7 +53,10 @@ def trials(config: ConfigDict, cells: list[Cell], workdir: pathlib.Path) -> list
     grid = [dict(point) for point in itertools.product(*([(field, v) for v in values] for field, values in study.tune))]
     tried = [(cell.name, values, with_values(cell, values)) for cell in cells for values in grid]
     runs = runs_of([cell for *_, cell in tried], [study.tune_seed], workdir)
-    return [Trial(name, v, run._replace(note=_spelled(v))) for (name, v, _), run in zip(tried, runs, strict=True)]
+    return [
+        Trial(name, v, run._replace(note=_spelled(v), baseline=None))
+        for (name, v, _), run in zip(tried, runs, strict=True)
+    ]
 
 
 def _spelled(values: dict[str, object]) -> str:
@@ -64,7 +68,7 @@ def with_values(cell: Cell, values: dict[str, object]) -> Cell:
     config = cell.config.copy_and_resolve_references()
     for field, value in values.items():
         set_field(config, field, value)
-    return Cell(cell.name, cell.labels, config)
+    return dataclasses.replace(cell, config=config)
 
 
 def tuned(cells: list[Cell], trials: list[Trial]) -> list[Cell]:

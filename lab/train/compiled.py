@@ -85,5 +85,5 @@ def evaluation_steps(models, batch, mesh: Mesh):
 
 
 def evaluation_step(model, batch, mesh: Mesh):
-    """compiled(model, batch) -> (summed nats, labelled tokens)"""
+    """compiled(model, batch) -> (summed nats, tokens answered right, labelled tokens)"""
     return _compile(_evaluate, mesh, model, batch)

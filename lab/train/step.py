@@ -45,10 +45,13 @@ def initial_state(model, program: Program) -> State:
 
 def summed_losses(model, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Over the labelled tokens of a batch: summed cross entropy (nats), summed log^2 Z, and how many there are."""
-    logits_BTC = model(batch.tokens, batch.coordinates)
-    labelled = batch.labels >= 0
+    return _summed(model(batch.tokens, batch.coordinates), batch.labels)
+
+
+def _summed(logits_BTC: jax.Array, labels_BT: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    labelled = labels_BT >= 0
     log_z = jax.nn.logsumexp(logits_BTC, axis=-1)
-    label_logit = jnp.take_along_axis(logits_BTC, jnp.maximum(batch.labels, 0)[..., None], axis=-1)[..., 0]
+    label_logit = jnp.take_along_axis(logits_BTC, jnp.maximum(labels_BT, 0)[..., None], axis=-1)[..., 0]
     total = lambda x: jnp.sum(jnp.where(labelled, x, 0))  # noqa: E731
     return total(log_z - label_logit), total(jnp.square(log_z)), jnp.sum(labelled)
 
@@ -91,15 +94,16 @@ def train_steps(states: State, numbers: Numbers, batches: Batch, program: Progra
     return jax.vmap(lambda *member: train_step(*member, program))(states, numbers, batches)
 
 
-def evaluation_steps(models, batch: Batch) -> tuple[jax.Array, jax.Array]:
+def evaluation_step(model, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Over the labelled tokens: summed cross entropy (nats), how many have the largest logit, how many there are."""
+    logits_BTC = model(batch.tokens, batch.coordinates)
+    ce, _, tokens = _summed(logits_BTC, batch.labels)
+    return ce, jnp.sum(jnp.argmax(logits_BTC, axis=-1) == batch.labels), tokens
+
+
+def evaluation_steps(models, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`evaluation_step` of each model of a stack, on the same batch."""
     return jax.vmap(evaluation_step, in_axes=(0, None))(models, batch)
-
-
-def evaluation_step(model, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """Summed cross entropy (nats) and the number of labelled tokens."""
-    ce, _, tokens = summed_losses(model, batch)
-    return ce, tokens
 
 
 @functools.cache

@@ -11,6 +11,10 @@ RATIOS = {"rope_ratio": [0.0, 0.25, 0.5, 0.75, 1.0], "train_branch": ["fixed1", 
 HEADS = {"head": ["h8", "h16", "h32"], **RATIOS}
 
 
+def by_seed(labels, seed):
+    return 0.01 * seed
+
+
 def plausible(labels, count):
     """Losses of the published shape: flat at ratio 1.0, climbing below it, steep for models trained on one branch."""
     ratio, wide = labels["rope_ratio"], count / 64
@@ -28,9 +32,13 @@ def write_study(
     published="",
     sections=("branches", "curves"),
     skip=(),
+    study=None,
+    noise=by_seed,
+    looks=(),
 ):
-    """A study over the product of `values`; `loss(labels, count)` for each evaluation; runs in `skip`, given as
-    (name of the cell, seed), are left pending. Returns the directory."""
+    """A study over the product of `values`; `loss(labels, count)` for each evaluation, `noise(labels, seed)` added to
+    it and to the training loss; runs in `skip`, given as (name of the cell, seed), are left pending; `study`: what the
+    config's study says besides. Returns the directory."""
     cells = [_cell(dict(zip(values, point, strict=True)), seeds) for point in itertools.product(*values.values())]
     plan = {
         "study": "rope_ablation",
@@ -40,7 +48,8 @@ def write_study(
         "sections": list(sections),
         "published": published,
         "command": "python -m lab.main --config=configs/rope_ablation.py",
-        "config": _config({"rope_ratio": 1.0, "train_branch": "1-15"}),
+        "config": _config({"rope_ratio": 1.0, "train_branch": "1-15"}) | {"study": study or {}},
+        "looks": [{"seeds": count} for count in looks],
         "cells": cells,
     }
     write(directory / "plan.json", plan)
@@ -48,14 +57,14 @@ def write_study(
         write(directory / cell["directory"] / "config.json", _config(cell["labels"]))
         for seed in cell["seeds"]:
             if (cell["name"], seed) not in skip:
-                write_run(directory, cell, seed, loss, counts)
+                write_run(directory, cell, seed, loss, counts, noise=noise)
     return directory
 
 
-def write_run(directory, cell, seed, loss=plausible, counts=COUNTS, speed=45000.0):
+def write_run(directory, cell, seed, loss=plausible, counts=COUNTS, speed=45000.0, noise=by_seed):
     """The files of a finished run."""
-    place = directory / cell["directory"] / f"seed-{seed}"
-    write_metrics(place, range(10, 251, 10), start=5.5 + 0.1 * seed)
+    place, moved = directory / cell["directory"] / f"seed-{seed}", noise(cell["labels"], seed)
+    write_metrics(place, range(10, 251, 10), start=5.5 + 0.1 * seed, moved=moved)
     result = {
         "cell": cell["name"],
         "fingerprint": cell["fingerprint"],
@@ -63,9 +72,7 @@ def write_run(directory, cell, seed, loss=plausible, counts=COUNTS, speed=45000.
         "labels": cell["labels"],
         "parameters": cell["parameters"],
         "tokens": cell["tokens"],
-        "conditions": [
-            {"eval_branch": n, "loss": loss(cell["labels"], n) + 0.01 * seed, "tokens": 23000} for n in counts
-        ],
+        "conditions": [{"eval_branch": n, "loss": loss(cell["labels"], n) + moved, "tokens": 23000} for n in counts],
         "timings": [
             {
                 "phase": "train",
@@ -85,11 +92,13 @@ def write_run(directory, cell, seed, loss=plausible, counts=COUNTS, speed=45000.
     write(place / "result.json", result)
 
 
-def write_metrics(place, steps, start=5.5):
+def write_metrics(place, steps, start=5.5, moved=0.0):
     lines = [
         {
             "step": step,
-            "loss": 2.0 + (start - 2.0) * 20 / (20 + step),
+            "loss": 2.0 + (start - 2.0) * 20 / (20 + step) + moved,
+            "tokens": 2048,
+            "text_hash": f"{step:x}",
             "grad_norm": 1.0,
             "learning_rate": 1e-3,
             "fill": 0.9,

@@ -209,7 +209,7 @@ def test_two_rebuilds_write_the_same_bytes(tmp_path):
         report.rebuild(tmp_path)
         files = [path for path in tmp_path.rglob("*") if path.is_file() and "cells" not in path.parts]
         seen.append({path.relative_to(tmp_path): path.read_bytes() for path in files})
-    assert seen[0] == seen[1] and len(seen[0]) == 9  # plan, two tables, two pages, four figures: no leftovers
+    assert seen[0] == seen[1] and len(seen[0]) == 10  # plan, two tables, two pages, four figures, their events
 
 
 def test_a_study_of_other_labels_has_an_overview_and_curves(tmp_path):
@@ -228,7 +228,7 @@ def test_branches_section_refuses_a_study_without_its_labels(tmp_path):
 def test_unknown_section_is_refused_with_the_nearest(tmp_path):
     write_study(tmp_path, sections=("branch",))
     with pytest.raises(UserError, match="did you mean 'branches'"):
-        sections.make(results.collect(tmp_path))
+        sections.make(results.collect(tmp_path), None)
 
 
 def test_command_line(tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""Loss by number of branches: every model is asked about the same texts, however they are interleaved."""
+"""Loss and accuracy by condition: every model is asked the same, under one number of branches or difficulty each."""
 
 import time
 from collections.abc import Callable
@@ -8,17 +8,18 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from lab.data import evaluation_batches
+from lab import data as lab_data
 from lab.model import mesh as lab_mesh
 from lab.train import compiled
 from lab.train.loop import Stopped
 
 
 class Condition(NamedTuple):
-    """The loss at one number of branches: nats per labelled token, the mean over all of them."""
+    """What was found under one of `lab.data.conditions`; means over all labelled tokens."""
 
-    branches: int
-    loss: float
+    value: int
+    loss: float  # nats per token
+    accuracy: float  # share of tokens whose label has the largest logit
     tokens: int  # labelled
     seconds: float  # steady, without compiling
 
@@ -33,17 +34,17 @@ def evaluate(
     on_condition: Callable[[list[Condition]], None],
     stop: Callable[[], bool],
 ):
-    """([[Condition of each member] for every count of config.evaluate.branches], the executable).
+    """([[Condition of each member] for every one of `lab.data.conditions`], the executable).
 
     One program serves them all. `model` is a stack where members > 1; seconds are those of all members together.
     """
     hosts = dict(process_index=jax.process_index(), process_count=jax.process_count())
     conditions, run = [], None
     make = compiled.evaluation_steps if members > 1 else compiled.evaluation_step
-    for branches in config.evaluate.branches:
-        sums = np.zeros((2, members))  # nats and tokens, float64 on the host
+    for value in lab_data.conditions(config):
+        sums = np.zeros((3, members))  # nats, right answers and tokens; float64 on the host
         begun = time.perf_counter()
-        for batch in evaluation_batches(config, texts, branches, **hosts):
+        for batch in lab_data.evaluation_batches(config, texts, value, **hosts):
             placed = lab_mesh.place(batch, mesh)
             if run is None:
                 run = make(model, placed, mesh)
@@ -52,8 +53,6 @@ def evaluate(
             if stop():
                 raise Stopped("the evaluation, which starts again")
         seconds = time.perf_counter() - begun
-        conditions.append(
-            [Condition(branches, nats / tokens, int(tokens), seconds) for nats, tokens in sums.T.tolist()]
-        )
+        conditions.append([Condition(value, n / t, right / t, int(t), seconds) for n, right, t in sums.T.tolist()])
         on_condition(conditions[-1])
     return conditions, run

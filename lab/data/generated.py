@@ -1,0 +1,159 @@
+"""Batches of probes, made on the fly: in training functions of (seed, step, row), in evaluation of the row alone."""
+
+from collections.abc import Iterator
+
+import grain
+import numpy as np
+from ml_collections import ConfigDict
+
+from lab.coordinates import Coordinates
+from lab.data import cache
+from lab.data.checks import at_least, rows_of_process
+from lab.data.dataset import Data
+from lab.data.packing import parse_draw
+from lab.data.pipeline import Batch, Info, prefetched
+from lab.data.probes import BLANK, FIRST, PROBES, Probe, Settings
+from lab.data.tokenizers import Symbols
+from lab.errors import UserError
+
+_TRAINING, _EVALUATION = 0, 1  # the first number of a row's seed: no row of one is drawn as one of the other
+MOST_OBJECTS = 6  # 720 permutations
+
+
+def check(config: ConfigDict) -> None:
+    """Raises UserError for the first field that cannot work."""
+    data, evaluate = config.data, config.evaluate
+    for room, field in ((data, "data.texts_per_row"), (evaluate, "evaluate.texts_per_row")):
+        if room.texts_per_row != 1:
+            raise UserError(f"{field} = {room.texts_per_row}: a row of the probe {data.corpus} is one text; choose 1")
+    for field, value, least in (
+        ("seed", config.seed, 0),
+        ("data.text_length", data.text_length, 2),
+        ("data.rows", data.rows, 1),
+        ("data.workers", data.workers, 0),
+        ("data.probe.symbols", data.probe.symbols, 2),
+        ("data.probe.objects", data.probe.objects, 2),
+        ("evaluate.rows", evaluate.rows, 1),
+        ("evaluate.texts", evaluate.texts, 1),
+    ):
+        at_least(field, value, least)
+    if data.probe.objects > MOST_OBJECTS:
+        raise UserError(f"data.probe.objects = {data.probe.objects} is too many; choose 2 to {MOST_OBJECTS}")
+    if evaluate.texts % evaluate.rows:
+        upper = -(-evaluate.texts // evaluate.rows) * evaluate.rows
+        raise UserError(
+            f"evaluate.texts = {evaluate.texts} is not a multiple of evaluate.rows = {evaluate.rows}; "
+            f"the next is {upper}"
+        )
+    if not evaluate.difficulties:
+        raise UserError("evaluate.difficulties is empty; choose at least one difficulty, as (2, 4, 8)")
+    low, high = parse_draw(data.probe.difficulty, "data.probe.difficulty")
+    for difficulty in (low, high):
+        _check_difficulty(config, "data.probe.difficulty", difficulty)
+    for difficulty in evaluate.difficulties:
+        _check_difficulty(config, "evaluate.difficulties", difficulty)
+    ids = FIRST + PROBES[data.corpus].alphabet(settings_of(data))
+    if ids > config.model.vocabulary:
+        raise UserError(
+            f"model.vocabulary = {config.model.vocabulary} is fewer than the {ids} ids of the probe {data.corpus}; "
+            f"raise it to at least {ids}"
+        )
+
+
+def open(config: ConfigDict) -> Data:
+    """No texts, and a tokenizer that writes ids as numbers. Raises UserError for a field that cannot work."""
+    check(config)
+    tokenizer = Symbols(config.model.vocabulary)
+    return Data(None, None, tokenizer, cache.digest("probe", config.data.corpus, tokenizer.fingerprint))
+
+
+def train_batches(
+    config: ConfigDict, texts: None = None, *, start: int = 0, process_index: int = 0, process_count: int = 1
+) -> Iterator[tuple[Batch, Info]]:
+    """Batches of steps start .. train.steps - 1, as `pipeline.train_batches` gives them.
+
+    The difficulty of each row is uniform over those of data.probe.difficulty. Raises UserError for bad fields.
+    """
+    check(config)
+    local = rows_of_process("data.rows", config.data.rows, process_index, process_count)
+    make = _Steps(config, local)
+    return prefetched(grain.MapDataset.range(start, config.train.steps).map(make), config.data.workers)
+
+
+def evaluation_batches(
+    config: ConfigDict, texts: None, difficulty: int, *, process_index: int = 0, process_count: int = 1
+) -> Iterator[Batch]:
+    """Batches [evaluate.rows, text_length] of one difficulty, the same for every cell and seed. Raises UserError."""
+    check(config)
+    _check_difficulty(config, "evaluate.difficulties", difficulty)
+    data, evaluate = config.data, config.evaluate
+    local = rows_of_process("evaluate.rows", evaluate.rows, process_index, process_count)
+    probe, settings = PROBES[data.corpus], settings_of(data)
+
+    def batches() -> Iterator[Batch]:
+        for first in range(0, evaluate.texts, evaluate.rows):
+            rngs = [np.random.default_rng((_EVALUATION, 0, difficulty, first + row)) for row in local]
+            yield _batch([padded_row(probe, rng, difficulty, settings) for rng in rngs])
+
+    return batches()
+
+
+def nominal_coordinates(config: ConfigDict, rows: int) -> Coordinates:
+    """Coordinates [rows, T] of any rows: one causal segment each."""
+    check(config)
+    return Coordinates.single(rows, config.data.text_length)
+
+
+def settings_of(data: ConfigDict) -> Settings:
+    """What the rows of config.data are made with."""
+    return Settings(data.text_length, data.probe.symbols, data.probe.objects)
+
+
+def padded_row(
+    probe: Probe, rng: np.random.Generator, difficulty: int, settings: Settings
+) -> tuple[np.ndarray, np.ndarray]:
+    """tokens and labels, int32 [settings.length]: blanks without labels fill the row, whatever the difficulty."""
+    tokens, labels = probe.row(rng, difficulty, settings)
+    short = (0, settings.length - len(tokens))
+    return tuple(np.pad(x, short, constant_values=fill).astype(np.int32) for x, fill in ((tokens, BLANK), (labels, -1)))
+
+
+class _Steps:
+    """Maps a step to this process's rows. A function of the step alone, so that any thread or process may call it."""
+
+    def __init__(self, config: ConfigDict, local: range):
+        data = config.data
+        self._seed, self._corpus, self._local, self._rows = config.seed, data.corpus, local, data.rows
+        self._settings = settings_of(data)
+        self._low, self._high = parse_draw(data.probe.difficulty, "data.probe.difficulty")
+
+    def __call__(self, step: int) -> tuple[Batch, Info]:
+        rows = [self._row(np.random.default_rng((_TRAINING, self._seed, step, row))) for row in self._local]
+        made_with = (self._corpus, *self._settings, self._low, self._high, self._rows, self._seed, step)
+        tokens = self._rows * self._settings.length
+        return _batch(rows), Info(cache.digest(*made_with)[:16], 1.0, tokens)
+
+    def _row(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        difficulty = int(rng.integers(self._low, self._high + 1))
+        return padded_row(PROBES[self._corpus], rng, difficulty, self._settings)
+
+
+def _batch(rows: list[tuple[np.ndarray, np.ndarray]]) -> Batch:
+    tokens, labels = map(np.stack, zip(*rows, strict=True))
+    return Batch(tokens, labels, Coordinates.single(*tokens.shape))
+
+
+def _check_difficulty(config: ConfigDict, field: str, difficulty: int) -> None:
+    corpus, settings = config.data.corpus, settings_of(config.data)
+    probe = PROBES[corpus]
+    at_least(field, difficulty, probe.easiest)
+    if probe.tokens(difficulty) > settings.length:
+        raise UserError(
+            f"{field} = {difficulty} of the probe {corpus} needs rows of {probe.tokens(difficulty)} tokens, "
+            f"over data.text_length = {settings.length}; lower the one or raise the other"
+        )
+    if probe.symbols(difficulty) > probe.alphabet(settings):
+        raise UserError(
+            f"{field} = {difficulty} of the probe {corpus} needs {probe.symbols(difficulty)} symbols, over "
+            f"data.probe.symbols = {settings.symbols}; lower the one or raise the other"
+        )

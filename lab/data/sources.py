@@ -1,0 +1,79 @@
+"""The kinds of data behind one set of functions, chosen by data.corpus: texts in branches, and generated probes."""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from ml_collections import ConfigDict
+
+from lab.coordinates import Coordinates
+from lab.data import checks, dataset, generated, pipeline
+from lab.data.corpora import CORPORA
+from lab.data.dataset import Data
+from lab.data.pipeline import Batch, Info
+from lab.data.probes import PROBES
+from lab.errors import choose
+
+
+class Source(NamedTuple):
+    """What every kind of data owes; the functions of this module say what each gives."""
+
+    check: Callable
+    open: Callable
+    conditions: Callable
+    train_batches: Callable
+    evaluation_batches: Callable
+    nominal_coordinates: Callable
+
+
+TEXTS = Source(
+    checks.check,
+    dataset.open,
+    lambda config: config.evaluate.branches,
+    pipeline.train_batches,
+    pipeline.evaluation_batches,
+    pipeline.nominal_coordinates,
+)
+PROBE = Source(
+    generated.check,
+    generated.open,
+    lambda config: config.evaluate.difficulties,
+    generated.train_batches,
+    generated.evaluation_batches,
+    generated.nominal_coordinates,
+)
+SOURCES = dict.fromkeys(CORPORA, TEXTS) | dict.fromkeys(PROBES, PROBE)
+
+
+def source(config: ConfigDict) -> Source:
+    """The kind of data that data.corpus names. Raises UserError for an unknown name."""
+    return SOURCES[choose("data.corpus", config.data.corpus, SOURCES)]
+
+
+def check(config: ConfigDict) -> None:
+    """Raises UserError for the first field of config.data and config.evaluate that cannot work."""
+    source(config).check(config)
+
+
+def open(config: ConfigDict) -> Data:
+    """The data of a config: texts tokenised into the cache, or nothing to read. Raises UserError."""
+    return source(config).open(config)
+
+
+def conditions(config: ConfigDict) -> tuple[int, ...]:
+    """What a cell is evaluated under, one after another: numbers of branches, or difficulties."""
+    return source(config).conditions(config)
+
+
+def train_batches(config: ConfigDict, texts, **options) -> Iterator[tuple[Batch, Info]]:
+    """Batches of steps start .. train.steps - 1. Options: start, process_index, process_count."""
+    return source(config).train_batches(config, texts, **options)
+
+
+def evaluation_batches(config: ConfigDict, texts, condition: int, **options) -> Iterator[Batch]:
+    """Batches of one condition, of one shape for all conditions. Options: process_index, process_count."""
+    return source(config).evaluation_batches(config, texts, condition, **options)
+
+
+def nominal_coordinates(config: ConfigDict, rows: int) -> Coordinates:
+    """Coordinates [rows, T] of the first training rows if every text had text_length tokens."""
+    return source(config).nominal_coordinates(config, rows)

@@ -1,0 +1,85 @@
+"""Which runs may be subtracted from each other: those of one seed that differ in nothing but what is studied."""
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+
+from lab.study.results import Run, Study
+
+ALIKE = ("platform", "devices", "implementation", "vmapped")
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """A finished run: the mean of its losses (nats per token) over the judged conditions, and those conditions."""
+
+    run: Run
+    loss: float
+    conditions: tuple
+
+    def fact(self, name: str):
+        """What the run says of itself; False for what it does not mention."""
+        return (self.run.result["environment"] | self.run.result).get(name, False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Differences:
+    """By seed: the differences (nats per token), and why the others were refused. Unfinished seeds are in neither."""
+
+    kept: dict[int, float]
+    refused: dict[int, str]
+
+
+Scores = dict[str, dict[int, Score]]  # {name of a cell: {seed: score}}
+
+
+def scores(study: Study, judged: Sequence) -> Scores:
+    """Of all finished runs; `judged` conditions, or all of them if it is empty."""
+    found: Scores = {cell["name"]: {} for cell in study.plan["cells"]}
+    for run in study.runs:
+        if run.result:
+            losses = {entry[study.condition]: entry["loss"] for entry in run.result["conditions"]}
+            kept = {condition: loss for condition, loss in losses.items() if not judged or condition in judged}
+            mean = statistics.fmean(kept.values()) if kept else math.nan
+            found[run.cell["name"]][run.seed] = Score(run, mean, tuple(kept))
+    return found
+
+
+def differences(sides: Sequence[Sequence[Mapping[int, Score]]], signs: Sequence[int]) -> Differences:
+    """The signed sum over sides of the mean over each side's cells, at every seed that all of them have finished."""
+    cells = [cell for side in sides for cell in side]
+    kept, refused = {}, {}
+    for seed in sorted(set.intersection(*(set(cell) for cell in cells))):
+        reason = next(filter(None, (mismatch(cells[0][seed], cell[seed]) for cell in cells)), "")
+        if reason:
+            refused[seed] = reason
+        else:
+            means = [statistics.fmean(cell[seed].loss for cell in side) for side in sides]
+            kept[seed] = sum(sign * mean for sign, mean in zip(signs, means, strict=True))
+    return Differences(kept, refused)
+
+
+def mismatch(one: Score, other: Score) -> str:
+    """Why two runs of a seed must not be paired: the field and both its values; "" if they may."""
+    for score in (one, other):
+        if not math.isfinite(score.loss):
+            return f"loss of {score.run.cell['name']} is {score.loss} over conditions {score.conditions}"
+    for field in ALIKE:
+        if one.fact(field) != other.fact(field):
+            return f"{field}: {one.fact(field)} and {other.fact(field)}"
+    if one.conditions != other.conditions:
+        return f"conditions: {one.conditions} and {other.conditions}"
+    if not _same_texts(one, other):
+        return f"text_hash: {one.fact('text_hash')} and {other.fact('text_hash')}"
+    return ""
+
+
+def _same_texts(one: Score, other: Score) -> bool:
+    """The same texts in the same order, as far as the shorter run goes: runs matched by FLOPs differ in length."""
+    if one.fact("text_hash") == other.fact("text_hash") is not False:
+        return True
+    hashes = [[line.get("text_hash") for line in score.run.metrics] for score in (one, other)]
+    shared = min(map(len, hashes))
+    differ_in_length = shared < max(map(len, hashes))
+    return bool(shared and differ_in_length and None not in hashes[0] and hashes[0][:shared] == hashes[1][:shared])

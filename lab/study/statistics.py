@@ -1,0 +1,109 @@
+"""What paired differences over seeds can say: estimates, intervals, corrected p-values. Differences are in nats."""
+
+import dataclasses
+import functools
+import math
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+from scipy import optimize, stats
+
+LEVEL = 0.05  # of every test; intervals are of 1 - LEVEL
+POWER = 0.8
+RESAMPLES = 9999
+LEAST_RESAMPLED = 4  # of three differences, one resample in nine has no spread: the interval would have no end
+
+Interval = tuple[float, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """A mean difference and how far it can be trusted; what `n` seeds cannot tell is None."""
+
+    n: int
+    mean: float | None
+    deviation: float | None = None  # of single differences
+    t_interval: Interval | None = None
+    bootstrap_interval: Interval | None = None
+    p: float | None = None  # of the paired t-test against no difference, two-sided
+    detectable: float | None = None  # the difference that n seeds of this deviation find with probability POWER
+
+
+def estimate(differences: Sequence[float]) -> Estimate:
+    """Of differences [n], one for each seed, all finite. One difference has a mean and nothing else."""
+    values = np.asarray(differences, float)
+    n = len(values)
+    if n < 2:
+        return Estimate(n, float(values[0]) if n else None)
+    mean, deviation = float(values.mean()), float(values.std(ddof=1))
+    if deviation <= 1e-12 * abs(mean):  # all the same: there is nothing to divide by
+        return Estimate(n, mean, 0.0, (mean, mean), (mean, mean), 0.0 if mean else 1.0, 0.0)
+    test = stats.ttest_1samp(values, 0.0)
+    low, high = test.confidence_interval(1 - LEVEL)
+    bootstrap, smallest = _bootstrap(values), _detectable(n) * deviation
+    return Estimate(n, mean, deviation, (float(low), float(high)), bootstrap, float(test.pvalue), smallest)
+
+
+def holm(values: Sequence[float | None]) -> list[float | None]:
+    """p-values adjusted so that the chance of any false finding among them stays below LEVEL (Holm 1979, step-down).
+    None stays None and is not counted."""
+    known = sorted((p, place) for place, p in enumerate(values) if p is not None)
+    adjusted: list[float | None] = [None] * len(values)
+    largest = 0.0
+    for rank, (p, place) in enumerate(known):
+        largest = max(largest, min(1.0, (len(known) - rank) * p))
+        adjusted[place] = largest
+    return adjusted
+
+
+def half_widths(values: np.ndarray) -> np.ndarray:
+    """Half the pointwise Student-t interval of the mean over the first axis: [n, ...] with n > 1 -> [...]."""
+    n = len(values)
+    return stats.t.ppf(1 - LEVEL / 2, n - 1) * values.std(axis=0, ddof=1) / math.sqrt(n)
+
+
+def _bootstrap(values: np.ndarray) -> Interval | None:
+    """The studentised bootstrap interval of the mean (Efron and Tibshirani 1993, chapter 12.5).
+
+    Percentile and BCa intervals never leave the range of the differences, so that of five they cover the truth four
+    times in five where they promise nineteen in twenty; this one keeps its promise from four differences on.
+    """
+    if len(values) < LEAST_RESAMPLED:
+        return None
+    centred, scale = values - values.mean(), values.std(ddof=1) / math.sqrt(len(values))
+    with np.errstate(divide="ignore", invalid="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", stats.DegenerateDataWarning)  # of resamples without spread: looked at below
+        drawn = stats.bootstrap(
+            (centred,),
+            _student,
+            n_resamples=RESAMPLES,
+            method="percentile",
+            vectorized=True,
+            rng=np.random.default_rng(0),
+        ).bootstrap_distribution
+    low, high = np.quantile(drawn, [LEVEL / 2, 1 - LEVEL / 2], method="nearest")
+    if not np.isfinite([low, high]).all():
+        return None
+    return float(values.mean() - high * scale), float(values.mean() - low * scale)
+
+
+def _student(values: np.ndarray, axis: int) -> np.ndarray:
+    """The t statistic; infinite, on its mean's side, where a resample has no spread."""
+    n = values.shape[axis]
+    return values.mean(axis=axis) * math.sqrt(n) / values.std(axis=axis, ddof=1)
+
+
+@functools.cache
+def _detectable(n: int) -> float:
+    """In standard deviations: where the two-sided t-test of n differences has POWER. Its power is the normal one
+    averaged over the spread that n differences may show; scipy's noncentral t has holes at two of them."""
+    critical = stats.t.ppf(1 - LEVEL / 2, n - 1)
+    shares = (np.arange(10_000) + 0.5) / 10_000
+    spreads = stats.chi.ppf(shares, n - 1) / math.sqrt(n - 1)
+
+    def lacking(shift: float) -> float:
+        found = stats.norm.sf(critical * spreads - shift) + stats.norm.cdf(-critical * spreads - shift)
+        return found.mean() - POWER
+
+    return float(optimize.brentq(lacking, 0.0, 100.0)) / math.sqrt(n)

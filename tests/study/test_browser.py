@@ -1,0 +1,89 @@
+"""The page in a real browser, from disk and offline: no errors on its console, and tables that sort."""
+
+import json
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+from studies import write_study
+
+from lab import report
+
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
+PROBE = """<script>
+const heading = [...document.querySelectorAll(".sortable th")].find(each => each.textContent === "%s");
+const seen = [];
+const enter = new KeyboardEvent("keydown", {key: "Enter"});
+for (const press of [() => heading.click(), () => heading.dispatchEvent(enter)]) {
+  press();
+  const rows = [...heading.closest("table").tBodies[0].rows];
+  seen.push([heading.getAttribute("aria-sort"), rows.map(row => row.cells[heading.cellIndex].textContent)]);
+}
+document.body.dataset.seen = JSON.stringify(seen);
+</script></body>"""
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason=f"no Chromium here: looked for {', '.join(NAMES)}"),
+]
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("study")
+    generator = np.random.default_rng(0)
+    settings = {
+        "baseline": (("rope_ratio", 0.0),),
+        "contrasts": (("c", (("rope_ratio", 1.0),), (("rope_ratio", 0.5),)),),
+    }
+    write_study(directory, counts=(1, 16), seeds=4, study=settings, noise=lambda *_: generator.normal(0, 0.01))
+    report.rebuild(directory)
+    return directory
+
+
+def browse(path, profile):
+    """The page's final HTML, and what it wrote on the console."""
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
+    flags += [f"--user-data-dir={profile}", "--enable-logging=stderr", "--host-resolver-rules=MAP * ~NOTFOUND"]
+    done = subprocess.run(
+        [CHROMIUM, *flags, "--dump-dom", path.as_uri()], capture_output=True, text=True, timeout=180, check=True
+    )
+    return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+
+def sorted_by(study, tmp_path, heading):
+    """How a column reads after a click on its heading, and after Enter."""
+    page = tmp_path / "probed.html"
+    page.write_text((study / "report.html").read_text().replace("</body>", PROBE % heading))
+    text, console = browse(page, tmp_path / "profile")
+    assert not console
+    return json.loads(re.search(r'data-seen="(.*?)"', text)[1].replace("&quot;", '"'))
+
+
+def test_page_opens_from_disk_without_errors(study, tmp_path):
+    text, console = browse(study / "report.html", tmp_path / "profile")
+    assert not console and 'tabindex="0"' in text  # the script ran
+    assert 'id="verdicts"' in text and "http" not in text
+
+
+def test_errors_of_a_page_would_show(study, tmp_path):
+    broken = tmp_path / "broken.html"
+    broken.write_text((study / "report.html").read_text().replace('"use strict";', "undefinedFunction();"))
+    text, console = browse(broken, tmp_path / "profile")
+    assert any("undefinedFunction" in line for line in console) and 'tabindex="0">rope_ratio' not in text
+
+
+def test_numbers_sort_as_numbers_with_dashes_last(study, tmp_path):
+    (up, rising), (down, falling) = sorted_by(study, tmp_path, "difference")
+    assert (up, down) == ("ascending", "descending")
+    numbers = [float(text) for text in rising if text != "—"]
+    assert numbers == sorted(numbers) and len(numbers) == 8 and rising[8:] == falling[8:] == ["—", "—"]
+    assert falling[:8] == rising[:8][::-1] and numbers[0] < 0 < numbers[-1]
+
+
+def test_words_sort_by_the_alphabet(study, tmp_path):
+    (_, rising), (_, falling) = sorted_by(study, tmp_path, "verdict")
+    assert rising == sorted(rising) and falling == rising[::-1] and len(set(rising)) > 1
