@@ -1,7 +1,6 @@
 """The training step and the evaluation step: what is compiled, once each for all cells that can share them."""
 
 import dataclasses
-import functools
 from typing import NamedTuple
 
 import jax
@@ -83,16 +82,10 @@ def train_step(state: State, numbers: Numbers, batch: Batch, program: Program) -
     optimizer = transformation(program.optimizer, program.decay, numbers, trainable)
     updates, optimizer_state = optimizer.update(grads, state.optimizer, trainable)
     model = nnx.merge(structure, optax.apply_updates(trainable, updates), rest)
-    return State(model, optimizer_state), Metrics(loss, optax.global_norm(grads))
+    return State(model, optimizer_state), Metrics(loss, optax.tree.norm(grads))
 
 
 def evaluation_step(model, batch: Batch) -> tuple[jax.Array, jax.Array]:
     """Summed cross entropy (nats) and the number of labelled tokens."""
     ce, _, tokens = summed_losses(model, batch)
     return ce, tokens
-
-
-@functools.cache
-def jitted(function, donate: tuple[int, ...] = (), static: tuple[str, ...] = ()):
-    """One jit per function, so that its traces are shared by all who lower it."""
-    return jax.jit(function, donate_argnums=donate, static_argnames=static)
