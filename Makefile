@@ -14,7 +14,7 @@ run: setup
 setup: $(VENV)/.runs
 
 test: $(VENV)/.tests
-	$(VENV)/bin/python -m pytest -m "not slow" -n 2
+	$(VENV)/bin/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 test-slow: $(VENV)/.tests
 	$(VENV)/bin/python -m pytest -m slow

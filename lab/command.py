@@ -123,7 +123,8 @@ def _convert(text: str, old):
     if isinstance(old, float):
         return float(text)
     if isinstance(old, tuple):
-        value = tuple(ast.literal_eval(text if text.strip().startswith(("(", "[")) else f"({text},)"))
+        text = text.strip().removesuffix(",")
+        value = tuple(ast.literal_eval(text if text.startswith(("(", "[")) else f"({text},)"))
         if not all(isinstance(item, type(old[0])) for item in value if old):
             raise ValueError
         return value

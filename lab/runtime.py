@@ -40,12 +40,13 @@ def cores() -> int:
 
 
 def cpu_devices(rows: int, mesh, processes: int = 1) -> int:
-    """CPU devices of this process: one per core, as far as the rows of its batch divide over them."""
-    inner = mesh.fsdp * mesh.tensor * mesh.context
-    if mesh.data > 0:
-        return max(mesh.data * inner // processes, 1)
-    fitting = [n for n in range(1, cores() // inner + 1) if rows % (n * processes * mesh.fsdp) == 0]
-    return max(fitting, default=1) * inner
+    """CPU devices of this process: as the mesh says or, if an axis is -1, one per core as far as rows divide."""
+    known = math.prod(size for size in mesh.values() if size > 0)
+    if min(mesh.values()) > 0:
+        return max(known // processes, 1)
+    over_rows = processes * max(mesh.data, 1) * max(mesh.fsdp, 1)
+    fitting = [n for n in range(1, cores() // known + 1) if rows % (n * over_rows) == 0]
+    return max(fitting, default=1) * known
 
 
 def start(config) -> None:
@@ -56,7 +57,7 @@ def start(config) -> None:
     processes = int(os.environ.get("JAX_NUM_PROCESSES", 1)) if address else 1
     explicit = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if not explicit and "JAX_NUM_CPU_DEVICES" not in os.environ:
-        rows = math.gcd(config.data.rows // config.train.microbatches, config.evaluate.rows)
+        rows = math.gcd(config.data.rows // max(config.train.microbatches, 1), config.evaluate.rows)
         jax.config.update("jax_num_cpu_devices", cpu_devices(rows, config.mesh, processes))
     jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

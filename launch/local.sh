@@ -20,6 +20,11 @@ port=${PORT:-$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.
 
 declare -A running=() # the number of each process by its pid
 forward() { kill -TERM "${!running[@]}" 2>/dev/null || true; }
+end_others() { # JAX keeps SIGTERM for itself, and a process that has lost another waits for it in vain
+  forward
+  (sleep 10 && kill -KILL "${!running[@]}") >/dev/null 2>&1 &
+  trap "kill $! 2>/dev/null || true" EXIT
+}
 trap forward TERM INT
 for ((process = 0; process < processes; process++)); do
   JAX_COORDINATOR_ADDRESS=127.0.0.1:$port JAX_NUM_PROCESSES=$processes JAX_PROCESS_ID=$process \
@@ -38,7 +43,7 @@ while ((${#running[@]})); do
     code=$status
     if ((status != 75)); then # 75: all of them stop at the same step by themselves
       echo "launch/local.sh: process $process ended with code $status" >&2
-      forward
+      end_others
     fi
   fi
 done

@@ -13,6 +13,9 @@ import pytest  # noqa: E402
 
 DEVICES = 8
 
+# Compiling is all that tiny models cost, and optimising is most of that. Programs that tests start in processes of
+# their own are optimised as usual.
+jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_num_cpu_devices", DEVICES)  # before the backend starts
 jax.config.update("jax_compilation_cache_dir", str(_CACHE / "xla"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
@@ -25,6 +28,9 @@ hypothesis.settings.load_profile("lab")
 @pytest.fixture(scope="session", autouse=True)
 def devices():
     """The simulated devices. Host device counts in XLA_FLAGS would silently be overruled; fewer would test nothing."""
-    found = jax.devices()
+    with pytest.MonkeyPatch.context() as patch:
+        if jax.__version_info__ < (0, 11):  # later ones have no such flag, and compile faster without it
+            patch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false")
+        found = jax.devices()  # starts the backend, which reads the flags once
     assert len(found) == DEVICES
     return found

@@ -32,7 +32,15 @@ def _row(rng: np.random.Generator, length: int) -> list[tuple[int, int, int, int
     return row[:fill] + [(-1, 0, 0, 0)] * (length - fill)
 
 
-PACKS = {"scattered": scattered, "interleaved": interleaved}
+def ragged(rng: np.random.Generator, batch: int, length: int) -> Coordinates:
+    """One text per row, and padding: long enough for tiles that need no mask."""
+    position = np.tile(np.arange(length, dtype=np.int32), (batch, 1))
+    real = position < rng.integers(length // 2, length + 1, (batch, 1))
+    fields = ((0, -1), (1, 0), (position, 0), (position, 0))
+    return Coordinates(*(np.where(real, x, fill).astype(np.int32) for x, fill in fields))
+
+
+PACKS = {"scattered": scattered, "interleaved": interleaved, "ragged": ragged}
 
 
 def token(coordinates: Coordinates, *at: int) -> Coordinates:

@@ -13,8 +13,6 @@ from lab.errors import UserError
 from lab.model import parameter
 from lab.train.step import State
 
-_UNREADABLE = (ValueError, OSError, KeyError, RuntimeError)  # what Orbax and TensorStore raise for a damaged one
-
 
 class Position(NamedTuple):
     """Where a run stands: updates made, and the texts read for them."""
@@ -97,7 +95,7 @@ class Checkpoints:
                 return Position(**found["position"]), State(
                     model, _unnamed(found["state"]["optimizer"], like.optimizer)
                 )
-            except _UNREADABLE as error:
+            except Exception as error:  # Orbax raises many kinds for a damaged one, and a bare Exception among them
                 reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
                 logging.warning(
                     "checkpoint %s cannot be read (%s): taking the one before", self.directory / str(step), reason
@@ -114,6 +112,7 @@ class Checkpoints:
         except Exception as error:  # Orbax wraps what its threads raise in many kinds
             if not is_disk_full(error):
                 raise
+            logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # it would tell of every write that failed
             raise DiskFull(self.directory) from error
 
 

@@ -37,23 +37,36 @@ def transformation(name: str, decay: str, numbers: Numbers, trainable) -> optax.
     return optax.chain(optax.clip_by_global_norm(numbers.clip), OPTIMIZERS[name](numbers, mask))
 
 
+def wsd(train, left: int) -> optax.Schedule:
+    """Stable, then falling over the last train.cooldown of the steps (arXiv 2404.06395, section 4)."""
+    cooling = max(round(train.cooldown * train.steps), 1)
+    stable = optax.constant_schedule(train.learning_rate)
+    decay = optax.linear_schedule(train.learning_rate, train.final_learning_rate, cooling)
+    return optax.join_schedules([stable, decay], [max(left - cooling, 0)])
+
+
+def cosine(train, left: int) -> optax.Schedule:
+    """Half a cosine from the peak to the final rate."""
+    peak, final = train.learning_rate, train.final_learning_rate
+    return optax.cosine_decay_schedule(peak, left, alpha=final / peak if peak else 0.0)
+
+
+# What follows the warm-up, over the `left` steps that remain.
+SCHEDULES = {
+    "constant": lambda train, left: optax.constant_schedule(train.learning_rate),
+    "cosine": cosine,
+    "linear": lambda train, left: optax.linear_schedule(train.learning_rate, train.final_learning_rate, left),
+    "wsd": wsd,
+}
+
+
 def schedule(train) -> np.ndarray:
     """The learning rate of every step, float32 [steps]: linear warm-up, then the schedule that a config names."""
-    peak, final, steps, warmup = train.learning_rate, train.final_learning_rate, train.steps, train.warmup
-    left = max(steps - warmup, 1)
-    cooling = max(round(train.cooldown * steps), 1)
-    after_warmup = {
-        "constant": lambda: optax.constant_schedule(peak),
-        "cosine": lambda: optax.cosine_decay_schedule(peak, left, alpha=final / peak if peak else 0.0),
-        "linear": lambda: optax.linear_schedule(peak, final, left),
-        "wsd": lambda: optax.join_schedules(
-            [optax.constant_schedule(peak), optax.linear_schedule(peak, final, cooling)], [max(left - cooling, 0)]
-        ),
-    }
-    chosen = after_warmup[choose("train.schedule", train.schedule, after_warmup)]()
+    warmup = train.warmup
+    chosen = SCHEDULES[choose("train.schedule", train.schedule, SCHEDULES)](train, max(train.steps - warmup, 1))
     # A step's rate is the schedule at its end of the warm-up: the first step moves.
-    whole = optax.join_schedules([lambda step: peak * (step + 1) / max(warmup, 1), chosen], [warmup])
-    return np.asarray(whole(np.arange(steps)), np.float32)
+    rising = lambda step: train.learning_rate * (step + 1) / max(warmup, 1)  # noqa: E731
+    return np.asarray(optax.join_schedules([rising, chosen], [warmup])(np.arange(train.steps)), np.float32)
 
 
 def numbers_by_step(train):
@@ -66,6 +79,7 @@ def numbers_by_step(train):
 def check(train) -> None:
     """Refuses training settings that mean nothing."""
     choose("train.optimizer", train.optimizer, OPTIMIZERS)
+    choose("train.schedule", train.schedule, SCHEDULES)
     choose("train.decay", train.decay, ("declared", "all"))
     for field in ("steps", "microbatches"):
         if train[field] < 1:
@@ -74,4 +88,5 @@ def check(train) -> None:
         raise UserError(f"train.warmup = {train.warmup} must lie in 0..train.steps = {train.steps}")
     if not 0 <= train.cooldown <= 1:
         raise UserError(f"train.cooldown = {train.cooldown} is a share of the steps: choose a value in 0..1")
-    schedule(train.copy_and_resolve_references())
+    if not train.clip > 0:
+        raise UserError(f"train.clip = {train.clip} must be positive; inf clips nothing")

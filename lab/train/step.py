@@ -1,7 +1,6 @@
 """The training step and the evaluation step: what is compiled, once each for all cells that can share them."""
 
 import dataclasses
-import functools
 from typing import NamedTuple
 
 import jax
@@ -86,7 +85,7 @@ def train_step(state: State, numbers: Numbers, batch: Batch, program: Program) -
     optimizer = transformation(program.optimizer, program.decay, numbers, trainable)
     updates, optimizer_state = optimizer.update(grads, state.optimizer, trainable)
     model = nnx.merge(structure, optax.apply_updates(trainable, updates), rest)
-    return State(model, optimizer_state), Metrics(loss, optax.global_norm(grads))
+    return State(model, optimizer_state), Metrics(loss, optax.tree.norm(grads))
 
 
 def train_steps(states: State, numbers: Numbers, batches: Batch, program: Program) -> tuple[State, Metrics]:
@@ -104,9 +103,3 @@ def evaluation_step(model, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Arra
 def evaluation_steps(models, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`evaluation_step` of each model of a stack, on the same batch."""
     return jax.vmap(evaluation_step, in_axes=(0, None))(models, batch)
-
-
-@functools.cache
-def jitted(function, donate: tuple[int, ...] = (), static: tuple[str, ...] = ()):
-    """One jit per function, so that its traces are shared by all who lower it."""
-    return jax.jit(function, donate_argnums=donate, static_argnames=static)

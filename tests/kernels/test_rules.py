@@ -51,6 +51,25 @@ def test_ranges_never_say_a_wrong_always_or_never(rule, seed, width, tokens):
     assert possibly or not dense.any()
 
 
+@pytest.mark.parametrize("operation", [operator.add, operator.sub, operator.floordiv, operator.mod])
+@given(seed=seeds, width=st.sampled_from([1, 4, 20]), by=st.integers(1, 30))
+def test_the_range_of_each_operation(operation, seed, width, by):
+    """Compared with every constant near it; all but remainders exactly."""
+    rng = np.random.default_rng(seed)
+    q, k = tile(rng, 8, width), tile(rng, 8, width)
+    right = k.branch if operation in (operator.add, operator.sub) else by
+    values = operation(q.time[:, None], right)
+    made = operation(rules.q.time, rules.k.branch if right is k.branch else by)
+    for constant in range(values.min() - 2, values.max() + 3):
+        for compare in (operator.le, operator.lt, operator.ge, operator.gt):
+            dense = compare(values, constant)
+            certainly, possibly = compare(made, constant).visible_range(ranges(q), ranges(k))
+            if operation is operator.mod:
+                assert certainly <= dense.all() and possibly >= dense.any()
+            else:
+                assert (certainly, possibly) == (dense.all(), dense.any())
+
+
 @given(drawn_rules, seeds)
 def test_ranges_of_single_tokens_are_exact(rule, seed):
     rng = np.random.default_rng(seed)

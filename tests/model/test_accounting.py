@@ -1,0 +1,77 @@
+import functools
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from lab import model as lab_model
+from lab.coordinates import Coordinates
+from lab.data import Batch
+from lab.model import accounting
+from lab.train import step
+
+PUBLISHED = {
+    "512": dict(dim=512, layers=8, heads=8, kv_heads=2, head_dim=64, ffn=1408),
+    "h8": dict(dim=1024, layers=24, heads=8, kv_heads=2, head_dim=128, ffn=2752),
+    "h16": dict(dim=1024, layers=24, heads=16, kv_heads=4, head_dim=64, ffn=2752),
+    "h32": dict(dim=1024, layers=24, heads=32, kv_heads=8, head_dim=32, ffn=2752),
+}
+MILLIONS = {"512": 25.8, "h8": 272.4, "h16": 272.4, "h32": 272.4}
+
+
+def by_formula(m, tied: bool = True) -> int:
+    attention = 2 * m["dim"] * m["heads"] * m["head_dim"] + 2 * m["dim"] * m["kv_heads"] * m["head_dim"]
+    layer = attention + 3 * m["dim"] * m["ffn"] + 2 * m["dim"]
+    return m["layers"] * layer + m["dim"] + (1 if tied else 2) * m["vocabulary"] * m["dim"]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameters_of_the_published_models(name, tied):
+    config = tiny.config().model
+    config.update(PUBLISHED[name], vocabulary=6400, tied=tied)
+    counted = accounting.parameters(lab_model.abstract(config))
+    assert counted["parameters"] == by_formula(config, tied)
+    outer = counted["parameters"] - counted["parameters_non_embedding"]
+    assert outer == (1 if tied else 2) * 6400 * config.dim
+    if tied:
+        assert round(counted["parameters"] / 1e6, 1) == MILLIONS[name]
+
+
+@pytest.mark.parametrize("overrides", [
+    dict(),
+    dict(model__tied=False, model__kv_heads=1, model__layers=3),
+    dict(model__pattern=((), (("rule", "causal"),)), model__layers=3),
+])  # fmt: skip
+def test_flops_against_what_the_compiler_counts(overrides):
+    wide = dict(model__dim=64, model__head_dim=16, model__ffn=160, model__implementation="reference")
+    config = tiny.config(**wide, **overrides)
+    model, T = lab_model.abstract(config.model), 128
+    tokens = jax.ShapeDtypeStruct((1, T), np.int32)
+    batch = Batch(tokens, tokens, Coordinates(tokens, tokens, tokens, tokens))
+    gradient = jax.jit(functools.partial(step.accumulated_gradient, z_loss=0.0, microbatches=1))
+    counted = gradient.lower(model, batch).compile().cost_analysis()["flops"]
+    every_key = [T] * len(model.blocks)  # the reference computes hidden scores too
+    formula = T * accounting.train_flops_per_token(model, every_key)
+    # Norms, activations, masks and the softmax come on top; at this width they are some per cent.
+    assert formula < counted < 1.15 * formula
+    assert accounting.train_flops_per_token(model, [0] * len(model.blocks)) < 0.95 * formula / T
+
+
+def test_flops_count_attention_on_visible_keys_of_each_pattern_entry():
+    config = tiny.config(model__pattern=((("rule", "window(2)"),), ()), model__layers=3).model
+    model = lab_model.abstract(config)
+    none, local, global_ = (accounting.train_flops_per_token(model, keys) for keys in ([0, 0], [1, 0], [0, 1]))
+    per_key = 3 * 2 * 2 * config.heads * config.head_dim
+    assert local - none == 2 * per_key  # layers 0 and 2
+    assert global_ - none == per_key
+
+
+@pytest.mark.parametrize("overrides", [dict(), dict(model__kv_heads=1, model__pattern=((), ()), model__layers=3)])
+def test_cache_formula_against_the_cache(overrides):
+    config = tiny.config(**overrides).model
+    model = lab_model.abstract(config)
+    layers = jax.eval_shape(lambda: model.init_cache(5, 7)).layers
+    numbers = sum(x.size for x in jax.tree.leaves(layers)) / (5 * 7 * config.layers)
+    assert accounting.cache_per_token_per_layer(model) == numbers == 2 * config.kv_heads * config.head_dim

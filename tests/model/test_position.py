@@ -1,0 +1,162 @@
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import packs
+import pytest
+import tiny
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lab import model as lab_model
+from lab.coordinates import Coordinates
+from lab.errors import UserError
+from lab.model import position
+
+seeds = st.integers(0, 2**32 - 1)
+
+
+def rotary(theta=1e6, ratio=1.0, stride=128, unselected="index"):
+    config = tiny.config().model.rotary
+    config.update(theta=theta, ratio=ratio, stride=stride, unselected=unselected)
+    return config
+
+
+def angle_by_the_specification(p: int, d: int, at: Coordinates, *, theta, ratio, stride, unselected) -> float:
+    """The angle of pair p of head width d for one token."""
+    F = d // 2
+    inv_p = theta ** (-2 * p / d)
+    n = min(max(round(F * ratio), 0), F)
+    if p < F - n:
+        return {"index": at.index, "time": at.time}[unselected] * inv_p
+    k = p - (F - n)
+    return stride * at.branch * inv_p if k % 2 == 0 else at.time * inv_p
+
+
+@given(
+    half=st.integers(1, 64),
+    ratio=st.floats(0, 1) | st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0]),
+    stride=st.sampled_from([1, 128, 1024]),
+    unselected=st.sampled_from(["index", "time"]),
+    theta=st.sampled_from([10.0, 1e4, 1e6]),
+    seed=seeds,
+)
+def test_rope2d_against_the_specification(half, ratio, stride, unselected, theta, seed):
+    options = dict(theta=theta, ratio=ratio, stride=stride, unselected=unselected)
+    table = position.rope2d_frequencies(2 * half, rotary(**options))
+    at = Coordinates(0, *(int(x) for x in np.random.default_rng(seed).integers(0, 70, 3)))
+    got = at.index * table["index"] + at.branch * table["branch"] + at.time * table["time"]
+    expected = [angle_by_the_specification(p, 2 * half, at, **options) for p in range(half)]
+    np.testing.assert_allclose(got, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_ratio_zero_is_rope_over_the_index_and_ratio_one_never_reads_it():
+    none, all_ = (position.rope2d_frequencies(8, rotary(ratio=ratio, theta=16.0)) for ratio in (0.0, 1.0))
+    np.testing.assert_allclose(none["index"], [1, 0.5, 0.25, 0.125])
+    assert not none["branch"].any() and not none["time"].any()
+    np.testing.assert_allclose(all_["branch"], [128, 0, 32, 0])
+    np.testing.assert_allclose(all_["time"], [0, 0.5, 0, 0.125])
+    assert not all_["index"].any()
+
+
+@pytest.mark.parametrize(("head_dim", "selected"), [(128, 64), (64, 32), (32, 16)])
+def test_pair_counts_of_the_published_head_shapes(head_dim, selected):
+    config = tiny.config(model__head_dim=head_dim, model__rotary__ratio=1.0).model
+    assert position.pair_counts(config) == {"branch": selected // 2, "time": selected // 2, "index": 0}
+    config.rotary.ratio = 0.25
+    quarter = selected // 4
+    counted = {"branch": quarter // 2, "time": quarter // 2}
+    assert position.pair_counts(config) == {**counted, "index": selected - quarter}
+    config.rotary.unselected = "time"
+    assert position.pair_counts(config) == {"branch": quarter // 2, "time": selected - quarter // 2, "index": 0}
+
+
+@given(st.integers(1, 64), st.floats(0, 1), st.sampled_from(["index", "time"]))
+def test_every_pair_carries_one_thing(half, ratio, unselected):
+    config = tiny.config(model__head_dim=2 * half, model__rotary__ratio=ratio).model
+    config.rotary.unselected = unselected
+    assert sum(position.pair_counts(config).values()) == half
+
+
+@given(seed=seeds, half=st.sampled_from([1, 3, 8]), name=st.sampled_from(sorted(position.FREQUENCIES)))
+def test_rotation_is_multiplication_by_a_complex_number(seed, half, name):
+    rng = np.random.default_rng(seed)
+    config = tiny.config(model__head_dim=2 * half, model__position=name).model
+    at = packs.interleaved(rng, 2, 10)
+    x_BTHK = rng.normal(size=(2, 10, 3, 2 * half))
+    table = position.FREQUENCIES[name](2 * half, config.rotary)
+    angle = sum(getattr(at, field)[..., None, None] * table[field] for field in ("index", "branch", "time"))
+    turned = (x_BTHK[..., :half] + 1j * x_BTHK[..., half:]) * np.exp(1j * angle)
+    got = position.rotate(jnp.asarray(x_BTHK, jnp.float32), position.Rotary(config)(at))
+    np.testing.assert_allclose(got, np.concatenate([turned.real, turned.imag], -1), atol=3e-5)
+
+
+def test_rotation_keeps_the_type_of_what_it_turns():
+    x_BTHK = jnp.ones((1, 4, 2, 8), jnp.bfloat16)
+    assert position.rotate(x_BTHK, position.Rotary(tiny.config().model)(Coordinates.single(1, 4))).dtype == jnp.bfloat16
+
+
+# The fields whose constant shift a model cannot see; the prompt is branch 0, so a rule that reads it is left out.
+INVISIBLE_SHIFTS = {"rope2d": ("time", "branch", "index"), "fourier": ("time", "index")}
+
+
+def shifts_of(name: str) -> dict[str, float]:
+    """How far logits move when a constant is added to the time, branch and index of all tokens."""
+    model = tiny.model(tiny.config(model__position=name))
+    batch, forward = tiny.batch(), jax.jit(lambda at: model(batch.tokens, at))
+    before = forward(batch.coordinates)
+    real = batch.coordinates.segment >= 0
+    return {
+        field: float(jnp.abs(forward(tiny.moved(batch.coordinates, **{field: 5})) - before)[real].max())
+        for field in ("time", "branch", "index")
+    }
+
+
+@pytest.mark.parametrize("name", position.FREQUENCIES)
+def test_logits_depend_on_differences_of_coordinates(name):
+    for field, shift in shifts_of(name).items():
+        assert (shift < 2e-4) == (field in INVISIBLE_SHIFTS[name]), (field, shift)
+
+
+def test_the_fourier_code_reads_the_branch_alone():
+    config = tiny.config(model__position="fourier").model
+    code = position.FourierCode(config)
+    at = packs.interleaved(np.random.default_rng(0), 2, 12)
+    other = Coordinates(at.segment + 1, at.branch, at.time + 3, at.index + 2)
+    np.testing.assert_array_equal(code(at), code(other))
+    for b, t in np.ndindex(2, 12):
+        angles = [float(at.branch[b, t]) * 10_000 ** (-2 * i / config.dim) for i in range(config.dim // 2)]
+        expected = math.sqrt(2 / config.dim) * np.array([*map(math.sin, angles), *map(math.cos, angles)])
+        np.testing.assert_allclose(code(at)[b, t], expected, atol=1e-6)
+
+
+def test_only_fourier_adds_to_the_embedding():
+    for name in position.FREQUENCIES:
+        model = tiny.model(tiny.config(model__position=name))
+        batch = tiny.batch()
+        added = model.embed(batch.tokens, batch.coordinates) - model.embedding[...][batch.tokens]
+        code = position.FourierCode(tiny.config().model)(batch.coordinates)
+        np.testing.assert_allclose(added, code if name == "fourier" else np.zeros_like(added), atol=1e-6)
+
+
+@pytest.mark.parametrize(("field", "value", "says"), [
+    ("model__rotary__ratio", 1.01, "model.rotary.ratio = 1.01 is outside 0..1"),
+    ("model__rotary__ratio", -0.5, "model.rotary.ratio = -0.5 is outside 0..1"),
+    ("model__rotary__ratio", math.nan, "model.rotary.ratio = nan is outside 0..1"),
+    ("model__head_dim", 7, "model.head_dim = 7 must be even"),
+    ("model__head_dim", 0, "model.head_dim = 0 must be even and at least 2"),
+    ("model__rotary__unselected", "branch", "'branch' is unknown; choose one of: index, time"),
+    ("model__position", "rope", "did you mean 'rope2d'"),
+    ("model__rotary__theta", 0.0, "model.rotary.theta = 0.0 must be positive"),
+    ("model__pattern", ((), (("rotary.ratio", 2.0),)), "model.rotary.ratio = 2.0 is outside 0..1"),
+])  # fmt: skip
+def test_positions_that_mean_nothing_are_refused(field, value, says):
+    with pytest.raises(UserError) as refused:
+        lab_model.abstract(tiny.config(**{field: value}).model)
+    assert says in str(refused.value)
+
+
+def test_fourier_codes_need_an_even_width():
+    with pytest.raises(UserError, match=r"model.dim = 15 must be even"):
+        lab_model.abstract(tiny.config(model__position="fourier", model__dim=15).model)

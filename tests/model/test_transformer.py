@@ -1,0 +1,134 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from lab import model as lab_model
+from lab.coordinates import Coordinates
+from lab.errors import UserError
+from lab.kernels import rules
+
+
+def weights(variable) -> np.ndarray:
+    return np.asarray(variable[...], np.float64)
+
+
+def normed(x_TD: np.ndarray, weight_D: np.ndarray, eps: float) -> np.ndarray:
+    return x_TD / np.sqrt((x_TD**2).mean(-1, keepdims=True) + eps) * weight_D
+
+
+def turned(x_THK: np.ndarray, at: Coordinates, config) -> np.ndarray:
+    """Rotary pairs as complex numbers: the n slowest by branch and time in turn, the others by the index."""
+    F = config.head_dim // 2
+    n, angle_TF = round(F * config.rotary.ratio), np.zeros((len(x_THK), F))
+    for p in range(F):
+        speed = config.rotary.theta ** (-2 * p / config.head_dim)
+        of = at.index if p < F - n else config.rotary.stride * at.branch if (p - (F - n)) % 2 == 0 else at.time
+        angle_TF[:, p] = of * speed
+    z_THF = (x_THK[..., :F] + 1j * x_THK[..., F:]) * np.exp(1j * angle_TF)[:, None]
+    return np.concatenate([z_THF.real, z_THF.imag], axis=-1)
+
+
+def attention(config, mixer, layer: int, x_TD: np.ndarray, at: Coordinates, seen_TS: np.ndarray) -> np.ndarray:
+    """One head after another, each with the keys and values of its group."""
+    q_DHK, k_DGK, v_DGK, o_HKD = (weights(w)[layer] for w in (mixer.q, mixer.k, mixer.v, mixer.o))
+    q_THK = turned(np.tensordot(x_TD, q_DHK, 1), at, config)
+    k_SGK = turned(np.tensordot(x_TD, k_DGK, 1), at, config)
+    v_SGK, out_TD = np.tensordot(x_TD, v_DGK, 1), np.zeros_like(x_TD)
+    for h in range(config.heads):
+        g = h * config.kv_heads // config.heads
+        scores_TS = q_THK[:, h] @ k_SGK[:, g].T / np.sqrt(config.head_dim)
+        if config.softcap:
+            scores_TS = config.softcap * np.tanh(scores_TS / config.softcap)
+        weight_TS = np.where(seen_TS, np.exp(scores_TS), 0)
+        out_TD += weight_TS / np.maximum(weight_TS.sum(-1, keepdims=True), 1e-300) @ v_SGK[:, g] @ o_HKD[h]
+    return out_TD
+
+
+def swiglu(feedforward, layer: int, x_TD: np.ndarray) -> np.ndarray:
+    gate, up, down = (weights(w)[layer] for w in (feedforward.gate, feedforward.up, feedforward.down))
+    g = x_TD @ gate
+    return (g / (1 + np.exp(-g)) * (x_TD @ up)) @ down
+
+
+def forward(config, model, tokens_T: np.ndarray, at: Coordinates) -> np.ndarray:
+    """The whole network on one row, in float64 numpy."""
+    seen_TS = np.asarray(rules.visible(rules.parse(config.rule), at, at))
+    x_TD = weights(model.embedding)[tokens_T]
+    block = model.blocks[0]
+    for layer in range(config.layers):
+        mixer_norm, feedforward_norm = (weights(n.weight)[layer] for n in (block.mixer_norm, block.feedforward_norm))
+        x_TD = x_TD + attention(config, block.mixer, layer, normed(x_TD, mixer_norm, config.norm_eps), at, seen_TS)
+        x_TD = x_TD + swiglu(block.feedforward, layer, normed(x_TD, feedforward_norm, config.norm_eps))
+    head = model.embedding if model.head is None else model.head
+    return normed(x_TD, weights(model.norm.weight), config.norm_eps) @ weights(head).T
+
+
+@pytest.mark.parametrize("overrides", [
+    dict(),
+    dict(model__tied=False, model__rule="own_branch", model__softcap=2.0, model__kv_heads=1, model__norm_eps=0.1),
+])  # fmt: skip
+def test_forward_against_numpy(overrides):
+    config = tiny.config(**overrides).model
+    model, batch = tiny.model(tiny.config(**overrides), seed=1), tiny.batch(2, length=70)
+    logits = jax.jit(lambda model: model(batch.tokens, batch.coordinates))(model)
+    assert logits.shape == (2, 70, tiny.VOCABULARY) and logits.dtype == jnp.float32
+    for b in range(2):
+        at = batch.coordinates.map(lambda x, b=b: x[b])
+        real = at.segment >= 0
+        expected = forward(config, model, batch.tokens[b], at)
+        np.testing.assert_allclose(logits[b][real], expected[real], atol=1e-4, rtol=1e-4)
+
+
+def test_without_coordinates_a_row_is_one_causal_text():
+    model, tokens = tiny.model(tiny.config()), tiny.batch().tokens
+    forward = jax.jit(type(model).__call__)
+    np.testing.assert_array_equal(forward(model, tokens), forward(model, tokens, Coordinates.single(*tokens.shape)))
+
+
+def test_bfloat16_computes_near_float32_from_the_same_float32_weights():
+    model32, model16 = (tiny.model(tiny.config(model__compute=compute)) for compute in ("float32", "bfloat16"))
+    assert {x.dtype for x in jax.tree.leaves(model16)} == {jnp.dtype("float32")}
+    batch = tiny.batch()
+    expected, got = (jax.jit(type(m).__call__)(m, batch.tokens, batch.coordinates) for m in (model32, model16))
+    assert got.dtype == jnp.float32
+    difference = np.abs(got - expected)[batch.coordinates.segment >= 0]
+    assert 0 < difference.max() < 0.15 * np.abs(expected).max()
+
+
+def test_weights_are_drawn_with_the_declared_spread():
+    config = tiny.config(model__dim=64, model__head_dim=32, model__ffn=256, model__layers=3)
+    model = lab_model.build(config.model, jax.random.key(3))
+    block, gain = model.blocks[0], (2 * 3) ** -0.5
+    expected = {
+        "embedding": (model.embedding, 64**-0.5),
+        "q": (block.mixer.q, 64**-0.5),
+        "o": (block.mixer.o, gain * (4 * 32) ** -0.5),
+        "up": (block.feedforward.up, 64**-0.5),
+        "down": (block.feedforward.down, gain * 256**-0.5),
+    }
+    for name, (variable, spread) in expected.items():
+        assert np.std(variable[...]) == pytest.approx(spread, rel=0.05), name
+    assert (block.mixer_norm.weight[...] == 1).all() and (model.norm.weight[...] == 1).all()
+    assert len(np.unique(block.mixer.q[...])) > 0.99 * block.mixer.q.size  # no two layers alike
+
+
+@pytest.mark.parametrize(("overrides", "says"), [
+    (dict(model__kv_heads=3), "model.heads = 4 is not divisible by model.kv_heads = 3; choose model.kv_heads among: 1"),
+    (dict(model__layers=0), "model.layers = 0 must be at least 1"),
+    (dict(model__ffn=-4), "model.ffn = -4 must be at least 1"),
+    (dict(model__mixer="attentoin"), "did you mean 'attention'"),
+    (dict(model__rule="own_brunch"), "did you mean 'own_branch'"),
+    (dict(model__implementation="tile"), "did you mean 'tiled'"),
+    (dict(model__compute="float16"), "float32, bfloat16"),
+    (dict(model__remat="some"), "none, dots, full"),
+    (dict(model__pattern=((), (), ())), "model.pattern has 3 entries for model.layers = 2"),
+    (dict(model__pattern=()), "model.pattern has 0 entries"),
+    (dict(model__pattern=((("dim", 3),),)), "a field of model.pattern = 'dim' is unknown"),
+    (dict(model__pattern=((("rule", "windo(3)"),),)), "model.rule = 'windo(3)' is unknown"),
+])  # fmt: skip
+def test_models_that_mean_nothing_are_refused(overrides, says):
+    with pytest.raises(UserError) as refused:
+        lab_model.abstract(tiny.config(**overrides).model)
+    assert says in str(refused.value) and "\n" not in str(refused.value)

@@ -1,0 +1,150 @@
+"""launch/local.sh: two processes of two devices train as one, stop as one, and fail as one."""
+
+import os
+import pathlib
+import re
+import signal
+import socket
+
+import commands
+import numpy as np
+import pytest
+
+pytestmark = pytest.mark.slow
+CELLS = 'product(vary("model.rotary.ratio", (0.0, 1.0)), vary("data.draw", ("1-3",)))'
+SCRIPT = commands.REPOSITORY / "launch" / "local.sh"
+LAST = commands.STEPS
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return tmp_path_factory.mktemp("hosts")
+
+
+@pytest.fixture(scope="module")
+def study(place):
+    return commands.write_study(place / "tiny.py", commands.write_corpus(place / "corpus.jsonl"), CELLS)
+
+
+def launched(study, work, log):
+    return commands.Process([SCRIPT, 2, f"--config={study}", f"--workdir={work}"], log, DEVICES="2")
+
+
+@pytest.fixture(scope="module")
+def together(place, study):
+    """The directory of the study, run by two processes."""
+    run = launched(study, place / "together", place / "together-log")
+    assert run.wait() == 0, run.told()
+    assert "2 runs on 4 cpu devices" in run.out
+    assert run.out.count("2 of 2 runs done, 0 failed") == 1, "one process speaks for both"
+    assert "launch/local.sh" not in run.err and "Traceback" not in run.err, run.told()
+    return place / "together"
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_one_process_finds_the_same(place, study, together, devices):
+    work = place / f"alone{devices}"
+    environment = {"JAX_NUM_CPU_DEVICES": str(devices)}
+    commands.finished("main", f"--config={study}", f"--workdir={work}", log=place / "alone-log", **environment)
+    ours, theirs = commands.runs(together), commands.runs(work)
+    assert ours.keys() == theirs.keys() and len(ours) == 2
+    for name, run in ours.items():
+        lines, others = commands.metrics(run), commands.metrics(theirs[name])
+        assert [line["step"] for line in lines] == list(range(LAST))
+        for field in ("text_hash", "tokens", "fill", "learning_rate"):
+            assert [line[field] for line in lines] == [line[field] for line in others], field
+        for field in ("loss", "grad_norm"):
+            np.testing.assert_allclose([line[field] for line in lines], [line[field] for line in others], rtol=1e-4)
+    ours, theirs = ((path / "results.csv").read_text().splitlines() for path in (together, work))
+    assert len(ours) == len(theirs) == 1 + 2 * 3
+    for line, other in zip(ours[1:], theirs[1:], strict=True):
+        line, other = line.split(","), other.split(",")
+        assert line[:4] + line[6:] == other[:4] + other[6:]
+        np.testing.assert_allclose(float(line[4]), float(other[4]), atol=1e-4)
+
+
+def test_files_are_written_once(together):
+    for run in commands.runs(together).values():
+        assert len(list((run / "tensorboard").iterdir())) == 1
+        assert max(commands.steps_saved(run)) == LAST
+
+
+def children(process) -> dict[int, int]:
+    """Process ids by the number that the script gave each."""
+    found = {}
+    for pid in map(int, pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()):
+        number = re.search(rb"\0JAX_PROCESS_ID=(\d+)\0", pathlib.Path(f"/proc/{pid}/environ").read_bytes())
+        if number:
+            found[int(number[1])] = pid
+    return found
+
+
+def test_stopped_then_killed_then_finished(place, study, together):
+    """SIGTERM to the script stops both at one step; a process that is killed ends the other; nothing is lost."""
+    work = place / "stopped"
+    process = launched(study, work, place / "stopped-log")
+    assert process.until(lambda: commands.steps_logged(work) > LAST // 3), process.told()
+    process.signal(signal.SIGTERM)
+    assert process.wait() == 75, process.told()
+    step = int(re.search(r"stopped and saved at step (\d+); run the same command again", process.out)[1])
+    assert "Traceback" not in process.err
+    stopped = [run for run in commands.runs(work).values() if not (run / "result.json").exists()]
+    assert step == max(commands.steps_saved(stopped[-1])) == len(commands.metrics(stopped[-1]))
+
+    process = launched(study, work, place / "killed-log")
+    assert process.until(lambda: "seed 0: " in process.out and commands.steps_logged(work) > step + 2), process.told()
+    os.kill(children(process)[1], signal.SIGKILL)
+    assert process.wait(60) == 128 + signal.SIGKILL, process.told()
+    assert "launch/local.sh: process 1 ended with code 137" in process.err
+
+    process = launched(study, work, place / "finished-log")
+    assert process.wait() == 0, process.told()
+    assert re.search(r": from step \d+", process.out)
+    commands.same_results(work, together)
+
+
+def test_a_stop_while_it_evaluates_is_heard(place, study, together):
+    """Steps begin again with every run; what the processes agree on to stop must not."""
+    work = place / "evaluating"
+    process = launched(study, work, place / "evaluating-log")
+    assert process.until(lambda: commands.evaluating(work)), process.told()
+    process.signal(signal.SIGTERM)
+    assert process.wait() == 75, process.told()
+    assert "stopped and saved at " in process.out and not list(work.glob("cells/*ratio=1*/*/result.json"))
+    process = launched(study, work, place / "evaluating-log")
+    assert process.wait() == 0, process.told()
+    commands.same_results(work, together)
+
+
+def test_a_process_with_another_config_is_refused(place, study):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    work = place / "differing"
+    arguments = [f"--config={study}", f"--workdir={work}"]
+    hosts = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+    with (
+        commands.started("main", *arguments, log=place / "host0", JAX_PROCESS_ID="0", **hosts) as one,
+        commands.started(
+            "main", *arguments, "--config.checkpoint.every=7", log=place / "host1", JAX_PROCESS_ID="1", **hosts
+        ) as other,
+    ):
+        assert (one.wait(), other.wait()) == (2, 2), one.told() + other.told()
+    for process in (one, other):
+        assert process.err == "lab: the hosts differ in config, data or code; " + (
+            "give each the same command and the same files\n"
+        )
+    assert not work.exists()
+
+
+def test_a_mistake_ends_all_processes(place):
+    process = commands.Process([SCRIPT, 2, "--config=configs/none.py"], place / "mistake-log")
+    assert process.wait() == 2
+    assert "there is no file 'configs/none.py'" in process.err and "ended with code 2" in process.err
+
+
+@pytest.mark.parametrize("arguments", [[], ["two"], ["0"], ["--config=configs/rope_ablation.py"]])
+def test_the_script_says_how_it_is_used(place, arguments):
+    process = commands.Process([SCRIPT, *arguments], place / "usage-log")
+    assert process.wait() == 2
+    assert process.err.count("\n") == 1 and "usage: launch/local.sh 2 --config=" in process.err

@@ -1,0 +1,71 @@
+"""A model, a config and texts small enough that compiling is all they cost."""
+
+import operator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import packs
+from flax import nnx
+from ml_collections import ConfigDict
+
+import lab.config
+from lab import model as lab_model
+from lab.config import set_field
+from lab.coordinates import Coordinates
+from lab.data import Batch
+from lab.model import mesh as lab_mesh
+from lab.model import parameter
+
+VOCABULARY = 29
+
+
+def config(**overrides) -> ConfigDict:
+    """Two layers of width 16, 4 heads over 2 groups, short texts; `overrides` by dotted names with __ for dots."""
+    made = lab.config.base()
+    made.model.update(dim=16, layers=2, heads=4, kv_heads=2, head_dim=8, ffn=24, vocabulary=VOCABULARY)
+    made.model.rotary.update(theta=100.0, ratio=0.5, stride=3)  # every kind of pair, at angles that tokens tell apart
+    made.data.update(text_length=6, texts_per_row=4, rows=2, draw="1-3")
+    made.train.update(steps=6, warmup=2, eps=1e-3)
+    made.evaluate.update(branches=(1, 2), texts=16, texts_per_row=4, rows=2)
+    made.checkpoint.update(every=2, keep=3)
+    for name, value in overrides.items():
+        set_field(made, name.replace("__", "."), value)
+    return made
+
+
+def model(made: ConfigDict, seed: int = 0):
+    """A model with generic weights: even those that start at zero or one in a real model. No program draws them."""
+    rng = np.random.default_rng(seed)
+    structure, trainable, _ = parameter.split(lab_model.abstract(made.model))
+    tables = jax.jit(lambda: parameter.split(lab_model.build(made.model, jax.random.key(0)))[2])()
+    is_scale = jax.tree.map(operator.not_, parameter.decay_mask(trainable))
+    draw = lambda x, scale: jnp.asarray(scale + 0.3 * rng.normal(size=x.shape), x.dtype)  # noqa: E731
+    return nnx.merge(structure, jax.tree.map(draw, trainable, is_scale), tables)
+
+
+def texts(count: int = 40, seed: int = 0, longest: int = 6) -> list[np.ndarray]:
+    """Random texts of 2 to `longest` tokens: what the tokenised cache gives."""
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, VOCABULARY, rng.integers(2, longest + 1)).astype(np.int32) for _ in range(count)]
+
+
+def batch(seed: int = 0, rows: int = 2, length: int = 24, pack: str = "interleaved") -> Batch:
+    """Random tokens on packed coordinates; labels at random places, in rows of ever fewer."""
+    rng = np.random.default_rng(seed)
+    coordinates = packs.PACKS[pack](rng, rows, length)
+    tokens, labels = (rng.integers(0, VOCABULARY, (rows, length)).astype(np.int32) for _ in range(2))
+    labelled = (coordinates.segment >= 0) & (rng.random((rows, length)) < np.linspace(0.9, 0.1, rows)[:, None])
+    return Batch(tokens, np.where(labelled, labels, -1).astype(np.int32), coordinates)
+
+
+def mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, context: int = 1) -> jax.sharding.Mesh:
+    """A mesh over the first devices."""
+    sizes = (data, fsdp, tensor, context)
+    axis_types = (jax.sharding.AxisType.Auto,) * len(sizes)
+    return jax.make_mesh(sizes, lab_mesh.AXES, axis_types=axis_types, devices=jax.devices()[: int(np.prod(sizes))])
+
+
+def moved(coordinates: Coordinates, **by: int) -> Coordinates:
+    """Coordinates with a constant added to some fields of all tokens."""
+    return Coordinates(*(getattr(coordinates, field) + by.get(field, 0) for field in packs.FIELDS))

@@ -1,0 +1,137 @@
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lab import model as lab_model
+from lab.errors import UserError
+from lab.model import parameter
+from lab.train import optimizer
+from lab.train.optimizer import Numbers
+
+
+def decayed(name: str, x: int, left: int, train) -> float:
+    """The rate x steps after a warm-up, of `left` in all, in plain Python."""
+    peak, final = train.learning_rate, train.final_learning_rate
+    if name == "constant":
+        return peak
+    if name == "cosine":
+        return final + (peak - final) * (1 + math.cos(math.pi * x / left)) / 2
+    if name == "linear":
+        return peak + (final - peak) * x / left
+    if name == "wsd":
+        cooling = max(round(train.cooldown * train.steps), 1)
+        done = (x - max(left - cooling, 0)) / cooling
+        return peak + (final - peak) * min(max(done, 0), 1)
+    raise KeyError(f"give the formula of the schedule {name} here")
+
+
+@pytest.mark.parametrize("name", optimizer.SCHEDULES)
+@settings(max_examples=30)
+@given(
+    steps=st.sampled_from([1, 2, 7, 60]),
+    warmup=st.floats(0, 1),
+    rates=st.tuples(st.floats(1e-5, 1), st.floats(0, 1)),
+    cooldown=st.floats(0, 1),
+)
+def test_schedules_against_their_formulas(name, steps, warmup, rates, cooldown):
+    train = tiny.config().train
+    train.update(schedule=name, steps=steps, warmup=round(warmup * steps), cooldown=cooldown)
+    train.update(learning_rate=rates[0], final_learning_rate=rates[0] * rates[1])
+    rising = [rates[0] * (step + 1) / train.warmup for step in range(train.warmup)]
+    left = steps - train.warmup
+    expected = rising + [decayed(name, x, left, train) for x in range(left)]
+    made = optimizer.schedule(train)
+    assert made.shape == (steps,) and made.dtype == np.float32
+    np.testing.assert_allclose(made, expected, rtol=1e-5, atol=1e-6 * rates[0])
+
+
+def test_the_published_schedule_begins_at_its_peak_and_ends_a_step_short_of_its_end():
+    train = tiny.config().train
+    train.update(learning_rate=5.5e-4, final_learning_rate=5e-5, warmup=0, steps=16_000)
+    rates = optimizer.schedule(train)
+    assert rates[0] == np.float32(5.5e-4) and rates[-1] == pytest.approx(5e-5, rel=1e-4)
+    assert (np.diff(rates) <= 0).all()
+
+
+def test_every_step_has_its_rate_and_the_other_numbers_of_the_config():
+    train = tiny.config(train__weight_decay=0.03, train__z_loss=0.5).train
+    numbers = [optimizer.numbers_by_step(train)(step) for step in range(train.steps)]
+    np.testing.assert_array_equal([n.learning_rate for n in numbers], optimizer.schedule(train))
+    assert all(type(x) is np.float32 for x in numbers[0])
+    fixed = dict(zip(Numbers._fields[1:], numbers[3][1:], strict=True))
+    assert fixed == {name: np.float32(train[name]) for name in fixed}
+    assert (fixed["weight_decay"], fixed["z_loss"]) == (np.float32(0.03), np.float32(0.5))
+
+
+def adamw(weights, gradients, decays, rates, n: Numbers) -> list[np.ndarray]:
+    """Clipped AdamW as the papers write it (arXiv 1412.6980, algorithm 1; 1711.05101, algorithm 2), in float64."""
+    weights = [np.float64(w) for w in weights]
+    first, second = ([np.zeros_like(w) for w in weights] for _ in range(2))
+    for t, (rate, step) in enumerate(zip(rates, gradients, strict=True), 1):
+        norm = math.sqrt(sum(float(np.sum(np.square(g, dtype=np.float64))) for g in step))
+        for i, g in enumerate(step):
+            g = np.float64(g) * min(1.0, n.clip / norm)
+            first[i] = n.b1 * first[i] + (1 - n.b1) * g
+            second[i] = n.b2 * second[i] + (1 - n.b2) * g**2
+            move = first[i] / (1 - n.b1**t) / (np.sqrt(second[i] / (1 - n.b2**t)) + n.eps)
+            weights[i] = weights[i] - rate * (move + n.weight_decay * decays[i] * weights[i])
+    return weights
+
+
+@pytest.mark.parametrize("decay", ["declared", "all"])
+def test_adamw_against_numpy(decay):
+    rng = np.random.default_rng(0)
+    trainable = parameter.split(tiny.model(tiny.config(model__tied=False)))[1]
+    leaves, structure = jax.tree.flatten(trainable)
+    rates, steps = [0.1, 0.02, 0.3, 0.05], 4
+    gradients = [[rng.normal(size=x.shape).astype(np.float32) * s for x in leaves] for s in (0.001, 1.0, 0.1, 10.0)]
+    numbers = Numbers(0.1, weight_decay=0.2, b1=0.8, b2=0.9, eps=1e-3, clip=1.5, z_loss=0.0)
+
+    @jax.jit
+    def update(weights, state, gradient, rate):
+        transformation = optimizer.transformation("adamw", decay, numbers._replace(learning_rate=rate), weights)
+        updates, state = transformation.update(gradient, state, weights)
+        return jax.tree.map(jnp.add, weights, updates), state
+
+    state, weights = optimizer.transformation("adamw", decay, numbers, trainable).init(trainable), trainable
+    for rate, gradient in zip(rates, gradients, strict=True):
+        weights, state = update(weights, state, jax.tree.unflatten(structure, gradient), rate)
+
+    is_norm = ["norm" in jax.tree_util.keystr(path) for path, _ in jax.tree.flatten_with_path(trainable)[0]]
+    assert 0 < sum(is_norm) < len(is_norm)
+    decays = [decay == "all" or not norm for norm in is_norm]
+    expected = adamw(leaves, gradients, decays, rates[:steps], numbers)
+    for got, wanted in zip(jax.tree.leaves(weights), expected, strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=2e-5, atol=2e-6)
+
+
+def test_matrices_decay_and_scales_do_not():
+    trainable = parameter.split(lab_model.abstract(tiny.config(model__tied=False).model))[1]
+    for path, decays in jax.tree.flatten_with_path(parameter.decay_mask(trainable))[0]:
+        assert decays == ("norm" not in jax.tree_util.keystr(path)), path
+    assert all(jax.tree.leaves(parameter.decay_mask(trainable, everything=True)))
+
+
+@pytest.mark.parametrize(("field", "value", "says"), [
+    ("optimizer", "adam", "did you mean 'adamw'"),
+    ("schedule", "cosin", "did you mean 'cosine'"),
+    ("decay", "none", "choose one of: declared, all"),
+    ("steps", 0, "train.steps = 0 must be at least 1"),
+    ("microbatches", -1, "train.microbatches = -1 must be at least 1"),
+    ("warmup", 7, "train.warmup = 7 must lie in 0..train.steps = 6"),
+    ("warmup", -1, "train.warmup = -1 must lie in"),
+    ("cooldown", 1.5, "train.cooldown = 1.5 is a share of the steps"),
+    ("clip", 0.0, "train.clip = 0.0 must be positive"),
+])  # fmt: skip
+def test_settings_that_mean_nothing_are_refused(field, value, says):
+    train = tiny.config().train
+    train[field] = value
+    with pytest.raises(UserError) as refused:
+        optimizer.check(train)
+    assert says in str(refused.value)
