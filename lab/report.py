@@ -1,7 +1,7 @@
 """What a study found, or several side by side.
 
-python -m lab.report runs/rope_ablation             rebuilds its tables, figures and pages
-python -m lab.report runs/a runs/b [--output DIR]   writes comparison.md and comparison.html, here or to DIR
+python -m lab.report runs/rope_ablation             # rebuilds its tables, figures and pages
+python -m lab.report runs/a runs/b [--output DIR]   # writes comparison.md and comparison.html, here or to DIR
 """
 
 import argparse

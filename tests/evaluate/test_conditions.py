@@ -43,8 +43,9 @@ def test_conditions_are_weighted_by_tokens_over_all_batches(config):
     net, seen = model.build(config.model, jax.random.key(0)), []
     devices = mesh.make(config.mesh)
     found, _ = conditions.evaluate(config, net, None, devices, on_condition=seen.append, stop=lambda: False)
-    assert [condition.value for condition in found] == [2, 7]
     assert seen == found
+    found = [condition for (condition,) in found]
+    assert [condition.value for condition in found] == [2, 7]
     for condition in found:
         batches = list(data.evaluation_batches(config, None, condition.value))
         tokens, labels = (np.concatenate([getattr(b, name) for b in batches]) for name in ("tokens", "labels"))

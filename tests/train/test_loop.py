@@ -11,10 +11,11 @@ import tiny
 from lab.data import train_batches
 from lab.train import compiled, loop, optimizer
 from lab.train.checkpoint import Checkpoints, DiskFull, Position
+from lab.train.step import Program
 from lab.train.workload import Member, Workload
 
 STEPS = 6
-ADAMW = loop.Program("adamw", "declared", 1)
+ADAMW = Program("adamw", "declared", 1)
 
 
 class Run(NamedTuple):
