@@ -250,7 +250,7 @@ def test_cells_train_alike_in_steps_or_tokens(length, steps):
 
 def test_cells_train_alike_in_flops():
     cells = resolved(LAYERS, **{"study.length": "flops", "train.steps": 1000})
-    rows = study_plan.table(None, cells)
+    rows = study_plan.table(cells[0].config, cells)
     spent = [row["train_flops_per_token"] * row["tokens"] for row in rows]
     for row, flops in zip(rows, spent, strict=True):
         assert row["length"]["residual"] == pytest.approx(flops / spent[0] - 1)
