@@ -37,6 +37,7 @@ def models(draw):
 
 def study(cells, **fields):
     config = lab.config.base()
+    config.study.name = "matching"
     config.study.labels = (("name", "variant"),)
     config.study.cells = cells
     config.update_from_flattened_dict(fields)
@@ -113,7 +114,8 @@ def test_flops_and_cache_are_those_of_the_plan():
         matched(named("mha", ("model.kv_heads", 4)), to="base", on="cache", by="model.head_dim", multiple=2),
         matched(named("deep", ("model.layers", 6)), to="base", on="cache", by="model.head_dim", multiple=2),
     )
-    rows = {row["name"]: row for row in study_plan.table(None, resolved(cells))}
+    found = resolved(cells)
+    rows = {row["name"]: row for row in study_plan.table(found[0].config, found)}
     base = rows["variant=base"]
     assert base["match"] == [] and base["length"] is None
     for name, on, quantity in (
