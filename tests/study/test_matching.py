@@ -134,9 +134,9 @@ def test_what_cannot_be_reached_keeps_the_best_and_is_flagged(tmp_path, capsys):
     config.write_text(
         "from lab.config import base\n"
         "from lab.study.cells import chain, matched, named\n"
+        "def get_config():\n"
         "    config = base()\n"
         "    config.study.name = 'matching'\n"
-        "    config = base()\n"
         "    config.study.labels = (('name', 'variant'),)\n"
         "    wide = named('wide', ('model.dim', 768))\n"
         "    config.study.cells = chain(\n"
