@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from lab.config import leaves, set_field
 from lab.errors import UserError, choose
 
+ELSEWHERE = ("path", "workers")  # of config.data: the texts themselves are in its fingerprint, wherever they lie
 Override = tuple[tuple[str, object], ...]
 NAME = "name"  # a pair of this field names an override; labels may show it like any other field
 MATCH = "match"  # a pair of this field asks for a field to be solved: see `matched`
@@ -87,7 +88,10 @@ class Cell:
         """The part of the config that a result depends on; the data seed names the run within the cell."""
         rooms = ("model", "data", "train", "evaluate", "mesh")
         seeds = {"model_seed_offset": self.config.model_seed - self.config.seed}
-        return seeds | {room: json.loads(self.config[room].to_json_best_effort()) for room in rooms}
+        found = {room: json.loads(self.config[room].to_json_best_effort()) for room in rooms}
+        for field in ELSEWHERE:
+            del found["data"][field]
+        return seeds | found
 
     def fingerprint(self, data_fingerprint: str) -> str:
         """Of the cell's config, its data, and the sources that turn the one and the other into a result."""

@@ -84,7 +84,7 @@ def heat_maps(rows: Sequence[Mapping[str, Curves]], vertical: str, horizontal: s
 
 
 def learning_curves(rows: Sequence[Mapping[str, Mapping[object, Sequence[Mapping[float, float]]]]]) -> Figure:
-    """Training loss against step: the centred mean over five logged values, and around it the values themselves or,
+    """Training loss against step: the centred moving mean, and around it the values themselves or,
     where a name has several seeds, the range of their centred means. Points that are not finite are left out; the
     first tenth of the steps may rise above the panel, which else would show little but their fall."""
 
@@ -285,7 +285,8 @@ def _spaced(heights: Sequence[float], gap: float, bottom: float, top: float) -> 
     return [ranks[place] for place in range(len(heights))]
 
 
-def _smooth(values: Sequence[float], reach: int = 2) -> list[float]:
-    """Centred means; towards the ends over fewer values, so that neither end is displaced."""
+def _smooth(values: Sequence[float]) -> list[float]:
+    """Centred means over 1/25 of the values, at least five; over fewer towards the ends, so that neither is displaced."""
+    reach = max(2, len(values) // 50)
     widths = [min(reach, place, len(values) - 1 - place) for place in range(len(values))]
     return [float(np.mean(values[place - width : place + width + 1])) for place, width in enumerate(widths)]
