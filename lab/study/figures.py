@@ -286,7 +286,7 @@ def _spaced(heights: Sequence[float], gap: float, bottom: float, top: float) -> 
 
 
 def _smooth(values: Sequence[float]) -> list[float]:
-    """Centred means over 1/25 of the values, at least five; over fewer towards the ends, so that neither is displaced."""
+    """Centred means of 1/25 of the values, five at least; of fewer towards the ends, so that neither is displaced."""
     reach = max(2, len(values) // 50)
     widths = [min(reach, place, len(values) - 1 - place) for place in range(len(values))]
     return [float(np.mean(values[place - width : place + width + 1])) for place, width in enumerate(widths)]

@@ -34,8 +34,9 @@ def curves(study: Study) -> list[Block]:
         return [Text("No step has been logged yet.")]
     name = line_label(study)
     caption = (
-        f"Training loss, one line for each {name or 'run'}: the centred mean of 1/25 of the logged values; faint, the values "
-        "themselves, or the range of these means over seeds. The first tenth of the steps may rise above the panel."
+        f"Training loss, one line for each {name or 'run'}: the centred mean of 1/25 of the logged values; "
+        "faint, the values themselves, or the range of these means over seeds. "
+        "The first tenth of the steps may rise above the panel."
     )
     image = figures.png(figures.learning_curves(arrange(study, found, name)))
     return [Chart("learning_curves", image, caption)]
