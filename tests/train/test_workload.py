@@ -1,0 +1,82 @@
+"""Several runs in one program: each member learns what it would alone, and is told apart when it fails."""
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from lab.evaluate import conditions
+from lab.train import compiled, loop
+from lab.train.checkpoint import Checkpoints
+from lab.train.workload import Member, Workload
+
+VARIED = [
+    dict(seed=0, model__rotary__ratio=0.0),
+    dict(seed=0, model__rotary__ratio=1.0, data__draw="2-4", train__learning_rate=1e-2),
+    dict(seed=7, model_seed=7, train__weight_decay=0.3),
+]
+
+
+def trained(directory, configs, stop=lambda step: False, mesh=None):
+    """(what train gave, the records of each member)"""
+    records = []
+    checkpoints = Checkpoints(directory, keep=2)
+    workload = Workload([Member(config, tiny.texts()) for config in configs])
+    try:
+        made = loop.train(
+            workload, checkpoints, mesh or tiny.mesh(), on_start=lambda step: None, on_step=records.append, stop=stop
+        )
+    finally:
+        checkpoints.close()
+    return made, [list(member) for member in zip(*records, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory):
+    return trained(tmp_path_factory.mktemp("together"), [tiny.config(**o) for o in VARIED])
+
+
+@pytest.mark.parametrize("member", range(len(VARIED)))
+def test_a_member_is_what_it_would_be_alone(tmp_path, together, member):
+    alone, (records,) = trained(tmp_path, [tiny.config(**VARIED[member])])
+    made, every = together
+    assert [r.text_hash for r in every[member]] == [r.text_hash for r in records]
+    np.testing.assert_allclose([r.loss for r in every[member]], [r.loss for r in records], rtol=1e-4)
+    np.testing.assert_allclose([r.learning_rate for r in every[member]], [r.learning_rate for r in records])
+    one = compiled.unstacked(made.state, member)
+    assert jax.tree.structure(one) == jax.tree.structure(alone.state)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), one.model, alone.state.model)
+
+
+def test_members_are_evaluated_as_they_would_be_alone(together):
+    made, texts = together[0], tiny.texts(16, seed=5)
+    quiet = dict(on_condition=lambda condition: None, stop=lambda: False)
+    config = tiny.config()
+    found, _ = conditions.evaluate(config, made.state.model, texts, tiny.mesh(), members=len(VARIED), **quiet)
+    for member in range(len(VARIED)):
+        model = compiled.unstacked(made.state.model, member)
+        alone, _ = conditions.evaluate(config, model, texts, tiny.mesh(), **quiet)
+        for many, (one,) in zip(found, alone, strict=True):
+            assert (many[member].value, many[member].tokens) == (one.value, one.tokens)
+            assert many[member].loss == pytest.approx(one.loss, rel=1e-5)
+
+
+def test_a_stack_goes_on_from_its_checkpoint(tmp_path, together):
+    configs = [tiny.config(**o) for o in VARIED]
+    with pytest.raises(loop.Stopped):
+        trained(tmp_path, configs, stop=lambda step: step == 2)
+    resumed, _ = trained(tmp_path, configs)
+    jax.tree.map(np.testing.assert_array_equal, *map(jax.device_get, (resumed.state.model, together[0].state.model)))
+
+
+def test_a_stack_lies_over_a_mesh(tmp_path, together):
+    _, every = trained(tmp_path, [tiny.config(**o) for o in VARIED], mesh=tiny.mesh(data=2))
+    for one, many in zip(together[1], every, strict=True):
+        np.testing.assert_allclose([r.loss for r in many], [r.loss for r in one], rtol=1e-4)
+
+
+def test_the_member_that_fails_is_named(tmp_path):
+    configs = [tiny.config(), tiny.config(train__learning_rate=1e38, train__warmup=0)]
+    with pytest.raises(loop.NonFinite) as stopped:
+        trained(tmp_path, configs)
+    assert stopped.value.member == 1
