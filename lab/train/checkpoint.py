@@ -6,6 +6,7 @@ import pathlib
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from flax import nnx
 
@@ -42,6 +43,17 @@ def _restorable(tree):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
 
 
+@jax.jit
+def _checksum(tree) -> jax.Array:
+    """uint32 over the bits of every number: Orbax notices a torn file, but not a flipped byte."""
+
+    def bits(x):
+        return jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)
+
+    sums = [jnp.sum(bits(x), dtype=jnp.uint32) for x in jax.tree.leaves(tree)]
+    return sum(31 * number * each for number, each in enumerate(sums, 1))
+
+
 def _with_weights(model, named: dict):
     structure, trainable, rest = parameter.split(model)
     return nnx.merge(structure, _unnamed(named, trainable), rest)
@@ -74,9 +86,9 @@ class Checkpoints:
         """Begins to save; the arrays may be donated as soon as it returns. A checkpoint that stands is kept."""
         if position.step in self._manager.all_steps():
             return
-        items = ocp.args.Composite(
-            state=ocp.args.StandardSave(_saved(state)), position=ocp.args.JsonSave(position._asdict())
-        )
+        saved = _saved(state)
+        about = position._asdict() | {"checksum": int(_checksum(saved))}
+        items = ocp.args.Composite(state=ocp.args.StandardSave(saved), position=ocp.args.JsonSave(about))
         self._named_if_full(lambda: self._manager.save(position.step, args=items))
 
     def wait(self) -> None:
@@ -91,10 +103,12 @@ class Checkpoints:
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
                 found = self._manager.restore(step, args=target)
+                checksum = found["position"].pop("checksum")
+                if found["position"]["step"] != step or checksum != int(_checksum(found["state"])):
+                    raise ValueError("its numbers are not those that were saved")
                 model = _with_weights(like.model, found["state"]["model"])
-                return Position(**found["position"]), State(
-                    model, _unnamed(found["state"]["optimizer"], like.optimizer)
-                )
+                optimizer = _unnamed(found["state"]["optimizer"], like.optimizer)
+                return Position(**found["position"]), State(model, optimizer)
             except Exception as error:  # Orbax raises many kinds for a damaged one, and a bare Exception among them
                 reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
                 logging.warning(

@@ -157,6 +157,21 @@ def test_a_checkpoint_with_all_files_damaged_falls_back_and_says_so(two_checkpoi
     check_falls_back(tmp_path / "run", caplog)
 
 
+def test_a_flipped_bit_is_harmless_or_noticed(two_checkpoints, tmp_path, caplog):
+    """In the files that hold the arrays, which are not checked by those who read them."""
+    chance, fallen = np.random.default_rng(0), 0
+    for number in range(12):
+        newest = damaged(two_checkpoints, tmp_path / str(number))
+        file = max((path for path in newest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+        content = bytearray(file.read_bytes())
+        content[chance.integers(len(content))] ^= 1 << int(chance.integers(8))
+        file.write_bytes(content)
+        position, found = restore(newest.parent, state_of(3))
+        check_equal(found, state_of(position.step))
+        fallen += position.step == 1
+    assert fallen > 6
+
+
 @pytest.mark.parametrize("damage", [pytest.param(d, marks=[pytest.mark.slow] * (d != "truncated")) for d in DAMAGES])
 def test_any_damaged_file_is_harmless_or_noticed(two_checkpoints, tmp_path, caplog, damage):
     files = sorted(p.relative_to(two_checkpoints / "2") for p in (two_checkpoints / "2").rglob("*") if p.is_file())
