@@ -164,6 +164,10 @@ def refused(told, workdir, *arguments):
         ("mesh.tensor=0", "does not cover 8 devices"),
         ("mesh.fsdp=-1", "one may be -1"),
         ("study.seeds=0", "study.seeds = 0 must be at least 1"),
+        (
+            "study.vmap=seedz",
+            "study.vmap = 'seedz' is unknown (did you mean 'seeds'?); choose one of: none, seeds, numbers",
+        ),
         ("study.sections='curve',", "study.sections = 'curve' is unknown (did you mean 'curves'?)"),
         ("study.published=none.csv", "study.published = 'none.csv': there is no such file"),
         ("checkpoint.every=0", "checkpoint.every = 0 must be at least 1"),

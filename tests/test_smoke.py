@@ -137,3 +137,17 @@ def test_running_again_runs_nothing(work):
     assert "compiled: train_step 0 (0.0 s), evaluation_step 0 (0.0 s), for 0 new runs" in run.out
     assert {path: path.read_bytes() for path in work.glob("cells/*/*/result.json")} == before
     assert (work / "results.csv").read_bytes() == results
+
+
+def test_a_vmapped_study_leaves_each_run_its_result(tmp_path_factory):
+    """Marked, with a checkpoint of its own that loads, and nothing left of the stack."""
+    place = tmp_path_factory.mktemp("vmapped")
+    study = commands.write_study(place / "tiny.py", commands.write_corpus(place / "corpus.jsonl"), steps=6)
+    flags = (f"--config={study}", f"--workdir={place / 'work'}", "--config.study.vmap=numbers")
+    run = commands.finished("main", *flags, log=place / "log")
+    assert "train_steps 1 (" in run.out and "4 of 4 runs done" in run.out
+    results = [json.loads(path.read_text()) for path in (place / "work").glob("cells/*/seed-0/result.json")]
+    assert len(results) == 4 and {result["environment"]["vmapped"] for result in results} == {4}
+    model, tokenizer = lab.load(next((place / "work").glob("cells/*")))
+    assert model(tokenizer.encode("word")[None]).shape[:2] == (1, 4)
+    assert not (place / "work" / "stacks").exists()

@@ -1,5 +1,6 @@
 """Makes one run of a study, or several as one vmapped program: trains, evaluates, and writes down the result."""
 
+import contextlib
 import hashlib
 import json
 import pathlib
@@ -67,6 +68,8 @@ def make(unit: Unit, display: Display, stop: Callable[[int], bool]) -> list[str]
             log.close()
     if workload.vmapped and writes:
         shutil.rmtree(_checkpoint_directory(unit).parent)
+        with contextlib.suppress(OSError):  # another stack is there
+            _checkpoint_directory(unit).parents[1].rmdir()
     return [_told(trained, config.study.condition, condition) for condition in found[0]]
 
 

@@ -12,6 +12,7 @@ from lab.study import contrasts
 from lab.study.cells import Cell
 from lab.train import optimizer, step
 
+VMAP = ("none", "seeds", "numbers")  # what is trained as one vmapped program
 TOKENS_COUNTED = 32_768  # of training rows over which visible keys are averaged
 
 
@@ -33,7 +34,7 @@ def check(cell: Cell) -> None:
 
 
 def check_study(study) -> None:
-    """Refuses what would show only in the report, after everything was trained."""
+    """Refuses what would show only once cells are run, or in the report."""
     from lab.study import results, sections  # slow to import: they draw
 
     for field in ("name", "condition"):
@@ -41,6 +42,7 @@ def check_study(study) -> None:
             raise UserError(f"study.{field} is empty; choose a word for it")
     if study.seeds < 1:
         raise UserError(f"study.seeds = {study.seeds} must be at least 1")
+    choose("study.vmap", study.vmap, VMAP)
     for name in study.sections:
         choose("study.sections", name, sections.SECTIONS)
     if study.published and not (results.REPOSITORY / study.published).is_file():

@@ -12,7 +12,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from lab import data as lab_data
-from lab.errors import UserError, choose
+from lab.errors import UserError
 from lab.model import mesh as lab_mesh
 from lab.study import contrasts, plan
 from lab.study.cells import Cell
@@ -73,7 +73,6 @@ def cell_directory(cell: Cell, fingerprint: str) -> str:
 
 def units_of(runs: list[Run], vmap: str) -> list[Unit]:
     """What is trained at once: a run, or (study.vmap) the seeds of a cell or the cells of a seed."""
-    choose("study.vmap", vmap, ("none", "seeds", "numbers"))
     if vmap == "none":
         return [(run,) for run in runs]
     units: dict[tuple, list[Run]] = {}
