@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -107,6 +108,15 @@ def write_csv(study: Study) -> list[Path]:
         write_atomically(study.directory / "results.csv", _csv(list(study.results.columns)[1:], results)),
         write_atomically(study.directory / "timings.csv", _csv(list(study.timings.columns), timings)),
     ]
+
+
+def judged_loss(result: Path, condition: str, judged: Sequence) -> float | None:
+    """Mean loss of a result.json over the judged values of the condition (none: all); None where there is no file."""
+    if not result.exists():
+        return None
+    found = json.loads(result.read_text())["conditions"]
+    losses = [one["loss"] for one in found if not judged or one[condition] in judged]
+    return sum(losses) / len(losses)
 
 
 def write_atomically(path: Path, content: bytes) -> Path:

@@ -1,12 +1,11 @@
 """The part of a report that shows how cells were tuned: each cell's loss over the grid, and what tuning gained it."""
 
-import json
 import math
 
 from lab.study import figures
 from lab.study.layout import arrange, describe, leaves, line_label, number
 from lab.study.page import Block, Chart, Table, Text
-from lab.study.results import Study
+from lab.study.results import Study, judged_loss
 
 
 def section(study: Study) -> list[Block]:
@@ -39,13 +38,9 @@ def _of(trials: list[dict], cell: dict) -> list[dict]:
 
 def _loss(study: Study, trial: dict) -> float:
     """The judged loss of a trial; nan where it failed or is still to be made."""
-    path = study.directory / trial["directory"] / f"seed-{trial['seed']}" / "result.json"
-    if not path.exists():
-        return math.nan
-    judged = study.plan["config"]["study"]["judged"]
-    conditions = json.loads(path.read_text())["conditions"]
-    losses = [c["loss"] for c in conditions if not judged or c[study.condition] in judged]
-    return sum(losses) / len(losses)
+    result = study.directory / trial["directory"] / f"seed-{trial['seed']}" / "result.json"
+    loss = judged_loss(result, study.condition, study.plan["config"]["study"]["judged"])
+    return math.nan if loss is None else loss
 
 
 def _curve(study: Study, trials: list[dict], field: str) -> dict:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import json
 import math
 import pathlib
 from typing import NamedTuple
@@ -12,6 +11,7 @@ from ml_collections import ConfigDict
 from lab.config import leaves, set_field
 from lab.errors import UserError, choose
 from lab.study.cells import Cell
+from lab.study.results import judged_loss
 from lab.study.runs import Run, cell_directory, runs_of
 
 
@@ -90,10 +90,6 @@ def score(run: Run) -> float | None:
     """Mean loss over the judged conditions; infinite for a failed run, None for one that is still to be made."""
     if (run.directory / "failure.json").exists():
         return math.inf
-    path = run.directory / "result.json"
-    if not path.exists():
-        return None
     study = run.cell.config.study
-    conditions = json.loads(path.read_text())["conditions"]
-    losses = [c["loss"] for c in conditions if not study.judged or c[study.condition] in study.judged]
-    return sum(losses) / len(losses)
+    loss = judged_loss(run.directory / "result.json", study.condition, study.judged)
+    return math.inf if loss is not None and math.isnan(loss) else loss

@@ -6,7 +6,7 @@ import pytest
 
 import lab.config
 from lab.errors import UserError
-from lab.study import cells, tuning
+from lab.study import cells, results, trials, tuning
 
 GRID = (("train.learning_rate", (1e-3, 3e-3, 1e-2)), ("train.weight_decay", (0.0, 0.1)))
 
@@ -83,3 +83,23 @@ def test_nothing_is_tried_where_nothing_is_tuned(config, tmp_path):
     config.study.tune = ()
     resolved, trials = tried(config, tmp_path)
     assert trials == [] and tuning.tuned(resolved, trials) == resolved
+
+
+def test_the_report_shows_what_tuning_gained_and_flags_the_edge(config, tmp_path):
+    """Own values 3e-3 and 0.01: in the grid where only the rate is tuned."""
+    config.study.tune = (("train.learning_rate", (1e-3, 3e-3, 1e-2)),)
+    resolved, tried_out = tried(config, tmp_path)
+    for trial, loss in zip(tried_out, (3.0, 2.0, 2.5, 3.0, 2.0, 1.5), strict=True):
+        finish(trial, {1: loss, 2: 99.0, 4: loss})
+    plan = {
+        "config": resolved[0].described(),
+        "labels": [["model.rotary.ratio", "rope_ratio"]],
+        "condition": "eval_branch",
+        "tuning": [trial.describe() for trial in tried_out],
+        "cells": [{"name": cell.name, "labels": cell.labels, "seeds": []} for cell in resolved],
+    }
+    table = trials.section(results.Study(tmp_path, plan, []))[-1]
+    assert [row[1:] for row in table.rows] == [
+        ["train.learning_rate 0.003", "no", "2.0000", "2.0000", "0.0000"],
+        ["train.learning_rate 0.01", "**train.learning_rate**", "1.5000", "2.0000", "0.5000"],
+    ]
