@@ -39,11 +39,11 @@ class Attention(nnx.Module):
     def __init__(self, model, rule: Rule, key: jax.Array):
         D, H, G, K = model.dim, model.heads, model.kv_heads, model.head_dim
         q, k, v, o = jax.random.split(key, 4)
-        self.q = parameter.matrix(q, (D, H, K), ("embed", "heads", "head_dim"), fan_in=D)
-        self.k = parameter.matrix(k, (D, G, K), ("embed", "kv_heads", "head_dim"), fan_in=D)
-        self.v = parameter.matrix(v, (D, G, K), ("embed", "kv_heads", "head_dim"), fan_in=D)
+        self.q = parameter.matrix(q, (D, H, K), ("embed", "heads", "head_dim"))
+        self.k = parameter.matrix(k, (D, G, K), ("embed", "kv_heads", "head_dim"))
+        self.v = parameter.matrix(v, (D, G, K), ("embed", "kv_heads", "head_dim"))
         gain = (2 * model.layers) ** -0.5
-        self.o = parameter.matrix(o, (H, K, D), ("heads", "head_dim", "embed"), fan_in=H * K, gain=gain)
+        self.o = parameter.matrix(o, (H, K, D), ("heads", "head_dim", "embed"), inputs=2, gain=gain)
         self.rule = rule
         self.softcap = model.softcap
         self.implementation = kernels.resolve(model.implementation)

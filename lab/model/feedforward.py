@@ -12,9 +12,9 @@ class SwiGLU(nnx.Module):
     def __init__(self, model, key: jax.Array):
         D, F = model.dim, model.ffn
         gate, up, down = jax.random.split(key, 3)
-        self.gate = parameter.matrix(gate, (D, F), ("embed", "ffn"), fan_in=D)
-        self.up = parameter.matrix(up, (D, F), ("embed", "ffn"), fan_in=D)
-        self.down = parameter.matrix(down, (F, D), ("ffn", "embed"), fan_in=F, gain=(2 * model.layers) ** -0.5)
+        self.gate = parameter.matrix(gate, (D, F), ("embed", "ffn"))
+        self.up = parameter.matrix(up, (D, F), ("embed", "ffn"))
+        self.down = parameter.matrix(down, (F, D), ("ffn", "embed"), gain=(2 * model.layers) ** -0.5)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         gate_DF, up_DF, down_FD = (w[...].astype(x_BTD.dtype) for w in (self.gate, self.up, self.down))

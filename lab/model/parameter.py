@@ -1,5 +1,7 @@
 """A parameter is declared once, with what everything else derives from: its logical axes and whether it decays."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,14 +16,26 @@ class Table(nnx.Variable):
     """A value the model reads but does not train: rebuilt from the config, never checkpointed."""
 
 
-def matrix(key: jax.Array, shape: tuple[int, ...], axes: tuple[str, ...], fan_in: int, gain: float = 1.0) -> nnx.Param:
-    """A weight drawn from N(0, gain^2 / fan_in), float32."""
-    return nnx.Param(gain * fan_in**-0.5 * jax.random.normal(key, shape), axes=axes, decay=True)
+def matrix(key: jax.Array, shape: tuple[int, ...], axes: tuple[str, ...], inputs: int = 1, gain: float = 1.0):
+    """A weight from its first `inputs` axes to the others, drawn from N(0, gain^2 / fan_in), float32."""
+    weight = gain * math.prod(shape[:inputs]) ** -0.5 * jax.random.normal(key, shape)
+    return nnx.Param(weight, axes=axes, inputs=inputs, decay=True)
+
+
+def embedding(key: jax.Array, shape: tuple[int, int]) -> nnx.Param:
+    """Vectors of tokens (or the output head, its transpose) [C, D], drawn from N(0, 1 / D), float32."""
+    weight = shape[1] ** -0.5 * jax.random.normal(key, shape)
+    return nnx.Param(weight, axes=("vocabulary", "embed"), inputs=0, decay=True)
 
 
 def scale(size: int) -> nnx.Param:
     """A multiplier per channel that starts at one, does not decay, and is whole on every device."""
-    return nnx.Param(jnp.ones(size), axes=("channel",), decay=False)
+    return nnx.Param(jnp.ones(size), axes=("channel",), inputs=0, decay=False)
+
+
+def bias(size: int, axis: str = "channel", value: float = 0.0) -> nnx.Param:
+    """Something added for each channel or head; it starts at `value` and does not decay."""
+    return nnx.Param(jnp.full(size, value), axes=(axis,), inputs=0, decay=False)
 
 
 def split(model) -> tuple:

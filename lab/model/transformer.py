@@ -62,8 +62,8 @@ class Transformer(nnx.Module):
     def __init__(self, model, key: jax.Array):
         embedding, head, *layers = jax.random.split(key, 2 + model.layers)
         specs = layer_specs(model)
-        shape, axes = (model.vocabulary, model.dim), ("vocabulary", "embed")
-        self.embedding = parameter.matrix(embedding, shape, axes, fan_in=model.dim)
+        shape = model.vocabulary, model.dim
+        self.embedding = parameter.embedding(embedding, shape)
         self.branch_code = position.FourierCode(model) if model.position == "fourier" else None
         self.rotary = nnx.List([position.Rotary(spec) for spec in specs])
         self.blocks = nnx.List(
@@ -73,7 +73,7 @@ class Transformer(nnx.Module):
             ]
         )
         self.norm = RMSNorm(model.dim, model.norm_eps)
-        self.head = None if model.tied else parameter.matrix(head, shape, axes, fan_in=model.dim)
+        self.head = None if model.tied else parameter.embedding(head, shape)
         self.compute = jnp.dtype(model.compute)
         self.layers, self.scan, self.remat = model.layers, model.scan, model.remat
 
