@@ -25,12 +25,12 @@ def train_flops_per_token(model: Transformer, visible_keys: list[float]) -> floa
     for entry, (block, visible) in enumerate(zip(model.blocks, visible_keys, strict=True)):
         repeats = len(range(entry, model.layers, len(model.blocks)))
         forward += sum(2.0 * np.prod(w.shape) for w in jax.tree.leaves(parameter.split(block)[1]) if len(w.shape) > 2)
-        forward += repeats * visible * block.mixer.flops_per_key
+        forward += 2.0 * repeats * (visible * block.mixer.work_per_key + block.mixer.work_per_token)
     return 3.0 * float(forward)
 
 
 def cache_per_token_per_layer(model: Transformer) -> int | float:
     """Numbers that decoding keeps per token: the mean over layers, an int where they are alike."""
-    numbers = {layer: model.blocks[layer % len(model.blocks)].mixer.cached_numbers for layer in range(model.layers)}
-    mean = sum(numbers.values()) / model.layers
+    mixers = [model.blocks[layer % len(model.blocks)].mixer for layer in range(model.layers)]
+    mean = sum(groups * width for mixer in mixers for groups, width in mixer.cached) / model.layers
     return int(mean) if mean.is_integer() else mean

@@ -1,19 +1,26 @@
-"""Softmax attention over coordinates: project -> attend -> output."""
+"""Softmax attention over coordinates: project -> attend -> output.
 
-from typing import NamedTuple
+A mixer says what a token keeps (its cache) and how keys and values are read from that; the rest is shared.
+Letters as in lab.model.transformer, and V value head width, R rotated dims at the end of a head.
+"""
+
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from lab import kernels
 from lab.coordinates import Coordinates
-from lab.errors import UserError
+from lab.errors import UserError, choose
 from lab.kernels.rules import Rule
-from lab.model import mesh, parameter
+from lab.model import mesh, parameter, position
+from lab.model.norm import RMSNorm
 from lab.model.position import rotate
+
+OPTIONS = ("output_gate", "sink", "qk_norm")  # model fields that add one thing to any softmax mixer that allows it
+Kept = tuple[jax.Array, ...]  # what a token keeps, arrays [B, S, groups, width]
 
 
 class View(NamedTuple):
@@ -26,92 +33,250 @@ class View(NamedTuple):
     start: jax.Array | None  # the cache slot of the first new token; None without a cache
 
 
-class Keys(NamedTuple):
-    """One layer's cache: rotated keys [B, S, G, K] and values [B, S, G, V]."""
+class Softmax(nnx.Module):
+    """What softmax mixers share. No biases; queries and output may be of low rank (model.q_rank, model.o_rank).
 
-    k_BSGK: jax.Array
-    v_BSGV: jax.Array
+    Options: the output gate (arXiv 2505.06708, G1: elementwise, after attention), a learned sink in the softmax's
+    denominator (gpt-oss, arXiv 2508.10925), RMSNorm of queries and keys before they rotate (arXiv 2302.05442).
+    """
 
-
-class Attention(nnx.Module):
-    """Multi-head attention with H query heads over G key-value heads (GQA, arXiv 2305.13245), no biases."""
+    rules: ClassVar[tuple[str, ...] | None] = None  # the mask rules that it supports; None: every one
+    in_order: ClassVar[bool] = False  # whether tokens must come in the order of their row
+    rotates: ClassVar[str] = "qkvo"  # the projections that may rotate
+    rotates_unasked: ClassVar[str] = "qk"  # those that do where model.rotate is "auto"
+    refuses: ClassVar[tuple[str, ...]] = ()  # the fields that it has no place for
+    heads_each: ClassVar[int] = 1  # attention maps for each head of the output
+    norms_query_latent: ClassVar[bool] = False
 
     def __init__(self, model, rule: Rule, key: jax.Array):
-        D, H, G, K = model.dim, model.heads, model.kv_heads, model.head_dim
-        q, k, v, o = jax.random.split(key, 4)
-        self.q = parameter.matrix(q, (D, H, K), ("embed", "heads", "head_dim"))
-        self.k = parameter.matrix(k, (D, G, K), ("embed", "kv_heads", "head_dim"))
-        self.v = parameter.matrix(v, (D, G, K), ("embed", "kv_heads", "head_dim"))
+        q, _, _, o = jax.random.split(key, 4)
+        q_down, o_up, gate = (jax.random.fold_in(key, i) for i in range(3))
+        D, H = model.dim, model.heads
+        K, V = self.widths(model)
+        self.heads, self.kv_heads, self.head_dim, self.v_head_dim = self.heads_each * H, model.kv_heads, K, V
+        self.rotary_dim, self.rotate = position.rotary_dim(model), self.rotated(model)
+        self.q_down = parameter.matrix(q_down, (D, model.q_rank), ("embed", "rank")) if model.q_rank else None
+        has_norm = model.q_rank and self.norms_query_latent and model.latent_norm
+        self.q_latent_norm = RMSNorm(model.q_rank, model.norm_eps) if has_norm else None
+        self.q = parameter.matrix(
+            q, (model.q_rank or D, self.heads, K), ("rank" if model.q_rank else "embed", "heads", "head_dim")
+        )
         gain = (2 * model.layers) ** -0.5
-        self.o = parameter.matrix(o, (H, K, D), ("heads", "head_dim", "embed"), inputs=2, gain=gain)
+        self.o = parameter.matrix(
+            o,
+            (H, V, model.o_rank or D),
+            ("heads", "head_dim", "rank" if model.o_rank else "embed"),
+            inputs=2,
+            gain=1.0 if model.o_rank else gain,
+        )
+        self.o_up = parameter.matrix(o_up, (model.o_rank, D), ("rank", "embed"), gain=gain) if model.o_rank else None
+        self.gate = parameter.matrix(gate, (D, H, V), ("embed", "heads", "head_dim")) if model.output_gate else None
+        self.sink = parameter.bias(self.heads, "heads") if model.sink else None
+        self.q_norm, self.k_norm = (RMSNorm(K, model.norm_eps) if model.qk_norm else None for _ in range(2))
         self.rule = rule
+        self.scale = model.softmax_scale or K**-0.5
         self.softcap = model.softcap
         self.implementation = kernels.resolve(model.implementation)
 
     @staticmethod
-    def check(model) -> None:
+    def widths(model) -> tuple[int, int]:
+        """(K, V) of a head."""
+        return model.head_dim, model.v_head_dim or model.head_dim
+
+    @classmethod
+    def rotated(cls, model) -> str:
+        """The projections that rotate, some of the letters q, k, v, o."""
+        return {"auto": cls.rotates_unasked, "none": ""}.get(model.rotate, model.rotate)
+
+    @classmethod
+    def check(cls, model) -> None:
+        """Refuses what the mixer cannot be, naming the field and the valid choices."""
         if model.heads % model.kv_heads:
             valid = [g for g in range(1, model.heads + 1) if model.heads % g == 0]
             raise UserError(
                 f"model.heads = {model.heads} is not divisible by model.kv_heads = {model.kv_heads}; "
                 f"choose model.kv_heads among: {', '.join(map(str, valid))}"
             )
+        for field in ("q_rank", "o_rank", "v_head_dim", "softmax_scale"):
+            if model[field] < 0:
+                raise UserError(f"model.{field} = {model[field]} must be positive, or 0 for none of its own")
+        check_rotated(cls, model)
+        check_fields(cls, model)
 
     @property
-    def cached_numbers(self) -> int:
-        """Numbers cached per token and layer: keys and values of every group."""
-        return sum(int(np.prod(w.shape[-2:])) for w in (self.k, self.v))
+    def cached(self) -> tuple[tuple[int, int], ...]:
+        """(groups, width) of each array that a token keeps."""
+        return (self.kv_heads, self.head_dim), (self.kv_heads, self.v_head_dim)
 
     @property
-    def flops_per_key(self) -> int:
-        """Forward FLOPs of one query and one key it sees: its score, and its part of the output, of every head."""
-        return 2 * (int(np.prod(self.q.shape[-2:])) + int(np.prod(self.o.shape[-3:-1])))
+    def state_numbers(self) -> int:
+        """Numbers kept for a row however long it is."""
+        return 0
 
-    def init_cache(self, batch: int, length: int, dtype) -> Keys:
+    @property
+    def work_per_key(self) -> int:
+        """Multiplications for one query and one key that it sees, of every head: its score, its part of the output."""
+        return self.heads * (self.head_dim + self.v_head_dim)
+
+    @property
+    def work_per_token(self) -> int:
+        """Multiplications for a token beside those with weights and with keys."""
+        return 0
+
+    def init_cache(self, batch: int, length: int, dtype) -> Kept:
         """Empty slots; a stacked mixer gives a stacked cache."""
-        *stack, _, G, K = self.k.shape
-        V = self.v.shape[-1]
-        return Keys(jnp.zeros((*stack, batch, length, G, K), dtype), jnp.zeros((*stack, batch, length, G, V), dtype))
+        stack = self.q.shape[:-3]
+        return tuple(jnp.zeros((*stack, batch, length, *shape), dtype) for shape in self.cached)
 
-    def project(self, x_BTD, rotation):
-        """Rotated queries [B, T, H, K] and keys [B, T, G, K], and values [B, T, G, V]."""
-        q_BTHK, k_BTGK, v_BTGV = (
-            jnp.einsum("btd,dhk->bthk", x_BTD, w[...].astype(x_BTD.dtype)) for w in (self.q, self.k, self.v)
+    def turned(self, name: str, x_BTHK, rotation):
+        """Queries, keys or values, rotated if model.rotate has their letter."""
+        return rotate(x_BTHK, rotation) if name in self.rotate else x_BTHK
+
+    def queries(self, x_BTD, rotation):
+        """Rotated queries [B, T, H, K]."""
+        if self.q_down is not None:
+            x_BTD = x_BTD @ self.q_down[...].astype(x_BTD.dtype)
+        if self.q_latent_norm is not None:
+            x_BTD = self.q_latent_norm(x_BTD)
+        q_BTHK = heads(x_BTD, self.q)
+        return self.turned("q", q_BTHK if self.q_norm is None else self.q_norm(q_BTHK), rotation)
+
+    def keep(self, x_BTD, rotation) -> Kept:
+        """What tokens keep of themselves."""
+        raise NotImplementedError
+
+    def read(self, kept: Kept):
+        """Keys [B, S, G, K] and values [B, S, G, V] of what was kept."""
+        return kept
+
+    def remember(self, x_BTD, view: View, cache: Kept | None) -> tuple[Kept, Kept | None]:
+        """What every token that may be seen has kept, and the new cache."""
+        new = self.keep(x_BTD, view.rotation)
+        if cache is None:
+            return new, None
+        cache = tuple(append(old, x, view.start) for old, x in zip(cache, new, strict=True))
+        return cache, cache
+
+    def attend(self, q_BTHK, kept: Kept, view: View, decoding: bool):
+        """What each query draws from what was kept [B, T, H, V], and its log normaliser [B, T, H]."""
+        return attend_over_mesh(q_BTHK, *self.read(kept), view, self)
+
+    def merge(self, o_BTHV, x_BTD):
+        """The heads of the output from those that attended."""
+        return o_BTHV
+
+    def output(self, o_BTHV, lse_BTH, x_BTD, rotation):
+        """The mixer's output [B, T, D], of what `attend` gave."""
+        if self.sink is not None:  # exp(lse) / (exp(lse) + exp(sink)): as if a key of score `sink` held nothing
+            o_BTHV = o_BTHV * jax.nn.sigmoid(lse_BTH - self.sink[...])[..., None].astype(o_BTHV.dtype)
+        if "o" in self.rotate:
+            cos, sin = rotation
+            o_BTHV = rotate(o_BTHV, (cos, -sin))
+        o_BTHV = self.merge(o_BTHV, x_BTD)
+        if self.gate is not None:
+            o_BTHV = o_BTHV * jax.nn.sigmoid(heads(x_BTD, self.gate))
+        y_BTD = jnp.einsum("bthk,hkd->btd", o_BTHV, self.o[...].astype(o_BTHV.dtype))
+        return y_BTD if self.o_up is None else y_BTD @ self.o_up[...].astype(y_BTD.dtype)
+
+    def __call__(self, x_BTD: jax.Array, view: View, cache: Kept | None = None) -> tuple[jax.Array, Kept | None]:
+        q_BTHK = self.queries(x_BTD, view.rotation)
+        kept, cache = self.remember(x_BTD, view, cache)
+        o_BTHV, lse_BTH = self.attend(q_BTHK, kept, view, decoding=cache is not None)
+        return self.output(o_BTHV, lse_BTH, x_BTD, view.rotation), cache
+
+
+class Attention(Softmax):
+    """H query heads over G key-value heads: MHA at G = H, MQA at 1, GQA between (arXiv 2305.13245).
+
+    model.rotary.dim < head_dim rotates only the end of each head (partial RoPE); model.rotate says which of q, k, v, o
+    rotate, o by the inverse (VO-RoPE, kexue.fm/archives/10862).
+    """
+
+    def __init__(self, model, rule: Rule, key: jax.Array):
+        super().__init__(model, rule, key)
+        _, k, v, _ = jax.random.split(key, 4)
+        D, G, axes = model.dim, self.kv_heads, ("embed", "kv_heads", "head_dim")
+        self.k = parameter.matrix(k, (D, G, self.head_dim), axes)
+        self.v = parameter.matrix(v, (D, G, self.v_head_dim), axes)
+
+    def keep(self, x_BTD, rotation) -> Kept:
+        k_BTGK, v_BTGV = heads(x_BTD, self.k), heads(x_BTD, self.v)
+        k_BTGK = k_BTGK if self.k_norm is None else self.k_norm(k_BTGK)
+        return self.turned("k", k_BTGK, rotation), self.turned("v", v_BTGV, rotation)
+
+
+def check_fields(mixer, model) -> None:
+    """Refuses the fields that a mixer has no place for, and the rules that it does not support."""
+    for field in mixer.refuses:
+        if model[field]:
+            raise UserError(
+                f"model.{field} = {model[field]!r}: model.mixer = {model.mixer!r} has no place for it; "
+                f"choose {type(model[field])()!r}"
+            )
+    if mixer.rules:
+        choose(f"model.rule of model.mixer = {model.mixer!r}", model.rule, mixer.rules)
+
+
+def check_rotated(mixer: type[Softmax], model) -> None:
+    """Refuses a model.rotate that is no subset of what the mixer can rotate, and rotations wider than the values."""
+    letters = mixer.rotated(model)
+    if not {*letters} <= {*mixer.rotates} or len({*letters}) < len(letters):
+        raise UserError(
+            f"model.rotate = {model.rotate!r}: model.mixer = {model.mixer!r} rotates auto, none, or letters of "
+            f"{mixer.rotates!r}"
         )
-        return rotate(q_BTHK, rotation), rotate(k_BTGK, rotation), v_BTGV
-
-    def output(self, o_BTHV):
-        return jnp.einsum("bthk,hkd->btd", o_BTHV, self.o[...].astype(o_BTHV.dtype))
-
-    def __call__(self, x_BTD: jax.Array, view: View, cache: Keys | None = None) -> tuple[jax.Array, Keys | None]:
-        q_BTHK, k_BSGK, v_BSGV = self.project(x_BTD, view.rotation)
-        if cache is not None:
-            append = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), view.start, 1)  # noqa: E731
-            cache = Keys(append(cache.k_BSGK, k_BSGK), append(cache.v_BSGV, v_BSGV))
-            k_BSGK, v_BSGV = (x.astype(x_BTD.dtype) for x in cache)
-        o_BTHV = attend_over_mesh(q_BTHK, k_BSGK, v_BSGV, view, self.rule, self.softcap, self.implementation)
-        return self.output(o_BTHV), cache
+    R, V = position.rotary_dim(model), mixer.widths(model)[1]
+    if {*letters} & {*"vo"} and R > V:
+        raise UserError(f"model.rotary.dim = {R} does not fit into values of width {V}; choose an even one up to {V}")
 
 
-def attend_over_mesh(q_BTHK, k_BSGK, v_BSGV, view: View, rule: Rule, softcap: float, implementation: str):
-    """`kernels.attend` with rows, heads and queries over the mesh; every device gathers the keys of its rows."""
+def heads(x_BTD, weight: nnx.Param):
+    """x W for a weight [D, N, K]: N heads of K numbers for each token."""
+    return jnp.einsum("btd,dnk->btnk", x_BTD, weight[...].astype(x_BTD.dtype))
+
+
+def append(old, new, start):
+    """A cache array [B, S, ...] with new tokens [B, T, ...] from slot `start` on."""
+    return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, 1)
+
+
+def attend_over_mesh(q_BTHK, k_BSGK, v_BSGV, view: View, mixer: Softmax, scale: float | None = None):
+    """`kernels.attend` with rows, heads and queries over the mesh; every device gathers the keys of its rows.
+
+    Returns (o_BTHV, lse_BTH). A single head is every device's own. scale: None for the mixer's.
+    """
     tensor = mesh.current().get("tensor", 1)
     H, G = q_BTHK.shape[2], k_BSGK.shape[2]
-    if H % tensor or (G % tensor and tensor % G):
+    over_heads = "tensor" if H > 1 else None
+    if over_heads and (H % tensor or (G % tensor and tensor % G)):
         raise UserError(
             f"mesh.tensor = {tensor} does not divide {H} query heads over {G} key heads; choose a divisor of both"
         )
-    if G % tensor:  # fewer groups than devices: each device holds the group of its heads
+    if over_heads and G % tensor:  # fewer groups than devices: each device holds the group of its heads
         k_BSGK, v_BSGV = (jnp.repeat(x, tensor // G, axis=2) for x in (k_BSGK, v_BSGV))
 
     def attend(q_BTHK, k_BSGK, v_BSGV, queries, keys, tiles):
         return kernels.attend(
-            q_BTHK, k_BSGK, v_BSGV, queries, keys, rule, softcap=softcap, implementation=implementation, tiles=tiles
+            q_BTHK,
+            k_BSGK,
+            v_BSGV,
+            queries,
+            keys,
+            mixer.rule,
+            scale=mixer.scale if scale is None else scale,
+            softcap=mixer.softcap,
+            implementation=mixer.implementation,
+            tiles=tiles,
+            return_lse=True,
         )
 
-    heads, shared, tokens = P(mesh.BATCH, "context", "tensor"), P(mesh.BATCH, None, "tensor"), P(mesh.BATCH, "context")
-    specs = (heads, shared, shared, tokens, P(mesh.BATCH), tokens)
-    return mesh.per_device(attend, specs, heads)(q_BTHK, k_BSGK, v_BSGV, view.queries, view.keys, view.tiles)
+    queries, shared, tokens = (
+        P(mesh.BATCH, "context", over_heads), P(mesh.BATCH, None, over_heads), P(mesh.BATCH, "context")
+    )  # fmt: skip
+    specs = (queries, shared, shared, tokens, P(mesh.BATCH), tokens)
+    return mesh.per_device(attend, specs, (queries, queries))(
+        q_BTHK, k_BSGK, v_BSGV, view.queries, view.keys, view.tiles
+    )
 
 
 def plan_tiles_over_mesh(queries: Coordinates, keys: Coordinates, rule: Rule, implementation: str):
@@ -122,6 +287,3 @@ def plan_tiles_over_mesh(queries: Coordinates, keys: Coordinates, rule: Rule, im
 
     tokens = P(mesh.BATCH, "context")
     return mesh.per_device(plan, (tokens, P(mesh.BATCH)), tokens)(queries, keys)
-
-
-MIXERS = {"attention": Attention}

@@ -8,13 +8,13 @@ from lab.model import parameter
 
 
 class RMSNorm(nnx.Module):
-    """x / sqrt(mean(x^2) + eps) * w, computed in float32 (arXiv 1910.07467, equation 4)."""
+    """x / sqrt(mean(x^2) + eps) * w, computed in float32 or wider (arXiv 1910.07467, equation 4)."""
 
     def __init__(self, dim: int, eps: float):
         self.weight = parameter.scale(dim)
         self.eps = eps
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        x32 = x_BTD.astype(jnp.float32)
-        normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+        wide = x_BTD.astype(jnp.promote_types(x_BTD.dtype, jnp.float32))
+        normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
         return (normed * self.weight[...]).astype(x_BTD.dtype)

@@ -1,6 +1,7 @@
 """Where the position of a token enters: rotary angles of queries and keys, and what is added to the embedding.
 
-F = K / 2 rotary pairs; pair p = 0 is the fastest. Dimensions p and p + F form pair p (the rotate-half convention).
+F = R / 2 rotary pairs, where R of the K dimensions of a head rotate, its last; pair p = 0 is the fastest. Of these R,
+p and p + F form pair p (the rotate-half convention).
 """
 
 import jax
@@ -41,6 +42,19 @@ def fourier_frequencies(head_dim: int, rotary) -> dict[str, np.ndarray]:
 FREQUENCIES = {"rope2d": rope2d_frequencies, "fourier": fourier_frequencies}
 
 
+def rotary_dim(model) -> int:
+    """Dimensions of a head that rotate, R."""
+    return model.rotary.dim or model.head_dim
+
+
+def frequencies(model) -> dict[str, np.ndarray]:
+    """Radians per unit of index, branch and time for each rotated pair, [R / 2] each."""
+    R, rotary = rotary_dim(model), model.rotary.copy_and_resolve_references()
+    if rotary.table == "head":  # theta'^(-2p/R) = theta^(-2p/K): the fastest R / 2 pairs of the whole head's table
+        rotary.theta **= R / model.head_dim
+    return FREQUENCIES[model.position](R, rotary)
+
+
 def check(model) -> None:
     """Refuses position settings that mean nothing."""
     choose("model.position", model.position, FREQUENCIES)
@@ -49,9 +63,14 @@ def check(model) -> None:
         raise UserError(f"model.rotary.ratio = {model.rotary.ratio} is outside 0..1")
     if not model.rotary.theta > 0:
         raise UserError(f"model.rotary.theta = {model.rotary.theta} must be positive")
-    if model.head_dim < 2 or model.head_dim % 2:
+    choose("model.rotary.table", model.rotary.table, ("own", "head"))
+    R, field = rotary_dim(model), "model.rotary.dim" if model.rotary.dim else "model.head_dim"
+    if R < 2 or R % 2:
+        raise UserError(f"{field} = {R} must be even and at least 2: rotary dimensions come in pairs")
+    if model.head_dim < R:
         raise UserError(
-            f"model.head_dim = {model.head_dim} must be even and at least 2: rotary dimensions come in pairs"
+            f"model.rotary.dim = {R} is above model.head_dim = {model.head_dim}; choose an even number up to it, or 0 "
+            "for all"
         )
     if model.position == "fourier" and model.dim % 2:
         raise UserError(f"model.dim = {model.dim} must be even: a fourier code is made of pairs")
@@ -59,21 +78,19 @@ def check(model) -> None:
 
 def pair_counts(model) -> dict[str, int]:
     """How many rotary pairs carry the branch, the time and the index."""
-    frequencies = FREQUENCIES[model.position](model.head_dim, model.rotary)
-    return {name: int(np.count_nonzero(frequencies[name])) for name in ("branch", "time", "index")}
+    found = frequencies(model)
+    return {name: int(np.count_nonzero(found[name])) for name in ("branch", "time", "index")}
 
 
 class Rotary(nnx.Module):
     """angle(token, p) = index w_index[p] + branch w_branch[p] + time w_time[p]: one table, and a leaf of the model."""
 
     def __init__(self, model):
-        frequencies = FREQUENCIES[model.position](model.head_dim, model.rotary)
-        self.frequencies = Table(
-            jnp.asarray(np.stack([frequencies[n] for n in ("index", "branch", "time")]), jnp.float32)
-        )
+        found = frequencies(model)
+        self.frequencies = Table(jnp.asarray(np.stack([found[n] for n in ("index", "branch", "time")]), jnp.float32))
 
     def __call__(self, coordinates: Coordinates) -> tuple[jax.Array, jax.Array]:
-        """cos and sin of the angles, float32 [B, T, 1, F]."""
+        """cos and sin of the angles, float32 [B, T, 1, R / 2]."""
         w_index, w_branch, w_time = self.frequencies[...]
         index, branch, time = (x[..., None, None] for x in (coordinates.index, coordinates.branch, coordinates.time))
         angle = index * w_index + branch * w_branch + time * w_time
@@ -81,10 +98,12 @@ class Rotary(nnx.Module):
 
 
 def rotate(x_BTHK: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Each pair of dimensions (p, p + K/2) turned by its angle."""
+    """The last R dimensions with each pair (p, p + R/2) of them turned by its angle."""
     cos, sin = (r.astype(x_BTHK.dtype) for r in rotation)
-    a, b = jnp.split(x_BTHK, 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+    F = cos.shape[-1]
+    still, a, b = jnp.split(x_BTHK, [x_BTHK.shape[-1] - 2 * F, x_BTHK.shape[-1] - F], axis=-1)
+    turned = [a * cos - b * sin, b * cos + a * sin]
+    return jnp.concatenate([still, *turned] if still.shape[-1] else turned, axis=-1)
 
 
 class FourierCode(nnx.Module):

@@ -19,8 +19,9 @@ from lab.coordinates import Coordinates
 from lab.errors import UserError, choose
 from lab.kernels import rules
 from lab.model import mesh, parameter, position
-from lab.model.attention import MIXERS, View, plan_tiles_over_mesh
+from lab.model.attention import View, plan_tiles_over_mesh
 from lab.model.feedforward import SwiGLU
+from lab.model.mixers import MIXERS
 from lab.model.norm import RMSNorm
 
 REMAT = {
@@ -28,7 +29,7 @@ REMAT = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
-PATTERN_FIELDS = ("mixer", "rule", "rotary.theta", "rotary.ratio", "rotary.stride", "rotary.unselected")
+PATTERN_FIELDS = ("mixer", "rule", "rotate", "rotary.theta", "rotary.ratio", "rotary.stride", "rotary.unselected")
 
 
 class Cache(NamedTuple):
@@ -145,7 +146,8 @@ class Transformer(nnx.Module):
     def logits(self, x_BTD):
         weight_CD = self.embedding if self.head is None else self.head
         x_BTD = self.norm(x_BTD)
-        return jnp.einsum("btd,cd->btc", x_BTD, weight_CD[...].astype(x_BTD.dtype), preferred_element_type=jnp.float32)
+        wide = jnp.promote_types(x_BTD.dtype, jnp.float32)
+        return jnp.einsum("btd,cd->btc", x_BTD, weight_CD[...].astype(x_BTD.dtype), preferred_element_type=wide)
 
 
 def rematerialised(function, policy: str):

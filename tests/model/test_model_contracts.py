@@ -65,7 +65,7 @@ def test_rematerialisation_keeps_less(policy):
 
 
 @pytest.mark.parametrize("implementation", [name for name in variants.IMPLEMENTATIONS if name != "reference"])
-@pytest.mark.parametrize("variant", variants.marked(fast=("default",)))
+@pytest.mark.parametrize("variant", [*variants.marked(fast=("default",)), *variants.marked(variants.ON_RULES, ())])
 def test_implementations_equal_the_reference(variant, implementation):
     got, expected = (logits_and_gradient(variant, model__implementation=i) for i in (implementation, "reference"))
     check_same(got, expected)
@@ -82,7 +82,9 @@ def reachable(config, coordinates) -> np.ndarray:
 
 
 @pytest.mark.parametrize("scan", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("variant", variants.marked(fast=("local : global",)))
+@pytest.mark.parametrize(
+    "variant", [*variants.marked(fast=("local : global",)), *variants.marked(variants.ON_RULES, ())]
+)
 def test_nothing_hidden_is_felt(variant, scan):
     config = variants.config(variant, model__scan=scan)
     model, batch = tiny.model(config), tiny.batch(rows=2, length=24)
@@ -123,7 +125,7 @@ def decoded(model, batch: Batch, chunks: list[int]) -> np.ndarray:
 
 
 @pytest.mark.parametrize("scan", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("variant", variants.marked())
+@pytest.mark.parametrize("variant", [*variants.marked(), *variants.marked(variants.ON_RULES, ())])
 def test_decoding_with_a_cache_equals_the_full_pass(variant, scan):
     model, batch = tiny.model(variants.config(variant, model__scan=scan)), tiny.batch(rows=2, length=24)
     full = jax.jit(type(model).__call__)(model, batch.tokens, batch.coordinates)

@@ -113,7 +113,7 @@ def test_a_step_is_the_same_on_a_mesh_however_layers_run(variant, overrides):
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", variants.marked())
 def test_a_step_of_every_variant_is_the_same_on_a_mesh(variant):
-    mesh = tiny.mesh(**MESHES["all but fsdp"])
+    mesh = tiny.mesh(**MESHES["data fsdp tensor" if variants.in_order(variant) else "all but fsdp"])
     check_same(trained(variants.config(variant), mesh, tiny.batch(rows=8, length=32)), on_one_device(variant))
 
 

@@ -1,0 +1,162 @@
+"""A linear-time mixer: the gated delta net (arXiv 2412.06464), in chunks of a row."""
+
+from typing import ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lab.errors import UserError
+from lab.kernels.rules import Rule
+from lab.model import mesh, parameter
+from lab.model.attention import View, check_fields, heads
+from lab.model.norm import RMSNorm
+
+CHUNK = 64  # tokens that one step of the scan over a row takes
+
+
+class State(NamedTuple):
+    """What a row has become: s [B, H, K, V] in float32 or wider, and the segment [B] that it is of."""
+
+    s_BHKV: jax.Array
+    segment_B: jax.Array
+
+
+class GatedDelta(nnx.Module):
+    """S_t = alpha_t (I - beta_t k_t k_t^T) S_(t-1) + beta_t k_t v_t^T, o_t = S_t^T q_t (equation 10), for each head.
+
+    alpha = exp(-exp(a) softplus(x w_a + b_a)), beta = sigmoid(x w_beta), q and k silu-activated and of unit length; the
+    output is RMS-normed for each head and gated by silu(x W_g). Without the paper's short convolutions. A row holds its
+    segments one after another, each in the order of its index; the state starts anew with each.
+    """
+
+    rules: ClassVar[tuple[str, ...]] = ("causal",)
+    refuses: ClassVar[tuple[str, ...]] = ("output_gate", "sink", "qk_norm", "softcap", "q_rank", "o_rank")
+    in_order: ClassVar[bool] = True  # a token needs the one before it: a row cannot be cut over mesh.context
+
+    def __init__(self, model, rule: Rule, key: jax.Array):
+        q, k, v, o = jax.random.split(key, 4)
+        gate, alpha, beta = (jax.random.fold_in(key, i) for i in range(3))
+        D, H, K = model.dim, model.heads, model.head_dim
+        V = model.v_head_dim or K
+        axes = ("embed", "heads", "head_dim")
+        self.q, self.k = (parameter.matrix(x, (D, H, K), axes) for x in (q, k))
+        self.v, self.gate = (parameter.matrix(x, (D, H, V), axes) for x in (v, gate))
+        self.alpha, self.beta = (parameter.matrix(x, (D, H), ("embed", "heads")) for x in (alpha, beta))
+        self.alpha_log = parameter.bias(H, "heads")
+        self.alpha_bias = parameter.bias(H, "heads", value=-4.0)  # alpha = 0.98: forgetting is learned
+        self.norm = RMSNorm(V, model.norm_eps)
+        self.o = parameter.matrix(
+            o, (H, V, D), ("heads", "head_dim", "embed"), inputs=2, gain=(2 * model.layers) ** -0.5
+        )
+        self.heads, self.head_dim, self.v_head_dim = H, K, V
+        self.rule, self.implementation = rule, "reference"  # no tile list is of use
+
+    @classmethod
+    def check(cls, model) -> None:
+        check_fields(cls, model)
+        if model.head_dim < 1 or model.v_head_dim < 0:
+            shown = f"model.head_dim = {model.head_dim} and model.v_head_dim = {model.v_head_dim}"
+            raise UserError(f"{shown} must be at least 1; model.v_head_dim = 0 is model.head_dim")
+
+    cached: ClassVar[tuple] = ()
+    work_per_key: ClassVar[int] = 0
+
+    @property
+    def state_numbers(self) -> int:
+        """Numbers kept for a row however long it is."""
+        return self.heads * self.head_dim * self.v_head_dim
+
+    @property
+    def work_per_token(self) -> int:
+        """Multiplications for a token beside those with weights: with the state, and with the tokens of its chunk."""
+        K, V = self.head_dim, self.v_head_dim
+        return self.heads * (3 * K * V + CHUNK * (5 * K + 3 * V) // 2)
+
+    def init_cache(self, batch: int, length: int, dtype) -> State:
+        """An empty state; a stacked mixer gives a stacked one."""
+        stack, wide = self.q.shape[:-3], jnp.promote_types(dtype, jnp.float32)
+        s = jnp.zeros((*stack, batch, self.heads, self.head_dim, self.v_head_dim), wide)
+        return State(s, jnp.full((*stack, batch), -1, jnp.int32))
+
+    def __call__(self, x_BTD: jax.Array, view: View, cache: State | None = None) -> tuple[jax.Array, State | None]:
+        if mesh.current().get("context", 1) > 1:
+            raise UserError("mesh.context must be 1 where a layer runs along the row, as model.mixer = 'delta' does")
+        wide = jnp.promote_types(x_BTD.dtype, jnp.float32)
+        start = self.init_cache(x_BTD.shape[0], 0, x_BTD.dtype) if cache is None else cache
+        q_BTHK, k_BTHK = (unit(jax.nn.silu(heads(x_BTD, w).astype(wide))) for w in (self.q, self.k))
+        v_BTHV = jax.nn.silu(heads(x_BTD, self.v).astype(wide))
+        gate_BTH, beta_BTH = (jnp.einsum("btd,dh->bth", x_BTD.astype(wide), w[...]) for w in (self.alpha, self.beta))
+        decay_BTH = -jnp.exp(self.alpha_log[...]) * jax.nn.softplus(gate_BTH + self.alpha_bias[...])
+        inputs = q_BTHK * self.head_dim**-0.5, k_BTHK, v_BTHV, decay_BTH, jax.nn.sigmoid(beta_BTH)
+        o_BTHV, state = delta_rule(*inputs, view.queries.segment, start)
+        o_BTHV = self.norm(o_BTHV.astype(x_BTD.dtype)) * jax.nn.silu(heads(x_BTD, self.gate))
+        y_BTD = jnp.einsum("bthv,hvd->btd", o_BTHV, self.o[...].astype(o_BTHV.dtype))
+        return y_BTD, None if cache is None else state
+
+
+def delta_rule(q_BTHK, k_BTHK, v_BTHV, decay_BTH, beta_BTH, segment_BT, state: State):
+    """The recurrence over whole rows, `decay` being log alpha: (o [B, T, H, V], the state after the last token).
+
+    Padding (segment -1) changes no state.
+    """
+    B, T, H, _ = q_BTHK.shape
+    size = min(CHUNK, T)
+    real_BT = segment_BT >= 0
+    decay_BTH, beta_BTH = (jnp.where(real_BT[..., None], x, 0) for x in (decay_BTH, beta_BTH))
+    inputs = q_BTHK, k_BTHK, v_BTHV, decay_BTH, beta_BTH, carried_segment(segment_BT, state.segment_B)
+    short = -T % size
+    # What fills the last chunk is like padding at the end of the last segment.
+    padded = (
+        *(jnp.pad(x, ((0, 0), (0, short)) + ((0, 0),) * (x.ndim - 2)) for x in inputs[:-1]),
+        jnp.pad(inputs[-1], ((0, 0), (0, short)), "edge"),
+    )
+    chunks = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(B, -1, size, *x.shape[2:]), 1, 0), padded)
+    state, o_NBCHV = jax.lax.scan(lambda state, chunk: one_chunk(*chunk, state), state, chunks)
+    return jnp.moveaxis(o_NBCHV, 0, 1).reshape(B, -1, H, v_BTHV.shape[-1])[:, :T], state
+
+
+def one_chunk(q_BCHK, k_BCHK, v_BCHV, decay_BCH, beta_BCH, segment_BC, state: State):
+    """(the state after a chunk of tokens c, its outputs [B, C, H, V]): equations 8 and 9 of the paper.
+
+    What the tokens of the chunk write, given what those before them wrote, solves a triangular system.
+    """
+    fall_BHC = jnp.cumsum(decay_BCH, axis=1).swapaxes(1, 2)  # log decay since the chunk began
+    q_BHCK, k_BHCK, v_BHCV = (x.swapaxes(1, 2) for x in (q_BCHK, k_BCHK, v_BCHV))
+    beta_BHC1 = beta_BCH.swapaxes(1, 2)[..., None]
+    goes_on_BC, to_end_BC = segment_BC == state.segment_B[:, None], segment_BC == segment_BC[:, -1:]
+    earlier_BCc = jnp.tril(segment_BC[:, :, None] == segment_BC[:, None, :])
+    between_BHCc = faded(fall_BHC[..., :, None] - fall_BHC[..., None, :], earlier_BCc[:, None])
+    since_BHC1 = faded(fall_BHC, goes_on_BC[:, None])[..., None]
+    until_BHC1 = faded(fall_BHC[..., -1:] - fall_BHC, to_end_BC[:, None])[..., None]
+
+    lower_BHCc = jnp.tril(beta_BHC1 * (k_BHCK @ k_BHCK.swapaxes(-1, -2)) * between_BHCc, -1)
+    wanted_BHCV = beta_BHC1 * (v_BHCV - (since_BHC1 * k_BHCK) @ state.s_BHKV)
+    written_BHCV = jax.lax.linalg.triangular_solve(
+        lower_BHCc + jnp.eye(lower_BHCc.shape[-1], dtype=lower_BHCc.dtype),
+        wanted_BHCV,
+        left_side=True,
+        lower=True,
+        unit_diagonal=True,
+    )
+    o_BHCV = (since_BHC1 * q_BHCK) @ state.s_BHKV
+    o_BHCV += (q_BHCK @ k_BHCK.swapaxes(-1, -2) * between_BHCc) @ written_BHCV
+    s_BHKV = since_BHC1[..., -1:, :] * state.s_BHKV + (until_BHC1 * k_BHCK).swapaxes(-1, -2) @ written_BHCV
+    return State(s_BHKV, segment_BC[:, -1]), o_BHCV.swapaxes(1, 2)
+
+
+def faded(log_decay, where):
+    """exp of log decays, 0 where a segment ends in between."""
+    return jnp.exp(jnp.where(where, log_decay, -jnp.inf))
+
+
+def carried_segment(segment_BT, before_B):
+    """The segment of each token; of padding, that of the token before it."""
+    place_BT = jax.lax.cummax(jnp.where(segment_BT >= 0, jnp.arange(segment_BT.shape[1]), -1), axis=1)
+    found_BT = jnp.take_along_axis(segment_BT, jnp.maximum(place_BT, 0), axis=1)
+    return jnp.where(place_BT >= 0, found_BT, before_B[:, None])
+
+
+def unit(x):
+    """Vectors of length one."""
+    return x * jax.lax.rsqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + 1e-6)

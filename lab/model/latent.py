@@ -1,0 +1,92 @@
+"""Attention through a latent: MLA (arXiv 2405.04434, section 2.1) and its grouped form GLA (arXiv 2505.21487)."""
+
+import jax
+import jax.numpy as jnp
+
+from lab.errors import UserError
+from lab.kernels.rules import Rule
+from lab.model import parameter
+from lab.model.attention import Kept, Softmax, View, attend_over_mesh, heads
+from lab.model.norm import RMSNorm
+from lab.model.position import rotary_dim
+
+
+class LatentAttention(Softmax):
+    """Keys and values are read from a latent c of model.latent numbers, and one rotated key that all heads share.
+
+    [k_nope ; v] = c [W_UK ; W_UV], k = [k_nope ; R_j k_rope]. model.kv_heads latents, each of H / G heads: 1 is MLA,
+    more is GLA. c is RMS-normed with model.latent_norm, and so is the query's latent where model.q_rank gives it one.
+    Decoding uses the absorbed form: q_nope W_UK^T scores the latents themselves.
+    """
+
+    rotates = "qk"
+    refuses = ("qk_norm",)
+    norms_query_latent = True
+
+    def __init__(self, model, rule: Rule, key: jax.Array):
+        super().__init__(model, rule, key)
+        _, k, v, _ = jax.random.split(key, 4)
+        down, rope = (jax.random.fold_in(key, i) for i in (3, 4))
+        D, H, G, C, N = model.dim, model.heads, model.kv_heads, model.latent, self.head_dim - self.rotary_dim
+        self.down = parameter.matrix(down, (D, G, C), ("embed", "kv_heads", "latent"))
+        self.rope = parameter.matrix(rope, (D, 1, self.rotary_dim), ("embed", "shared", "head_dim"))
+        self.latent, self.latent_norm = C, RMSNorm(C, model.norm_eps) if model.latent_norm else None
+        self.up_k = parameter.matrix(k, (C, H, N), ("latent", "heads", "head_dim"))
+        self.up_v = parameter.matrix(v, (C, H, self.v_head_dim), ("latent", "heads", "head_dim"))
+
+    @classmethod
+    def check(cls, model) -> None:
+        super().check(model)
+        check_latent(model)
+        check_unrotated(model)
+
+    @property
+    def cached(self):
+        return (self.kv_heads, self.latent), (1, self.rotary_dim)
+
+    def keep(self, x_BTD, rotation) -> Kept:
+        """Latents [B, T, G, C] and the rotated key [B, T, 1, R]."""
+        c_BTGC = heads(x_BTD, self.down)
+        c_BTGC = c_BTGC if self.latent_norm is None else self.latent_norm(c_BTGC)
+        return c_BTGC, self.turned("k", heads(x_BTD, self.rope), rotation)
+
+    def attend(self, q_BTHK, kept: Kept, view: View, decoding: bool):
+        return (self.absorbed if decoding else self.naive)(q_BTHK, *kept, view)
+
+    def naive(self, q_BTHK, c_BSGC, k_BS1R, view: View):
+        """Keys and values of every head, made from the latents."""
+        k_BSHN, v_BSHV = (self.raised(c_BSGC, w) for w in (self.up_k, self.up_v))
+        shared_BSHR = jnp.broadcast_to(k_BS1R, (*k_BSHN.shape[:3], self.rotary_dim))
+        return attend_over_mesh(q_BTHK, jnp.concatenate([k_BSHN, shared_BSHR], -1), v_BSHV, view, self)
+
+    def absorbed(self, q_BTHK, c_BSGC, k_BS1R, view: View):
+        """(q_nope W_UK^T) c + q_rope k_rope, over values c, and W_UV after: no key of its own for any head."""
+        q_BTHN, q_BTHR = jnp.split(q_BTHK, [self.head_dim - self.rotary_dim], axis=-1)
+        up_CHN, up_CHV = (w[...].astype(q_BTHK.dtype) for w in (self.up_k, self.up_v))
+        q_BTHX = jnp.concatenate([jnp.einsum("bthn,chn->bthc", q_BTHN, up_CHN), q_BTHR], -1)
+        shared_BSGR = jnp.broadcast_to(k_BS1R, (*c_BSGC.shape[:3], self.rotary_dim))
+        o_BTHC, lse_BTH = attend_over_mesh(q_BTHX, jnp.concatenate([c_BSGC, shared_BSGR], -1), c_BSGC, view, self)
+        return jnp.einsum("bthc,chv->bthv", o_BTHC, up_CHV), lse_BTH
+
+    def raised(self, c_BSGC, up: jax.Array):
+        """Each head's numbers, from the latent of its group."""
+        C, H, N = up.shape
+        up_CGRN = up[...].astype(c_BSGC.dtype).reshape(C, self.kv_heads, -1, N)
+        return jnp.einsum("bsgc,cgrn->bsgrn", c_BSGC, up_CGRN).reshape(*c_BSGC.shape[:2], H, N)
+
+
+def check_latent(model) -> None:
+    """Refuses a latent of nothing."""
+    if model.latent < 1:
+        raise UserError(
+            f"model.latent = {model.latent} must be at least 1: it is what model.mixer = {model.mixer!r} caches"
+        )
+
+
+def check_unrotated(model) -> None:
+    """Refuses a head that rotates as a whole, in mixers that split it."""
+    if rotary_dim(model) >= model.head_dim:
+        raise UserError(
+            f"model.rotary.dim = {model.rotary.dim} leaves none of model.head_dim = {model.head_dim} unrotated, which "
+            f"model.mixer = {model.mixer!r} needs; choose an even number of 2 to {(model.head_dim - 1) // 2 * 2}"
+        )
