@@ -100,8 +100,8 @@ class Softmax(nnx.Module):
         for field in ("q_rank", "o_rank", "v_head_dim", "softmax_scale"):
             if model[field] < 0:
                 raise UserError(f"model.{field} = {model[field]} must be positive, or 0 for none of its own")
-        check_rotated(cls, model)
         check_fields(cls, model)
+        check_rotated(cls, model)
 
     @property
     def cached(self) -> tuple[tuple[int, int], ...]:

@@ -71,7 +71,10 @@ class Forgetting(Attention):
         own_BTHX = jnp.broadcast_to(jnp.tile(own_RX, (G, 1)), (*q_BTHK.shape[:3], R * P))
         q_BTHX = jnp.concatenate([q_BTHK * self.scale, own_BTHX], -1)
         k_BSGX = jnp.concatenate([k_BSGK, parts_BSHP.reshape(B, S, G, R * P)], -1)
-        return attend_over_mesh(q_BTHX, k_BSGX, v_BSGV, view, self, scale=1.0)
+        o_BTHV, lse_BTH = attend_over_mesh(q_BTHX, k_BSGX, v_BSGV, view, self, scale=1.0)
+        if decoding:
+            total_BSH1 = jax.lax.dynamic_slice_in_dim(total_BSH1, view.start, q_BTHK.shape[1], axis=1)
+        return o_BTHV, lse_BTH + total_BSH1[..., 0]
 
 
 def parts(x, dtype) -> list:
