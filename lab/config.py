@@ -90,7 +90,7 @@ def base() -> ConfigDict:
             train=dict(
                 steps=250,
                 microbatches=1,
-                optimizer="adamw",
+                optimizer="adamw",  # adamw | muon
                 schedule="cosine",  # constant | cosine | linear | wsd
                 learning_rate=3e-3,
                 final_learning_rate=3e-4,
@@ -103,6 +103,15 @@ def base() -> ConfigDict:
                 decay="declared",  # declared: not norms, biases, scales; all: everything
                 clip=1.0,  # of the global gradient norm
                 z_loss=0.0,
+                muon=dict(  # on matrices, at learning_rate and weight_decay; AdamW on embeddings, norms and biases
+                    momentum=0.95,
+                    scaling="moonlight",  # of updates by shape: moonlight | keller-jordan | mup
+                    steps="5",  # of Newton-Schulz: 5 | 8+2
+                    per_head="none",  # weights whose heads are matrices of their own: none | qkv | all (W_O too)
+                    on=(),  # names of the matrices that it takes, as q, o, gate; empty: all
+                    adam_rate=1.0,  # AdamW's learning rate, in units of learning_rate
+                    adam_decay=0.01,  # AdamW's weight decay
+                ),
             ),
             evaluate=dict(
                 branches=(1, 2, 4, 8, 16, 24, 32, 48, 64),

@@ -1,4 +1,4 @@
-"""A parameter is declared once, with what everything else derives from: its logical axes and whether it decays."""
+"""A parameter is declared once, with what else derives from: its axes, which of them are inputs, whether it decays."""
 
 import math
 
@@ -7,9 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from optax.contrib import MuonDimensionNumbers
 
 # Logical axis -> mesh axis. A dimension that the mesh axis does not divide stays whole.
 MESH_AXES = {"embed": "fsdp", "heads": "tensor", "kv_heads": "tensor", "ffn": "tensor", "vocabulary": "tensor"}
+
+HEADS = ("heads", "kv_heads")  # axes along which each head has a matrix of its own
+
+# Whether Muon takes the heads of an axis one by one, by whether that axis is an input, as in the output projection.
+PER_HEAD = {"none": lambda of_input: False, "qkv": lambda of_input: not of_input, "all": lambda of_input: True}
 
 
 class Table(nnx.Variable):
@@ -43,15 +49,57 @@ def split(model) -> tuple:
     return nnx.split(model, nnx.Param, ...)
 
 
+def _is_variable(x) -> bool:
+    """Optax leaves a variable without a value where it keeps no state of a parameter."""
+    return isinstance(x, nnx.Variable) and bool(jax.tree.leaves(x))
+
+
 def _declared(tree, function):
     """`function(variable)` for every variable of a model or of a part of one, in the structure of its leaves."""
-    is_variable = lambda x: isinstance(x, nnx.Variable)  # noqa: E731
-    return jax.tree.map(lambda v: v.replace(function(v)) if is_variable(v) else function(v), tree, is_leaf=is_variable)
+
+    def replaced(leaf):
+        return leaf.replace(function(leaf)) if _is_variable(leaf) else function(leaf)
+
+    return jax.tree.map(replaced, tree, is_leaf=_is_variable)
 
 
 def decay_mask(trainable, everything: bool = False):
     """True where weight decay applies: by declaration, or everywhere."""
     return _declared(trainable, lambda v: everything or v.get_metadata()["decay"])
+
+
+def _name(path) -> str:
+    """What a parameter is called: the last part of its path."""
+    return jax.tree_util.keystr(path[-1:], simple=True)
+
+
+def names(trainable, matrices: bool = False) -> list[str]:
+    """What the parameters of a model are called: all of them, or only those with a matrix."""
+    found = jax.tree_util.tree_leaves_with_path(trainable, is_leaf=_is_variable)
+    return sorted({_name(path) for path, v in found if v.get_metadata()["inputs"] or not matrices})
+
+
+def muon_dimensions(trainable, per_head: str = "none", on: tuple[str, ...] = ()):
+    """The axes of each matrix that Muon orthogonalises, negative; None where it leaves a parameter to AdamW.
+
+    per_head: a name of PER_HEAD. on: names of the parameters that Muon takes; empty: all with a matrix.
+    """
+
+    def dimensions(path, variable):
+        declared = variable.get_metadata()
+        taken = declared["inputs"] and (not on or _name(path) in on)
+        return variable.replace(_matrix_axes(declared, PER_HEAD[per_head]) if taken else None)
+
+    return jax.tree_util.tree_map_with_path(dimensions, trainable, is_leaf=_is_variable)
+
+
+def _matrix_axes(declared: dict, per_head) -> MuonDimensionNumbers:
+    """Input and output axes. Those in neither are a batch: heads, if they are apart, and stacked layers always."""
+    axes, inputs = declared["axes"], declared["inputs"]
+    whole = range(inputs), range(inputs, len(axes))
+    split = [[i for i in side if axes[i] not in HEADS or not per_head(side is whole[0])] for side in whole]
+    sides = split if all(split) else whole  # a weight with one number for each head has no matrix for each
+    return MuonDimensionNumbers(*(tuple(i - len(axes) for i in side) for side in sides))
 
 
 def partition_spec(variable: nnx.Variable, mesh_shape: dict[str, int]) -> PartitionSpec:

@@ -5,8 +5,10 @@ from typing import NamedTuple
 import numpy as np
 import optax
 
+from lab import model as lab_model
 from lab.errors import UserError, choose
 from lab.model import parameter
+from lab.train import muon as lab_muon
 
 
 class Numbers(NamedTuple):
@@ -19,6 +21,9 @@ class Numbers(NamedTuple):
     eps: np.float32
     clip: np.float32
     z_loss: np.float32
+    momentum: np.float32  # this and the next two: of Muon
+    adam_rate: np.float32
+    adam_decay: np.float32
 
 
 def adamw(numbers: Numbers, decay_mask) -> optax.GradientTransformation:
@@ -28,13 +33,36 @@ def adamw(numbers: Numbers, decay_mask) -> optax.GradientTransformation:
     )
 
 
-OPTIMIZERS = {"adamw": adamw}
+def muon(numbers: Numbers, decay_mask, scaling="moonlight", steps="5", per_head="none", on=()):
+    """Muon on matrices (arXiv 2502.16982), and AdamW with a rate and a decay of its own on the rest.
+
+    Of optax's parts: in optax.contrib.muon that AdamW has Nesterov momentum, decays norms, and shares Muon's eps.
+    """
+    matrices = optax.chain(
+        lab_muon.orthogonalised(numbers.momentum, scaling, steps, per_head, on),
+        optax.add_decayed_weights(numbers.weight_decay, decay_mask),
+        optax.scale_by_learning_rate(numbers.learning_rate),
+    )
+    rate = numbers.learning_rate * numbers.adam_rate
+    rest = adamw(numbers._replace(learning_rate=rate, weight_decay=numbers.adam_decay), decay_mask)
+    return optax.partition({"muon": matrices, "adamw": rest}, lambda tree: lab_muon.groups(tree, on))
 
 
-def transformation(name: str, decay: str, numbers: Numbers, trainable) -> optax.GradientTransformation:
+OPTIMIZERS = {"adamw": adamw, "muon": muon}
+
+# The fields of config.train.<optimizer> that are compiled in: further arguments of the optimizer, in this order.
+OPTIONS = {"adamw": (), "muon": ("scaling", "steps", "per_head", "on")}
+
+
+def options(train) -> tuple:
+    """What is compiled into the optimizer that a config names, beside its name."""
+    return tuple(train[train.optimizer][field] for field in OPTIONS[train.optimizer])
+
+
+def transformation(name: str, decay: str, numbers: Numbers, trainable, options=()) -> optax.GradientTransformation:
     """Clipping by the global norm, then the optimizer that a config names."""
     mask = parameter.decay_mask(trainable, everything=decay == "all")
-    return optax.chain(optax.clip_by_global_norm(numbers.clip), OPTIMIZERS[name](numbers, mask))
+    return optax.chain(optax.clip_by_global_norm(numbers.clip), OPTIMIZERS[name](numbers, mask, *options))
 
 
 def wsd(train, left: int) -> optax.Schedule:
@@ -72,7 +100,8 @@ def schedule(train) -> np.ndarray:
 def numbers_by_step(train):
     """A function step -> Numbers, evaluated on the host."""
     rates = schedule(train)
-    fixed = [np.float32(train[name]) for name in Numbers._fields[1:]]
+    settings = {**train.muon, **train}
+    fixed = [np.float32(settings[name]) for name in Numbers._fields[1:]]
     return lambda step: Numbers(rates[step], *fixed)
 
 
@@ -90,3 +119,10 @@ def check(train) -> None:
         raise UserError(f"train.cooldown = {train.cooldown} is a share of the steps: choose a value in 0..1")
     if not train.clip > 0:
         raise UserError(f"train.clip = {train.clip} must be positive; inf clips nothing")
+    lab_muon.check(train.muon)
+
+
+def check_parameters(train, model) -> None:
+    """Refuses names of parameters in train.muon.on that the model does not have, or that are no matrices."""
+    if train.optimizer == "muon" and train.muon.on:
+        lab_muon.check_names(train.muon.on, parameter.split(lab_model.abstract(model))[1])

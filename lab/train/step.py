@@ -10,7 +10,8 @@ from flax import nnx
 
 from lab.data import Batch
 from lab.model import parameter
-from lab.train.optimizer import Numbers, transformation
+from lab.train import optimizer
+from lab.train.optimizer import Numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +21,12 @@ class Program:
     optimizer: str
     decay: str
     microbatches: int
+    options: tuple = ()  # of the optimizer
+
+    @classmethod
+    def of(cls, train) -> "Program":
+        """That of a config's training settings."""
+        return cls(train.optimizer, train.decay, train.microbatches, optimizer.options(train))
 
 
 class State(NamedTuple):
@@ -39,7 +46,11 @@ class Metrics(NamedTuple):
 def initial_state(model, program: Program) -> State:
     trainable = parameter.split(model)[1]
     ones = Numbers(*[1.0] * len(Numbers._fields))  # the state's structure does not depend on them
-    return State(model, transformation(program.optimizer, program.decay, ones, trainable).init(trainable))
+    return State(model, _transformation(program, ones, trainable).init(trainable))
+
+
+def _transformation(program: Program, numbers: Numbers, trainable):
+    return optimizer.transformation(program.optimizer, program.decay, numbers, trainable, program.options)
 
 
 def summed_losses(model, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -82,8 +93,7 @@ def train_step(state: State, numbers: Numbers, batch: Batch, program: Program) -
     """One update. `program` is static, `state` is donated."""
     loss, grads = accumulated_gradient(state.model, batch, numbers.z_loss, program.microbatches)
     structure, trainable, rest = parameter.split(state.model)
-    optimizer = transformation(program.optimizer, program.decay, numbers, trainable)
-    updates, optimizer_state = optimizer.update(grads, state.optimizer, trainable)
+    updates, optimizer_state = _transformation(program, numbers, trainable).update(grads, state.optimizer, trainable)
     model = nnx.merge(structure, optax.apply_updates(trainable, updates), rest)
     return State(model, optimizer_state), Metrics(loss, optax.tree.norm(grads))
 

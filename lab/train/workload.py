@@ -43,8 +43,7 @@ class Workload:
     def __init__(self, members: Sequence[Member]):
         self.members = list(members)
         self.config = self.members[0].config
-        train = self.config.train
-        self._program = Program(train.optimizer, train.decay, train.microbatches)
+        self._program = Program.of(self.config.train)
         self._numbers = [optimizer.numbers_by_step(member.config.train) for member in self.members]
 
     @property

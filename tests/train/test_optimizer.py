@@ -60,13 +60,15 @@ def test_the_published_schedule_begins_at_its_peak_and_ends_a_step_short_of_its_
 
 
 def test_every_step_has_its_rate_and_the_other_numbers_of_the_config():
-    train = tiny.config(train__weight_decay=0.03, train__z_loss=0.5).train
+    train = tiny.config(train__weight_decay=0.03, train__z_loss=0.5, train__muon__adam_rate=0.25).train
     numbers = [optimizer.numbers_by_step(train)(step) for step in range(train.steps)]
     np.testing.assert_array_equal([n.learning_rate for n in numbers], optimizer.schedule(train))
     assert all(type(x) is np.float32 for x in numbers[0])
     fixed = dict(zip(Numbers._fields[1:], numbers[3][1:], strict=True))
-    assert fixed == {name: np.float32(train[name]) for name in fixed}
-    assert (fixed["weight_decay"], fixed["z_loss"]) == (np.float32(0.03), np.float32(0.5))
+    of_muon = {"momentum", "adam_rate", "adam_decay"}
+    assert fixed == {name: np.float32((train.muon if name in of_muon else train)[name]) for name in fixed}
+    told = fixed["weight_decay"], fixed["z_loss"], fixed["adam_rate"]
+    assert told == (np.float32(0.03), np.float32(0.5), np.float32(0.25))
 
 
 def adamw(weights, gradients, decays, rates, n: Numbers) -> list[np.ndarray]:
@@ -91,7 +93,8 @@ def test_adamw_against_numpy(decay):
     leaves, structure = jax.tree.flatten(trainable)
     rates, steps = [0.1, 0.02, 0.3, 0.05], 4
     gradients = [[rng.normal(size=x.shape).astype(np.float32) * s for x in leaves] for s in (0.001, 1.0, 0.1, 10.0)]
-    numbers = Numbers(0.1, weight_decay=0.2, b1=0.8, b2=0.9, eps=1e-3, clip=1.5, z_loss=0.0)
+    settings = dict(weight_decay=0.2, b1=0.8, b2=0.9, eps=1e-3, clip=1.5)
+    numbers = Numbers(**dict.fromkeys(Numbers._fields, 0.0) | settings)
 
     @jax.jit
     def update(weights, state, gradient, rate):
