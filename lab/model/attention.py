@@ -58,14 +58,19 @@ class Attention(nnx.Module):
             )
 
     @property
-    def cached_numbers(self) -> int:
-        """Numbers cached per token and layer: keys and values of every group."""
-        return sum(int(np.prod(w.shape[-2:])) for w in (self.k, self.v))
+    def cached(self) -> tuple[tuple[int, int], ...]:
+        """(groups, width) of what is cached for each token: keys and values."""
+        return tuple(tuple(w.shape[-2:]) for w in (self.k, self.v))
 
     @property
-    def flops_per_key(self) -> int:
-        """Forward FLOPs of one query and one key it sees: its score, and its part of the output, of every head."""
-        return 2 * (int(np.prod(self.q.shape[-2:])) + int(np.prod(self.o.shape[-3:-1])))
+    def work_per_key(self) -> int:
+        """Numbers multiplied for a query and a key it sees: the score, and the part of the output, of every head."""
+        return int(np.prod(self.q.shape[-2:])) + int(np.prod(self.o.shape[-3:-1]))
+
+    @property
+    def state_numbers(self) -> int:
+        """Numbers kept for a row however long it is: none."""
+        return 0
 
     def init_cache(self, batch: int, length: int, dtype) -> Keys:
         """Empty slots; a stacked mixer gives a stacked cache."""
