@@ -15,7 +15,7 @@ COLUMNS = {
     "name": "cell",
     "parameters": "parameters",
     "parameters_non_embedding": "not embedding",
-    "train_flops_per_token": "FLOPs/token",
+    "train_flops_per_token": "FLOPs / token",
     "cache_per_token_per_layer": "cache",
     "tokens": "tokens",
     "executable": "program",
@@ -25,11 +25,17 @@ COLUMNS = {
     "pairs_index": "index",
 }
 
-
 CAPTION = (
     "FLOPs of one token in a training step; cache: numbers per token and layer; program: cells of one name share one "
     "compilation; branch, time, index: rotary pairs of a head that carry them"
 )
+OVER_DEVICES = (
+    "attention work: numbers multiplied for a query, a key it sees and a layer, heads x (d_qk + d_v); cache: numbers "
+    "per token and layer, on one device and on each of 2, 4, 8 tensor-parallel ones (—: the groups do not divide); "
+    "copies at 8: how often 8 devices hold each number"
+)
+STATE = "; state: numbers per row and layer, however long the row"
+NAMED = 4  # cells of a line, where more cost the same
 
 
 def main(argv: list[str]) -> None:
@@ -55,9 +61,34 @@ def main(argv: list[str]) -> None:
     programs = len({row["executable"] for row in rows})
     console = Console(width=max(Console().width, 150), highlight=False)
     console.print(table)
+    console.print(over_devices(rows))
     for line in _matches(rows):
         console.print(line)
     console.print(f"{programs} training program{'s' * (programs > 1)} to compile")
+
+
+def over_devices(rows: list[dict]) -> Table:
+    """What decoding costs: one line for all cells that cost the same."""
+    stateful = any(row["state_per_layer"] for row in rows)
+    alike: dict[tuple, list[str]] = {}
+    for row in rows:
+        costs = row["attention_work"], *row["cache_per_device"].values(), row["cache_copies"]["8"]
+        shown = *map(_shown, costs), *[_shown(row["state_per_layer"])] * stateful
+        alike.setdefault(shown, []).append(row["name"])
+    table = Table(
+        title="Cache over devices", caption=OVER_DEVICES + STATE * stateful, show_lines=len(alike) < len(rows)
+    )
+    table.add_column("cell", no_wrap=True)
+    for name in ("attention work", "cache", "on 2", "on 4", "on 8", "copies at 8", *["state"] * stateful):
+        table.add_column(name, justify="right")
+    for shown, names in alike.items():
+        table.add_row(_listed(names) if len(alike) > 1 else f"all {len(rows)} cells" if rows[1:] else names[0], *shown)
+    return table
+
+
+def _listed(names: list[str]) -> str:
+    more = len(names) - NAMED + 1
+    return "\n".join(names if more <= 1 else [*names[: NAMED - 1], f"and {more} more"])
 
 
 def _matches(rows: list[dict]) -> Iterator[str]:
@@ -73,6 +104,8 @@ def _matches(rows: list[dict]) -> Iterator[str]:
 
 
 def _shown(value) -> str:
+    if value is None:
+        return "—"
     return f"{value:,.0f}" if isinstance(value, int | float) else str(value)
 
 

@@ -1,5 +1,7 @@
 """What a model costs, by closed formulas over its declared shapes."""
 
+from collections.abc import Callable
+
 import jax
 import numpy as np
 
@@ -29,8 +31,33 @@ def train_flops_per_token(model: Transformer, visible_keys: list[float]) -> floa
     return 3.0 * float(forward)
 
 
+def attention_work(model: Transformer) -> int | float:
+    """Numbers multiplied for a query and one key it sees, h * (d_qk + d_v): the mean over layers."""
+    return _mean_over_layers(model, lambda mixer: mixer.work_per_key)
+
+
 def cache_per_token_per_layer(model: Transformer) -> int | float:
     """Numbers that decoding keeps per token: the mean over layers, an int where they are alike."""
-    mixers = [model.blocks[layer % len(model.blocks)].mixer for layer in range(model.layers)]
-    mean = sum(groups * width for mixer in mixers for groups, width in mixer.cached) / model.layers
+    return _mean_over_layers(model, lambda mixer: sum(groups * width for groups, width in mixer.cached))
+
+
+def cache_per_device(model: Transformer, devices: int) -> int | float | None:
+    """Of `cache_per_token_per_layer`, what each of so many tensor-parallel devices holds: its share of the groups, or
+    one whole group where there are fewer groups than devices. None where neither divides the other."""
+    shapes = [shape for block in model.blocks for shape in block.mixer.cached]
+    if any(groups % devices and devices % groups for groups, _ in shapes):
+        return None
+    return _mean_over_layers(
+        model, lambda mixer: sum(max(1, groups // devices) * width for groups, width in mixer.cached)
+    )
+
+
+def state_per_layer(model: Transformer) -> int | float:
+    """Numbers that decoding keeps per row, however long it is: the mean over layers."""
+    return _mean_over_layers(model, lambda mixer: mixer.state_numbers)
+
+
+def _mean_over_layers(model: Transformer, numbers: Callable) -> int | float:
+    """Of a mixer's numbers; layer l is entry l % P of the layer pattern."""
+    mean = sum(numbers(model.blocks[layer % len(model.blocks)].mixer) for layer in range(model.layers)) / model.layers
     return int(mean) if mean.is_integer() else mean

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Iterable, Mapping
 
 from lab.errors import UserError
-from lab.study import figures, tables
+from lab.study import costs, figures, tables
 from lab.study.layout import DRAW, arrange, cell_label, describe, leaves, number
 from lab.study.page import Block, Chart, Code, Heading, Table, Text
 from lab.study.results import Study
@@ -33,6 +33,7 @@ def section(study: Study) -> list[Block]:
         return [Text("No cell has finished yet."), *_configurations(study), *_all_published(study)]
     return [
         *_recommendation(study, ours, theirs),
+        *costs.overview(study),
         *_figures(study, ours),
         *_at_counts(study, ours, theirs),
         *_scaling(study, ours, theirs),
@@ -280,7 +281,7 @@ def _everything(study: Study, ours: Losses) -> list[Block]:
 
 def _all_published(study: Study) -> list[Block]:
     frame = study.published()
-    if frame is None:
+    if frame is None or study.condition not in frame.columns:
         return []
     keys = [name for name in frame.columns if name not in (study.condition, "loss", "ppl")]
     every = sorted(set(frame[study.condition]))

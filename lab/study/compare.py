@@ -9,6 +9,7 @@ from lab.study.evidence import Comparison, compare, corrected
 from lab.study.layout import number
 from lab.study.page import Block, Section, Table, Text
 from lab.study.pairing import Scores
+from lab.study.residuals import BETWEEN, COSTS, MEANINGS, relative, residuals, shown
 from lab.study.results import Study
 from lab.study.verdicts import MEASURED, measured, refusals
 
@@ -19,19 +20,22 @@ def sections(studies: list[Study]) -> list[Section]:
     """The page of a comparison. Each study judges its cells by its own study.judged; pairs of other conditions are
     refused. Raises UserError for a study that is given twice."""
     names = _names(studies)
-    scores = dict(zip(names, map(_scores, studies), strict=True))
-    return [Section("Cells", _cells(studies, scores)), Section("Cells of one name", _paired(names, scores))]
+    named = dict(zip(names, studies, strict=True))
+    scores = {name: _scores(study) for name, study in named.items()}
+    return [Section("Cells", _cells(named, scores)), Section("Cells of one name", _paired(named, scores))]
 
 
-def paired(names: list[str], scores: dict[str, Scores]) -> list[Comparison]:
+def paired(studies: dict[str, Study], scores: dict[str, Scores]) -> list[Comparison]:
     """Every later study against the first, cell by cell of the same name, as one family of tests."""
-    first, *others = names
+    planned = {name: {cell["name"]: cell for cell in study.plan["cells"]} for name, study in studies.items()}
+    first, *others = studies
     found = []
     for other in others:
         for cell in scores[first]:
             if cell in scores[other]:
-                runs = [[scores[other][cell]], [scores[first][cell]]]
-                found.append(compare("study", f"{other}: {cell}", first, pairing.differences(runs, (1, -1))))
+                differences = pairing.differences([[scores[other][cell]], [scores[first][cell]]], (1, -1))
+                costs = residuals([[planned[other][cell]], [planned[first][cell]]])
+                found.append(compare("study", f"{other}: {cell}", first, differences, costs))
     return corrected(found)
 
 
@@ -48,23 +52,23 @@ def _scores(study: Study) -> Scores:
     return pairing.scores(study, settings(study.plan["config"].get("study", {})).judged)
 
 
-def _cells(studies: list[Study], scores: dict[str, Scores]) -> list[Block]:
+def _cells(studies: dict[str, Study], scores: dict[str, Scores]) -> list[Block]:
     rows = []
-    for study, (name, found) in zip(studies, scores.items(), strict=True):
+    for name, study in studies.items():
         for cell in study.plan["cells"]:
-            losses = {seed: score.loss for seed, score in found[cell["name"]].items()}
+            losses = {seed: score.loss for seed, score in scores[name][cell["name"]].items()}
             mean = sum(losses.values()) / len(losses) if losses else None
             seeds = " ".join(map(str, losses)) or "—"
-            rows.append([name, cell["name"], number(mean, 4), seeds, f"{cell['parameters']:,}", f"{cell['tokens']:,}"])
-    columns = ["study", "cell", "loss", "seeds", "parameters", "training tokens"]
-    caption = "Loss: mean over seeds and the judged conditions of the study, nats per token."
+            rows.append([name, cell["name"], number(mean, 4), seeds, *shown(cell).values(), f"{cell['tokens']:,}"])
+    columns = ["study", "cell", "loss", "seeds", *COSTS, "training tokens"]
+    caption = f"Loss: mean over seeds and the judged conditions of the study, nats per token. {MEANINGS}"
     return [Table(columns, rows, caption, sortable=True)]
 
 
-def _paired(names: list[str], scores: dict[str, Scores]) -> list[Block]:
-    comparisons = paired(names, scores)
+def _paired(studies: dict[str, Study], scores: dict[str, Scores]) -> list[Block]:
+    comparisons, first = paired(studies, scores), next(iter(studies))
     if not comparisons:
-        return [Text(f"No later study has a cell named like one of {names[0]}.")]
-    rows = [[one.name, str(one.estimate.n), *measured(one)] for one in comparisons]
-    caption = f"Less the cell of the same name in {names[0]}, over the seeds of both; corrected over all rows."
-    return [Table(["cell", "seeds", *MEASURED], rows, caption, sortable=True), *refusals(comparisons)]
+        return [Text(f"No later study has a cell named like one of {first}.")]
+    rows = [[one.name, str(one.estimate.n), *measured(one), *relative(one.residuals)] for one in comparisons]
+    caption = f"Less the cell of the same name in {first}, over the seeds of both; corrected over all rows. {BETWEEN}"
+    return [Table(["cell", "seeds", *MEASURED, *COSTS], rows, caption, sortable=True), *refusals(comparisons)]

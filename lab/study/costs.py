@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from lab.study import figures, tables
 from lab.study.evidence import Findings
 from lab.study.layout import arrange, cell_label, differences, line_label, number, short
-from lab.study.page import Block, Chart, Table
+from lab.study.page import Block, Chart, Heading, Table, Text
+from lab.study.residuals import COSTS, MEANINGS, beside
 from lab.study.results import Study
 from lab.study.tables import Losses
 
@@ -14,7 +15,7 @@ NOISE = 1.1  # evaluation times that differ by less are the same
 
 
 def pareto(study: Study, findings: Findings) -> list[Block]:
-    """Judged loss against parameters, training FLOPs, cache and evaluation time, where the cells differ in them."""
+    """Judged loss against the costs of the plan and evaluation time, where the cells differ in them."""
     found = {name: [score.loss for score in by_seed.values()] for name, by_seed in findings.scores.items() if by_seed}
     losses = {name: sum(values) / len(values) for name, values in found.items()}
     numbers = {name: str(place) for place, name in enumerate(losses, 1)}
@@ -28,20 +29,33 @@ def pareto(study: Study, findings: Findings) -> list[Block]:
         return []
     drawn = {title: {numbers[name]: point for name, point in points.items()} for title, points in panels.items()}
     rows = [
-        [numbers[name], name, number(loss, 4), *(_cost(points, name) for points in panels.values())]
+        [numbers[name], name, number(loss, 4), *(_cost(title, points, name) for title, points in panels.items())]
         for name, loss in losses.items()
     ]
     caption = "Judged loss against what a cell costs, by the number of the cell; joined: the cells not beaten in both."
     table = Table(
         ["point", "cell", "loss", *panels], rows, "Bold: no cell is better in one of the two and no worse in the other"
     )
-    return [Chart("pareto", figures.png(figures.pareto(drawn)), caption), table]
+    return [Chart("pareto", figures.png(figures.pareto(drawn)), caption), table, common(study)]
 
 
-def _cost(points: Mapping[str, tuple[float, float]], name: str) -> str:
+def common(study: Study) -> Text:
+    """What all cells cost alike, and what costs are, for a section whose tables show the costs that differ."""
+    return Text(f"{beside(study).common} {MEANINGS}".strip())
+
+
+def overview(study: Study) -> list[Block]:
+    """What the cells cost, for a part of the report whose tables are not by cell."""
+    costs = beside(study)
+    rows = [[*map(str, key), *shown] for key, shown in costs.cells.items()]
+    table = [Table([*study.labels, *costs.columns], rows)] if costs.columns else []
+    return [Heading("What the cells cost"), common(study), *table]
+
+
+def _cost(title: str, points: Mapping[str, tuple[float, float]], name: str) -> str:
     if name not in points:
         return "—"
-    shown = short(points[name][0])
+    shown = COSTS[title].show(points[name][0]) if title in COSTS else short(points[name][0])
     return shown if figures.beaten(*points[name], points.values()) else f"**{shown}**"
 
 
@@ -52,17 +66,18 @@ def by_condition(study: Study) -> list[Block]:
     if not every:
         return []
     best = {count: min(curve[count] for curve in ours.values() if count in curve) for count in every}
-    rows = []
+    costs, rows = beside(study), []
     for key, curve in ours.items():
         shown = [_loss(curve.get(count), errors[key].get(count), best[count]) for count in every]
-        rows.append([*map(str, key), "ours", *shown])
+        rows.append([*map(str, key), "ours", *shown, *costs.cells[key]])
         if key in theirs:
-            rows.append([*map(str, key), "published", *(number(theirs[key].get(count), 4) for count in every)])
+            known = [number(theirs[key].get(count), 4) for count in every]
+            rows.append([*map(str, key), "published", *known, *["—"] * len(costs.columns)])
     caption = (
         f"Loss (nats per token) by {study.condition}: mean ± standard deviation over seeds; bold: the best of ours."
     )
-    table = Table([*study.labels, "source", *map(str, every)], rows, caption)
-    return [*_condition_figure(study, ours, errors, every), table]
+    table = Table([*study.labels, "source", *map(str, every), *costs.columns], rows, caption)
+    return [*_condition_figure(study, ours, errors, every), table, common(study)]
 
 
 def config_differences(study: Study, findings: Findings) -> list[Block]:
@@ -90,12 +105,8 @@ def _costs(study: Study, findings: Findings) -> dict[str, dict[str, float]]:
     each = {
         cell["name"]: float(seconds.get(cell["name"]).mean()) if cell["name"] in seconds else math.nan for cell in cells
     }
-    return {
-        "parameters": {cell["name"]: cell["parameters"] for cell in cells},
-        "training FLOPs": {cell["name"]: cell["train_flops_per_token"] * cell["tokens"] for cell in cells},
-        "cache (numbers per token and layer)": {cell["name"]: cell["cache_per_token_per_layer"] for cell in cells},
-        "evaluation seconds": each,
-    }
+    planned = {title: {cell["name"]: cost.of(cell) for cell in cells} for title, cost in COSTS.items()}
+    return planned | {"evaluation seconds": each}
 
 
 def _condition_figure(study: Study, ours: Losses, errors: Losses, every: list) -> list[Block]:

@@ -3,18 +3,20 @@
 import csv
 import dataclasses
 import io
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from lab.study import pairing, statistics
 from lab.study.contrasts import SIGNS, Contrast, Settings, baselines, select, settings
 from lab.study.pairing import Differences, Scores
+from lab.study.residuals import COSTS, Residuals, residuals
 from lab.study.results import Study, write_atomically
 from lab.study.statistics import LEVEL, Estimate
 
 COLUMNS = (
     "kind", "name", "against", "n", "difference", "deviation", "t_low", "t_high", "bootstrap_low", "bootstrap_high",
-    "p", "p_holm", "detectable", "verdict", "seeds", "refused",
+    "p", "p_holm", "detectable", "verdict", "seeds", "refused", *(cost.column for cost in COSTS.values()),
 )  # fmt: skip
 UNKNOWN = "cannot tell"
 
@@ -28,6 +30,7 @@ class Comparison:
     against: str
     differences: Differences
     estimate: Estimate
+    residuals: Residuals  # by how much `name` costs more
     adjusted: float | None = None  # p after Holm's correction over the comparisons of the study
 
     @property
@@ -76,10 +79,11 @@ def find(study: Study) -> Findings | None:
     scores = pairing.scores(study, asked.judged)
     cells = {cell["name"]: cell["labels"] for cell in study.plan["cells"]}
     against = baselines(cells, asked.baseline)
-    found = [_compare("baseline", name, other, ([name], [other]), scores) for name, other in against.items()]
+    sides = [("baseline", name, other, ([name], [other])) for name, other in against.items()]
     for contrast in asked.contrasts:
-        sides = [select(cells, side) for side in contrast.sides]
-        found.append(_compare("contrast", contrast.name, _against(contrast), sides, scores))
+        sides.append(("contrast", contrast.name, _against(contrast), [select(cells, side) for side in contrast.sides]))
+    planned = {cell["name"]: cell for cell in study.plan["cells"]}
+    found = [_compare(*names, its, scores, planned) for *names, its in sides]
     comparisons = corrected(found)
     named = {comparison.name: comparison for comparison in comparisons if comparison.kind == "contrast"}
     evidence = [
@@ -90,9 +94,9 @@ def find(study: Study) -> Findings | None:
     return Findings(asked, scores, against, comparisons, evidence)
 
 
-def compare(kind: str, name: str, against: str, differences: Differences) -> Comparison:
+def compare(kind: str, name: str, against: str, differences: Differences, costs: Residuals) -> Comparison:
     """A comparison that stands alone, before correction."""
-    return Comparison(kind, name, against, differences, statistics.estimate(list(differences.kept.values())))
+    return Comparison(kind, name, against, differences, statistics.estimate(list(differences.kept.values())), costs)
 
 
 def corrected(comparisons: list[Comparison]) -> list[Comparison]:
@@ -123,12 +127,14 @@ def _row(one: Comparison) -> list:
     intervals = *(known.t_interval or missing), *(known.bootstrap_interval or missing)
     tests = known.p, one.adjusted, known.detectable, one.verdict
     seeds = (" ".join(map(str, found)) for found in (one.differences.kept, one.differences.refused))
-    return [one.kind, one.name, one.against, known.n, known.mean, known.deviation, *intervals, *tests, *seeds]
+    costs = ("" if math.isnan(value) else value for value in one.residuals.values())
+    return [one.kind, one.name, one.against, known.n, known.mean, known.deviation, *intervals, *tests, *seeds, *costs]
 
 
-def _compare(kind: str, name: str, against: str, sides, scores: Scores) -> Comparison:
+def _compare(kind: str, name: str, against: str, sides, scores: Scores, planned: Mapping[str, dict]) -> Comparison:
     found = [[scores[cell] for cell in side] for side in sides]
-    return compare(kind, name, against, pairing.differences(found, SIGNS[len(sides)]))
+    costs = residuals([[planned[cell] for cell in side] for side in sides])
+    return compare(kind, name, against, pairing.differences(found, SIGNS[len(sides)]), costs)
 
 
 def _against(contrast: Contrast) -> str:

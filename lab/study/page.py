@@ -129,7 +129,7 @@ def _slug(text: str) -> str:
 
 def _numeric(table: Table) -> list[bool]:
     """Which columns hold only numbers, and so are aligned to the right."""
-    number = re.compile(r"(\*\*)?[-+<]?\d[\d,.]*(e[-+]?\d+)?( ?[%kMGT]| \(.*\)| ± [\d.]+)?(\*\*)?|—|inf")
+    number = re.compile(r"(\*\*)?[-+<]?\d[\d,.]*(e[-+]?\d+)?( ?[%kMGTPEZ])?( \(.*\)| ± [\d.]+)?(\*\*)?|—|[-+]?inf%?")
     columns = zip(*table.rows, strict=True) if table.rows else [[] for _ in table.columns]
     return [bool(column) and all(number.fullmatch(text) for text in column) for column in columns]
 

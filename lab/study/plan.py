@@ -13,6 +13,7 @@ from lab.study.cells import Cell
 from lab.train import optimizer, step
 
 VMAP = ("none", "seeds", "numbers")  # what is trained as one vmapped program
+DEVICES = (1, 2, 4, 8)  # over which tensor parallelism would lay a cache
 TOKENS_COUNTED = 32_768  # of training rows over which visible keys are averaged
 
 
@@ -60,13 +61,28 @@ def describe(cell: Cell) -> dict:
         "labels": cell.labels,
         **accounting.parameters(model),
         "train_flops_per_token": accounting.train_flops_per_token(model, visible),
+        "attention_work": accounting.attention_work(model),
         "cache_per_token_per_layer": accounting.cache_per_token_per_layer(model),
+        **over_devices(model),
+        "state_per_layer": accounting.state_per_layer(model),
         "tokens": nominal_tokens(config),
         "executable": executable(config, model),
         "head_dim": config.model.head_dim,
         **rotary,
         "match": list(cell.matches),
         "length": cell.length,
+    }
+
+
+def over_devices(model) -> dict:
+    """{"cache_per_device", "cache_copies"}, each by the number of devices: numbers per token and layer, and how often
+    all devices together hold each of them. None where the groups do not divide; no copies of an empty cache."""
+    whole = accounting.cache_per_token_per_layer(model)
+    held = {count: accounting.cache_per_device(model, count) for count in DEVICES}
+    copies = {count: count * part / whole if part is not None and whole else None for count, part in held.items()}
+    return {
+        "cache_per_device": {str(count): part for count, part in held.items()},
+        "cache_copies": {str(count): factor for count, factor in copies.items()},
     }
 
 

@@ -87,7 +87,7 @@ class Study:
         path = REPOSITORY / self.plan["published"]
         if not path.exists():
             raise UserError(f"study.published = {self.plan['published']!r}: there is no such file")
-        return pd.read_csv(path)
+        return pd.read_csv(path, keep_default_na=False, na_values=[""])  # a variant may be called None
 
 
 def collect(directory: str | Path) -> Study:

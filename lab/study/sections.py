@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from lab.errors import choose
 from lab.study import accuracy, branches, costs, figures, trials, verdicts
 from lab.study.evidence import Findings
-from lab.study.layout import arrange, line_label, number, run_label, short
+from lab.study.layout import arrange, line_label, number, run_label, short, whole
 from lab.study.page import Block, Chart, Code, Section, Table, Text
 from lab.study.results import Study
 
@@ -89,11 +89,15 @@ def _cells(study: Study) -> list[Block]:
         "parameters": lambda cell: f"{cell['parameters']:,}",
         "parameters besides embeddings": lambda cell: f"{cell['parameters_non_embedding']:,}",
         "FLOPs/token": lambda cell: short(cell["train_flops_per_token"]),
-        "cache per token and layer": lambda cell: f"{cell['cache_per_token_per_layer']:,}",
+        "cache per token and layer": lambda cell: whole(cell["cache_per_token_per_layer"]),
+        "attention work": lambda cell: whole(cell.get("attention_work", math.nan)),
+        "state per row and layer": lambda cell: whole(cell.get("state_per_layer", 0)),
         "training tokens": lambda cell: f"{cell['tokens']:,}",
         "executable": lambda cell: f"`{cell['executable']}`",
     }
     cells = study.plan["cells"]
+    if not any(cell.get("state_per_layer") for cell in cells):
+        del planned["state per row and layer"]
     common = {name: show(cells[0]) for name, show in planned.items() if len({show(cell) for cell in cells}) == 1}
     differing = {name: show for name, show in planned.items() if name not in common}
     measured = ("train s", "tokens/s", "outside the step", "peak MiB")

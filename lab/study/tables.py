@@ -39,16 +39,35 @@ def deviations(study: Study) -> Losses:
 
 
 def published(study: Study) -> Losses:
-    """Published losses of the plan's cells; empty where none are named or their columns are not the study's labels."""
+    """Published losses of the plan's cells; one of a file without a column for the condition holds for all conditions
+    that we have. Empty where `published_rows` is."""
+    found: Losses = {}
+    every = list(dict.fromkeys(study.results[study.condition]))
+    for key, rows in published_rows(study).items():
+        for row in rows:
+            conditions = [row[study.condition]] if study.condition in row else every
+            found.setdefault(key, {}).update(dict.fromkeys(conditions, row["loss"]))
+    return found
+
+
+def published_rows(study: Study) -> dict[Key, list[dict]]:
+    """The rows of the published file for each of the plan's cells, where they have a loss.
+
+    Empty where no file is named, where one of the study's labels is none of its columns, and where it has several
+    losses for one cell and condition: it then tells cells apart by something that the study lacks.
+    """
     frame = study.published()
-    if frame is None or set(frame.columns) - {"loss", "ppl"} != {*study.labels, study.condition}:
+    if frame is None or not {*study.labels} <= {*frame.columns}:
+        return {}
+    frame = frame.dropna(subset="loss")
+    if frame.duplicated([*study.labels, *({study.condition} & {*frame.columns})]).any():
         return {}
     planned = {study.key(cell) for cell in study.plan["cells"]}
-    found: Losses = {}
-    for row in frame.dropna(subset="loss").to_dict("records"):
+    found: dict[Key, list[dict]] = {}
+    for row in frame.to_dict("records"):
         key = tuple(row[label] for label in study.labels)
         if key in planned:
-            found.setdefault(key, {})[row[study.condition]] = row["loss"]
+            found.setdefault(key, []).append(row)
     return found
 
 

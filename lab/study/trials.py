@@ -2,7 +2,7 @@
 
 import math
 
-from lab.study import figures
+from lab.study import costs, figures, residuals
 from lab.study.layout import arrange, describe, leaves, line_label, number
 from lab.study.page import Block, Chart, Table, Text
 from lab.study.results import Study, judged_loss
@@ -26,10 +26,13 @@ def section(study: Study) -> list[Block]:
         if drawn := {key: curve for key, curve in curves.items() if curve}:
             image = figures.png(figures.by_label(arrange(study, drawn, line_label(study)), fields[0]))
             blocks.append(Chart("tuning", image, f"Judged loss of each cell against {fields[0]}, seed {seed}."))
-    rows = [_row(study, cell, _of(trials, cell), fields) for cell in study.plan["cells"]]
-    columns = [*study.labels, "best", "edge of the grid", "loss tuned", "loss untuned", "gain"]
+    beside = residuals.beside(study)
+    rows = [
+        [*_row(study, cell, _of(trials, cell), fields), *beside.cells[study.key(cell)]] for cell in study.plan["cells"]
+    ]
+    columns = [*study.labels, "best", "edge of the grid", "loss tuned", "loss untuned", "gain", *beside.columns]
     caption = f"On seed {seed}. Untuned: the config's own values, where the grid has them."
-    return [*blocks, Table(columns, rows, caption, sortable=True)]
+    return [*blocks, costs.common(study), Table(columns, rows, caption, sortable=True)]
 
 
 def _of(trials: list[dict], cell: dict) -> list[dict]:

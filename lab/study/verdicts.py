@@ -6,12 +6,14 @@ from lab.study import figures
 from lab.study.evidence import UNKNOWN, Comparison, Evidence, Findings, overall
 from lab.study.layout import describe, number, panel_rows, run_label
 from lab.study.page import Block, Chart, Table, Text
+from lab.study.residuals import AGAINST, BETWEEN, COSTS, MEANINGS, relative, shown
 from lab.study.results import Study
 from lab.study.statistics import LEAST_RESAMPLED, Interval
 from lab.study.trends import EARLY, END, reading, trend
 
 MEASURED = ["verdict", "difference", "95% interval", "p (Holm)", "detectable", "bootstrap 95%"]
-NONE = ["—"] * 4  # where a row is about several contrasts
+OF_CONTRAST = ["contrast", "expected", "difference", "95% interval", *COSTS]
+NONE = ["—"] * len(OF_CONTRAST)  # where a row is about several contrasts
 EXPLAINED = (
     "Difference: mean over seeds of the paired differences, in nats per token; below 0 is better. 95% interval: "
     "Student t; bootstrap: studentised; both of one comparison by itself. p: paired t-test, corrected (Holm) over all "
@@ -25,19 +27,28 @@ def verdicts(study: Study, findings: Findings) -> list[Block]:
     blocks: list[Block] = [Text(note) for note in _notes(study, findings)]
     against = {one.name: one for one in findings.of_kind("baseline")}
     rows = [
-        [*map(str, study.key(cell)), *_judged(findings, cell["name"], against), *_score(findings, cell["name"])]
+        [
+            *map(str, study.key(cell)),
+            *_judged(findings, cell["name"], against),
+            *_score(findings, cell["name"]),
+            *_costs(cell, against),
+        ]
         for cell in study.plan["cells"]
     ]
     if against:
-        columns = [*study.labels, *MEASURED, "loss", "seeds"]
+        columns = [*study.labels, *MEASURED, "loss", "seeds", *COSTS]
         caption = (
-            f"Every cell against the one with {describe(dict(findings.settings.baseline))} and otherwise its labels."
+            f"Every cell against the one with {describe(dict(findings.settings.baseline))} and otherwise its labels. "
+            f"{AGAINST}"
         )
         blocks.append(Table(columns, rows, caption, sortable=True))
     if contrasts := findings.of_kind("contrast"):
-        rows = [[one.name, *measured(one), str(one.estimate.n), one.against] for one in contrasts]
-        blocks.append(Table(["contrast", *MEASURED, "seeds", "compares"], rows, "Contrasts", sortable=True))
-    return [*blocks, Text(EXPLAINED), *_effects(study, findings), *refusals(findings.comparisons)]
+        rows = [
+            [one.name, *measured(one), str(one.estimate.n), *relative(one.residuals), one.against] for one in contrasts
+        ]
+        columns = ["contrast", *MEASURED, "seeds", *COSTS, "compares"]
+        blocks.append(Table(columns, rows, f"Contrasts. {BETWEEN}", sortable=True))
+    return [*blocks, Text(EXPLAINED), Text(MEANINGS), *_effects(study, findings), *refusals(findings.comparisons)]
 
 
 def measured(comparison: Comparison) -> list[str]:
@@ -65,10 +76,9 @@ def evidence(findings: Findings) -> list[Block]:
     caption = (
         "A contrast supports a claim if it has the expected sign and a Holm-corrected p below 0.05, and contradicts it "
         "if it has the other sign. A claim is supported where all of its contrasts support it, contradicted where one "
-        "contradicts it and none supports it."
+        f"contradicts it and none supports it. {BETWEEN}"
     )
-    columns = ["claim", "evidence", "layer", "contrast", "expected", "difference", "95% interval"]
-    return [Table(columns, rows, caption)]
+    return [Table(["claim", "evidence", "layer", *OF_CONTRAST], rows, caption)]
 
 
 def through_training(study: Study, findings: Findings) -> list[Block]:
@@ -151,6 +161,14 @@ def _judged(findings: Findings, cell: str, against: Mapping[str, Comparison]) ->
     return ["baseline" if cell in findings.baselines.values() else "—", *["—"] * (len(MEASURED) - 1)]
 
 
+def _costs(cell: Mapping, against: Mapping[str, Comparison]) -> list[str]:
+    """What a cell costs, and where it is compared how much more that is."""
+    if cell["name"] not in against:
+        return list(shown(cell).values())
+    more = relative(against[cell["name"]].residuals)
+    return [text if text == "—" else f"{text} ({by})" for text, by in zip(shown(cell).values(), more, strict=True)]
+
+
 def _effects(study: Study, findings: Findings) -> list[Block]:
     labels = {cell["name"]: describe(cell["labels"]) for cell in study.plan["cells"]}
     named = [(labels.get(one.name, one.name), one) for one in findings.comparisons if one.estimate.n]
@@ -163,7 +181,8 @@ def _effects(study: Study, findings: Findings) -> list[Block]:
 def _contrast(one: Evidence) -> list[str]:
     known = one.comparison.estimate
     expected = "below 0" if one.sign < 0 else "above 0"
-    return [one.comparison.name, expected, signed(known.mean), interval(known.t_interval)]
+    costs = relative(one.comparison.residuals)
+    return [one.comparison.name, expected, signed(known.mean), interval(known.t_interval), *costs]
 
 
 def _grouped(ones: Iterable[Evidence], key) -> dict[str, list[Evidence]]:

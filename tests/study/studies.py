@@ -129,6 +129,7 @@ def _cell(labels, seeds):
         "parameters": 297408,
         "parameters_non_embedding": 272640,
         "train_flops_per_token": 1930000.0,
+        "attention_work": 192,
         "cache_per_token_per_layer": 48,
         "tokens": 512000,
         "executable": "1a2b3c",
