@@ -21,6 +21,7 @@ def check(cell: Cell) -> None:
     """Refuses a cell that cannot run, naming the field: everything that shows before the data is read."""
     config = cell.config
     transformer.check(config.model)
+    _check_mesh(config)
     optimizer.check(config.train)
     lab_data.check(config)
     if config.data.rows % config.train.microbatches:
@@ -32,6 +33,15 @@ def check(cell: Cell) -> None:
         room, name = field.split(".")
         if config[room][name] < 1:
             raise UserError(f"{field} = {config[room][name]} must be at least 1")
+
+
+def _check_mesh(config) -> None:
+    in_order = [s.mixer for s in transformer.layer_specs(config.model) if transformer.MIXERS[s.mixer].in_order]
+    if in_order and config.mesh.context != 1:
+        raise UserError(
+            f"mesh.context = {config.mesh.context} would cut the rows that model.mixer = {in_order[0]!r} runs along; "
+            "choose 1"
+        )
 
 
 def check_study(study) -> None:
