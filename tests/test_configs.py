@@ -130,6 +130,7 @@ def test_muon_ablation_compares_optimizers_of_one_model(scale, millions):
     config, cells, rows = planned("muon_ablation", scale)
     assert {round(row["parameters"] / 1e6, 1 if millions < 100 else 0) for row in rows} == {millions}
     assert [cell.config.train.optimizer for cell in cells] == ["adamw"] + ["muon"] * 5
+    assert len({row["executable"] for row in rows}) == 6
     assert {cell.config.train.muon.adam_decay for cell in cells} == {cells[0].config.train.weight_decay}
     # At the rate at which a square matrix moves as under Moonlight's scaling, decay and AdamW's rate are the same too.
     plain, *_, jordan, mup = (cell.config for cell in cells)
@@ -145,6 +146,13 @@ def test_the_control_is_one_override_away():
     config.model.rotary.unselected = "time"
     for row in plan.table(config, resolve(config, ("model.rotary.unselected",))):
         assert row["pairs_index"] == 0 and row["pairs_branch"] + row["pairs_time"] == row["head_dim"] // 2
+
+
+def test_muon_is_refused_for_a_parameter_without_a_matrix():
+    config = load_config(str(commands.REPOSITORY / "configs" / "muon_ablation.py"))
+    config.train.muon.on = ("q", "embedding")
+    with pytest.raises(UserError, match=r"train\.muon\.on = 'embedding' has no matrix; choose one of: down, gate"):
+        plan.table(config, resolve(config, ("train.muon.on",)))
 
 
 @pytest.mark.parametrize("path", [path for path, scale in SCALES if scale == "paper"], ids=lambda path: path.stem)

@@ -23,6 +23,7 @@ def check(cell: Cell) -> None:
     transformer.check(config.model)
     _check_mesh(config)
     optimizer.check(config.train)
+    optimizer.check_parameters(config.train, config.model)
     lab_data.check(config)
     if config.data.rows % config.train.microbatches:
         raise UserError(
@@ -120,7 +121,7 @@ def program(config) -> str:
 
 def executable(config, model) -> str:
     """Names the training program: cells of one name share one compilation. What `lab.train.compiled` shares by."""
-    program = step.Program(config.train.optimizer, config.train.decay, config.train.microbatches)
+    program = step.Program.of(config.train)
     leaves, structure = jax.tree.flatten(model)
     shape = config.data.rows, config.data.texts_per_row * config.data.text_length
     text = repr((str(structure), [(x.shape, str(x.dtype)) for x in leaves], program, shape, dict(config.mesh)))
