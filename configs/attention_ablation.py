@@ -9,7 +9,7 @@
 
 A cell's name is that of the published variant. :paper has its sizes (2048 wide, 12 layers, 16 heads); :gpu halves all
 widths but keeps the heads; :cpu divides the widths of heads and caches by 8 and the model's by 16, and has 8 heads and
-3 layers. S1: keys and values share what does not rotate; S2: they are the same vector, and the output rotates back;
+2 layers. S1: keys and values share what does not rotate; S2: they are the same vector, and the output rotates back;
 S3: MLA as it decodes, without low ranks; PR: the last quarter of a head rotates.
 
 Published (configs/published/attention_series.csv: 16B tokens, one seed): at equal cache GQA1-256 2.720 against
@@ -239,8 +239,8 @@ PARTS = {
 
 
 def cpu(config) -> Sizes:
-    """3 layers of width 128 on bytes of Python's own sources; heads of 16 for the published 128."""
-    config.model.update(dict(dim=128, layers=3, ffn=341))
+    """2 layers of width 128 on bytes of Python's own sources; heads of 16 for the published 128."""
+    config.model.update(dict(dim=128, layers=2, ffn=341))
     config.data.update(dict(text_length=128, rows=8))
     config.train.update(dict(steps=250, learning_rate=5e-3, final_learning_rate=5e-4, warmup=25))
     config.evaluate.update(dict(texts=512, rows=16))
