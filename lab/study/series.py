@@ -10,10 +10,10 @@ from lab.study.contrasts import SIGNS, select, settings
 from lab.study.evidence import UNKNOWN, Comparison, Findings, find
 from lab.study.layout import number, short, whole
 from lab.study.page import Block, Heading, Table, Text
-from lab.study.residuals import COSTS, MEANINGS, relative, shown
+from lab.study.residuals import BETWEEN, COSTS, MEANINGS, relative, shown
 from lab.study.results import Study
 from lab.study.statistics import half_widths
-from lab.study.verdicts import interval, signed
+from lab.study.verdicts import JUDGED, interval, judged, signed
 
 CAVEAT = (
     "Published losses are one number each, without an error bar, of another model on other data: compare signs, not "
@@ -75,43 +75,38 @@ def _table(study: Study, findings: Findings | None, theirs: Published) -> Table:
         costs = shown(cell) | {"training FLOPs": short(cell["train_flops_per_token"])}
         rows.append([
             *map(str, study.key(cell)),
-            *_loss([score.loss for score in scores[name].values()]),
+            _loss([score.loss for score in scores[name].values()]),
+            number(theirs.get(name), 4),
             *_difference(name, against, theirs),
             *costs.values(),
             *(THEIRS[field][1](row[field]) if field in row else "—" for field in besides),
         ])  # fmt: skip
     columns = [
-        *study.labels, "loss", "95% of the loss", "against the baseline", "95% interval", "verdict",
-        "published loss", "published against the baseline", "sign replicates",
+        *study.labels, "loss ± 95%", "published loss",
+        *JUDGED, "published difference", "sign replicates",
         *("FLOPs per token" if name == "training FLOPs" else name for name in costs),
         *(THEIRS[field][0] for field in besides),
     ]  # fmt: skip
     caption = (
-        "Ours beside the published. Loss: mean over seeds of the judged loss, nats per token, and its 95% interval "
-        "(Student t); against the baseline: paired over seeds, so its interval is narrower than those of the losses. "
-        f"{MEANINGS} FLOPs per token: of a training step."
+        "Ours beside the published. Loss: mean over seeds of the judged loss, nats per token, ± half its 95% interval "
+        "(Student t). Difference from the baseline: paired over seeds, so its interval is narrower than those of the "
+        f"losses. {MEANINGS} FLOPs per token: of a training step."
     )
     return Table(columns, rows, caption, sortable=True)
 
 
-def _loss(losses: Sequence[float]) -> list[str]:
-    mean = statistics.fmean(losses) if losses else None
-    if len(losses) < 2:
-        return [number(mean, 4), "—"]
-    half = float(half_widths(np.array(losses)))
-    return [number(mean, 4), f"[{mean - half:.4f}, {mean + half:.4f}]"]
+def _loss(losses: Sequence[float]) -> str:
+    mean = number(statistics.fmean(losses) if losses else None, 4)
+    return f"{mean} ± {float(half_widths(np.array(losses))):.4f}" if len(losses) > 1 else mean
 
 
 def _difference(name: str, against: Mapping[str, Comparison], theirs: Published) -> list[str]:
     """Ours and theirs, and whether the one has the sign of the other; dashes of a cell that has no baseline."""
-    loss = number(theirs.get(name), 4)
     if name not in against:
-        return ["—", "—", "baseline" if name in {one.against for one in against.values()} else "—", loss, "—", "—"]
+        return ["baseline" if name in {one.against for one in against.values()} else "—", *["—"] * 4]
     one = against[name]
     difference = published_difference([[name], [one.against]], theirs)
-    answer = "—" if difference is None else replicates(one, difference)
-    ours = [signed(one.estimate.mean), interval(one.estimate.t_interval), one.verdict]
-    return [*ours, loss, signed(difference), answer]
+    return [*judged(one), signed(difference), "—" if difference is None else replicates(one, difference)]
 
 
 def _replications(study: Study, findings: Findings, theirs: Published) -> list[Block]:
@@ -130,7 +125,7 @@ def _replications(study: Study, findings: Findings, theirs: Published) -> list[B
     counted = ", ".join(f"{answer} {answers.count(answer)}" for answer in ("yes", "no", UNKNOWN))
     notes = [Text(f"Not published on every side: {', '.join(missing)}.")] if missing else []
     total = f"Of {len(lines)} contrasts with published losses on every side: {counted}."
-    return [Heading("Does the published sign replicate?"), Text(total), *lines, *notes]
+    return [Heading("Does the published sign replicate?"), Text(f"{total} {BETWEEN}"), *lines, *notes]
 
 
 def _line(one: Comparison, difference: float, answer: str) -> str:
@@ -140,5 +135,5 @@ def _line(one: Comparison, difference: float, answer: str) -> str:
     costs = ", ".join(f"{name} {by}" for name, by in zip(COSTS, relative(one.residuals), strict=True) if by != "—")
     return (
         f"**{one.name}**, {one.against}: **{answer}**. Published {signed(difference)}{tie}; ours {ours}. "
-        f"The sides differ in {costs}."
+        f"Residuals: {costs}."
     )

@@ -55,21 +55,21 @@ def text(tmp_path_factory):
 def test_ours_and_theirs_are_side_by_side(text):
     rows = {row["variant"]: row for row in table(text, "variant")}
     wide = rows["GQA1-256"]
-    assert (wide["published loss"], wide["published against the baseline"]) == ("2.7200", "-0.0010")
-    assert (wide["verdict"], wide["sign replicates"]) == ("better", "yes")
+    assert (wide["published loss"], wide["published difference"]) == ("2.7200", "-0.0010")
+    assert (wide["verdict"], wide["sign replicates"]) == ("**better**", "yes")
     assert (wide["parameters"], wide["published parameters"], wide["published cache"]) == ("297 k", "943 M", "512")
     assert (wide["FLOPs per token"], wide["attention work"], wide["cache"]) == ("1.93 M", "192", "48")
-    assert rows["MHA"]["verdict"] == "baseline" and rows["MHA"]["published against the baseline"] == "—"
+    assert rows["MHA"]["verdict"] == "baseline" and rows["MHA"]["published difference"] == "—"
     unknown = rows["not published"]
-    assert (unknown["published loss"], unknown["sign replicates"], unknown["verdict"]) == ("—", "—", "worse")
+    assert (unknown["published loss"], unknown["sign replicates"], unknown["verdict"]) == ("—", "—", "**worse**")
 
 
 def test_the_interval_of_a_loss_is_over_seeds_and_that_of_a_difference_over_pairs(text):
     row = {row["variant"]: row for row in table(text, "variant")}["GQA1-256"]
-    low, high = (float(bound) for bound in row["95% of the loss"].strip("[]").split(", "))
+    mean, half = map(float, row["loss ± 95%"].split(" ± "))
     # Seeds move a loss by 0.1 each: mean 1.9 + 0.15, deviation 0.129, t of 3 degrees of freedom 3.182.
-    assert float(row["loss"]) == pytest.approx(1.9 + 0.15 + 0.0015, abs=0.01)
-    assert high - low == pytest.approx(2 * 3.182 * 0.1291 / 2, abs=0.02)
+    assert mean == pytest.approx(1.9 + 0.15 + 0.0015, abs=0.01)
+    assert half == pytest.approx(3.182 * 0.1291 / 2, abs=0.01)
     low, high = (float(bound) for bound in row["95% interval"].strip("[]").split(", "))
     assert low < -0.1 < high + 0.01 and high - low < 0.02
 
@@ -87,7 +87,7 @@ def line(text, name):
 ])  # fmt: skip
 def test_each_contrast_says_whether_its_sign_replicates(text, name, answer, theirs):
     assert f": **{answer}**. Published {theirs}; ours " in line(text, name)
-    assert "The sides differ in parameters +0.0%, training FLOPs +0.0%, cache +0.0%, attention work +0.0%." in text
+    assert "Residuals: parameters +0.0%, training FLOPs +0.0%, cache +0.0%, attention work +0.0%." in text
 
 
 def test_contrasts_that_are_not_published_are_named(text):
@@ -114,7 +114,7 @@ def test_one_seed_replicates_nothing(tmp_path):
     text = told(tmp_path)
     assert ": **cannot tell**. Published -0.0300; ours -0." in line(text, "width")
     assert " —, cannot tell (one seed). " in line(text, "width")
-    assert {row["95% of the loss"] for row in table(text, "variant")} == {"—"}
+    assert not any("±" in row["loss ± 95%"] for row in table(text, "variant"))
 
 
 def test_a_sign_that_does_not_replicate_is_said(tmp_path):
