@@ -11,7 +11,7 @@ from lab.study.page import Block, Section, Table, Text
 from lab.study.pairing import Scores
 from lab.study.residuals import BETWEEN, COSTS, MEANINGS, relative, residuals, shown
 from lab.study.results import Study
-from lab.study.verdicts import MEASURED, measured, refusals
+from lab.study.verdicts import DETAILS, JUDGED, details, judged, refusals
 
 TITLE = "Comparison of studies"
 
@@ -69,6 +69,8 @@ def _paired(studies: dict[str, Study], scores: dict[str, Scores]) -> list[Block]
     comparisons, first = paired(studies, scores), next(iter(studies))
     if not comparisons:
         return [Text(f"No later study has a cell named like one of {first}.")]
-    rows = [[one.name, str(one.estimate.n), *measured(one), *relative(one.residuals)] for one in comparisons]
+    rows = [
+        [one.name, str(one.estimate.n), *judged(one), *relative(one.residuals), *details(one)] for one in comparisons
+    ]
     caption = f"Less the cell of the same name in {first}, over the seeds of both; corrected over all rows. {BETWEEN}"
-    return [Table(["cell", "seeds", *MEASURED, *COSTS], rows, caption, sortable=True), *refusals(comparisons)]
+    return [Table(["cell", "seeds", *JUDGED, *COSTS, *DETAILS], rows, caption, sortable=True), *refusals(comparisons)]

@@ -32,17 +32,18 @@ def _train_flops(cell: Mapping) -> float:
 
 COSTS = {
     "parameters": Cost("residual_parameters", _said("parameters"), short, "trained numbers"),
-    "training FLOPs": Cost("residual_flops", _train_flops, short, "FLOPs per token x tokens"),
+    "training FLOPs": Cost("residual_flops", _train_flops, short, "per token x tokens"),
     "cache": Cost("residual_cache", _said("cache_per_token_per_layer"), whole, "numbers per token and layer"),
     "attention work": Cost(
         "residual_attention_work", _said("attention_work"), whole, "numbers multiplied per query-key pair and layer"
     ),
 }
-MEANINGS = f"Costs: {'; '.join(f'{name}: {cost.meaning}' for name, cost in COSTS.items())}."
+MEANINGS = f"Costs: {', '.join(f'{name} ({cost.meaning})' for name, cost in COSTS.items())}."
 AGAINST = "In brackets, how much more (+) or less (-) this is than the baseline's."
 BETWEEN = (
-    "The columns of costs say how much more (+) or less (-) the first side costs than the second, each side being the "
-    "mean over its cells; of (a - b) - (c - d), this difference of the costs as a share of the mean of the four sides."
+    "The residuals of parameters, FLOPs, cache and attention work say how much more (+) or less (-) the first side "
+    "costs than the second, each side being the mean over its cells; of (a - b) - (c - d), they are this difference of "
+    "the costs over the mean of the four sides."
 )
 
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 from lab.errors import choose
-from lab.study import accuracy, branches, costs, figures, trials, verdicts
+from lab.study import accuracy, branches, costs, figures, series, trials, verdicts
 from lab.study.evidence import Findings
 from lab.study.layout import arrange, line_label, number, run_label, short, whole
 from lab.study.page import Block, Chart, Code, Section, Table, Text
@@ -46,6 +46,7 @@ SECTIONS = {
     "accuracy": ("Accuracy", accuracy.section),
     "branches": ("Branches", branches.section),
     "curves": ("Learning curves", curves),
+    "series": ("The published series", series.section),
 }
 
 

@@ -57,7 +57,7 @@ def published_rows(study: Study) -> dict[Key, list[dict]]:
     losses for one cell and condition: it then tells cells apart by something that the study lacks.
     """
     frame = study.published()
-    if frame is None or not {*study.labels} <= {*frame.columns}:
+    if frame is None or not study.labels or not {*study.labels} <= {*frame.columns}:
         return {}
     frame = frame.dropna(subset="loss")
     if frame.duplicated([*study.labels, *({study.condition} & {*frame.columns})]).any():

@@ -11,7 +11,8 @@ from lab.study.results import Study
 from lab.study.statistics import LEAST_RESAMPLED, Interval
 from lab.study.trends import EARLY, END, reading, trend
 
-MEASURED = ["verdict", "difference", "95% interval", "p (Holm)", "detectable", "bootstrap 95%"]
+JUDGED = ["verdict", "difference", "95% interval"]
+DETAILS = ["p (Holm)", "detectable", "bootstrap 95%"]  # last, so that costs are seen without scrolling
 OF_CONTRAST = ["contrast", "expected", "difference", "95% interval", *COSTS]
 NONE = ["—"] * len(OF_CONTRAST)  # where a row is about several contrasts
 EXPLAINED = (
@@ -29,14 +30,16 @@ def verdicts(study: Study, findings: Findings) -> list[Block]:
     rows = [
         [
             *map(str, study.key(cell)),
+            _loss(findings, cell["name"]),
             *_judged(findings, cell["name"], against),
-            *_score(findings, cell["name"]),
             *_costs(cell, against),
+            str(len(findings.scores[cell["name"]])),
+            *(details(against[cell["name"]]) if cell["name"] in against else ["—"] * len(DETAILS)),
         ]
         for cell in study.plan["cells"]
     ]
     if against:
-        columns = [*study.labels, *MEASURED, "loss", "seeds", *COSTS]
+        columns = [*study.labels, "loss", *JUDGED, *COSTS, "seeds", *DETAILS]
         caption = (
             f"Every cell against the one with {describe(dict(findings.settings.baseline))} and otherwise its labels. "
             f"{AGAINST}"
@@ -44,24 +47,25 @@ def verdicts(study: Study, findings: Findings) -> list[Block]:
         blocks.append(Table(columns, rows, caption, sortable=True))
     if contrasts := findings.of_kind("contrast"):
         rows = [
-            [one.name, *measured(one), str(one.estimate.n), *relative(one.residuals), one.against] for one in contrasts
+            [one.name, *judged(one), *relative(one.residuals), str(one.estimate.n), *details(one), one.against]
+            for one in contrasts
         ]
-        columns = ["contrast", *MEASURED, "seeds", *COSTS, "compares"]
+        columns = ["contrast", *JUDGED, *COSTS, "seeds", *DETAILS, "compares"]
         blocks.append(Table(columns, rows, f"Contrasts. {BETWEEN}", sortable=True))
     return [*blocks, Text(EXPLAINED), Text(MEANINGS), *_effects(study, findings), *refusals(findings.comparisons)]
 
 
-def measured(comparison: Comparison) -> list[str]:
-    """The cells of the columns MEASURED."""
+def judged(comparison: Comparison) -> list[str]:
+    """The cells of the columns JUDGED."""
     known, verdict = comparison.estimate, comparison.verdict
-    return [
-        verdict if verdict.startswith(UNKNOWN) else f"**{verdict}**",
-        signed(known.mean),
-        interval(known.t_interval),
-        _p(comparison.adjusted),
-        number(known.detectable, 4),
-        interval(known.bootstrap_interval),
-    ]
+    strong = verdict if verdict.startswith(UNKNOWN) else f"**{verdict}**"
+    return [strong, signed(known.mean), interval(known.t_interval)]
+
+
+def details(comparison: Comparison) -> list[str]:
+    """The cells of the columns DETAILS."""
+    known = comparison.estimate
+    return [_p(comparison.adjusted), number(known.detectable, 4), interval(known.bootstrap_interval)]
 
 
 def evidence(findings: Findings) -> list[Block]:
@@ -150,15 +154,15 @@ def _notes(study: Study, findings: Findings) -> Iterable[str]:
         yield f"Without a baseline, and so not compared: {', '.join(alone)}."
 
 
-def _score(findings: Findings, name: str) -> list[str]:
+def _loss(findings: Findings, name: str) -> str:
     losses = [score.loss for score in findings.scores[name].values()]
-    return [number(sum(losses) / len(losses) if losses else None, 4), str(len(losses))]
+    return number(sum(losses) / len(losses) if losses else None, 4)
 
 
 def _judged(findings: Findings, cell: str, against: Mapping[str, Comparison]) -> list[str]:
     if cell in against:
-        return measured(against[cell])
-    return ["baseline" if cell in findings.baselines.values() else "—", *["—"] * (len(MEASURED) - 1)]
+        return judged(against[cell])
+    return ["baseline" if cell in findings.baselines.values() else "—", "—", "—"]
 
 
 def _costs(cell: Mapping, against: Mapping[str, Comparison]) -> list[str]:

@@ -8,6 +8,7 @@ import subprocess
 import numpy as np
 import pytest
 from studies import write_study
+from test_residuals import made
 
 from lab import report
 
@@ -82,6 +83,14 @@ def test_numbers_sort_as_numbers_with_dashes_last(study, tmp_path):
     numbers = [float(text) for text in rising if text != "—"]
     assert numbers == sorted(numbers) and len(numbers) == 8 and rising[8:] == falling[8:] == ["—", "—"]
     assert falling[:8] == rising[:8][::-1] and numbers[0] < 0 < numbers[-1]
+
+
+def test_sizes_sort_by_what_their_prefixes_say(tmp_path):
+    directory = made(tmp_path / "study")
+    report.rebuild(directory)
+    (_, rising), (_, falling) = sorted_by(directory, tmp_path, "training FLOPs")
+    assert [text.split(" (")[0] for text in rising] == ["988 G"] * 2 + ["1.24 T"] * 2 + ["1.98 T"] * 2
+    assert falling == rising[::-1]
 
 
 def test_words_sort_by_the_alphabet(study, tmp_path):
