@@ -19,10 +19,10 @@ v, o rotate (configs/published/vo_rope.csv): QK 2.712, QKVO 2.719, K 2.769, VO 2
 
 from lab.config import base
 from lab.errors import choose
-from lab.study.cells import chain, matched, named, vary
+from lab.study.cells import chain, matched, named
 
 BASELINE = "MLA"
-SUBSETS = ("none", "q", "k", "v", "o", "qk", "qv", "qo", "kv", "ko", "vo", "qkv", "qko", "qvo", "kvo", "qkvo")
+SUBSETS = ("none", "Q", "K", "V", "O", "QK", "QV", "QO", "KV", "KO", "VO", "QKV", "QKO", "QVO", "KVO", "QKVO")
 
 
 class Sizes:
@@ -106,7 +106,7 @@ def beyond(s: Sizes) -> dict:
         "GTA4": s.shared("gta", 4, 128),
         "DIFF V2": (("model.mixer", "differential"), *gqa),
         "forgetting": (("model.mixer", "forgetting"), *gqa),
-        "delta 2 : GQA 1": (*gqa, rule, ("model.pattern", (delta, delta, ()))),
+        "delta 1 : GQA 1": (*gqa, ("model.pattern", (delta, ()))),
         "delta": (("model.mixer", "delta"), *gqa, rule),
     }
 
@@ -215,12 +215,11 @@ def part_factorial(config, s: Sizes) -> None:
 def part_rotate(config, s: Sizes) -> None:
     study = config.study
     study.question = "Which of queries, keys, values and output should rotate?"
-    study.cells = tuple((*pair, *s.gqa(s.heads, 128)) for pair in vary("model.rotate", SUBSETS))
-    study.labels = (("model.rotate", "rotate"),)
-    study.baseline = (("rotate", "qk"),)
+    study.cells = cells({name: (*s.gqa(s.heads, 128), ("model.rotate", name.lower())) for name in SUBSETS})
+    study.baseline = (("variant", "QK"),)
     study.published = "configs/published/vo_rope.csv"
     study.sections = ("series", "curves")
-    study.contrasts = (("VO - none", (("rotate", "vo"),), (("rotate", "none"),)),)
+    study.contrasts = less("VO", "none"), less("QKVO", "VO"), less("K", "none"), less("Q", "none")
 
 
 def part_beyond(config, s: Sizes) -> None:
@@ -263,8 +262,9 @@ def paper(config) -> Sizes:
     """The published sizes: 16,000 steps of 256 texts of 4096 tokens; bring the texts."""
     gpu(config)
     config.model.update(dict(dim=2048, ffn=5456, vocabulary=159_619, remat="dots"))
-    config.data.update(dict(corpus="jsonl", tokenizer="bpe:159619", text_length=4096, rows=256))
+    config.data.update(dict(corpus="jsonl", tokenizer="bpe:159619", text_length=4096, rows=256, texts=4_096_000))
     config.train.update(dict(steps=16_000, warmup=1000))
+    config.evaluate.update(dict(texts=4096, rows=32))
     config.checkpoint.every = 1000
     config.study.seeds = 1
     return Sizes(2048, 16, 1)

@@ -1,9 +1,11 @@
 """Every config at every scale plans: sizes, cells, programs and rotary pairs, against closed formulas."""
 
+import csv
 import functools
 import importlib.util
 import math
 
+import closed_forms
 import commands
 import pytest
 
@@ -35,44 +37,37 @@ def planned(name: str, scale: str):
     return config, cells, plan.table(config, cells)
 
 
-def parameters(model) -> int:
-    """Embeddings (tied), final norm, and for each layer q, k, v, o, three matrices of SwiGLU and two norms."""
-    attention = model.dim * model.head_dim * 2 * (model.heads + model.kv_heads)
-    return (
-        model.vocabulary * model.dim
-        + model.dim
-        + model.layers * (attention + 3 * model.dim * model.ffn + 2 * model.dim)
-    )
-
-
 @pytest.mark.parametrize(("path", "scale"), SCALES, ids=lambda value: getattr(value, "stem", value))
 def test_every_scale_plans(path, scale):
     config, cells, rows = planned(path.stem, scale)
-    assert config.study.name == path.stem
+    assert config.study.name.startswith(path.stem)
     assert [row["name"] for row in rows] == [cell.name for cell in cells]
     for cell, row in zip(cells, rows, strict=True):
         model, data, train = cell.config.model, cell.config.data, cell.config.train
-        assert model.heads * model.head_dim == model.dim
-        assert model.heads == 4 * model.kv_heads or "branches" not in config.study.sections
-        assert row["parameters"] == parameters(model)
-        assert row["parameters_non_embedding"] == parameters(model) - model.vocabulary * model.dim
+        if "branches" in config.study.sections:
+            assert model.heads * model.head_dim == model.dim and model.heads == 4 * model.kv_heads
+        matrices, vectors = closed_forms.parameters(model)
+        assert row["parameters"] == matrices + vectors
+        assert row["parameters_non_embedding"] == matrices + vectors - model.vocabulary * model.dim
         assert row["tokens"] == train.steps * data.rows * data.texts_per_row * data.text_length
-        assert row["cache_per_token_per_layer"] == 2 * model.kv_heads * model.head_dim
+        cached = [closed_forms.cache(layer) for layer in closed_forms.layers(model)]
+        assert row["cache_per_token_per_layer"] == pytest.approx(sum(cached) / len(cached))
         # 6 for each weight that multiplies, the tied embedding among them, and attention on top of it.
-        matrices = row["parameters"] - model.dim * (1 + 2 * model.layers)
         assert 6 * matrices < row["train_flops_per_token"]
-        visible = data.texts_per_row * data.text_length
-        assert row["train_flops_per_token"] <= 6 * matrices + 12 * model.layers * model.dim * visible
+        if row["state_per_layer"] == 0:
+            visible = data.texts_per_row * data.text_length
+            assert row["train_flops_per_token"] <= 6 * (matrices + model.layers * row["attention_work"] * visible)
 
 
 @pytest.mark.parametrize(("path", "scale"), SCALES, ids=lambda value: getattr(value, "stem", value))
 def test_rotary_pairs_follow_the_ratio(path, scale):
     """n = round(F ratio) selected pairs, the even ones for the branch, the odd ones for the time."""
     for cell, row in zip(*planned(path.stem, scale)[1:], strict=True):
-        pairs, rotary = cell.config.model.head_dim // 2, cell.config.model.rotary
+        rotary = cell.config.model.rotary
+        pairs = (rotary.dim or cell.config.model.head_dim) // 2
         selected = round(pairs * rotary.ratio)
         assert rotary.unselected == "index"
-        assert row["head_dim"] == 2 * pairs
+        assert row["head_dim"] == cell.config.model.head_dim
         assert row["pairs_branch"] == math.ceil(selected / 2)
         assert row["pairs_time"] == selected // 2
         assert row["pairs_index"] == pairs - selected
@@ -141,6 +136,48 @@ def test_muon_ablation_compares_optimizers_of_one_model(scale, millions):
     assert config.study.tune_seed not in range(config.seed, config.seed + config.study.seeds)
 
 
+def published_series() -> list[dict]:
+    return list(csv.DictReader((commands.REPOSITORY / "configs/published/attention_series.csv").open()))
+
+
+@pytest.mark.parametrize("theirs", published_series(), ids=lambda row: row["variant"])
+def test_the_attention_series_has_the_published_sizes_and_caches(theirs):
+    """Totals to the million that was published; embeddings of 326.9M, as fitted."""
+    rows = {row["labels"]["variant"]: row for row in planned("attention_ablation", "paper")[2]}
+    ours = rows[theirs["variant"]]
+    assert round(ours["parameters"] / 1e6) == int(theirs["parameters_millions"])
+    assert ours["cache_per_token_per_layer"] == int(theirs["cache_per_token_per_layer"])
+    assert round((ours["parameters"] - ours["parameters_non_embedding"]) / 1e6, 1) == 326.9
+
+
+def test_attention_work_and_the_cache_over_devices_of_the_series():
+    rows = {row["labels"]["variant"]: row for row in planned("attention_ablation", "paper")[2]}
+    assert len(rows) == len(published_series()) == 18
+    work = {"MHA": 4096, "GQA2-128": 4096, "GQA4-(64+64)-S2": 4096, "MLA": 5120, "GQA2-192": 6144,
+            "GQA4-(128+64)-S2": 6144, "GQA1-256": 8192, "MLA-256": 8192, "GQA1-(512+64)-S3": 17408}  # fmt: skip
+    assert {name: rows[name]["attention_work"] for name in work} == work
+    held = {name: tuple(rows[name]["cache_per_device"].values()) for name in rows}
+    assert held["MHA"] == (4096, 2048, 1024, 512)
+    assert held["GQA2-(192+64)-S2"] == held["GQA2-128"] == (512, 256, 256, 256)
+    assert held["MLA"] == held["GQA1-(512+64)-S3"] == (576,) * 4
+    assert held["GQA4-(64+64)-S2"] == (512, 256, 128, 128)
+    assert rows["MLA"]["cache_copies"]["8"] == 8 and rows["GQA2-128"]["cache_copies"] == {
+        "1": 1,
+        "2": 1,
+        "4": 2,
+        "8": 4,
+    }
+
+
+@pytest.mark.parametrize("scale", ["cpu", "gpu", "paper"])
+def test_parts_of_the_attention_study_are_matched_as_they_say(scale):
+    rows = planned("attention_ablation", f"{scale}-flops")[2]
+    assert all(abs(match["residual"]) < 1e-3 for row in rows for match in row["match"]) and len(rows) == 15
+    rows = planned("attention_ablation", f"{scale}-factorial")[2]
+    assert len({(row["cache_per_token_per_layer"], row["parameters"]) for row in rows}) == 1 < len(rows) == 4
+    assert len({row["labels"]["variant"] for row in planned("attention_ablation", f"{scale}-rotate")[2]}) == 16
+
+
 def test_the_control_is_one_override_away():
     config = load_config(str(commands.REPOSITORY / "configs" / "rope_ablation.py"))
     config.model.rotary.unselected = "time"
@@ -159,7 +196,7 @@ def test_muon_is_refused_for_a_parameter_without_a_matrix():
 def test_the_published_setting_is_refused_without_its_data(path):
     config = load_config(f"{path}:paper")
     assert config.data.texts == config.train.steps * config.data.rows * config.data.texts_per_row  # one epoch
-    if config.study.published:
+    if "branches" in config.study.sections:
         assert config.data.texts == 1_024_000 and 190_000 < config.evaluate.texts <= 200_000
     with pytest.raises(
         UserError, match=f"{config.data.texts} training and {config.evaluate.texts} validation texts"
@@ -183,5 +220,5 @@ def test_a_config_opens_with_its_question_and_names_its_command(path):
     assert question.endswith("?") and len(question) > 20
     assert f"python -m lab.main --config=configs/{path.name}" in text
     for scale in module(path).SCALES:
-        assert f":{scale}" in text
+        assert all(part in text for part in [f":{scale.split('-')[0]}", *scale.split("-")[1:]])
     assert load_config(str(path)).study.question.endswith("?")
