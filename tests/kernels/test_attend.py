@@ -54,6 +54,8 @@ SLOW_CASES = {
     "even tiles, capped": Case(T=128, S=192, rule=rules.causal & rules.window(40), softcap=5.0, H=4, G=4),
     "one of everything": Case(T=1, S=1, rule=rules.causal, H=1, G=1, K=2, V=1),
 }
+# (K, V) of the published attention variants, the absorbed form of MLA among them.
+WIDTHS = ((128, 128), (192, 128), (192, 192), (256, 256), (576, 512))
 MARKED = [*CASES] + [pytest.param(name, marks=pytest.mark.slow) for name in SLOW_CASES]
 BATCH = 2
 
@@ -121,6 +123,14 @@ def check_close(got, expected, tolerance: float = 1e-5) -> None:
         np.testing.assert_allclose(got[finite], expected[finite], rtol=0, atol=tolerance * size)
 
     jax.tree.map(check, got, expected)
+
+
+@pytest.mark.parametrize(("K", "V"), WIDTHS)
+def test_tiled_takes_the_widths_of_every_published_variant(K, V):
+    case = Case(rule=rules.causal, H=2, G=1, K=K, V=V)
+    inputs = draw(case, 0, "interleaved")
+    expected, got = (compiled(case, which)(*inputs) for which in ("reference", "tiled"))
+    check_close(got, expected)
 
 
 def case_of(name: str) -> Case:
