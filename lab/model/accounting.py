@@ -18,10 +18,12 @@ def train_flops_per_token(model: Transformer, visible_keys: list[float]) -> floa
     """FLOPs of one token in a training step: forward and twice that backward; recomputation is not counted.
 
     Each weight matrix does one multiply and one add per number; attention, per visible key (`visible_keys`: the mean
-    for each entry of the layer pattern). Norms, activations and the softmax are left out.
+    for each entry of the layer pattern); the stream, what it says. Norms, activations and the softmax are left out.
     """
     head = model.embedding if model.head is None else model.head
-    forward = 2.0 * np.prod(head.shape)
+    blocks = layers(model)
+    of_layers = [visible_keys[layer % len(visible_keys)] for layer in range(model.layers)]
+    forward = 2.0 * (np.prod(head.shape) + model.stream.work_per_token(blocks, of_layers))
     for entry, (block, visible) in enumerate(zip(model.blocks, visible_keys, strict=True)):
         repeats = len(range(entry, model.layers, len(model.blocks)))
         forward += sum(2.0 * np.prod(w.shape) for w in jax.tree.leaves(parameter.split(block)[1]) if len(w.shape) > 2)
@@ -31,6 +33,13 @@ def train_flops_per_token(model: Transformer, visible_keys: list[float]) -> floa
 
 def cache_per_token_per_layer(model: Transformer) -> int | float:
     """Numbers that decoding keeps per token: the mean over layers, an int where they are alike."""
-    mixers = [model.blocks[layer % len(model.blocks)].mixer for layer in range(model.layers)]
-    mean = sum(groups * width for mixer in mixers for groups, width in mixer.cached) / model.layers
+    mixers = [block.mixer for block in layers(model)]
+    kept = sum(groups * width for mixer in mixers for groups, width in mixer.cached) + model.stream.cached(mixers)
+    mean = kept / model.layers
     return int(mean) if mean.is_integer() else mean
+
+
+def layers(model: Transformer) -> list:
+    """The blocks as layers have them, one after another; shapes only."""
+    one = [jax.eval_shape(lambda b: jax.tree.map(lambda w: w[0], b), block) for block in model.blocks]
+    return [one[layer % len(one)] for layer in range(model.layers)]
