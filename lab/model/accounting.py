@@ -20,15 +20,12 @@ def train_flops_per_token(model: Transformer, visible_keys: list[float]) -> floa
     Each weight matrix does one multiply and one add per number; attention, per visible key (`visible_keys`: the mean
     for each entry of the layer pattern); the stream, what it says. Norms, activations and the softmax are left out.
     """
-    head = model.embedding if model.head is None else model.head
-    blocks = layers(model)
-    of_layers = [visible_keys[layer % len(visible_keys)] for layer in range(model.layers)]
-    forward = 2.0 * (np.prod(head.shape) + model.stream.work_per_token(blocks, of_layers))
-    for entry, (block, visible) in enumerate(zip(model.blocks, visible_keys, strict=True)):
-        repeats = len(range(entry, model.layers, len(model.blocks)))
-        forward += sum(2.0 * np.prod(w.shape) for w in jax.tree.leaves(parameter.split(block)[1]) if len(w.shape) > 2)
-        forward += 2.0 * repeats * (visible * block.mixer.work_per_key + block.mixer.work_per_token)
-    return 3.0 * float(forward)
+    head, blocks = model.embedding if model.head is None else model.head, layers(model)
+    visible = [visible_keys[layer % len(visible_keys)] for layer in range(model.layers)]
+    forward = np.prod(head.shape) + model.stream.work_per_token(blocks, visible)
+    for block, keys in zip(blocks, visible, strict=True):
+        forward += parameter.in_matrices(block) + keys * block.mixer.work_per_key + block.mixer.work_per_token
+    return 3 * 2 * float(forward)
 
 
 def cache_per_token_per_layer(model: Transformer) -> int | float:

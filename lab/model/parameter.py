@@ -87,3 +87,8 @@ def shardings(tree, mesh: Mesh):
 def count(tree) -> int:
     """How many numbers the trainable part of a model (abstract or not) holds."""
     return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(split(tree)[1]))
+
+
+def in_matrices(tree) -> int:
+    """How many of them are in matrices, in a part that is not stacked: multiplications of a token with its weights."""
+    return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(split(tree)[1]) if len(x.shape) > 1)

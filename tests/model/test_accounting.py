@@ -4,11 +4,13 @@ import jax
 import numpy as np
 import pytest
 import tiny
+import variants
 
 from lab import model as lab_model
 from lab.coordinates import Coordinates
 from lab.data import Batch
 from lab.model import accounting
+from lab.model.streams import STREAMS
 from lab.train import step
 
 PUBLISHED = {
@@ -43,7 +45,8 @@ def test_parameters_of_the_published_models(name, tied):
     dict(),
     dict(model__tied=False, model__kv_heads=1, model__layers=3),
     dict(model__pattern=((), (("rule", "causal"),)), model__layers=3),
-])  # fmt: skip
+    *(variants.stream(name) for name in ("v1m7", "v2m3", "v3m1", "v3m2", "v4m1", "v4m1E", "v4mD")),
+], ids=str)  # fmt: skip
 def test_flops_against_what_the_compiler_counts(overrides):
     wide = dict(model__dim=64, model__head_dim=16, model__ffn=160, model__implementation="reference")
     config = tiny.config(**wide, **overrides)
@@ -68,10 +71,40 @@ def test_flops_count_attention_on_visible_keys_of_each_pattern_entry():
     assert global_ - none == per_key
 
 
-@pytest.mark.parametrize("overrides", [dict(), dict(model__kv_heads=1, model__pattern=((), ()), model__layers=3)])
-def test_cache_formula_against_the_cache(overrides):
+def test_flops_count_what_streams_add():
+    """Beside the plain model: replays of earlier layers, wider scores, inferred weights; L layers, width D."""
+    m = tiny.config(**variants.stream("plain")).model
+    L, D, keys = m.layers, m.dim, 10
+    flops = {
+        name: accounting.train_flops_per_token(lab_model.abstract(tiny.config(**variants.stream(name)).model), [keys])
+        for name in STREAMS
+    }
+    pairs = L * (L - 1) // 2
+    values = D * m.kv_heads * m.head_dim + m.heads * m.head_dim * D + keys * 2 * m.heads * m.head_dim
+    scores = pairs * keys * m.heads * m.head_dim
+    inferred = sum(D * M + M * M for M in range(1, L + 1))
+    for name in STREAMS:
+        added = {
+            **dict.fromkeys(("v3m1", "v3m3.1", "v3m3.2"), pairs * (values + 3 * D * m.ffn)),
+            **dict.fromkeys(("v3m2", "v3m4.1", "v3m4.2"), pairs * values),
+            **dict.fromkeys([f"v4m{k}" for k in (*range(1, 8), "1A", "1B", "1C")], scores),
+            **dict.fromkeys(("v4m1D", "v4m1E"), scores + inferred),
+            "v4mD": L * (D + 1),
+        }.get(name, 0)
+        assert flops[name] - flops["plain"] == 3 * 2 * added, name
+
+
+@pytest.mark.parametrize(("overrides", "beside"), [
+    (dict(), 0),
+    (dict(model__kv_heads=1, model__pattern=((), ()), model__layers=3), 0),
+    (variants.stream("v3m1"), 3 * 2 * 8),  # the values of three replays
+    (variants.stream("v4m1E"), 1 + 2 + 3),  # the weights of a key in each layer
+    (variants.stream("v4m1"), 0),
+], ids=str)  # fmt: skip
+def test_cache_formula_against_the_cache(overrides, beside):
     config = tiny.config(**overrides).model
     model = lab_model.abstract(config)
-    layers = jax.eval_shape(lambda: model.init_cache(5, 7)).layers
-    numbers = sum(x.size for x in jax.tree.leaves(layers)) / (5 * 7 * config.layers)
-    assert accounting.cache_per_token_per_layer(model) == numbers == 2 * config.kv_heads * config.head_dim
+    cache = jax.eval_shape(lambda: model.init_cache(5, 7))
+    numbers = sum(x.size for x in jax.tree.leaves((cache.layers, cache.stream))) / (5 * 7 * config.layers)
+    expected = 2 * config.kv_heads * config.head_dim + beside / config.layers
+    assert accounting.cache_per_token_per_layer(model) == numbers == expected

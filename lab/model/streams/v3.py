@@ -106,9 +106,13 @@ class Replay(Stream):
         work = 0.0
         for i, (block, keys) in enumerate(zip(blocks, visible, strict=True)):
             mixer = block.mixer
-            again = matrices(mixer) - matrices((mixer.q, mixer.q_down, mixer.k)) + keys * mixer.work_per_key
+            again = (
+                parameter.in_matrices(mixer)
+                - parameter.in_matrices((mixer.q, mixer.q_down, mixer.k))
+                + keys * mixer.work_per_key
+            )
             if METHODS[self.name].site == "feedforward":
-                again += matrices(block.feedforward)
+                again += parameter.in_matrices(block.feedforward)
             work += again * (len(blocks) - 1 - i)
         return work
 
@@ -143,8 +147,3 @@ def replayed_attention(x_BTD, past: tuple[Layer, ...], cache: tuple | None, view
         for i, *found in zip(places, *(jnp.split(x, len(places), axis=2) for x in attended), strict=True):
             outputs[i] = past[i].block.mixer.output(*found, normed[i], past[i].view.rotation)
     return [outputs[i] for i in range(len(past))], cache
-
-
-def matrices(tree) -> int:
-    """Numbers in the matrices of a layer: multiplications of a token with them."""
-    return sum(w.size for w in jax.tree.leaves(parameter.split(tree)[1]) if w.ndim > 1)
