@@ -49,6 +49,12 @@ def base() -> ConfigDict:
                 output_gate=False,
                 sink=False,
                 qk_norm=False,
+                stream=dict(
+                    name="plain",  # names of lab.model.streams
+                    accumulate="raw",  # raw | post: what v1 sums, outputs of sublayers or the stream after them
+                    input="raw",  # raw | normed: what of a layer's input the weights of tokens are inferred from
+                    length=0,  # of a row at most, for streams with a number for each position
+                ),
                 rule="all_branches",  # names of lab.kernels.rules joined by &
                 implementation="auto",  # auto | tiled | reference
                 softcap=0.0,

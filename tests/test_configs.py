@@ -137,7 +137,9 @@ def test_muon_ablation_compares_optimizers_of_one_model(scale, millions):
 
 
 def published_series() -> list[dict]:
-    return list(csv.DictReader((commands.REPOSITORY / "configs/published/attention_series.csv").open()))
+    return list(
+        csv.DictReader((commands.REPOSITORY / "configs/published/attention_series.csv").read_text().splitlines())
+    )
 
 
 @pytest.mark.parametrize("theirs", published_series(), ids=lambda row: row["variant"])

@@ -1,7 +1,5 @@
 """A model, a config and texts small enough that compiling is all they cost."""
 
-import operator
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,9 +37,15 @@ def model(made: ConfigDict, seed: int = 0):
     rng = np.random.default_rng(seed)
     structure, trainable, _ = parameter.split(lab_model.abstract(made.model))
     tables = jax.jit(lambda: parameter.split(lab_model.build(made.model, jax.random.key(0)))[2])()
-    is_scale = jax.tree.map(operator.not_, parameter.decay_mask(trainable))
-    draw = lambda x, scale: jnp.asarray(scale + 0.3 * rng.normal(size=x.shape), x.dtype)  # noqa: E731
-    return nnx.merge(structure, jax.tree.map(draw, trainable, is_scale), tables)
+
+    def draw(variable: nnx.Variable) -> nnx.Variable:
+        """Scales and what else is one number for each of something around one, matrices and tables around zero."""
+        declared, shape = variable.get_metadata(), variable.get_raw_value().shape
+        around = not declared["decay"] and len(declared["axes"]) == 1
+        return variable.replace(jnp.asarray(around + 0.3 * rng.normal(size=shape), jnp.float32))
+
+    is_variable = lambda x: isinstance(x, nnx.Variable)  # noqa: E731
+    return nnx.merge(structure, jax.tree.map(draw, trainable, is_leaf=is_variable), tables)
 
 
 def texts(count: int = 40, seed: int = 0, longest: int = 6) -> list[np.ndarray]:

@@ -9,9 +9,12 @@ from lab.kernels.rules import RULES
 from lab.model.attention import OPTIONS
 from lab.model.mixers import MIXERS
 from lab.model.position import FREQUENCIES
+from lab.model.streams import STREAMS
 from lab.model.transformer import REMAT, layer_specs
 
 LOCAL_GLOBAL = ((("rule", "own_branch & window(3)"), ("rotary.theta", 10.0)), (("rule", "all_branches"),))
+
+ROW = 32  # tokens that the contracts give a model at most
 
 HYBRID = ((("mixer", "delta"), ("rule", "causal")), (("rule", "causal"),))
 
@@ -20,6 +23,12 @@ def mixer(name: str, **overrides) -> dict:
     """Overrides for a mixer whose heads rotate in part, on a rule that it supports."""
     rule = dict(model__rule=MIXERS[name].rules[0]) if MIXERS[name].rules else {}
     return dict(model__mixer=name, model__rotary__dim=4) | rule | overrides
+
+
+def stream(name: str, **overrides) -> dict:
+    """Overrides for a stream over three layers: one is the first, one the last, and one neither."""
+    length = dict(model__stream__length=ROW) if "length" in STREAMS[name].fields else {}
+    return dict(model__stream__name=name, model__layers=3) | length | overrides
 
 
 def allowed(name: str, option: str) -> bool:
@@ -44,6 +53,9 @@ VARIANTS = {
     "untied, capped, one group": dict(model__tied=False, model__softcap=3.0, model__kv_heads=1),
     "window": dict(model__rule="own_branch & window(3)"),
     "local : global": dict(model__pattern=LOCAL_GLOBAL, model__layers=3),
+    "stream v1m7, local : global": stream("v1m7", model__pattern=LOCAL_GLOBAL),
+    "stream v3m3.2, local : global": stream("v3m3.2", model__pattern=LOCAL_GLOBAL),
+    **{f"stream {name}": stream(name) for name in ("v2m3", "v4m4", "v4m1A", "v4m1E", "v4mD")},
 }
 FAST = ("default", "local : global")
 ON_RULES = {  # every mixer on every rule that it supports, beside the one that VARIANTS have
@@ -52,15 +64,36 @@ ON_RULES = {  # every mixer on every rule that it supports, beside the one that 
     for rule in RULES
     if rule in (MIXERS[name].rules or RULES)
 }
+LOOK_INSIDE = {"v3m1": STREAMS["v3m1"].mixers, "v4m1": STREAMS["v4m1"].mixers, "v4mD": ("forgetting",)}
+ON_STREAMS = {  # every stream, and those that look into mixers on each of these, for the cheaper contracts
+    **{f"stream {name}": stream(name) for name in STREAMS if f"stream {name}" not in VARIANTS and name != "plain"},
+    **{
+        f"stream {name} on {mixer_name}": mixer(mixer_name, **stream(name))
+        for name, mixers in LOOK_INSIDE.items()
+        for mixer_name in mixers
+        if mixer_name != "attention"
+    },
+}
 
 
 def marked(names=VARIANTS, fast=FAST) -> list:
     """Parameters of a test: a few variants run always, the others among the slow tests."""
-    return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
+    return [pytest.param(name, marks=[] if name in fast else pytest.mark.slow) for name in names]
 
 
 def config(name: str, **overrides) -> ConfigDict:
-    return tiny.config(**(VARIANTS | ON_RULES)[name] | overrides)
+    return tiny.config(**(VARIANTS | ON_RULES | ON_STREAMS)[name] | overrides)
+
+
+def both_ways(parameters: list) -> list:
+    """(variant, scan): unrolled as marked, and scanned among the slow tests where that can be."""
+    unrolled = [pytest.param(*each.values, False, marks=each.marks) for each in parameters]
+    return unrolled + [pytest.param(*each.values, True, marks=pytest.mark.slow) for each in scanned(parameters)]
+
+
+def scanned(parameters: list) -> list:
+    """Those whose layers can be scanned."""
+    return [each for each in parameters if not STREAMS[config(each.values[0]).model.stream.name].grows]
 
 
 def in_order(name: str) -> bool:
@@ -69,4 +102,18 @@ def in_order(name: str) -> bool:
     return any(MIXERS[spec.mixer].in_order for spec in layer_specs(model))
 
 
-__all__ = ["FAST", "IMPLEMENTATIONS", "LOCAL_GLOBAL", "ON_RULES", "REMAT", "VARIANTS", "config", "in_order", "marked"]
+__all__ = [
+    "FAST",
+    "IMPLEMENTATIONS",
+    "LOCAL_GLOBAL",
+    "ON_RULES",
+    "ON_STREAMS",
+    "REMAT",
+    "VARIANTS",
+    "both_ways",
+    "config",
+    "in_order",
+    "marked",
+    "scanned",
+    "stream",
+]

@@ -9,11 +9,23 @@ from lab.kernels.rules import Rule, visible
 
 def attend(q_BTHK, k_BSGK, v_BSGV, q_coordinates: Coordinates, k_coordinates: Coordinates, rule: Rule, scale, softcap):
     """Returns (o_BTHV, lse_BTH): softmax(scale q k^T, soft-capped, over visible keys) v, and its log normaliser."""
+    s_BGRTS = scores(q_BTHK, k_BSGK, scale)
+    o_BTHV, lse_BTH = attend_scores(s_BGRTS, v_BSGV, q_coordinates, k_coordinates, rule, softcap)
+    return o_BTHV.astype(q_BTHK.dtype), lse_BTH
+
+
+def scores(q_BTHK, k_BSGK, scale):
+    """scale q k^T [B, G, R, T, S] for R query heads of each group, in float32 or wider."""
     B, T, H, _ = q_BTHK.shape
     G = k_BSGK.shape[2]
     precision = jnp.promote_types(q_BTHK.dtype, jnp.float32)
     q_BTGRK = q_BTHK.reshape(B, T, G, H // G, -1).astype(precision)
-    s_BGRTS = scale * jnp.einsum("btgrk,bsgk->bgrts", q_BTGRK, k_BSGK.astype(precision))
+    return scale * jnp.einsum("btgrk,bsgk->bgrts", q_BTGRK, k_BSGK.astype(precision))
+
+
+def attend_scores(s_BGRTS, v_BSGV, q_coordinates: Coordinates, k_coordinates: Coordinates, rule: Rule, softcap):
+    """`attend` of scores, in their precision."""
+    B, G, R, T, _ = s_BGRTS.shape
     if softcap:
         s_BGRTS = softcap * jnp.tanh(s_BGRTS / softcap)
     seen_B11TS = visible(rule, q_coordinates, k_coordinates)[:, None, None]
@@ -23,5 +35,5 @@ def attend(q_BTHK, k_BSGK, v_BSGV, q_coordinates: Coordinates, k_coordinates: Co
     saw = sum_BGRT1 > 0
     lse_BGRT = jnp.where(saw, top_BGRT1 + jnp.log(jnp.where(saw, sum_BGRT1, 1)), -jnp.inf)[..., 0]
     p_BGRTS = p_BGRTS / jnp.where(saw, sum_BGRT1, 1)
-    o_BTGRV = jnp.einsum("bgrts,bsgv->btgrv", p_BGRTS, v_BSGV.astype(precision))
-    return o_BTGRV.reshape(B, T, H, -1).astype(q_BTHK.dtype), jnp.moveaxis(lse_BGRT, 3, 1).reshape(B, T, H)
+    o_BTGRV = jnp.einsum("bgrts,bsgv->btgrv", p_BGRTS, v_BSGV.astype(s_BGRTS.dtype))
+    return o_BTGRV.reshape(B, T, G * R, -1), jnp.moveaxis(lse_BGRT, 3, 1).reshape(B, T, G * R)

@@ -1,7 +1,5 @@
 """What a model costs, by closed formulas over its declared shapes."""
 
-from collections.abc import Callable
-
 import jax
 import numpy as np
 
@@ -20,44 +18,55 @@ def train_flops_per_token(model: Transformer, visible_keys: list[float]) -> floa
     """FLOPs of one token in a training step: forward and twice that backward; recomputation is not counted.
 
     Each weight matrix does one multiply and one add per number; attention, per visible key (`visible_keys`: the mean
-    for each entry of the layer pattern). Norms, activations and the softmax are left out.
+    for each entry of the layer pattern); the stream, what it says. Norms, activations and the softmax are left out.
     """
-    head = model.embedding if model.head is None else model.head
-    forward = 2.0 * np.prod(head.shape)
-    for entry, (block, visible) in enumerate(zip(model.blocks, visible_keys, strict=True)):
-        repeats = len(range(entry, model.layers, len(model.blocks)))
-        forward += sum(2.0 * np.prod(w.shape) for w in jax.tree.leaves(parameter.split(block)[1]) if len(w.shape) > 2)
-        forward += 2.0 * repeats * (visible * block.mixer.work_per_key + block.mixer.work_per_token)
-    return 3.0 * float(forward)
+    head, blocks = model.embedding if model.head is None else model.head, layers(model)
+    visible = [visible_keys[layer % len(visible_keys)] for layer in range(model.layers)]
+    forward = np.prod(head.shape) + model.stream.work_per_token(blocks, visible)
+    for block, keys in zip(blocks, visible, strict=True):
+        forward += parameter.in_matrices(block) + keys * block.mixer.work_per_key + block.mixer.work_per_token
+    return 3 * 2 * float(forward)
 
 
 def attention_work(model: Transformer) -> int | float:
     """Numbers multiplied for a query and one key it sees, h * (d_qk + d_v): the mean over layers."""
-    return _mean_over_layers(model, lambda mixer: mixer.work_per_key)
+    return _mean([mixer.work_per_key for mixer in mixers(model)])
 
 
 def cache_per_token_per_layer(model: Transformer) -> int | float:
     """Numbers that decoding keeps per token: the mean over layers, an int where they are alike."""
-    return _mean_over_layers(model, lambda mixer: sum(groups * width for groups, width in mixer.cached))
+    return cache_per_device(model, 1)
 
 
 def cache_per_device(model: Transformer, devices: int) -> int | float | None:
     """Of `cache_per_token_per_layer`, what each of so many tensor-parallel devices holds: its share of the groups, or
     one whole group where there are fewer groups than devices. None where neither divides the other."""
-    shapes = [shape for block in model.blocks for shape in block.mixer.cached]
-    if any(groups % devices and devices % groups for groups, _ in shapes):
+    shapes = [list(mixer.cached) for mixer in mixers(model)] + [list(model.stream.cached(mixers(model)))]
+    if any(groups % devices and devices % groups for layer in shapes for groups, _ in layer):
         return None
-    return _mean_over_layers(
-        model, lambda mixer: sum(max(1, groups // devices) * width for groups, width in mixer.cached)
-    )
+    held = [sum(max(1, groups // devices) * width for groups, width in layer) for layer in shapes]
+    return _as_int(sum(held) / model.layers)
 
 
 def state_per_layer(model: Transformer) -> int | float:
     """Numbers that decoding keeps per row, however long it is: the mean over layers."""
-    return _mean_over_layers(model, lambda mixer: mixer.state_numbers)
+    return _mean([mixer.state_numbers for mixer in mixers(model)])
 
 
-def _mean_over_layers(model: Transformer, numbers: Callable) -> int | float:
-    """Of a mixer's numbers; layer l is entry l % P of the layer pattern."""
-    mean = sum(numbers(model.blocks[layer % len(model.blocks)].mixer) for layer in range(model.layers)) / model.layers
-    return int(mean) if mean.is_integer() else mean
+def layers(model: Transformer) -> list:
+    """The blocks as layers have them, one after another; shapes only. Layer l is entry l % P of the layer pattern."""
+    one = [jax.eval_shape(lambda b: jax.tree.map(lambda w: w[0], b), block) for block in model.blocks]
+    return [one[layer % len(one)] for layer in range(model.layers)]
+
+
+def mixers(model: Transformer) -> list:
+    """Those of `layers`."""
+    return [model.blocks[layer % len(model.blocks)].mixer for layer in range(model.layers)]
+
+
+def _mean(numbers: list[int]) -> int | float:
+    return _as_int(sum(numbers) / len(numbers))
+
+
+def _as_int(value: float) -> int | float:
+    return int(value) if float(value).is_integer() else value

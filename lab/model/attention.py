@@ -178,9 +178,12 @@ class Softmax(nnx.Module):
         y_BTD = jnp.einsum("bthk,hkd->btd", o_BTHV, self.o[...].astype(o_BTHV.dtype))
         return y_BTD if self.o_up is None else y_BTD @ self.o_up[...].astype(y_BTD.dtype)
 
+    def project(self, x_BTD, view: View, cache: Kept | None) -> tuple[jax.Array, Kept, Kept | None]:
+        """Queries, what every token that may be seen has kept, and the new cache."""
+        return self.queries(x_BTD, view.rotation), *self.remember(x_BTD, view, cache)
+
     def __call__(self, x_BTD: jax.Array, view: View, cache: Kept | None = None) -> tuple[jax.Array, Kept | None]:
-        q_BTHK = self.queries(x_BTD, view.rotation)
-        kept, cache = self.remember(x_BTD, view, cache)
+        q_BTHK, kept, cache = self.project(x_BTD, view, cache)
         o_BTHV, lse_BTH = self.attend(q_BTHK, kept, view, decoding=cache is not None)
         return self.output(o_BTHV, lse_BTH, x_BTD, view.rotation), cache
 
@@ -200,9 +203,13 @@ class Attention(Softmax):
         self.v = parameter.matrix(v, (D, G, self.v_head_dim), axes)
 
     def keep(self, x_BTD, rotation) -> Kept:
-        k_BTGK, v_BTGV = heads(x_BTD, self.k), heads(x_BTD, self.v)
+        k_BTGK = heads(x_BTD, self.k)
         k_BTGK = k_BTGK if self.k_norm is None else self.k_norm(k_BTGK)
-        return self.turned("k", k_BTGK, rotation), self.turned("v", v_BTGV, rotation)
+        return self.turned("k", k_BTGK, rotation), self.values(x_BTD, rotation)
+
+    def values(self, x_BTD, rotation):
+        """Values [B, T, G, V]."""
+        return self.turned("v", heads(x_BTD, self.v), rotation)
 
 
 def check_fields(mixer, model) -> None:

@@ -50,14 +50,15 @@ class LatentAttention(Softmax):
         c_BTGC = c_BTGC if self.latent_norm is None else self.latent_norm(c_BTGC)
         return c_BTGC, self.turned("k", heads(x_BTD, self.rope), rotation)
 
-    def attend(self, q_BTHK, kept: Kept, view: View, decoding: bool):
-        return (self.absorbed if decoding else self.naive)(q_BTHK, *kept, view)
-
-    def naive(self, q_BTHK, c_BSGC, k_BS1R, view: View):
+    def read(self, kept: Kept):
         """Keys and values of every head, made from the latents."""
+        c_BSGC, k_BS1R = kept
         k_BSHN, v_BSHV = (self.raised(c_BSGC, w) for w in (self.up_k, self.up_v))
         shared_BSHR = jnp.broadcast_to(k_BS1R, (*k_BSHN.shape[:3], self.rotary_dim))
-        return attend_over_mesh(q_BTHK, jnp.concatenate([k_BSHN, shared_BSHR], -1), v_BSHV, view, self)
+        return jnp.concatenate([k_BSHN, shared_BSHR], -1), v_BSHV
+
+    def attend(self, q_BTHK, kept: Kept, view: View, decoding: bool):
+        return self.absorbed(q_BTHK, *kept, view) if decoding else super().attend(q_BTHK, kept, view, decoding)
 
     def absorbed(self, q_BTHK, c_BSGC, k_BS1R, view: View):
         """(q_nope W_UK^T) c + q_rope k_rope, over values c, and W_UV after: no key of its own for any head."""

@@ -44,6 +44,16 @@ def bias(size: int, axis: str = "channel", value: float = 0.0) -> nnx.Param:
     return nnx.Param(jnp.full(size, value), axes=(axis,), inputs=0, decay=False)
 
 
+def mixing(shape: tuple[int, ...], value: float = 0.0) -> nnx.Param:
+    """What weighs layers, or the scores of tokens: it starts at `value`, does not decay, is whole on every device."""
+    return nnx.Param(jnp.full(shape, value), axes=("mixing",) * len(shape), inputs=0, decay=False)
+
+
+def mixing_matrix(key: jax.Array, shape: tuple[int, int], spread: float = 0.02) -> nnx.Param:
+    """A small weight from which such numbers are inferred, drawn from N(0, spread^2); it does not decay either."""
+    return nnx.Param(spread * jax.random.normal(key, shape), axes=("mixing",) * 2, inputs=0, decay=False)
+
+
 def split(model) -> tuple:
     """(structure, trainable, rest) of a model; nnx.merge puts them together again."""
     return nnx.split(model, nnx.Param, ...)
@@ -125,3 +135,8 @@ def shardings(tree, mesh: Mesh):
 def count(tree) -> int:
     """How many numbers the trainable part of a model (abstract or not) holds."""
     return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(split(tree)[1]))
+
+
+def in_matrices(tree) -> int:
+    """How many of them are in matrices, in a part that is not stacked: multiplications of a token with its weights."""
+    return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(split(tree)[1]) if len(x.shape) > 1)

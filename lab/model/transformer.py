@@ -4,7 +4,7 @@ B batch, T new tokens, S cached tokens, D model width, H query heads, G key-valu
 C vocabulary.
 
 Layers are stored stacked: one Block per entry of the layer pattern, with a leading axis over its repeats. Scanned and
-unrolled execution read the same parameters.
+unrolled execution read the same parameters. How the outputs of a layer enter the next is the stream's to say.
 """
 
 import functools
@@ -18,11 +18,12 @@ from lab import kernels
 from lab.coordinates import Coordinates
 from lab.errors import UserError, choose
 from lab.kernels import rules
-from lab.model import mesh, parameter, position
+from lab.model import mesh, parameter, position, streams
 from lab.model.attention import View, plan_tiles_over_mesh
 from lab.model.feedforward import SwiGLU
 from lab.model.mixers import MIXERS
 from lab.model.norm import RMSNorm
+from lab.model.streams import STREAMS
 
 REMAT = {
     "none": None,
@@ -36,12 +37,13 @@ class Cache(NamedTuple):
     """Keys and values of every layer, beside the coordinates of the slots; an empty slot has segment -1."""
 
     layers: tuple
+    stream: tuple  # what the stream keeps of tokens beside that
     coordinates: Coordinates
     used: jax.Array  # int32: slots filled so far, the same in every row
 
 
 class Block(nnx.Module):
-    """One pre-norm layer: x + mixer(norm(x)), then x + feedforward(norm(x))."""
+    """The sublayers of a layer, each after its norm, and what the stream gives every layer alike."""
 
     def __init__(self, spec, key: jax.Array):
         mixer, feedforward = jax.random.split(key)
@@ -49,12 +51,16 @@ class Block(nnx.Module):
         self.mixer = MIXERS[spec.mixer](spec, rules.parse(spec.rule), mixer)
         self.feedforward_norm = RMSNorm(spec.dim, spec.norm_eps)
         self.feedforward = SwiGLU(spec, feedforward)
+        self.stream = STREAMS[spec.stream.name].of_layer(spec, jax.random.fold_in(key, 0))
 
-    def __call__(self, x_BTD, view: View, cache=None):
+    def mix(self, x_BTD, view: View, cache=None):
+        """mixer(norm(x)), and the new cache."""
         mixed_BTD, cache = self.mixer(self.mixer_norm(x_BTD), view, cache)
-        x_BTD = x_BTD + mixed_BTD
-        x_BTD = x_BTD + self.feedforward(self.feedforward_norm(x_BTD))
-        return mesh.constrain(x_BTD), cache
+        return mesh.constrain(mixed_BTD), cache
+
+    def feed(self, x_BTD):
+        """feedforward(norm(x))"""
+        return mesh.constrain(self.feedforward(self.feedforward_norm(x_BTD)))
 
 
 class Transformer(nnx.Module):
@@ -73,6 +79,7 @@ class Transformer(nnx.Module):
                 for p, spec in enumerate(specs)
             ]
         )
+        self.stream = STREAMS[model.stream.name](model, jax.random.fold_in(key, 0))
         self.norm = RMSNorm(model.dim, model.norm_eps)
         self.head = None if model.tied else parameter.embedding(head, shape)
         self.compute = jnp.dtype(model.compute)
@@ -88,7 +95,8 @@ class Transformer(nnx.Module):
     def init_cache(self, batch: int, length: int) -> Cache:
         """An empty cache of `length` slots a row."""
         layers = tuple(block.mixer.init_cache(batch, length, self.compute) for block in self.blocks)
-        return Cache(layers, Coordinates.padding(batch, length).map(jnp.asarray), jnp.int32(0))
+        stream = self.stream.init_cache(batch, length, self.compute)
+        return Cache(layers, stream, Coordinates.padding(batch, length).map(jnp.asarray), jnp.int32(0))
 
     def extend(self, tokens_BT: jax.Array, coordinates: Coordinates, cache: Cache) -> tuple[jax.Array, Cache]:
         """Logits [B, T, C] of the new tokens, which see each other and the cache, and the cache that holds them too.
@@ -98,8 +106,8 @@ class Transformer(nnx.Module):
         append = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, jnp.asarray(new), cache.used, 1)  # noqa: E731
         keys = jax.tree.map(append, cache.coordinates, coordinates)
         views = self.views(coordinates, keys, start=cache.used)
-        x_BTD, layers = self.run_layers(self.embed(tokens_BT, coordinates), views, cache.layers)
-        return self.logits(x_BTD), Cache(layers, keys, cache.used + tokens_BT.shape[1])
+        x_BTD, kept = self.run_layers(self.embed(tokens_BT, coordinates), views, (cache.layers, cache.stream))
+        return self.logits(x_BTD), Cache(*kept, keys, cache.used + tokens_BT.shape[1])
 
     def embed(self, tokens_BT, coordinates: Coordinates):
         x_BTD = self.embedding[...][tokens_BT]
@@ -117,31 +125,39 @@ class Transformer(nnx.Module):
         ]
 
     def run_layers(self, x_BTD, views: list[View], caches: tuple | None = None):
-        """Layer l is repeat l // P of pattern entry l % P. Returns the stream and the new caches."""
-        caches = caches or (None,) * len(views)
+        """Layer m is repeat m // P of pattern entry m % P. Returns what the head reads, and the new caches.
 
-        def run_period(x_BTD, entries):
-            """One pass over (some of) the entries of the pattern."""
-            new = []
-            for view, (block, cache) in zip(views, entries, strict=False):
-                x_BTD, cache = rematerialised(Block.__call__, self.remat)(block, x_BTD, view, cache)
+        caches: (those of the layers, that of the stream).
+        """
+        P = len(views)
+        of_layers, of_stream = caches or ((None,) * P, None)
+        state = self.stream.start(x_BTD, of_stream)
+
+        def run_period(state, inputs):
+            """One pass over (some of) the entries of the pattern, from layer `first` on."""
+            new, (first, entries) = [], inputs
+            for p, (view, (block, cache)) in enumerate(zip(views, entries, strict=False)):
+                layer = rematerialised(functools.partial(type(self.stream).layer, m=first + p), self.remat)
+                state, cache = layer(self.stream, state, block, view, cache)
                 new.append(cache)
-            return x_BTD, tuple(new)
+            return state, tuple(new)
 
-        entries = tuple(zip(self.blocks, caches, strict=True))
-        full, left = divmod(self.layers, len(views))
+        entries = tuple(zip(self.blocks, of_layers, strict=True))
+        full, left = divmod(self.layers, P)
         if self.scan and full > 1:
-            x_BTD, new = jax.lax.scan(run_period, x_BTD, jax.tree.map(lambda w: w[:full], entries))
-            periods = [jax.tree.map(lambda w: w[full], entries[:left])] if left else []
+            repeats = jax.tree.map(lambda w: w[:full], entries)
+            state, new = jax.lax.scan(run_period, state, (P * jnp.arange(full), repeats))
+            periods = [(full * P, jax.tree.map(lambda w: w[full], entries[:left]))] if left else []
         else:
             new = None
             unstacked = [unstack(entry, full + (p < left)) for p, entry in enumerate(entries)]
-            periods = [tuple(e[r] for e in unstacked if r < len(e)) for r in range(full + bool(left))]
+            periods = [(r * P, tuple(e[r] for e in unstacked if r < len(e))) for r in range(full + bool(left))]
         rows = []
         for period in periods:
-            x_BTD, row = run_period(x_BTD, period)
+            state, row = run_period(state, period)
             rows.append(row)
-        return x_BTD, restack(new, rows, len(views))
+        x_BTD, of_stream = self.stream.finish(state)
+        return x_BTD, (restack(new, rows, P), of_stream)
 
     def logits(self, x_BTD):
         weight_CD = self.embedding if self.head is None else self.head
@@ -202,3 +218,4 @@ def check(model) -> None:
         kernels.resolve(spec.implementation)
         position.check(spec)
         MIXERS[spec.mixer].check(spec)
+    streams.check(model, [spec.mixer for spec in layer_specs(model)])

@@ -7,7 +7,7 @@ import jax
 from lab import data as lab_data
 from lab.errors import UserError, choose
 from lab.kernels import rules
-from lab.model import abstract, accounting, position, transformer
+from lab.model import abstract, accounting, position, streams, transformer
 from lab.study import contrasts
 from lab.study.cells import Cell
 from lab.train import optimizer, step
@@ -25,6 +25,9 @@ def check(cell: Cell) -> None:
     optimizer.check(config.train)
     optimizer.check_parameters(config.train, config.model)
     lab_data.check(config)
+    for room in ("data", "evaluate"):
+        tokens = config[room].texts_per_row * config.data.text_length
+        streams.check_rows(config.model, f"{room}.texts_per_row x data.text_length", tokens)
     if config.data.rows % config.train.microbatches:
         raise UserError(
             f"train.microbatches = {config.train.microbatches} does not divide data.rows = {config.data.rows}; "

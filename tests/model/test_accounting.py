@@ -12,6 +12,7 @@ from lab import model as lab_model
 from lab.coordinates import Coordinates
 from lab.data import Batch
 from lab.model import accounting
+from lab.model.streams import STREAMS
 from lab.train import step
 
 PUBLISHED = {
@@ -46,6 +47,7 @@ WIDE = dict(model__dim=64, model__head_dim=16, model__ffn=160, model__latent=24,
             [n for n in variants.VARIANTS if n.startswith(("mixer ", "low", "mla", "delta"))], ("mixer mla",)
         ),
         *variants.marked(("default", "untied, capped, one group", "local : global"), ("local : global",)),
+        *variants.marked([f"stream {name}" for name in ("v1m1", "v2m3", "v3m1", "v3m2", "v4m1", "v4m1E", "v4mD")], ()),
     ],
 )
 def test_flops_against_what_the_compiler_counts(variant):
@@ -74,7 +76,7 @@ def test_flops_count_attention_on_visible_keys_of_each_pattern_entry():
     assert global_ - none == per_key
 
 
-@pytest.mark.parametrize("variant", variants.VARIANTS)
+@pytest.mark.parametrize("variant", [name for name in variants.VARIANTS if not name.startswith("stream ")])
 def test_every_variant_has_the_parameters_and_the_cache_of_its_formula(variant):
     config = variants.config(variant).model
     model = lab_model.abstract(config)
@@ -85,3 +87,42 @@ def test_every_variant_has_the_parameters_and_the_cache_of_its_formula(variant):
     kept = sum(x.size for x in jax.tree.leaves(layers) if jnp.issubdtype(x.dtype, jnp.floating))
     state = config.layers * accounting.state_per_layer(model)
     assert kept == pytest.approx(5 * (7 * sum(cached) + state))
+
+
+def test_flops_count_what_streams_add():
+    """Beside the plain model: replays of earlier layers, wider scores, inferred weights; L layers, width D."""
+    m = tiny.config(**variants.stream("plain")).model
+    L, D, keys = m.layers, m.dim, 10
+    flops = {
+        name: accounting.train_flops_per_token(lab_model.abstract(tiny.config(**variants.stream(name)).model), [keys])
+        for name in STREAMS
+    }
+    pairs = L * (L - 1) // 2
+    values = D * m.kv_heads * m.head_dim + m.heads * m.head_dim * D + keys * 2 * m.heads * m.head_dim
+    scores = pairs * keys * m.heads * m.head_dim
+    inferred = sum(D * M + M * M for M in range(1, L + 1))
+    for name in STREAMS:
+        added = {
+            **dict.fromkeys(("v3m1", "v3m3.1", "v3m3.2"), pairs * (values + 3 * D * m.ffn)),
+            **dict.fromkeys(("v3m2", "v3m4.1", "v3m4.2"), pairs * values),
+            **dict.fromkeys([f"v4m{k}" for k in (*range(1, 8), "1A", "1B", "1C")], scores),
+            **dict.fromkeys(("v4m1D", "v4m1E"), scores + inferred),
+            "v4mD": L * (D + 1),
+        }.get(name, 0)
+        assert flops[name] - flops["plain"] == 3 * 2 * added, name
+
+
+@pytest.mark.parametrize(("overrides", "beside"), [
+    (dict(), 0),
+    (dict(model__kv_heads=1, model__pattern=((), ()), model__layers=3), 0),
+    (variants.stream("v3m1"), 3 * 2 * 8),  # the values of three replays
+    (variants.stream("v4m1E"), 1 + 2 + 3),  # the weights of a key in each layer
+    (variants.stream("v4m1"), 0),
+], ids=str)  # fmt: skip
+def test_cache_formula_against_the_cache(overrides, beside):
+    config = tiny.config(**overrides).model
+    model = lab_model.abstract(config)
+    cache = jax.eval_shape(lambda: model.init_cache(5, 7))
+    numbers = sum(x.size for x in jax.tree.leaves((cache.layers, cache.stream))) / (5 * 7 * config.layers)
+    expected = 2 * config.kv_heads * config.head_dim + beside / config.layers
+    assert accounting.cache_per_token_per_layer(model) == numbers == expected

@@ -18,7 +18,8 @@ ARRAYS = st.lists(st.tuples(POWERS, st.integers(1, 600)), min_size=1, max_size=3
 def stand_in(*cached, layers=None, work=0, state=0):
     """A model as far as accounting looks at its caches: one entry of the layer pattern for each of `cached`."""
     mixers = [SimpleNamespace(cached=tuple(arrays), work_per_key=work, state_numbers=state) for arrays in cached]
-    return SimpleNamespace(layers=layers or len(mixers), blocks=[SimpleNamespace(mixer=mixer) for mixer in mixers])
+    blocks, stream = [SimpleNamespace(mixer=mixer) for mixer in mixers], SimpleNamespace(cached=lambda mixers: ())
+    return SimpleNamespace(layers=layers or len(mixers), blocks=blocks, stream=stream)
 
 
 def held(groups: int, devices: int) -> set[int]:

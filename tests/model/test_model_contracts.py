@@ -17,6 +17,11 @@ from lab.model import transformer
 TOLERANCE = 3e-5
 
 
+def unrolled_streams() -> list:
+    """(variant, scan) of every stream that VARIANTS do not have: what they compute does not depend on the scan."""
+    return [pytest.param(name, False, marks=pytest.mark.slow) for name in variants.ON_STREAMS]
+
+
 @functools.cache
 def logits_and_gradient(variant: str, **overrides):
     """Of one model and one batch: logits [B, T, C], and the gradient of a random function of them."""
@@ -36,7 +41,7 @@ def check_same(one, other) -> None:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=TOLERANCE * max(1.0, np.abs(b).max())), one, other)
 
 
-@pytest.mark.parametrize("variant", variants.marked())
+@pytest.mark.parametrize("variant", variants.scanned([*variants.marked(), *variants.marked(variants.ON_STREAMS, ())]))
 def test_scanned_equals_unrolled(variant):
     # Two whole periods of the pattern, and a remainder where it has more than one entry.
     entries = len(variants.config(variant).model.pattern)
@@ -44,9 +49,8 @@ def test_scanned_equals_unrolled(variant):
     check_same(logits_and_gradient(variant, model__scan=True, **layers), logits_and_gradient(variant, **layers))
 
 
-@pytest.mark.parametrize("scan", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("policy", [name for name in variants.REMAT if name != "none"])
-@pytest.mark.parametrize("variant", variants.marked(fast=("default",)))
+@pytest.mark.parametrize(("variant", "scan"), variants.both_ways(variants.marked(fast=("default",))))
 def test_rematerialised_equals_kept(variant, policy, scan):
     check_same(logits_and_gradient(variant, model__remat=policy, model__scan=scan), logits_and_gradient(variant))
 
@@ -81,9 +85,12 @@ def reachable(config, coordinates) -> np.ndarray:
     return reach
 
 
-@pytest.mark.parametrize("scan", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
-    "variant", [*variants.marked(fast=("local : global",)), *variants.marked(variants.ON_RULES, ())]
+    ("variant", "scan"),
+    [
+        *variants.both_ways([*variants.marked(fast=("local : global",)), *variants.marked(variants.ON_RULES, ())]),
+        *unrolled_streams(),
+    ],
 )
 def test_nothing_hidden_is_felt(variant, scan):
     config = variants.config(variant, model__scan=scan)
@@ -103,7 +110,8 @@ def test_nothing_hidden_is_felt(variant, scan):
     reach = reachable(config.model, coordinates)
     felt_BTS = np.asarray(felt(model))
     assert not felt_BTS[~reach].any()
-    assert (felt_BTS[reach] > 0).all()  # and all that may be felt is
+    real = (coordinates.segment >= 0)[..., None]  # a stream that drops a residual forgets what sees nothing
+    assert (felt_BTS[reach & real] > 0).all()  # and all that may be felt is
 
 
 @functools.cache
@@ -124,8 +132,13 @@ def decoded(model, batch: Batch, chunks: list[int]) -> np.ndarray:
     return np.concatenate(logits, axis=1)
 
 
-@pytest.mark.parametrize("scan", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("variant", [*variants.marked(), *variants.marked(variants.ON_RULES, ())])
+@pytest.mark.parametrize(
+    ("variant", "scan"),
+    [
+        *variants.both_ways([*variants.marked(), *variants.marked(variants.ON_RULES, ())]),
+        *unrolled_streams(),
+    ],
+)
 def test_decoding_with_a_cache_equals_the_full_pass(variant, scan):
     model, batch = tiny.model(variants.config(variant, model__scan=scan)), tiny.batch(rows=2, length=24)
     full = jax.jit(type(model).__call__)(model, batch.tokens, batch.coordinates)

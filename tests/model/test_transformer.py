@@ -3,31 +3,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from numpy_layers import normed, swiglu, turned, weights
 
 from lab import model as lab_model
 from lab.coordinates import Coordinates
 from lab.errors import UserError
 from lab.kernels import rules
-
-
-def weights(variable) -> np.ndarray:
-    return np.asarray(variable[...], np.float64)
-
-
-def normed(x_TD: np.ndarray, weight_D: np.ndarray, eps: float) -> np.ndarray:
-    return x_TD / np.sqrt((x_TD**2).mean(-1, keepdims=True) + eps) * weight_D
-
-
-def turned(x_THK: np.ndarray, at: Coordinates, config) -> np.ndarray:
-    """Rotary pairs as complex numbers: the n slowest by branch and time in turn, the others by the index."""
-    F = config.head_dim // 2
-    n, angle_TF = round(F * config.rotary.ratio), np.zeros((len(x_THK), F))
-    for p in range(F):
-        speed = config.rotary.theta ** (-2 * p / config.head_dim)
-        of = at.index if p < F - n else config.rotary.stride * at.branch if (p - (F - n)) % 2 == 0 else at.time
-        angle_TF[:, p] = of * speed
-    z_THF = (x_THK[..., :F] + 1j * x_THK[..., F:]) * np.exp(1j * angle_TF)[:, None]
-    return np.concatenate([z_THF.real, z_THF.imag], axis=-1)
 
 
 def attention(config, mixer, layer: int, x_TD: np.ndarray, at: Coordinates, seen_TS: np.ndarray) -> np.ndarray:
@@ -44,12 +25,6 @@ def attention(config, mixer, layer: int, x_TD: np.ndarray, at: Coordinates, seen
         weight_TS = np.where(seen_TS, np.exp(scores_TS), 0)
         out_TD += weight_TS / np.maximum(weight_TS.sum(-1, keepdims=True), 1e-300) @ v_SGK[:, g] @ o_HKD[h]
     return out_TD
-
-
-def swiglu(feedforward, layer: int, x_TD: np.ndarray) -> np.ndarray:
-    gate, up, down = (weights(w)[layer] for w in (feedforward.gate, feedforward.up, feedforward.down))
-    g = x_TD @ gate
-    return (g / (1 + np.exp(-g)) * (x_TD @ up)) @ down
 
 
 def forward(config, model, tokens_T: np.ndarray, at: Coordinates) -> np.ndarray:

@@ -38,7 +38,7 @@ def trained(config, mesh, batch: Batch, program: Program = ADAMW):
     return jax.device_get((*metrics, jax.tree.leaves(state.model), jax.tree.leaves(state.optimizer)))
 
 
-@pytest.mark.parametrize("variant", variants.marked())
+@pytest.mark.parametrize("variant", [*variants.marked(), *variants.marked(variants.ON_STREAMS, ())])
 def test_a_step_is_finite_and_every_weight_of_every_layer_has_a_gradient(variant):
     config = variants.config(variant)
     model = tiny.model(config)

@@ -1,0 +1,60 @@
+"""What every stream is, and the plain one."""
+
+from typing import ClassVar
+
+import jax
+import numpy as np
+from flax import nnx
+
+
+class Stream(nnx.Module):
+    """How outputs of sublayers are combined. Layer m of 0..L-1 is `block`: mix(x) is Attn(n1(x)), feed(h) MLP(n2(h)).
+
+    A state of fixed size may be scanned over layers, m is then traced; one that grows is not, and m is an int. This is
+    the plain residual; a stream says where it differs. What layers have alike lives in their blocks (`of_layer`), the
+    rest here.
+    """
+
+    grows: ClassVar[bool] = False  # whether the state grows with the layers
+    needs: ClassVar[int] = 1  # layers, to mean anything
+    mixers: ClassVar[tuple[str, ...] | None] = None  # those that it can look into; None: it need not
+    fields: ClassVar[tuple[str, ...]] = ()  # of model.stream, beside the name, that it reads
+    refuses: ClassVar[tuple[str, ...]] = ()  # fields of model that it has no place for
+
+    def __init__(self, model, key: jax.Array):
+        self.name = model.stream.name
+
+    @staticmethod
+    def of_layer(model, key: jax.Array) -> nnx.Module | None:
+        """Parameters of one layer, alike in all."""
+        return None
+
+    def init_cache(self, batch: int, length: int, dtype) -> tuple:
+        """What it keeps of tokens beside the caches of the layers, empty."""
+        return ()
+
+    def start(self, x_BTD: jax.Array, cache: tuple | None):
+        """The state before layer 0, of the embedding."""
+        return x_BTD
+
+    def layer(self, x_BTD, block, view, cache, *, m):
+        """The state after layer m, and the new cache of the layer."""
+        a_BTD, cache = block.mix(x_BTD, view, cache)
+        h_BTD = x_BTD + a_BTD
+        return h_BTD + block.feed(h_BTD), cache
+
+    def finish(self, x_BTD) -> tuple[jax.Array, tuple]:
+        """What the head reads, and the new cache of the stream."""
+        return x_BTD, ()
+
+    def cached(self, mixers: list) -> tuple[tuple[int, int], ...]:
+        """(groups, width) of each array that it keeps of a token beside the caches of the layers, given in order."""
+        return ()
+
+    def work_per_token(self, blocks: list, visible: list[float]) -> float:
+        """Multiplications for a token beside those of the layers, given in order with the keys that a token sees."""
+        return 0
+
+    def mixing(self) -> dict[str, np.ndarray]:
+        """Learned weights of layer i (column) in layer m (row) [L, L], by name; nan where there is none."""
+        return {}

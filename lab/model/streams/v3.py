@@ -1,0 +1,148 @@
+"""Version 3: earlier layers replayed on the current input, with the attention probabilities that they had.
+
+a~_(m,i) = P_i (n1_i(x_m) W_V^i) W_O^i and f~_(m,i) = MLP_i(n2_i(x_m + a~_(m,i))) for i < m. P_i is not kept: the
+queries and keys of layer i are, and attend again.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lab.model import parameter
+from lab.model.attention import View, append, attend_over_mesh
+from lab.model.streams.stream import Stream
+from lab.model.streams.weights import SoftmaxWeights, weighted_sum
+
+
+class Method(NamedTuple):
+    site: str  # whose outputs are combined: attention | feedforward
+    combine: Callable  # of those outputs, the current layer's last, and of softmax weights if it learns them
+    learns: bool = False
+
+
+def mean(outputs: list, weights):
+    return sum(outputs) / len(outputs)
+
+
+def total(outputs: list, weights):
+    return sum(outputs)
+
+
+def weighted(outputs: list, weights: SoftmaxWeights):
+    return weighted_sum(weights(len(outputs) - 1), outputs)
+
+
+METHODS = {
+    "v3m1": Method("feedforward", total),
+    "v3m2": Method("attention", total),
+    "v3m3.1": Method("feedforward", mean),
+    "v3m3.2": Method("feedforward", weighted, learns=True),
+    "v3m4.1": Method("attention", mean),
+    "v3m4.2": Method("attention", weighted, learns=True),
+}
+
+
+class Layer(NamedTuple):
+    """What of an earlier layer its replays need: its weights, what it saw, its queries and keys."""
+
+    block: object
+    view: View
+    q_BTHK: jax.Array
+    k_BSGK: jax.Array
+
+
+class State(NamedTuple):
+    """The stream before a layer, the layers before it, and, decoding, the values of every replay."""
+
+    x: jax.Array
+    past: tuple[Layer, ...]
+    cache: tuple | None
+
+
+class Replay(Stream):
+    """METHODS. Mixers whose values are no part of their keys or of a shared latent."""
+
+    grows = True
+    needs = 2
+    mixers = ("attention", "differential")
+
+    def __init__(self, model, key: jax.Array):
+        super().__init__(model, key)
+        self.layers, self.values = model.layers, (model.kv_heads, model.v_head_dim or model.head_dim)
+        self.weights = SoftmaxWeights(model.layers) if METHODS[self.name].learns else None
+
+    def init_cache(self, batch: int, length: int, dtype) -> tuple:
+        """The values of layer i on the input of layer m, for each m and i < m."""
+        return tuple((jnp.zeros((batch, length, *self.values), dtype),) * m for m in range(self.layers))
+
+    def start(self, x_BTD, cache):
+        return State(x_BTD, (), cache)
+
+    def layer(self, state: State, block, view: View, cache, *, m):
+        x_BTD, past, kept = state
+        method = METHODS[self.name]
+        again, kept = replayed_attention(x_BTD, past, kept, view)
+        a_BTD, now, cache = attention(x_BTD, block, view, cache)
+        if method.site == "attention":
+            h_BTD = x_BTD + method.combine([*again, a_BTD], self.weights)
+            x_BTD = h_BTD + block.feed(h_BTD)
+        else:
+            h_BTD = x_BTD + a_BTD
+            f = [layer.block.feed(x_BTD + a) for layer, a in zip(past, again, strict=True)]
+            x_BTD = h_BTD + method.combine([*f, block.feed(h_BTD)], self.weights)
+        return State(x_BTD, (*past, now), kept), cache
+
+    def finish(self, state: State):
+        return state.x, state.cache or ()
+
+    def cached(self, mixers: list):
+        return (self.values,) * (len(mixers) * (len(mixers) - 1) // 2)
+
+    def work_per_token(self, blocks: list, visible: list[float]) -> float:
+        """Layer i is replayed in the L - 1 - i layers after it: all of it but its queries and keys."""
+        work = 0.0
+        for i, (block, keys) in enumerate(zip(blocks, visible, strict=True)):
+            mixer = block.mixer
+            again = (
+                parameter.in_matrices(mixer)
+                - parameter.in_matrices((mixer.q, mixer.q_down, mixer.k))
+                + keys * mixer.work_per_key
+            )
+            if METHODS[self.name].site == "feedforward":
+                again += parameter.in_matrices(block.feedforward)
+            work += again * (len(blocks) - 1 - i)
+        return work
+
+    def mixing(self):
+        return self.weights.mixing() if self.weights else {}
+
+
+def attention(x_BTD, block, view: View, cache) -> tuple[jax.Array, Layer, tuple | None]:
+    """a_m, what replays of this layer will need, and its new cache."""
+    mixer, normed_BTD = block.mixer, block.mixer_norm(x_BTD)
+    q_BTHK, kept, cache = mixer.project(normed_BTD, view, cache)
+    o_BTHV, lse_BTH = mixer.attend(q_BTHK, kept, view, decoding=cache is not None)
+    a_BTD = mixer.output(o_BTHV, lse_BTH, normed_BTD, view.rotation)
+    return a_BTD, Layer(block, view, q_BTHK, mixer.read(kept)[0]), cache
+
+
+def replayed_attention(x_BTD, past: tuple[Layer, ...], cache: tuple | None, view: View) -> tuple[list, tuple | None]:
+    """a~_(m,i) for every earlier layer i, and the new cache. The layers of one rule are heads of one call."""
+    normed = [layer.block.mixer_norm(x_BTD) for layer in past]
+    values = [layer.block.mixer.values(n, layer.view.rotation) for layer, n in zip(past, normed, strict=True)]
+    if cache is not None:
+        m = len(past)
+        values = [append(old, new, view.start) for old, new in zip(cache[m], values, strict=True)]
+        cache = *cache[:m], tuple(values), *cache[m + 1 :]
+    outputs = {}
+    for rule in dict.fromkeys(layer.block.mixer.rule for layer in past):
+        places = [i for i, layer in enumerate(past) if layer.block.mixer.rule == rule]
+        one = past[places[0]]
+        q_BTXK, k_BSXK = (jnp.concatenate([past[i][part] for i in places], axis=2) for part in (2, 3))
+        v_BSXV = jnp.concatenate([values[i] for i in places], axis=2)
+        attended = attend_over_mesh(q_BTXK, k_BSXK, v_BSXV, one.view, one.block.mixer)
+        for i, *found in zip(places, *(jnp.split(x, len(places), axis=2) for x in attended), strict=True):
+            outputs[i] = past[i].block.mixer.output(*found, normed[i], past[i].view.rotation)
+    return [outputs[i] for i in range(len(past))], cache
