@@ -241,9 +241,9 @@ def cpu(config) -> Sizes:
     """2 layers of width 128 on bytes of Python's own sources; heads of 16 for the published 128."""
     config.model.update(dict(dim=128, layers=2, ffn=341))
     config.data.update(dict(text_length=128, rows=8))
-    config.train.update(dict(steps=250, learning_rate=5e-3, final_learning_rate=5e-4, warmup=25))
+    config.train.update(dict(steps=200, learning_rate=5e-3, final_learning_rate=5e-4, warmup=20))
     config.evaluate.update(dict(texts=512, rows=16))
-    config.study.seeds = 3
+    config.study.seeds = 4
     return Sizes(128, 8, 8)
 
 
