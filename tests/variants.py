@@ -16,6 +16,8 @@ LOCAL_GLOBAL = ((("rule", "own_branch & window(3)"), ("rotary.theta", 10.0)), ((
 
 ROW = 32  # tokens that the contracts give a model at most
 
+SIZES = dict(length=ROW, copies=2, rank=3, blocks=3)  # of streams that read them
+
 HYBRID = ((("mixer", "delta"), ("rule", "causal")), (("rule", "causal"),))
 
 
@@ -27,8 +29,8 @@ def mixer(name: str, **overrides) -> dict:
 
 def stream(name: str, **overrides) -> dict:
     """Overrides for a stream over three layers: one is the first, one the last, and one neither."""
-    length = dict(model__stream__length=ROW) if "length" in STREAMS[name].fields else {}
-    return dict(model__stream__name=name, model__layers=3) | length | overrides
+    sizes = {f"model__stream__{field}": size for field, size in SIZES.items() if field in STREAMS[name].fields}
+    return dict(model__stream__name=name, model__layers=3) | sizes | overrides
 
 
 def allowed(name: str, option: str) -> bool:
@@ -55,7 +57,7 @@ VARIANTS = {
     "local : global": dict(model__pattern=LOCAL_GLOBAL, model__layers=3),
     "stream v1m7, local : global": stream("v1m7", model__pattern=LOCAL_GLOBAL),
     "stream v3m3.2, local : global": stream("v3m3.2", model__pattern=LOCAL_GLOBAL),
-    **{f"stream {name}": stream(name) for name in ("v2m3", "v4m4", "v4m1A", "v4m1E", "v4mD")},
+    **{f"stream {name}": stream(name) for name in ("v2m3", "v4m4", "v4m1A", "v4m1E", "v4mD", "hyper", "muddformer")},
 }
 FAST = ("default", "local : global")
 ON_RULES = {  # every mixer on every rule that it supports, beside the one that VARIANTS have
