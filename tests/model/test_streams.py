@@ -337,9 +337,9 @@ def test_streams_without_learned_weights_of_layers_report_none():
             assert model.stream.mixing() == {}
 
 
-@pytest.mark.parametrize("name", marked(NAMES))
+@pytest.mark.parametrize("name", marked([*STREAMS]))
 def test_stopped_and_resumed_equals_undisturbed_to_the_bit(name, tmp_path):
-    program, mesh, made = Program("adamw", "declared", 1), tiny.mesh(), config(name)
+    program, mesh, made = Program("adamw", "declared", 1), tiny.mesh(), tiny.config(**variants.stream(name))
     numbers = optimizer.numbers_by_step(made.train)(0)
     first, second = (tiny.batch(seed) for seed in (0, 1))
 
@@ -411,3 +411,17 @@ def test_longer_rows_than_trained_are_refused(name):
 
 def test_every_stream_keeps_the_contracts():
     assert {variants.config(name).model.stream.name for name in variants.VARIANTS | variants.ON_STREAMS} == {*STREAMS}
+
+
+@pytest.mark.parametrize(
+    ("variant", "scan"), variants.both_ways([pytest.param(v) for v in variants.ON_STREAMS | variants.VARIANTS])
+)
+def test_the_stream_stays_in_the_precision_of_the_model(variant, scan):
+    made = variants.config(variant, model__compute="bfloat16", model__scan=scan)
+    batch = tiny.batch()
+
+    def read_by_head(model):
+        views = model.views(batch.coordinates, batch.coordinates)
+        return model.run_layers(model.embed(batch.tokens, batch.coordinates), views)[0]
+
+    assert jax.eval_shape(read_by_head, lab_model.abstract(made.model)).dtype == jnp.bfloat16

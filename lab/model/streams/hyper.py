@@ -63,10 +63,12 @@ class Constrained(nnx.Module):
 
 def sinkhorn(M, steps: int = 20):
     """A positive matrix with its columns and then its rows divided by their sums, again and again."""
-    for _ in range(steps):
+
+    def step(_, M):
         M = M / M.sum(-2, keepdims=True)
-        M = M / M.sum(-1, keepdims=True)
-    return M
+        return M / M.sum(-1, keepdims=True)
+
+    return jax.lax.fori_loop(0, steps, step, M)
 
 
 class Connections(nnx.Module):
