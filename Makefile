@@ -17,7 +17,7 @@ test: $(VENV)/.tests
 	$(VENV)/bin/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 test-slow: $(VENV)/.tests
-	$(VENV)/bin/python -m pytest -m slow
+	$(VENV)/bin/python -m pytest -m slow -n 2 --dist worksteal
 
 smoke: $(VENV)/.tests
 	$(VENV)/bin/python -m pytest -m smoke

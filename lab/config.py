@@ -53,7 +53,10 @@ def base() -> ConfigDict:
                     name="plain",  # names of lab.model.streams
                     accumulate="raw",  # raw | post: what v1 sums, outputs of sublayers or the stream after them
                     input="raw",  # raw | normed: what of a layer's input the weights of tokens are inferred from
-                    length=0,  # of a row at most, for streams with a number for each position
+                    length=0,  # tokens of a row at most, for streams with a number for each position
+                    copies=0,  # of the stream, for hyper-connections
+                    rank=0,  # of what laurel adds to the residual
+                    blocks=0,  # that attnres-block sums layers into
                 ),
                 rule="all_branches",  # names of lab.kernels.rules joined by &
                 implementation="auto",  # auto | tiled | reference

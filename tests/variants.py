@@ -16,6 +16,8 @@ LOCAL_GLOBAL = ((("rule", "own_branch & window(3)"), ("rotary.theta", 10.0)), ((
 
 ROW = 32  # tokens that the contracts give a model at most
 
+SIZES = dict(length=ROW, copies=2, rank=3, blocks=3)  # of streams that read them
+
 HYBRID = ((("mixer", "delta"), ("rule", "causal")), (("rule", "causal"),))
 
 
@@ -27,8 +29,13 @@ def mixer(name: str, **overrides) -> dict:
 
 def stream(name: str, **overrides) -> dict:
     """Overrides for a stream over three layers: one is the first, one the last, and one neither."""
-    length = dict(model__stream__length=ROW) if "length" in STREAMS[name].fields else {}
-    return dict(model__stream__name=name, model__layers=3) | length | overrides
+    sizes = {f"model__stream__{field}": size for field, size in SIZES.items() if field in STREAMS[name].fields}
+    return dict(model__stream__name=name, model__layers=3) | sizes | overrides
+
+
+def config_rule(name: str) -> str:
+    """The rule of `mixer(name)`."""
+    return tiny.config(**mixer(name)).model.rule
 
 
 def allowed(name: str, option: str) -> bool:
@@ -55,14 +62,15 @@ VARIANTS = {
     "local : global": dict(model__pattern=LOCAL_GLOBAL, model__layers=3),
     "stream v1m7, local : global": stream("v1m7", model__pattern=LOCAL_GLOBAL),
     "stream v3m3.2, local : global": stream("v3m3.2", model__pattern=LOCAL_GLOBAL),
-    **{f"stream {name}": stream(name) for name in ("v2m3", "v4m4", "v4m1A", "v4m1E", "v4mD")},
+    **{f"stream {name}": stream(name) for name in ("v2m3", "v4m4", "v4m1A", "v4m1E", "v4mD", "hyper", "muddformer")},
 }
 FAST = ("default", "local : global")
-ON_RULES = {  # every mixer on every rule that it supports, beside the one that VARIANTS have
+SCANNED = (*FAST, "delta : attention", "mixer mla", "stream v1m7, local : global")
+ON_RULES = {  # every mixer on every rule that it supports, beside those that VARIANTS have
     f"{name} on {rule}": mixer(name, model__rule=rule)
     for name in MIXERS
     for rule in RULES
-    if rule in (MIXERS[name].rules or RULES)
+    if name != "attention" and rule in (MIXERS[name].rules or RULES) and rule != config_rule(name)
 }
 LOOK_INSIDE = {"v3m1": STREAMS["v3m1"].mixers, "v4m1": STREAMS["v4m1"].mixers, "v4mD": ("forgetting",)}
 ON_STREAMS = {  # every stream, and those that look into mixers on each of these, for the cheaper contracts
@@ -86,9 +94,9 @@ def config(name: str, **overrides) -> ConfigDict:
 
 
 def both_ways(parameters: list) -> list:
-    """(variant, scan): unrolled as marked, and scanned among the slow tests where that can be."""
+    """(variant, scan): unrolled as marked; and a few scanned, since one test compares every variant's two ways."""
     unrolled = [pytest.param(*each.values, False, marks=each.marks) for each in parameters]
-    return unrolled + [pytest.param(*each.values, True, marks=pytest.mark.slow) for each in scanned(parameters)]
+    return unrolled + [pytest.param(name, True, marks=pytest.mark.slow) for name in SCANNED]
 
 
 def scanned(parameters: list) -> list:
@@ -109,6 +117,7 @@ __all__ = [
     "ON_RULES",
     "ON_STREAMS",
     "REMAT",
+    "SCANNED",
     "VARIANTS",
     "both_ways",
     "config",

@@ -18,7 +18,8 @@ def train_flops_per_token(model: Transformer, visible_keys: list[float]) -> floa
     """FLOPs of one token in a training step: forward and twice that backward; recomputation is not counted.
 
     Each weight matrix does one multiply and one add per number; attention, per visible key (`visible_keys`: the mean
-    for each entry of the layer pattern); the stream, what it says. Norms, activations and the softmax are left out.
+    for each entry of the layer pattern); the stream, what it says. Norms, activations, the softmax and weighted sums
+    of vectors are left out.
     """
     head, blocks = model.embedding if model.head is None else model.head, layers(model)
     visible = [visible_keys[layer % len(visible_keys)] for layer in range(model.layers)]

@@ -151,7 +151,10 @@ class Softmax(nnx.Module):
 
     def remember(self, x_BTD, view: View, cache: Kept | None) -> tuple[Kept, Kept | None]:
         """What every token that may be seen has kept, and the new cache."""
-        new = self.keep(x_BTD, view.rotation)
+        return self.store(self.keep(x_BTD, view.rotation), view, cache)
+
+    def store(self, new: Kept, view: View, cache: Kept | None) -> tuple[Kept, Kept | None]:
+        """The same, of what new tokens keep."""
         if cache is None:
             return new, None
         cache = tuple(append(old, x, view.start) for old, x in zip(cache, new, strict=True))
@@ -203,9 +206,12 @@ class Attention(Softmax):
         self.v = parameter.matrix(v, (D, G, self.v_head_dim), axes)
 
     def keep(self, x_BTD, rotation) -> Kept:
+        return self.keys(x_BTD, rotation), self.values(x_BTD, rotation)
+
+    def keys(self, x_BTD, rotation):
+        """Keys [B, T, G, K]. Here and for values x may be [B, T, G, D], an input for each group."""
         k_BTGK = heads(x_BTD, self.k)
-        k_BTGK = k_BTGK if self.k_norm is None else self.k_norm(k_BTGK)
-        return self.turned("k", k_BTGK, rotation), self.values(x_BTD, rotation)
+        return self.turned("k", k_BTGK if self.k_norm is None else self.k_norm(k_BTGK), rotation)
 
     def values(self, x_BTD, rotation):
         """Values [B, T, G, V]."""
@@ -238,8 +244,9 @@ def check_rotated(mixer: type[Softmax], model) -> None:
 
 
 def heads(x_BTD, weight: nnx.Param):
-    """x W for a weight [D, N, K]: N heads of K numbers for each token."""
-    return jnp.einsum("btd,dnk->btnk", x_BTD, weight[...].astype(x_BTD.dtype))
+    """x W for a weight [D, N, K]: N heads of K numbers for each token; x may be [B, T, N, D], one for each head."""
+    equation = "btd,dnk->btnk" if x_BTD.ndim == 3 else "btnd,dnk->btnk"
+    return jnp.einsum(equation, x_BTD, weight[...].astype(x_BTD.dtype))
 
 
 def append(old, new, start):

@@ -49,6 +49,11 @@ def mixing(shape: tuple[int, ...], value: float = 0.0) -> nnx.Param:
     return nnx.Param(jnp.full(shape, value), axes=("mixing",) * len(shape), inputs=0, decay=False)
 
 
+def mixing_start(start: jax.Array) -> nnx.Param:
+    """The same where not all of it starts alike."""
+    return nnx.Param(start, axes=("mixing",) * start.ndim, inputs=0, decay=False)
+
+
 def mixing_matrix(key: jax.Array, shape: tuple[int, int], spread: float = 0.02) -> nnx.Param:
     """A small weight from which such numbers are inferred, drawn from N(0, spread^2); it does not decay either."""
     return nnx.Param(spread * jax.random.normal(key, shape), axes=("mixing",) * 2, inputs=0, decay=False)

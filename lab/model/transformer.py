@@ -45,13 +45,13 @@ class Cache(NamedTuple):
 class Block(nnx.Module):
     """The sublayers of a layer, each after its norm, and what the stream gives every layer alike."""
 
-    def __init__(self, spec, key: jax.Array):
+    def __init__(self, spec, key: jax.Array, m: jax.Array):
         mixer, feedforward = jax.random.split(key)
         self.mixer_norm = RMSNorm(spec.dim, spec.norm_eps)
         self.mixer = MIXERS[spec.mixer](spec, rules.parse(spec.rule), mixer)
         self.feedforward_norm = RMSNorm(spec.dim, spec.norm_eps)
         self.feedforward = SwiGLU(spec, feedforward)
-        self.stream = STREAMS[spec.stream.name].of_layer(spec, jax.random.fold_in(key, 0))
+        self.stream = STREAMS[spec.stream.name].of_layer(spec, jax.random.fold_in(key, 0), m)
 
     def mix(self, x_BTD, view: View, cache=None):
         """mixer(norm(x)), and the new cache."""
@@ -75,7 +75,9 @@ class Transformer(nnx.Module):
         self.rotary = nnx.List([position.Rotary(spec) for spec in specs])
         self.blocks = nnx.List(
             [
-                jax.vmap(functools.partial(Block, spec))(jnp.stack(layers[p :: len(specs)]))
+                jax.vmap(functools.partial(Block, spec))(
+                    jnp.stack(layers[p :: len(specs)]), jnp.arange(p, model.layers, len(specs))
+                )
                 for p, spec in enumerate(specs)
             ]
         )

@@ -47,7 +47,10 @@ WIDE = dict(model__dim=64, model__head_dim=16, model__ffn=160, model__latent=24,
             [n for n in variants.VARIANTS if n.startswith(("mixer ", "low", "mla", "delta"))], ("mixer mla",)
         ),
         *variants.marked(("default", "untied, capped, one group", "local : global"), ("local : global",)),
-        *variants.marked([f"stream {name}" for name in ("v1m1", "v2m3", "v3m1", "v3m2", "v4m1", "v4m1E", "v4mD")], ()),
+        *variants.marked(
+            [f"stream {name}" for name in ("v1m1", "v2m3", "v3m1", "v3m2", "v4m1", "v4m1E", "v4mD", "hyper", "lime")],
+            (),
+        ),
     ],
 )
 def test_flops_against_what_the_compiler_counts(variant):
@@ -90,7 +93,7 @@ def test_every_variant_has_the_parameters_and_the_cache_of_its_formula(variant):
 
 
 def test_flops_count_what_streams_add():
-    """Beside the plain model: replays of earlier layers, wider scores, inferred weights; L layers, width D."""
+    """Beside the plain model: replays of earlier layers, wider scores, what infers weights; L layers, width D."""
     m = tiny.config(**variants.stream("plain")).model
     L, D, keys = m.layers, m.dim, 10
     flops = {
@@ -101,6 +104,9 @@ def test_flops_count_what_streams_add():
     values = D * m.kv_heads * m.head_dim + m.heads * m.head_dim * D + keys * 2 * m.heads * m.head_dim
     scores = pairs * keys * m.heads * m.head_dim
     inferred = sum(D * M + M * M for M in range(1, L + 1))
+    N, R, size = variants.SIZES["copies"], variants.SIZES["rank"], 2 * L // variants.SIZES["blocks"]
+    averages = [(4 if layer < L - 1 else 1) * (layer + 2) for layer in range(L)]
+    reads = range(1, 2 * L + 1)
     for name in STREAMS:
         added = {
             **dict.fromkeys(("v3m1", "v3m3.1", "v3m3.2"), pairs * (values + 3 * D * m.ffn)),
@@ -108,6 +114,12 @@ def test_flops_count_what_streams_add():
             **dict.fromkeys([f"v4m{k}" for k in (*range(1, 8), "1A", "1B", "1C")], scores),
             **dict.fromkeys(("v4m1D", "v4m1E"), scores + inferred),
             "v4mD": L * (D + 1),
+            "muddformer": sum(n * (D + n) for n in averages),
+            "hyper": 2 * L * N * D * (N + 2),
+            "mhc": 2 * L * N * D * N * (N + 2),
+            "laurel": 2 * L * 2 * D * R,
+            "attnres": sum((1 + s) * D for s in reads),
+            "attnres-block": sum((1 + -(-s // size)) * D for s in reads),
         }.get(name, 0)
         assert flops[name] - flops["plain"] == 3 * 2 * added, name
 

@@ -49,9 +49,19 @@ def test_scanned_equals_unrolled(variant):
     check_same(logits_and_gradient(variant, model__scan=True, **layers), logits_and_gradient(variant, **layers))
 
 
-@pytest.mark.parametrize("policy", [name for name in variants.REMAT if name != "none"])
-@pytest.mark.parametrize(("variant", "scan"), variants.both_ways(variants.marked(fast=("default",))))
-def test_rematerialised_equals_kept(variant, policy, scan):
+def rematerialised() -> list:
+    """(variant, scan, policy): every variant under the one that keeps least, a few under every one."""
+    full = [pytest.param(*each.values, "full", marks=each.marks) for each in variants.both_ways(variants.marked())]
+    policies = [policy for policy in variants.REMAT if policy not in ("none", "full")]
+    return full + [pytest.param(*each.values, False, p, marks=each.marks) for p in policies for each in few()]
+
+
+def few() -> list:
+    return variants.marked(variants.SCANNED, fast=("default",))
+
+
+@pytest.mark.parametrize(("variant", "scan", "policy"), rematerialised())
+def test_rematerialised_equals_kept(variant, scan, policy):
     check_same(logits_and_gradient(variant, model__remat=policy, model__scan=scan), logits_and_gradient(variant))
 
 

@@ -8,19 +8,20 @@ import pytest
 import tiny
 import variants
 from flax import nnx
-from numpy_layers import normed, swiglu, turned, weights
+from numpy_layers import normed, weights
+from numpy_network import LENGTH, Double, Network, check_forward, check_gradients, double
 
 from lab import model as lab_model
 from lab.errors import UserError
-from lab.kernels import reference, rules
-from lab.model import parameter, position, streams
+from lab.kernels import reference
+from lab.model import parameter, streams
 from lab.model.streams import STREAMS, v1
 from lab.train import compiled, optimizer, step
 from lab.train.checkpoint import Checkpoints, Position
 from lab.train.step import Program
 
-L, LENGTH = 4, 24
-NAMES = [name for name in STREAMS if name != "plain"]
+L = 4
+NAMES = [name for name in STREAMS if name[0] == "v" or name == "temperature"]
 POST = [f"{name}, post" for name in v1.METHODS]
 NORMED = [f"{name}, normed" for name in NAMES if "input" in STREAMS[name].fields]
 FAST = ("v1m2", "v2m3", "v3m3.2", "v4m1D", "v4mC")
@@ -34,47 +35,6 @@ def config(name: str, **overrides):
     if "length" in STREAMS[name].fields:
         given["model__stream__length"] = LENGTH
     return tiny.config(model__stream__name=name, model__layers=L, **given | overrides)
-
-
-class Network:
-    """The sublayers of a model on one row, in float64 numpy; x is always the stream at the layer's input."""
-
-    def __init__(self, config, model, at):
-        self.config, self.block, self.stream, self.at = config, model.blocks[0], model.stream, at
-        self.seen_TS = np.asarray(rules.visible(rules.parse(config.rule), at, at))
-        self.d = config.head_dim
-
-    def n1(self, i: int, x_TD):
-        return normed(x_TD, weights(self.block.mixer_norm.weight)[i], self.config.norm_eps)
-
-    def scores(self, i: int, x_TD) -> np.ndarray:
-        """l_i = q_i k_i^T [H, T, S], each group's keys for all of its heads."""
-        mixer, x_TD = self.block.mixer, self.n1(i, x_TD)
-        q_THK = turned(np.tensordot(x_TD, weights(mixer.q)[i], 1), self.at, self.config)
-        k_SGK = turned(np.tensordot(x_TD, weights(mixer.k)[i], 1), self.at, self.config)
-        k_SHK = np.repeat(k_SGK, self.config.heads // self.config.kv_heads, axis=1)
-        return np.einsum("thk,shk->hts", q_THK, k_SHK)
-
-    def softmax(self, z_HTS) -> np.ndarray:
-        p_HTS = np.where(self.seen_TS, np.exp(z_HTS), 0)
-        return p_HTS / np.maximum(p_HTS.sum(-1, keepdims=True), 1e-300)
-
-    def P(self, i: int, x_TD) -> np.ndarray:
-        """Ordinary attention probabilities."""
-        return self.softmax(self.scores(i, x_TD) / np.sqrt(self.d))
-
-    def drawn(self, i: int, P_HTS, x_TD) -> np.ndarray:
-        """P (n1(x) W_V) W_O."""
-        v_SGV = np.tensordot(self.n1(i, x_TD), weights(self.block.mixer.v)[i], 1)
-        v_SHV = np.repeat(v_SGV, self.config.heads // self.config.kv_heads, axis=1)
-        return np.einsum("hts,shv,hvd->td", P_HTS, v_SHV, weights(self.block.mixer.o)[i])
-
-    def attention(self, i: int, x_TD) -> np.ndarray:
-        return self.drawn(i, self.P(i, x_TD), x_TD)
-
-    def mlp(self, i: int, h_TD) -> np.ndarray:
-        n2 = normed(h_TD, weights(self.block.feedforward_norm.weight)[i], self.config.norm_eps)
-        return swiglu(self.block.feedforward, i, n2)
 
 
 def by_v1(name: str, net: Network, x):
@@ -172,7 +132,7 @@ def coefficients(name: str, net: Network, m: int, x_TD) -> list:
 def by_v4(name: str, net: Network, x):
     past = []
     for m in range(L):
-        past.append(net.scores(m, x))
+        past.append(net.own_scores(m, x))
         z = sum(c * l for c, l in zip(coefficients(name, net, m, x), past, strict=True))
         h = x + net.drawn(m, net.softmax(z), x)
         x = h + net.mlp(m, h)
@@ -183,26 +143,8 @@ BY_VERSION = {"v1": by_v1, "v2": by_v2, "v3": by_v3, "v4": by_v4, "te": by_v4}
 
 
 @functools.cache
-def in_float64(name: str):
-    """(config, model, batch, logits, gradient, the function of the model that has it): everything in float64."""
-    made = config(name)
-    model = jax.tree.map(lambda x: np.asarray(x, np.float64), tiny.model(made, seed=2))
-    found = position.frequencies(made.model)
-    model.rotary[0].frequencies[...] = np.stack([found[n] for n in ("index", "branch", "time")])
-    model.compute = jnp.dtype("float64")
-    batch = tiny.batch(2, length=LENGTH)
-    real = (batch.coordinates.segment >= 0)[..., None]
-    pull = np.random.default_rng(0).normal(size=(2, LENGTH, tiny.VOCABULARY)) * real
-
-    def objective(model):
-        logits = model(batch.tokens, batch.coordinates)
-        return jnp.sum(pull * logits), logits
-
-    with jax.enable_x64(True):
-        run = jax.jit(jax.value_and_grad(objective, has_aux=True))
-        (_, logits), gradient = jax.device_get(run(model))
-    assert logits.dtype == np.float64
-    return made.model, model, batch, logits, gradient, lambda model: run(model)[0][0]
+def in_float64(name: str) -> Double:
+    return double(config(name))
 
 
 def marked(names: list) -> list:
@@ -211,38 +153,12 @@ def marked(names: list) -> list:
 
 @pytest.mark.parametrize("name", marked(NAMES + POST + NORMED))
 def test_forward_against_numpy(name):
-    made, model, batch, logits, *_ = in_float64(name)
-    for b in range(2):
-        at = batch.coordinates.map(lambda x, b=b: x[b])
-        net, real = Network(made, model, at), at.segment >= 0
-        method = made.stream.name
-        x = BY_VERSION[method[:2]](method, net, weights(model.embedding)[batch.tokens[b]])
-        expected = normed(x, weights(model.norm.weight), made.norm_eps) @ weights(model.embedding).T
-        np.testing.assert_allclose(logits[b][real], expected[real], rtol=1e-6, atol=1e-6)
+    check_forward(in_float64(name), lambda net, x: BY_VERSION[net.name[:2]](net.name, net, x))
 
 
 @pytest.mark.parametrize("name", marked(NAMES + POST))
 def test_gradients_against_finite_differences(name):
-    """Along random directions: of all weights, and of those of the stream alone."""
-    _, model, _, _, gradient, objective = in_float64(name)
-    rng = np.random.default_rng(3)
-    trainable, grads = (parameter.split(x)[1] for x in (model, gradient))
-    structure, _, rest = parameter.split(model)
-    named = jax.tree_util.tree_leaves_with_path(trainable)
-    of_stream = ["stream" in jax.tree_util.keystr(path) for path, _ in named]
-    for chosen in [[True] * len(named)] + [of_stream] * any(of_stream):
-        along = [rng.normal(size=x.shape) * c for (_, x), c in zip(named, chosen, strict=True)]
-        along = jax.tree.unflatten(jax.tree.structure(trainable), along)
-
-        def moved(by: float, along=along):
-            there = jax.tree.map(lambda w, step: w + by * step, trainable, along)
-            with jax.enable_x64(True):
-                return float(objective(nnx.merge(structure, there, rest)))
-
-        difference = (moved(1e-5) - moved(-1e-5)) / 2e-5
-        exact = sum(np.sum(g * v) for g, v in zip(jax.tree.leaves(grads), jax.tree.leaves(along), strict=True))
-        assert exact == pytest.approx(difference, rel=2e-5, abs=1e-4)
-        assert abs(exact) > 1e-3
+    check_gradients(in_float64(name))
 
 
 class Fixed:
@@ -415,15 +331,15 @@ def test_summed_scores_report_their_weights_in_units_of_ordinary_attention(name)
 
 def test_streams_without_learned_weights_of_layers_report_none():
     learned = {"v2m3", "v3m3.2", "v3m4.2", "v4m4", "v4m5", "v4m6", "v4m7"}
-    for name in STREAMS:
+    for name in ("plain", *NAMES):
         model = lab_model.abstract(config(name).model)
         if name not in learned:
             assert model.stream.mixing() == {}
 
 
-@pytest.mark.parametrize("name", marked(NAMES))
+@pytest.mark.parametrize("name", marked([*STREAMS]))
 def test_stopped_and_resumed_equals_undisturbed_to_the_bit(name, tmp_path):
-    program, mesh, made = Program("adamw", "declared", 1), tiny.mesh(), config(name)
+    program, mesh, made = Program("adamw", "declared", 1), tiny.mesh(), tiny.config(**variants.stream(name))
     numbers = optimizer.numbers_by_step(made.train)(0)
     first, second = (tiny.batch(seed) for seed in (0, 1))
 
@@ -445,7 +361,7 @@ def test_stopped_and_resumed_equals_undisturbed_to_the_bit(name, tmp_path):
 
 @pytest.mark.parametrize(("overrides", "says"), [
     (dict(name="v1m8"), "did you mean 'v1m"),
-    (dict(name="v4m1A", length=0), "model.stream.length = 0: model.stream.name = 'v4m1A' has a weight for each"),
+    (dict(name="v4m1A", length=0), "model.stream.length = 0: model.stream.name = 'v4m1A' needs it"),
     (dict(name="v4m1", length=8), "model.stream.length = 8 means nothing to model.stream.name = 'v4m1'"),
     (dict(name="v2m1", accumulate="post"), "model.stream.accumulate = 'post' means nothing to model.stream.name"),
     (dict(name="v1m1", accumulate="sum"), "choose one of: raw, post"),
@@ -458,7 +374,7 @@ def test_streams_that_mean_nothing_are_refused(overrides, says):
 @pytest.mark.parametrize(("name", "overrides", "says"), [
     *((name, dict(model__layers=1), f"model.layers = 1: model.stream.name = {name!r} combines layers")
       for name in NAMES if name not in ("v4mC", "v4mD", "temperature")),
-    *((name, dict(model__scan=True), f"model.scan = True: model.stream.name = {name!r} keeps something of every layer")
+    *((name, dict(model__scan=True), f"model.scan = True: model.stream.name = {name!r} has a state that grows")
       for name in NAMES if STREAMS[name].grows),
     *((name, dict(model__mixer="delta", model__rule="causal"),
        f"model.mixer under model.stream.name = {name!r} = 'delta' is unknown")
@@ -495,3 +411,17 @@ def test_longer_rows_than_trained_are_refused(name):
 
 def test_every_stream_keeps_the_contracts():
     assert {variants.config(name).model.stream.name for name in variants.VARIANTS | variants.ON_STREAMS} == {*STREAMS}
+
+
+@pytest.mark.parametrize(
+    ("variant", "scan"), variants.both_ways([pytest.param(v) for v in variants.ON_STREAMS | variants.VARIANTS])
+)
+def test_the_stream_stays_in_the_precision_of_the_model(variant, scan):
+    made = variants.config(variant, model__compute="bfloat16", model__scan=scan)
+    batch = tiny.batch()
+
+    def read_by_head(model):
+        views = model.views(batch.coordinates, batch.coordinates)
+        return model.run_layers(model.embed(batch.tokens, batch.coordinates), views)[0]
+
+    assert jax.eval_shape(read_by_head, lab_model.abstract(made.model)).dtype == jnp.bfloat16

@@ -52,8 +52,18 @@ def test_a_step_is_finite_and_every_weight_of_every_layer_has_a_gradient(variant
         assert all(np.any(layer) for layer in layers), name
 
 
-@pytest.mark.parametrize("name", [*optimizer.OPTIMIZERS])
-@pytest.mark.parametrize("variant", variants.marked(fast=("default",)))
+def optimizers_in_turn() -> list:
+    """(variant, optimizer): the default with each, the others with the next one each."""
+    names = [*optimizer.OPTIMIZERS]
+    others = [
+        pytest.param(variant, names[place % len(names)], marks=pytest.mark.slow)
+        for place, variant in enumerate(variants.VARIANTS)
+        if variant != "default"
+    ]
+    return [("default", name) for name in names] + others
+
+
+@pytest.mark.parametrize(("variant", "name"), optimizers_in_turn())
 def test_an_optimizer_moves_every_weight_and_no_table_and_learns_a_batch(variant, name):
     config = variants.config(variant, train__learning_rate=0.02, train__warmup=0)
     program, mesh, batch = Program(name, "declared", 1), tiny.mesh(), tiny.batch()

@@ -24,9 +24,13 @@ class Stream(nnx.Module):
     def __init__(self, model, key: jax.Array):
         self.name = model.stream.name
 
+    @classmethod
+    def check(cls, model) -> None:
+        """Refuses what else of a model it cannot work on, naming the field and the valid choices."""
+
     @staticmethod
-    def of_layer(model, key: jax.Array) -> nnx.Module | None:
-        """Parameters of one layer, alike in all."""
+    def of_layer(model, key: jax.Array, m: jax.Array) -> nnx.Module | None:
+        """Parameters of layer m, of one shape in all."""
         return None
 
     def init_cache(self, batch: int, length: int, dtype) -> tuple:
@@ -56,5 +60,8 @@ class Stream(nnx.Module):
         return 0
 
     def mixing(self) -> dict[str, np.ndarray]:
-        """Learned weights of layer i (column) in layer m (row) [L, L], by name; nan where there is none."""
+        """Learned weights of layer i (column) in layer m (row) [L, L], by name; nan where there is none.
+
+        [L, L + 1] where the embedding comes first.
+        """
         return {}

@@ -161,7 +161,7 @@ class Temperature(WeighedQueries):
     """e^w for all tokens of a layer: a control for methods 4 to 7, which learn a temperature among other things."""
 
     @staticmethod
-    def of_layer(model, key):
+    def of_layer(model, key, m):
         return LogWeights(1)
 
     def log_weights(self, of_layer, x_BTD, normed_BTD, view: View):
@@ -178,7 +178,7 @@ class OwnPositions(WeighedQueries):
         self.length = model.stream.length
 
     @staticmethod
-    def of_layer(model, key):
+    def of_layer(model, key, m):
         return LogWeights(model.stream.length)
 
     def layer(self, x_BTD, block, view: View, cache, *, m):
@@ -199,7 +199,7 @@ class OwnInferred(WeighedQueries):
         self.normed = model.stream.input == "normed"
 
     @staticmethod
-    def of_layer(model, key):
+    def of_layer(model, key, m):
         return InferredWeights(model, 1, key)
 
     def log_weights(self, of_layer, x_BTD, normed_BTD, view: View):

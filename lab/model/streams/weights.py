@@ -34,8 +34,8 @@ def weighted_sum(weights, outputs: list):
 
 
 def triangle(rows: list) -> np.ndarray:
-    """Row m of length m + 1 as the start of row m of a square; nan after it."""
-    square = np.full((len(rows), len(rows)), np.nan)
+    """Rows, each longer than the one before, as one array; nan where they have ended."""
+    array = np.full((len(rows), len(rows[-1])), np.nan)
     for m, row in enumerate(rows):
-        square[m, : m + 1] = row
-    return square
+        array[m, : len(row)] = row
+    return array

@@ -1,0 +1,146 @@
+"""A network's sublayers in float64 numpy, for streams to combine, and what is checked of a stream with them."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from flax import nnx
+from numpy_layers import normed, swiglu, turned, weights
+
+from lab.data import Batch
+from lab.kernels import rules
+from lab.model import parameter, position
+
+LENGTH = 24
+
+
+class Network:
+    """The sublayers of a model on one row. x: the stream at a layer's input; n: the same, normed."""
+
+    def __init__(self, config, model, at):
+        self.config, self.block, self.stream, self.at = config, model.blocks[0], model.stream, at
+        self.seen_TS = np.asarray(rules.visible(rules.parse(config.rule), at, at))
+        self.d, self.eps, self.name, self.L = config.head_dim, config.norm_eps, config.stream.name, config.layers
+
+    def n1(self, i: int, x_TD):
+        return normed(x_TD, weights(self.block.mixer_norm.weight)[i], self.eps)
+
+    def q(self, i: int, n_TD) -> np.ndarray:
+        return turned(np.tensordot(n_TD, weights(self.block.mixer.q)[i], 1), self.at, self.config)
+
+    def k(self, i: int, n_TGD) -> np.ndarray:
+        return turned(self.of_groups(n_TGD, weights(self.block.mixer.k)[i]), self.at, self.config)
+
+    def v(self, i: int, n_TGD) -> np.ndarray:
+        return self.of_groups(n_TGD, weights(self.block.mixer.v)[i])
+
+    def of_groups(self, n, weight_DGK) -> np.ndarray:
+        """[T, G, K], of one input for all groups or one for each."""
+        G = weight_DGK.shape[1]
+        return np.stack([(n if n.ndim == 2 else n[:, g]) @ weight_DGK[:, g] for g in range(G)], axis=1)
+
+    def to_heads(self, x_SGK) -> np.ndarray:
+        return np.repeat(x_SGK, self.config.heads // self.config.kv_heads, axis=1)
+
+    def scores(self, q_THK, k_SGK) -> np.ndarray:
+        """q k^T [H, T, S], each group's keys for all of its heads."""
+        return np.einsum("thk,shk->hts", q_THK, self.to_heads(k_SGK))
+
+    def own_scores(self, i: int, x_TD) -> np.ndarray:
+        """l_i."""
+        n_TD = self.n1(i, x_TD)
+        return self.scores(self.q(i, n_TD), self.k(i, n_TD))
+
+    def softmax(self, z_HTS) -> np.ndarray:
+        p_HTS = np.where(self.seen_TS, np.exp(z_HTS), 0)
+        return p_HTS / np.maximum(p_HTS.sum(-1, keepdims=True), 1e-300)
+
+    def P(self, i: int, x_TD) -> np.ndarray:
+        """Ordinary attention probabilities."""
+        return self.softmax(self.own_scores(i, x_TD) / np.sqrt(self.d))
+
+    def output(self, i: int, P_HTS, v_SGV) -> np.ndarray:
+        return np.einsum("hts,shv,hvd->td", P_HTS, self.to_heads(v_SGV), weights(self.block.mixer.o)[i])
+
+    def drawn(self, i: int, P_HTS, x_TD) -> np.ndarray:
+        """P (n1(x) W_V) W_O."""
+        return self.output(i, P_HTS, self.v(i, self.n1(i, x_TD)))
+
+    def attention(self, i: int, x_TD) -> np.ndarray:
+        return self.drawn(i, self.P(i, x_TD), x_TD)
+
+    def mlp(self, i: int, h_TD) -> np.ndarray:
+        n2 = normed(h_TD, weights(self.block.feedforward_norm.weight)[i], self.eps)
+        return swiglu(self.block.feedforward, i, n2)
+
+    def layer(self, i: int, x_TD) -> np.ndarray:
+        """An ordinary layer."""
+        h_TD = x_TD + self.attention(i, x_TD)
+        return h_TD + self.mlp(i, h_TD)
+
+
+class Double(NamedTuple):
+    """A model in float64: what it gave, and the gradient of `objective`, a function of the model."""
+
+    config: object
+    model: object
+    batch: Batch
+    logits: np.ndarray
+    gradient: object
+    objective: object
+
+
+def double(made) -> Double:
+    model = jax.tree.map(lambda x: np.asarray(x, np.float64), tiny.model(made, seed=2))
+    found = position.frequencies(made.model)
+    model.rotary[0].frequencies[...] = np.stack([found[n] for n in ("index", "branch", "time")])
+    model.compute = jnp.dtype("float64")
+    batch = tiny.batch(2, length=LENGTH)
+    real = (batch.coordinates.segment >= 0)[..., None]
+    pull = np.random.default_rng(0).normal(size=(2, LENGTH, tiny.VOCABULARY)) * real
+
+    def objective(model):
+        logits = model(batch.tokens, batch.coordinates)
+        return jnp.sum(pull * logits), logits
+
+    with jax.enable_x64(True):
+        run = jax.jit(jax.value_and_grad(objective, has_aux=True))
+        (_, logits), gradient = jax.device_get(run(model))
+    assert logits.dtype == np.float64
+    return Double(made.model, model, batch, logits, gradient, lambda model: run(model)[0][0])
+
+
+def check_forward(got: Double, stream) -> None:
+    """stream: a function (network, embedding of a row) to what the head reads."""
+    model = got.model
+    for b in range(2):
+        at = got.batch.coordinates.map(lambda x, b=b: x[b])
+        net, real = Network(got.config, model, at), at.segment >= 0
+        x_TD = stream(net, weights(model.embedding)[got.batch.tokens[b]])
+        expected = normed(x_TD, weights(model.norm.weight), net.eps) @ weights(model.embedding).T
+        np.testing.assert_allclose(got.logits[b][real], expected[real], rtol=1e-6, atol=1e-6)
+
+
+def check_gradients(got: Double) -> None:
+    """Along random directions: of all weights, and of those of the stream alone."""
+    rng = np.random.default_rng(3)
+    trainable, grads = (parameter.split(x)[1] for x in (got.model, got.gradient))
+    structure, _, rest = parameter.split(got.model)
+    named = jax.tree_util.tree_leaves_with_path(trainable)
+    of_stream = ["stream" in jax.tree_util.keystr(path) for path, _ in named]
+    for chosen in [[True] * len(named)] + [of_stream] * any(of_stream):
+        along = [rng.normal(size=x.shape) * c for (_, x), c in zip(named, chosen, strict=True)]
+        along = jax.tree.unflatten(jax.tree.structure(trainable), along)
+
+        def moved(by: float, along=along):
+            there = jax.tree.map(lambda w, step: w + by * step, trainable, along)
+            with jax.enable_x64(True):
+                return float(got.objective(nnx.merge(structure, there, rest)))
+
+        difference = (moved(1e-7) - moved(-1e-7)) / 2e-7
+        exact = sum(np.sum(g * v) for g, v in zip(jax.tree.leaves(grads), jax.tree.leaves(along), strict=True))
+        assert exact == pytest.approx(difference, rel=1e-5, abs=1e-4)
+        assert abs(exact) > 1e-3
