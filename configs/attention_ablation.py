@@ -5,6 +5,7 @@
     python -m lab.main --config=configs/attention_ablation.py:cpu-factorial  # K, V shared or not x full, partial RoPE
     python -m lab.main --config=configs/attention_ablation.py:cpu-rotate     # which of q, k, v, o rotate: 16 subsets
     python -m lab.main --config=configs/attention_ablation.py:cpu-beyond     # gates, sinks, GTA, GLA, a delta net, ...
+    python -m lab.main --config=configs/attention_ablation.py:cpu-beyond-flops    # these at equal training FLOPs
     python -m lab.plan --config=configs/attention_ablation.py:paper          # :gpu and :paper have the same parts
 
 A cell's name is that of the published variant. :paper has its sizes (2048 wide, 12 layers, 16 heads); :gpu halves all
@@ -228,12 +229,21 @@ def part_beyond(config, s: Sizes) -> None:
     config.study.baseline = (("variant", "GQA2-128"),)
 
 
+def part_beyond_flops(config, s: Sizes) -> None:
+    """The same, every variant with the training FLOPs of GQA2-128."""
+    part_beyond(config, s)
+    variants = beyond(s)
+    first = named("GQA2-128", *variants.pop("GQA2-128"))
+    config.study.cells = chain(first, matched(cells(variants), to="GQA2-128", on="train_flops", by="model.ffn"))
+
+
 PARTS = {
     "": part_series,
     "flops": part_flops,
     "factorial": part_factorial,
     "rotate": part_rotate,
     "beyond": part_beyond,
+    "beyond-flops": part_beyond_flops,
 }
 
 
@@ -298,5 +308,5 @@ def get_config(scale: str = "cpu"):
     config.train.muon.per_head = "qkv"
     SCALES[choose("the scale of configs/attention_ablation.py", scale, SCALES)](config)
     if "-" in scale:
-        study.name += "_" + scale.split("-")[1]
+        study.name += "_" + "_".join(scale.split("-")[1:])
     return config

@@ -175,6 +175,8 @@ def test_attention_work_and_the_cache_over_devices_of_the_series():
 def test_parts_of_the_attention_study_are_matched_as_they_say(scale):
     rows = planned("attention_ablation", f"{scale}-flops")[2]
     assert all(abs(match["residual"]) < 1e-3 for row in rows for match in row["match"]) and len(rows) == 15
+    rows = planned("attention_ablation", f"{scale}-beyond-flops")[2]
+    assert all(abs(match["residual"]) < 2e-3 for row in rows for match in row["match"]) and len(rows) == 12
     rows = planned("attention_ablation", f"{scale}-factorial")[2]
     assert len({(row["cache_per_token_per_layer"], row["parameters"]) for row in rows}) == 1 < len(rows) == 4
     assert len({row["labels"]["variant"] for row in planned("attention_ablation", f"{scale}-rotate")[2]}) == 16
