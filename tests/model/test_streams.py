@@ -16,6 +16,7 @@ from lab.errors import UserError
 from lab.kernels import reference
 from lab.model import parameter, streams
 from lab.model.streams import STREAMS, v1
+from lab.study import cells, plan
 from lab.train import compiled, optimizer, step
 from lab.train.checkpoint import Checkpoints, Position
 from lab.train.step import Program
@@ -407,6 +408,15 @@ def test_longer_rows_than_trained_are_refused(name):
     with pytest.raises(UserError, match=r"data.texts_per_row makes rows of 25 tokens: model.stream.name = '" + name):
         streams.check_rows(made.model, "data.texts_per_row", 25)
     streams.check_rows(config("v4m1").model, "data.texts_per_row", 25)
+
+
+@pytest.mark.parametrize("room", ["data", "evaluate"])
+def test_a_study_of_longer_rows_than_trained_is_refused_before_it_runs(room):
+    made = tiny.config(**variants.stream("v4m1B", model__stream__length=24))
+    plan.check(*cells.resolve(made))
+    made[room].update(texts_per_row=8)
+    with pytest.raises(UserError, match=rf"{room}.texts_per_row x data.text_length makes rows of 48 tokens"):
+        plan.check(*cells.resolve(made))
 
 
 def test_every_stream_keeps_the_contracts():
