@@ -119,11 +119,11 @@ class Transformer(nnx.Module):
 
     def views(self, queries: Coordinates, keys: Coordinates, start=None) -> list[View]:
         """What each entry of the layer pattern sees; tile lists are made once per distinct rule."""
-        mixers = [block.mixer for block in self.blocks]
-        tiles = {m.rule: plan_tiles_over_mesh(queries, keys, m.rule, m.implementation) for m in mixers}
+        needed = [(block.mixer.rule, block.mixer.implementation) for block in self.blocks]
+        tiles = {rule: plan_tiles_over_mesh(queries, keys, *rule) for rule in dict.fromkeys(needed)}
         return [
-            View(rotary(queries), queries, keys, tiles[mixer.rule], start)
-            for rotary, mixer in zip(self.rotary, mixers, strict=True)
+            View(rotary(queries), queries, keys, tiles[rule], start)
+            for rotary, rule in zip(self.rotary, needed, strict=True)
         ]
 
     def run_layers(self, x_BTD, views: list[View], caches: tuple | None = None):
