@@ -9,9 +9,9 @@
     python -m lab.plan --config=configs/attention_ablation.py:paper          # :gpu and :paper have the same parts
 
 A cell's name is that of the published variant. :paper has its sizes (2048 wide, 12 layers, 16 heads); :gpu halves all
-widths but keeps the heads; :cpu divides the widths of heads and caches by 8 and the model's by 16, and has 8 heads and
-2 layers. S1: keys and values share what does not rotate; S2: they are the same vector, and the output rotates back;
-S3: MLA as it decodes, without low ranks; PR: the last quarter of a head rotates.
+widths but keeps the heads; :cpu divides the widths of heads by 8 and the model's by 16, and has 8 heads and 2 layers.
+S1: keys and values share what does not rotate; S2: they are the same vector, and the output rotates back; S3: MLA as it
+decodes, without low ranks; PR: the last quarter of a head rotates.
 
 Published (configs/published/attention_series.csv: 16B tokens, one seed): at equal cache GQA1-256 2.720 against
 GQA2-128 2.750; PR 2.711; S2 2.708; MLA 2.721, MLA-256 2.705; S3 2.677 at 3.4 times the attention work. Which of q, k,
@@ -94,8 +94,6 @@ def narrowed(s: Sizes) -> dict:
 def beyond(s: Sizes) -> dict:
     """What the series leaves out; each changes one thing of GQA2-128, or takes its place."""
     gqa = s.gqa(2, 128)
-    rule = ("model.rule", "causal")
-    delta = (("mixer", "delta"), ("rule", "causal"))
     return {
         "GQA2-128": gqa,
         "output gate": (*gqa, ("model.output_gate", True)),
@@ -107,8 +105,8 @@ def beyond(s: Sizes) -> dict:
         "GTA4": s.shared("gta", 4, 128),
         "DIFF V2": (("model.mixer", "differential"), *gqa),
         "forgetting": (("model.mixer", "forgetting"), *gqa),
-        "delta 1 : GQA 1": (*gqa, ("model.pattern", (delta, ()))),
-        "delta": (("model.mixer", "delta"), *gqa, rule),
+        "delta 1 : GQA 1": (*gqa, ("model.pattern", ((("mixer", "delta"),), ()))),
+        "delta": (("model.mixer", "delta"), *gqa),
     }
 
 

@@ -40,7 +40,7 @@ def base() -> ConfigDict:
                 norm_eps=1e-5,
                 pattern=((),),  # layer specs that repeat; each a tuple of (model field, value) laid over these
                 mixer="attention",  # names of lab.model.mixers
-                latent=32,  # numbers of a latent of mla
+                latent=0,  # numbers of a latent of mla; 0: none, as others have it
                 latent_norm=True,  # RMSNorm of the latents of mla and s3
                 q_rank=0,  # of a low-rank query projection; 0: full
                 o_rank=0,  # of a low-rank output projection; 0: full

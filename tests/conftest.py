@@ -11,7 +11,10 @@ import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
+from lab.train import compiled  # noqa: E402
+
 DEVICES = 8
+MAPPINGS = 30_000
 
 # Compiling is all that tiny models cost, and optimising is most of that. Programs that tests start in processes of
 # their own are optimised as usual.
@@ -34,3 +37,12 @@ def devices():
         found = jax.devices()  # starts the backend, which reads the flags once
     assert len(found) == DEVICES
     return found
+
+
+@pytest.fixture(autouse=True)
+def few_mappings():
+    """Every compiled program maps memory, and the system lets a process map only so much: beyond that it is aborted."""
+    yield
+    if len(pathlib.Path("/proc/self/maps").read_bytes().splitlines()) > MAPPINGS:
+        compiled._executables.clear()
+        jax.clear_caches()

@@ -21,7 +21,7 @@ VOCABULARY = 29
 def config(**overrides) -> ConfigDict:
     """Two layers of width 16, 4 heads over 2 groups, short texts; `overrides` by dotted names with __ for dots."""
     made = lab.config.base()
-    made.model.update(dim=16, layers=2, heads=4, kv_heads=2, head_dim=8, latent=12, ffn=24, vocabulary=VOCABULARY)
+    made.model.update(dim=16, layers=2, heads=4, kv_heads=2, head_dim=8, ffn=24, vocabulary=VOCABULARY)
     made.model.rotary.update(theta=100.0, ratio=0.5, stride=3)  # every kind of pair, at angles that tokens tell apart
     made.data.update(text_length=6, texts_per_row=4, rows=2, draw="1-3")
     made.train.update(steps=6, warmup=2, eps=1e-3)

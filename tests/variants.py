@@ -18,13 +18,14 @@ ROW = 32  # tokens that the contracts give a model at most
 
 SIZES = dict(length=ROW, copies=2, rank=3, blocks=3)  # of streams that read them
 
-HYBRID = ((("mixer", "delta"), ("rule", "causal")), (("rule", "causal"),))
+HYBRID = ((("mixer", "delta"), ("rule", "causal")), (("rule", "causal"), ("sink", True)))
 
 
 def mixer(name: str, **overrides) -> dict:
     """Overrides for a mixer whose heads rotate in part, on a rule that it supports."""
     rule = dict(model__rule=MIXERS[name].rules[0]) if MIXERS[name].rules else {}
-    return dict(model__mixer=name, model__rotary__dim=4) | rule | overrides
+    latent = dict(model__latent=12) if MIXERS[name].reads_latent else {}
+    return dict(model__mixer=name, model__rotary__dim=4) | rule | latent | overrides
 
 
 def stream(name: str, **overrides) -> dict:

@@ -30,8 +30,11 @@ def train_flops_per_token(model: Transformer, visible_keys: list[float]) -> floa
 
 
 def attention_work(model: Transformer) -> int | float:
-    """Numbers multiplied for a query and one key it sees, h * (d_qk + d_v): the mean over layers."""
-    return _mean([mixer.work_per_key for mixer in mixers(model)])
+    """Numbers multiplied for a query and one key it sees, h * (d_qk + d_v), and what the stream adds: the mean over
+    layers."""
+    blocks = layers(model)
+    added = [model.stream.work_per_token(blocks, [float(keys)] * model.layers) for keys in (1, 0)]
+    return _mean([block.mixer.work_per_key for block in blocks], added[0] - added[1])
 
 
 def cache_per_token_per_layer(model: Transformer) -> int | float:
@@ -65,8 +68,8 @@ def mixers(model: Transformer) -> list:
     return [model.blocks[layer % len(model.blocks)].mixer for layer in range(model.layers)]
 
 
-def _mean(numbers: list[int]) -> int | float:
-    return _as_int(sum(numbers) / len(numbers))
+def _mean(numbers: list[int], added: float = 0) -> int | float:
+    return _as_int((sum(numbers) + added) / len(numbers))
 
 
 def _as_int(value: float) -> int | float:

@@ -46,11 +46,12 @@ class Softmax(nnx.Module):
     rotates_unasked: ClassVar[str] = "qk"  # those that do where model.rotate is "auto"
     refuses: ClassVar[tuple[str, ...]] = ()  # the fields that it has no place for
     heads_each: ClassVar[int] = 1  # attention maps for each head of the output
+    reads_latent: ClassVar[bool] = False  # whether model.latent is its cache
     norms_query_latent: ClassVar[bool] = False
 
     def __init__(self, model, rule: Rule, key: jax.Array):
         q, _, _, o = jax.random.split(key, 4)
-        q_down, o_up, gate = (jax.random.fold_in(key, i) for i in range(3))
+        q_down, o_up, gate = further_keys(key, 3)
         D, H = model.dim, model.heads
         K, V = self.widths(model)
         self.heads, self.kv_heads, self.head_dim, self.v_head_dim = self.heads_each * H, model.kv_heads, K, V
@@ -70,7 +71,9 @@ class Softmax(nnx.Module):
             gain=1.0 if model.o_rank else gain,
         )
         self.o_up = parameter.matrix(o_up, (model.o_rank, D), ("rank", "embed"), gain=gain) if model.o_rank else None
-        self.gate = parameter.matrix(gate, (D, H, V), ("embed", "heads", "head_dim")) if model.output_gate else None
+        self.output_gate = (
+            parameter.matrix(gate, (D, H, V), ("embed", "heads", "head_dim")) if model.output_gate else None
+        )
         self.sink = parameter.bias(self.heads, "heads") if model.sink else None
         self.q_norm, self.k_norm = (RMSNorm(K, model.norm_eps) if model.qk_norm else None for _ in range(2))
         self.rule = rule
@@ -176,8 +179,8 @@ class Softmax(nnx.Module):
             cos, sin = rotation
             o_BTHV = rotate(o_BTHV, (cos, -sin))
         o_BTHV = self.merge(o_BTHV, x_BTD)
-        if self.gate is not None:
-            o_BTHV = o_BTHV * jax.nn.sigmoid(heads(x_BTD, self.gate))
+        if self.output_gate is not None:
+            o_BTHV = o_BTHV * jax.nn.sigmoid(heads(x_BTD, self.output_gate))
         y_BTD = jnp.einsum("bthk,hkd->btd", o_BTHV, self.o[...].astype(o_BTHV.dtype))
         return y_BTD if self.o_up is None else y_BTD @ self.o_up[...].astype(y_BTD.dtype)
 
@@ -218,8 +221,17 @@ class Attention(Softmax):
         return self.turned("v", heads(x_BTD, self.v), rotation)
 
 
+def further_keys(key: jax.Array, count: int, after: int = 0) -> list[jax.Array]:
+    """Keys beside the four that every mixer splits: fold_in(key, i) is split(key, 4)[i], so these begin at 4."""
+    return [jax.random.fold_in(key, 4 + after + i) for i in range(count)]
+
+
 def check_fields(mixer, model) -> None:
     """Refuses the fields that a mixer has no place for, and the rules that it does not support."""
+    if model.latent and not mixer.reads_latent:
+        raise UserError(
+            f"model.latent = {model.latent}: model.mixer = {model.mixer!r} has none; choose 0, or the mixer 'mla'"
+        )
     for field in mixer.refuses:
         if model[field]:
             raise UserError(

@@ -9,7 +9,7 @@ from flax import nnx
 from lab.errors import UserError
 from lab.kernels.rules import Rule
 from lab.model import mesh, parameter
-from lab.model.attention import View, check_fields, heads
+from lab.model.attention import View, check_fields, further_keys, heads
 from lab.model.norm import RMSNorm
 
 CHUNK = 64  # tokens that one step of the scan over a row takes
@@ -31,17 +31,20 @@ class GatedDelta(nnx.Module):
     """
 
     rules: ClassVar[tuple[str, ...]] = ("causal",)
-    refuses: ClassVar[tuple[str, ...]] = ("output_gate", "sink", "qk_norm", "softcap", "q_rank", "o_rank")
+    refuses: ClassVar[tuple[str, ...]] = (
+        "output_gate", "sink", "qk_norm", "softcap", "softmax_scale", "q_rank", "o_rank"
+    )  # fmt: skip
+    reads_latent: ClassVar[bool] = False
     in_order: ClassVar[bool] = True  # a token needs the one before it: a row cannot be cut over mesh.context
 
     def __init__(self, model, rule: Rule, key: jax.Array):
         q, k, v, o = jax.random.split(key, 4)
-        gate, alpha, beta = (jax.random.fold_in(key, i) for i in range(3))
+        gate, alpha, beta = further_keys(key, 3)
         D, H, K = model.dim, model.heads, model.head_dim
         V = model.v_head_dim or K
         axes = ("embed", "heads", "head_dim")
         self.q, self.k = (parameter.matrix(x, (D, H, K), axes) for x in (q, k))
-        self.v, self.gate = (parameter.matrix(x, (D, H, V), axes) for x in (v, gate))
+        self.v, self.output_gate = (parameter.matrix(x, (D, H, V), axes) for x in (v, gate))
         self.alpha, self.beta = (parameter.matrix(x, (D, H), ("embed", "heads")) for x in (alpha, beta))
         self.alpha_log = parameter.bias(H, "heads")
         self.alpha_bias = parameter.bias(H, "heads", value=-4.0)  # alpha = 0.98: forgetting is learned
@@ -55,6 +58,10 @@ class GatedDelta(nnx.Module):
     @classmethod
     def check(cls, model) -> None:
         check_fields(cls, model)
+        if model.rotate not in ("auto", "none"):
+            raise UserError(
+                f"model.rotate = {model.rotate!r}: nothing rotates in model.mixer = {model.mixer!r}; choose none"
+            )
         if model.head_dim < 1 or model.v_head_dim < 0:
             shown = f"model.head_dim = {model.head_dim} and model.v_head_dim = {model.v_head_dim}"
             raise UserError(f"{shown} must be at least 1; model.v_head_dim = 0 is model.head_dim")
@@ -71,7 +78,7 @@ class GatedDelta(nnx.Module):
     def work_per_token(self) -> int:
         """Multiplications for a token beside those with weights: with the state, and with the tokens of its chunk."""
         K, V = self.head_dim, self.v_head_dim
-        return self.heads * (3 * K * V + CHUNK * (5 * K + 3 * V) // 2)
+        return self.heads * (3 * K * V + CHUNK * (4 * K + 3 * V) // 2)
 
     def init_cache(self, batch: int, length: int, dtype) -> State:
         """An empty state; a stacked mixer gives a stacked one."""
@@ -90,7 +97,7 @@ class GatedDelta(nnx.Module):
         decay_BTH = -jnp.exp(self.alpha_log[...]) * jax.nn.softplus(gate_BTH + self.alpha_bias[...])
         inputs = q_BTHK * self.head_dim**-0.5, k_BTHK, v_BTHV, decay_BTH, jax.nn.sigmoid(beta_BTH)
         o_BTHV, state = delta_rule(*inputs, view.queries.segment, start)
-        o_BTHV = self.norm(o_BTHV.astype(x_BTD.dtype)) * jax.nn.silu(heads(x_BTD, self.gate))
+        o_BTHV = self.norm(o_BTHV.astype(x_BTD.dtype)) * jax.nn.silu(heads(x_BTD, self.output_gate))
         y_BTD = jnp.einsum("bthv,hvd->btd", o_BTHV, self.o[...].astype(o_BTHV.dtype))
         return y_BTD, None if cache is None else state
 
@@ -98,11 +105,12 @@ class GatedDelta(nnx.Module):
 def delta_rule(q_BTHK, k_BTHK, v_BTHV, decay_BTH, beta_BTH, segment_BT, state: State):
     """The recurrence over whole rows, `decay` being log alpha: (o [B, T, H, V], the state after the last token).
 
-    Padding (segment -1) changes no state.
+    Padding (segment -1) changes no state and reads none.
     """
     B, T, H, _ = q_BTHK.shape
     size = min(CHUNK, T)
     real_BT = segment_BT >= 0
+    q_BTHK = jnp.where(real_BT[..., None, None], q_BTHK, 0)
     decay_BTH, beta_BTH = (jnp.where(real_BT[..., None], x, 0) for x in (decay_BTH, beta_BTH))
     inputs = q_BTHK, k_BTHK, v_BTHV, decay_BTH, beta_BTH, carried_segment(segment_BT, state.segment_B)
     short = -T % size

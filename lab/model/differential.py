@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from lab.kernels.rules import Rule
 from lab.model import parameter
-from lab.model.attention import Attention
+from lab.model.attention import Attention, further_keys
 
 
 class Differential(Attention):
@@ -15,7 +15,9 @@ class Differential(Attention):
 
     def __init__(self, model, rule: Rule, key: jax.Array):
         super().__init__(model, rule, key)
-        self.subtracted = parameter.matrix(jax.random.fold_in(key, 3), (model.dim, model.heads), ("embed", "heads"))
+        self.subtracted = parameter.matrix(
+            further_keys(key, 1, after=3)[0], (model.dim, model.heads), ("embed", "heads")
+        )
 
     def merge(self, o_BTHV, x_BTD):
         o_BTHPV = o_BTHV.reshape(*o_BTHV.shape[:2], -1, 2, self.v_head_dim)

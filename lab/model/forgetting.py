@@ -5,14 +5,16 @@ import jax.numpy as jnp
 
 from lab.kernels.rules import Rule
 from lab.model import parameter
-from lab.model.attention import Attention, Kept, View, append, attend_over_mesh
+from lab.model.attention import Attention, Kept, View, append, attend_over_mesh, further_keys
+
+PARTS = 3  # dimensions in which one F rides
 
 
 class Forgetting(Attention):
     """s_ij += log f of every token that i sees and j does not, f = sigmoid(x w + b) for each head (equation 5).
 
     With F_i the sum of log f over what i sees, that is F_i - F_j where seeing is transitive, and the softmax takes
-    out F_i: each key needs -F_j alone, which rides in one more dimension of it for each query head of its group.
+    out F_i: each key needs -F_j alone, which rides in more dimensions of it, a few for each query head of its group.
     """
 
     rules = ("causal", "all_branches", "own_branch")  # transitive: a window is not
@@ -20,7 +22,7 @@ class Forgetting(Attention):
 
     def __init__(self, model, rule: Rule, key: jax.Array):
         super().__init__(model, rule, key)
-        self.forget = parameter.matrix(jax.random.fold_in(key, 3), (model.dim, model.heads), ("embed", "heads"))
+        self.forget = parameter.matrix(further_keys(key, 1, after=3)[0], (model.dim, model.heads), ("embed", "heads"))
         self.forget_bias = parameter.bias(model.heads, "heads", value=4.0)  # f = 0.98: forgetting is learned
 
     @property
@@ -31,7 +33,7 @@ class Forgetting(Attention):
     @property
     def work_per_key(self) -> int:
         """Also the dimensions that carry F, and the sum that makes it."""
-        return super().work_per_key + self.heads * (self.heads // self.kv_heads) + 1 + self.heads
+        return super().work_per_key + self.heads * (self.heads // self.kv_heads) * PARTS + 1 + self.heads
 
     def init_cache(self, batch: int, length: int, dtype) -> Kept:
         """Log f and F in float32: F grows with the length."""
@@ -66,11 +68,10 @@ class Forgetting(Attention):
         B, S, G, _ = k_BSGK.shape
         R = self.heads // G
         parts_BSHP = jnp.stack(parts(-total_BSH1[..., 0], k_BSGK.dtype), axis=-1)
-        P = parts_BSHP.shape[-1]
-        own_RX = jnp.repeat(jnp.eye(R, dtype=q_BTHK.dtype), P, axis=1)  # each head reads the parts of its own F
-        own_BTHX = jnp.broadcast_to(jnp.tile(own_RX, (G, 1)), (*q_BTHK.shape[:3], R * P))
+        own_RX = jnp.repeat(jnp.eye(R, dtype=q_BTHK.dtype), PARTS, axis=1)  # each head reads the parts of its own F
+        own_BTHX = jnp.broadcast_to(jnp.tile(own_RX, (G, 1)), (*q_BTHK.shape[:3], R * PARTS))
         q_BTHX = jnp.concatenate([q_BTHK * self.scale, own_BTHX], -1)
-        k_BSGX = jnp.concatenate([k_BSGK, parts_BSHP.reshape(B, S, G, R * P)], -1)
+        k_BSGX = jnp.concatenate([k_BSGK, parts_BSHP.reshape(B, S, G, R * PARTS)], -1)
         o_BTHV, lse_BTH = attend_over_mesh(q_BTHX, k_BSGX, v_BSGV, view, self, scale=1.0)
         if decoding:
             total_BSH1 = jax.lax.dynamic_slice_in_dim(total_BSH1, view.start, q_BTHK.shape[1], axis=1)
@@ -78,11 +79,12 @@ class Forgetting(Attention):
 
 
 def parts(x, dtype) -> list:
-    """Numbers of `dtype` that sum to x as float32 holds it: one, or the three that bfloat16 needs."""
-    if jnp.finfo(dtype).bits >= 32:
-        return [x.astype(dtype)]
+    """Three numbers of `dtype` that sum to x as float32 holds it, each with no more digits than bfloat16 has.
+
+    So no product with one rounds them, be it of bfloat16 or of the fewer digits that an accelerator multiplies.
+    """
     found = []
-    for _ in range(3):
+    for _ in range(PARTS - 1):
         found.append(jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7))  # the compiler may drop a cast
         x = x - found[-1]
-    return [part.astype(dtype) for part in found]
+    return [part.astype(dtype) for part in (*found, x)]

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from lab.errors import UserError
 from lab.kernels.rules import Rule
 from lab.model import parameter
-from lab.model.attention import Kept, Softmax, View, attend_over_mesh, heads
+from lab.model.attention import Kept, Softmax, View, attend_over_mesh, further_keys, heads
 from lab.model.norm import RMSNorm
 from lab.model.position import rotary_dim
 
@@ -21,14 +21,15 @@ class LatentAttention(Softmax):
 
     rotates = "qk"
     refuses = ("qk_norm",)
+    reads_latent = True
     norms_query_latent = True
 
     def __init__(self, model, rule: Rule, key: jax.Array):
         super().__init__(model, rule, key)
         _, k, v, _ = jax.random.split(key, 4)
-        down, rope = (jax.random.fold_in(key, i) for i in (3, 4))
+        kv_down, rope = further_keys(key, 2, after=3)
         D, H, G, C, N = model.dim, model.heads, model.kv_heads, model.latent, self.head_dim - self.rotary_dim
-        self.down = parameter.matrix(down, (D, G, C), ("embed", "kv_heads", "latent"))
+        self.kv_down = parameter.matrix(kv_down, (D, G, C), ("embed", "kv_heads", "latent"))
         self.rope = parameter.matrix(rope, (D, 1, self.rotary_dim), ("embed", "shared", "head_dim"))
         self.latent, self.latent_norm = C, RMSNorm(C, model.norm_eps) if model.latent_norm else None
         self.up_k = parameter.matrix(k, (C, H, N), ("latent", "heads", "head_dim"))
@@ -46,7 +47,7 @@ class LatentAttention(Softmax):
 
     def keep(self, x_BTD, rotation) -> Kept:
         """Latents [B, T, G, C] and the rotated key [B, T, 1, R]."""
-        c_BTGC = heads(x_BTD, self.down)
+        c_BTGC = heads(x_BTD, self.kv_down)
         c_BTGC = c_BTGC if self.latent_norm is None else self.latent_norm(c_BTGC)
         return c_BTGC, self.turned("k", heads(x_BTD, self.rope), rotation)
 

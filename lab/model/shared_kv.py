@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from lab.errors import UserError
 from lab.kernels.rules import Rule
 from lab.model import parameter
-from lab.model.attention import Kept, Softmax, heads
+from lab.model.attention import Kept, Softmax, further_keys, heads
 from lab.model.latent import check_unrotated
 from lab.model.norm import RMSNorm
 from lab.model.position import rotary_dim
@@ -28,7 +28,7 @@ class PartlyShared(Softmax):
         N = self.head_dim - R
         one, its_axes = (1, ("embed", "shared", "head_dim")) if self.rope_of_all_groups else (G, axes)
         self.c = parameter.matrix(c, (D, G, N), axes)
-        self.rope = parameter.matrix(jax.random.fold_in(key, 3), (D, one, R), its_axes)
+        self.rope = parameter.matrix(further_keys(key, 1, after=3)[0], (D, one, R), its_axes)
         self.extra = parameter.matrix(e, (D, G, self.v_head_dim - N), axes)
 
     @classmethod
@@ -113,7 +113,7 @@ class LatentShared(Softmax):
         c = jax.random.split(key, 4)[1]
         D, G, N, R = model.dim, model.kv_heads, self.v_head_dim, self.rotary_dim
         self.c = parameter.matrix(c, (D, G, N), ("embed", "kv_heads", "latent"))
-        self.rope = parameter.matrix(jax.random.fold_in(key, 3), (D, G, R), ("embed", "kv_heads", "head_dim"))
+        self.rope = parameter.matrix(further_keys(key, 1, after=3)[0], (D, G, R), ("embed", "kv_heads", "head_dim"))
         self.latent_norm = RMSNorm(N, model.norm_eps) if model.latent_norm else None
 
     @staticmethod

@@ -15,11 +15,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lab import kernels
+from lab.config import set_field
 from lab.coordinates import Coordinates
 from lab.errors import UserError, choose
 from lab.kernels import rules
 from lab.model import mesh, parameter, position, streams
-from lab.model.attention import View, plan_tiles_over_mesh
+from lab.model.attention import OPTIONS, View, plan_tiles_over_mesh
 from lab.model.feedforward import SwiGLU
 from lab.model.mixers import MIXERS
 from lab.model.norm import RMSNorm
@@ -30,7 +31,10 @@ REMAT = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
-PATTERN_FIELDS = ("mixer", "rule", "rotate", "rotary.theta", "rotary.ratio", "rotary.stride", "rotary.unselected")
+PATTERN_FIELDS = (
+    "mixer", "rule", "rotate", "latent", "softcap", *OPTIONS,
+    "rotary.dim", "rotary.theta", "rotary.ratio", "rotary.stride", "rotary.unselected",
+)  # fmt: skip
 
 
 class Cache(NamedTuple):
@@ -51,7 +55,7 @@ class Block(nnx.Module):
         self.mixer = MIXERS[spec.mixer](spec, rules.parse(spec.rule), mixer)
         self.feedforward_norm = RMSNorm(spec.dim, spec.norm_eps)
         self.feedforward = SwiGLU(spec, feedforward)
-        self.stream = STREAMS[spec.stream.name].of_layer(spec, jax.random.fold_in(key, 0), m)
+        self.stream = STREAMS[spec.stream.name].of_layer(spec, jax.random.fold_in(key, 2), m)
 
     def mix(self, x_BTD, view: View, cache=None):
         """mixer(norm(x)), and the new cache."""
@@ -81,7 +85,7 @@ class Transformer(nnx.Module):
                 for p, spec in enumerate(specs)
             ]
         )
-        self.stream = STREAMS[model.stream.name](model, jax.random.fold_in(key, 0))
+        self.stream = STREAMS[model.stream.name](model, jax.random.fold_in(key, 2 + model.layers))
         self.norm = RMSNorm(model.dim, model.norm_eps)
         self.head = None if model.tied else parameter.embedding(head, shape)
         self.compute = jnp.dtype(model.compute)
@@ -197,8 +201,10 @@ def layer_specs(model) -> list:
         spec = model.copy_and_resolve_references()
         for field, value in entry:
             choose("a field of model.pattern", field, PATTERN_FIELDS)
-            *path, name = field.split(".")
-            functools.reduce(lambda node, part: node[part], path, spec)[name] = value
+            try:
+                set_field(spec, field, value)
+            except TypeError:
+                raise UserError(f"model.pattern sets {field} = {value!r}, which is of another type") from None
         specs.append(spec)
     return specs
 

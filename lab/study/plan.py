@@ -69,7 +69,7 @@ def describe(cell: Cell) -> dict:
     config = cell.config
     model = abstract(config.model)
     visible = [visible_keys(block.mixer.rule, config) for block in model.blocks]
-    rotary = {f"pairs_{name}": count for name, count in position.pair_counts(config.model).items()}
+    rotary = {f"pairs_{name}": count for name, count in rotary_pairs(config.model).items()}
     return {
         "name": cell.name,
         "labels": cell.labels,
@@ -86,6 +86,18 @@ def describe(cell: Cell) -> dict:
         "match": list(cell.matches),
         "length": cell.length,
     }
+
+
+def rotary_pairs(model) -> dict[str, int]:
+    """How many rotary pairs of a head carry the branch, the time and the index: the most of any layer."""
+    counted = [position.pair_counts(spec) for spec in transformer.layer_specs(model) if rotates(spec)]
+    return {name: max((pairs[name] for pairs in counted), default=0) for name in ("branch", "time", "index")}
+
+
+def rotates(spec) -> bool:
+    """Whether queries or keys of a layer rotate."""
+    mixer = transformer.MIXERS[spec.mixer]
+    return hasattr(mixer, "rotated") and bool({*"qk"} & {*mixer.rotated(spec)})
 
 
 def over_devices(model) -> dict:

@@ -28,7 +28,7 @@ SCALINGS = {
 
 
 def orthogonalised(momentum, scaling: str, steps: str, per_head: str, on: tuple[str, ...]):
-    """The update of every matrix before decay and learning rate: Nesterov momentum, orthogonalised and scaled."""
+    """The update of every matrix before decay and rate: Nesterov momentum without bias, orthogonalised and scaled."""
     dimensions = functools.partial(parameter.muon_dimensions, per_head=per_head, on=on)
     return optax.chain(
         contrib.scale_by_muon(**STEPS[steps], beta=momentum, weight_dimension_numbers=dimensions),

@@ -37,7 +37,7 @@ def test_parameters_of_the_published_models(name, tied):
         assert round(counted["parameters"] / 1e6, 1) == MILLIONS[name]
 
 
-WIDE = dict(model__dim=64, model__head_dim=16, model__ffn=160, model__latent=24, model__implementation="reference")
+WIDE = dict(model__dim=64, model__head_dim=16, model__ffn=160, model__implementation="reference")
 
 
 @pytest.mark.parametrize(

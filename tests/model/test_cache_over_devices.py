@@ -18,7 +18,8 @@ ARRAYS = st.lists(st.tuples(POWERS, st.integers(1, 600)), min_size=1, max_size=3
 def stand_in(*cached, layers=None, work=0, state=0):
     """A model as far as accounting looks at its caches: one entry of the layer pattern for each of `cached`."""
     mixers = [SimpleNamespace(cached=tuple(arrays), work_per_key=work, state_numbers=state) for arrays in cached]
-    blocks, stream = [SimpleNamespace(mixer=mixer) for mixer in mixers], SimpleNamespace(cached=lambda mixers: ())
+    blocks = [SimpleNamespace(mixer=mixer) for mixer in mixers]
+    stream = SimpleNamespace(cached=lambda mixers: (), work_per_token=lambda blocks, visible: 0.0)
     return SimpleNamespace(layers=layers or len(mixers), blocks=blocks, stream=stream)
 
 
@@ -65,8 +66,9 @@ def test_shares_and_copies_of_the_published_caches(cached, shares, copies):
     }
 
 
-def test_means_are_over_layers_not_over_entries_of_the_pattern():
+def test_means_are_over_layers_not_over_entries_of_the_pattern(monkeypatch):
     model = stand_in([(2, 8)], [], layers=3, work=10, state=6)
+    monkeypatch.setattr(accounting, "layers", lambda model: [*model.blocks, model.blocks[0]])
     model.blocks[1].mixer.work_per_key, model.blocks[0].mixer.state_numbers = 40, 0
     assert accounting.attention_work(model) == (10 + 40 + 10) / 3 == 20
     assert accounting.cache_per_token_per_layer(model) == pytest.approx(2 * 16 / 3)

@@ -9,6 +9,7 @@ import pytest
 import tiny
 import variants
 
+from lab import model as lab_model
 from lab.coordinates import Coordinates
 from lab.errors import UserError
 from lab.kernels import rules
@@ -78,7 +79,7 @@ class Formula:
     differential = forgetting = attention
 
     def mla(self):
-        c_SGC = normed(self.through(self.mixer.down), self.mixer.latent_norm, self.config.norm_eps)
+        c_SGC = normed(self.through(self.mixer.kv_down), self.mixer.latent_norm, self.config.norm_eps)
         rope_S1R = self.turned("k", self.through(self.mixer.rope))
         H, G, k, v = self.mixer.heads, self.mixer.kv_heads, [], []
         for h in range(H):
@@ -132,8 +133,8 @@ class Formula:
         if self.config.mixer == "differential":
             share_TH = sigmoid(self.x_TD @ weights(self.mixer.subtracted))
             o_THV = o_THV[:, ::2] - share_TH[..., None] * o_THV[:, 1::2]
-        if self.mixer.gate is not None:
-            o_THV = o_THV * sigmoid(self.through(self.mixer.gate))
+        if self.mixer.output_gate is not None:
+            o_THV = o_THV * sigmoid(self.through(self.mixer.output_gate))
         y = np.tensordot(o_THV, weights(self.mixer.o), 2)
         return y if self.mixer.o_up is None else y @ weights(self.mixer.o_up)
 
@@ -142,7 +143,7 @@ def delta(config, mixer, x_TD, at: Coordinates) -> np.ndarray:
     """The recurrence itself, a token at a time."""
     silu = lambda x: x * sigmoid(x)  # noqa: E731
     unit = lambda x: x / np.sqrt((x**2).sum() + 1e-6)  # noqa: E731
-    q, k, v, gate = (np.tensordot(x_TD, weights(w), 1) for w in (mixer.q, mixer.k, mixer.v, mixer.gate))
+    q, k, v, gate = (np.tensordot(x_TD, weights(w), 1) for w in (mixer.q, mixer.k, mixer.v, mixer.output_gate))
     fast = np.logaddexp(0, x_TD @ weights(mixer.alpha) + weights(mixer.alpha_bias))
     alpha, beta = np.exp(-np.exp(weights(mixer.alpha_log)) * fast), sigmoid(x_TD @ weights(mixer.beta))
     T, H, V = v.shape
@@ -240,16 +241,15 @@ def test_s2_does_not_feel_where_it_is_thanks_to_the_inverse_rotation(dtype, most
 
 @pytest.mark.parametrize("latent_norm", [True, False])
 def test_s3_with_the_absorbed_weights_of_an_mla_is_that_mla(latent_norm):
-    shape = dict(model__kv_heads=1, model__latent=12, model__rotary__dim=4, model__latent_norm=latent_norm)
-    mla_config = tiny.config(model__mixer="mla", **shape)
-    mla = tiny.model(mla_config)
-    s3 = tiny.model(tiny.config(model__mixer="s3", model__softmax_scale=8**-0.5, **shape | dict(model__head_dim=16)))
+    shape = dict(model__kv_heads=1, model__rotary__dim=4, model__latent_norm=latent_norm)
+    mla = tiny.model(tiny.config(model__mixer="mla", model__latent=12, **shape))
+    s3 = tiny.model(tiny.config(model__mixer="s3", model__softmax_scale=8**-0.5, model__head_dim=16, **shape))
     inner, outer = mla.blocks[0].mixer, s3.blocks[0].mixer
     q_LDHN, q_LDHR = jnp.split(inner.q[...], [4], -1)
     absorbed = jnp.einsum("ldhn,lchn->ldhc", q_LDHN, inner.up_k[...])
     outer.q[...] = jnp.concatenate([absorbed, q_LDHR], -1)
     outer.o[...] = jnp.einsum("lchv,lhvd->lhcd", inner.up_v[...], inner.o[...])
-    outer.c[...], outer.rope[...] = inner.down[...], inner.rope[...]
+    outer.c[...], outer.rope[...] = inner.kv_down[...], inner.rope[...]
     if latent_norm:
         outer.latent_norm.weight[...] = inner.latent_norm.weight[...]
     s3.embedding, s3.norm, s3.rotary = mla.embedding, mla.norm, mla.rotary
@@ -290,14 +290,41 @@ def test_what_is_cached_is_what_the_mixer_says(variant):
     assert numbers == 5 * (7 * accounting.cache_per_token_per_layer(model) + mixer.state_numbers)
 
 
-def test_a_bfloat16_model_forgets_as_precisely_as_a_float32_one():
-    """Three numbers of bfloat16 carry what one would round to 1 in 256."""
-    from lab.model.forgetting import parts
+def test_forgetting_in_bfloat16_knows_what_it_forgets_to_float32():
+    """Scores of F_i - F_j alone, over F of up to 150: one number of bfloat16 would be off by half a nat."""
+    config = variants.config("mixer forgetting", model__compute="bfloat16")
+    mixer = jax.tree.map(lambda w: w[0], tiny.model(config).blocks[0].mixer)
+    T, H, G = 60, mixer.heads, mixer.kv_heads
+    at = Coordinates.single(1, T)
+    view = tiny.model(config).views(at, at)[0]
+    rng = np.random.default_rng(0)
+    log_f = -rng.uniform(0, 5, (1, T, H, 1)).astype(np.float32)
+    total, v = np.cumsum(log_f, axis=1), rng.normal(size=(1, T, G, mixer.v_head_dim)).astype(np.float32)
+    half = lambda x: jnp.asarray(x, jnp.bfloat16)  # noqa: E731
+    q_BTHK, k_BSGK = half(np.zeros((1, T, H, mixer.head_dim))), half(np.zeros((1, T, G, mixer.head_dim)))
+    kept = k_BSGK, half(v), jnp.asarray(log_f), jnp.asarray(total)
+    o_BTHV, lse_BTH = jax.jit(lambda q: mixer.attend(q, kept, view, decoding=False))(q_BTHK)
+    for h in range(H):
+        scores = np.float64(total[0, :, None, h, 0]) - total[0, None, :, h, 0]
+        weights_TS = np.where(np.tril(np.ones((T, T), bool)), np.exp(scores), 0)
+        np.testing.assert_allclose(lse_BTH[0, :, h], np.log(weights_TS.sum(1)), atol=1e-3)
+        expected = weights_TS / weights_TS.sum(1, keepdims=True) @ np.float64(half(v))[0, :, h * G // H]
+        np.testing.assert_allclose(np.float64(o_BTHV[0, :, h]), expected, atol=0.03)
 
-    x = jnp.asarray(-np.geomspace(1e-3, 1e4, 50), jnp.float32)
-    split = jax.jit(lambda x: parts(x, jnp.bfloat16))(x)
-    assert all(part.dtype == jnp.bfloat16 for part in split)
-    np.testing.assert_allclose(sum(np.asarray(part, np.float64) for part in split), x, rtol=2**-22)
+
+@pytest.mark.parametrize("variant", variants.VARIANTS | variants.ON_STREAMS)
+def test_no_two_weights_are_drawn_from_the_same_numbers(variant):
+    """Keys that are split and keys that are folded in coincide unless their numbers are kept apart."""
+    model = lab_model.build(variants.config(variant).model, jax.random.key(0))
+    drawn, seen = jax.tree.flatten_with_path(parameter.split(model)[1])[0], {}
+    for path, w in drawn:
+        flat = np.asarray(w).reshape(-1)
+        if len(np.unique(flat)) < 8:
+            continue  # starts at a constant
+        shape = np.round(flat[:6] / flat[0], 3)
+        assert tuple(shape) not in seen, (jax.tree_util.keystr(path), seen[tuple(shape)])
+        seen[tuple(shape)] = jax.tree_util.keystr(path)
+    assert len(seen) > 5
 
 
 @pytest.mark.parametrize(("overrides", "says"), [
@@ -305,7 +332,7 @@ def test_a_bfloat16_model_forgets_as_precisely_as_a_float32_one():
     (dict(model__rotary__dim=10), "model.rotary.dim = 10 is above model.head_dim = 8"),
     (dict(model__head_dim=7), "model.head_dim = 7 must be even"),
     (dict(model__rotary__table="slice"), "own, head"),
-    (dict(model__mixer="mla"), "leaves none of model.head_dim = 8 unrotated"),
+    (dict(model__mixer="mla", model__latent=12), "leaves none of model.head_dim = 8 unrotated"),
     (dict(model__mixer="s3"), "choose an even number of 2 to 6"),
     (dict(model__mixer="mla", model__rotary__dim=4, model__latent=0), "model.latent = 0 must be at least 1"),
     (dict(model__mixer="mla", model__rotary__dim=4, model__qk_norm=True), "model.qk_norm = True: model.mixer = 'mla'"),
@@ -322,7 +349,10 @@ def test_a_bfloat16_model_forgets_as_precisely_as_a_float32_one():
     (dict(model__mixer="forgetting", model__rule="causal & window(4)"), "causal, all_branches, own_branch"),
     (dict(model__mixer="delta"), "model.rule of model.mixer = 'delta' = 'all_branches' is unknown"),
     (dict(model__mixer="delta", model__rule="causal", model__sink=True), "model.sink = True: model.mixer = 'delta'"),
+    (dict(model__mixer="delta", model__rule="causal", model__rotate="qk"), "nothing rotates in model.mixer = 'delta'"),
     (dict(model__q_rank=-1), "model.q_rank = -1 must be positive"),
+    (dict(model__latent=12), "model.latent = 12: model.mixer = 'attention' has none; choose 0"),
+    (dict(model__pattern=((("rotate", 3),),)), "model.pattern sets rotate = 3, which is of another type"),
 ], ids=str)  # fmt: skip
 def test_mixers_that_mean_nothing_are_refused(overrides, says):
     with pytest.raises(UserError) as refused:

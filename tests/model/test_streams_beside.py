@@ -294,7 +294,7 @@ def test_one_layer_and_mixers_of_another_kind_are_refused(name):
         lab_model.abstract(tiny.config(model__stream__name=name, model__layers=1).model)
     if STREAMS[name].mixers:
         with pytest.raises(UserError, match=r"'mla' is unknown.*; choose one of: attention, differential"):
-            lab_model.abstract(config(name, model__mixer="mla", model__rotary__dim=4).model)
+            lab_model.abstract(config(name, model__mixer="mla", model__latent=4, model__rotary__dim=4).model)
 
 
 def test_variants_give_every_size():

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lab.model import parameter
+from lab.model import mesh, parameter
 from lab.model.attention import View, append, attend_over_mesh
 from lab.model.streams.stream import Stream
 from lab.model.streams.weights import SoftmaxWeights, weighted_sum
@@ -128,20 +128,27 @@ def attention(x_BTD, block, view: View, cache) -> tuple[jax.Array, Layer, tuple 
     return a_BTD, Layer(block, view, q_BTHK, mixer.read(kept)[0]), cache
 
 
+def over_tensor(x_BSGK):
+    """Groups of one layer; where devices are more, repeated, so that each holds those of its heads."""
+    tensor, G = mesh.current().get("tensor", 1), x_BSGK.shape[2]
+    return jnp.repeat(x_BSGK, tensor // G, axis=2) if G % tensor and tensor % G == 0 else x_BSGK
+
+
 def replayed_attention(x_BTD, past: tuple[Layer, ...], cache: tuple | None, view: View) -> tuple[list, tuple | None]:
-    """a~_(m,i) for every earlier layer i, and the new cache. The layers of one rule are heads of one call."""
+    """a~_(m,i) for every earlier layer i, and the new cache. Layers of one rule and cap are heads of one call."""
     normed = [layer.block.mixer_norm(x_BTD) for layer in past]
     values = [layer.block.mixer.values(n, layer.view.rotation) for layer, n in zip(past, normed, strict=True)]
     if cache is not None:
         m = len(past)
         values = [append(old, new, view.start) for old, new in zip(cache[m], values, strict=True)]
         cache = *cache[:m], tuple(values), *cache[m + 1 :]
-    outputs = {}
-    for rule in dict.fromkeys(layer.block.mixer.rule for layer in past):
-        places = [i for i, layer in enumerate(past) if layer.block.mixer.rule == rule]
+    outputs, alike = {}, [(layer.block.mixer.rule, layer.block.mixer.softcap) for layer in past]
+    for kind in dict.fromkeys(alike):
+        places = [i for i, other in enumerate(alike) if other == kind]
         one = past[places[0]]
-        q_BTXK, k_BSXK = (jnp.concatenate([past[i][part] for i in places], axis=2) for part in (2, 3))
-        v_BSXV = jnp.concatenate([values[i] for i in places], axis=2)
+        q_BTXK = jnp.concatenate([past[i].q_BTHK for i in places], axis=2)
+        k_BSXK = jnp.concatenate([over_tensor(past[i].k_BSGK) for i in places], axis=2)
+        v_BSXV = jnp.concatenate([over_tensor(values[i]) for i in places], axis=2)
         attended = attend_over_mesh(q_BTXK, k_BSXK, v_BSXV, one.view, one.block.mixer)
         for i, *found in zip(places, *(jnp.split(x, len(places), axis=2) for x in attended), strict=True):
             outputs[i] = past[i].block.mixer.output(*found, normed[i], past[i].view.rotation)
