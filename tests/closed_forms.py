@@ -63,7 +63,7 @@ def layers(model) -> list:
 
 
 def parameters(model) -> tuple[int, int]:
-    """(numbers in matrices, numbers in scales, biases and the stream) of a whole model, embeddings among the matrices."""
+    """(numbers in matrices, in scales, biases and the stream) of a whole model, embeddings among the matrices."""
     mixers = [mixer_parameters(spec) for spec in layers(model)]
     matrices = sum(m for m, _ in mixers) + model.layers * 3 * model.dim * model.ffn
     vectors = sum(v for _, v in mixers) + (2 * model.layers + 1) * model.dim
