@@ -199,11 +199,9 @@ def test_parts_of_the_residual_study_are_every_stream_and_match_on_steps_and_bat
     for part in PARTS:
         config, cells, rows = planned(RESIDUAL, f"{scale}-{part}")
         found |= {cell.config.model.stream.name for cell in cells}
-        assert (
-            len({(row["tokens"], c.config.train.steps, c.config.data.rows) for row, c in zip(rows, cells, strict=True)})
-            == 1
-        )
-        version = {f"{name}" for name in STREAMS if name.startswith(part)}
+        assert len({row["tokens"] for row in rows}) == 1
+        assert len({(cell.config.train.steps, cell.config.data.rows) for cell in cells}) == 1
+        version = {name for name in STREAMS if name.startswith(part)}
         assert version <= {cell.config.model.stream.name for cell in cells}
         drawn = {name for _, names in config.study.groups for name in names}
         assert not drawn or drawn == {cell.labels["method"] for cell in cells}
