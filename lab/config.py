@@ -15,6 +15,7 @@ def base() -> ConfigDict:
                 cells=(),  # made by lab.study.cells: product, chain, zipped, named
                 labels=(),  # ((field, short label), ...) for columns and axes, in the order tables use
                 condition="eval_branch",  # the label of what cells are evaluated under
+                groups=(),  # ((title, (value of a label, ...)), ...): panels of the learning curves, by what they show
                 sections=("curves",),  # parts of the report, by name: lab.study.sections
                 published="",  # a csv of published numbers, relative to the repository
                 seeds=1,

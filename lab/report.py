@@ -13,9 +13,9 @@ from lab.study import results
 
 
 def rebuild(directory: str | Path) -> list[Path]:
-    """Writes results.csv, timings.csv, comparisons.csv where cells are compared, figures/, report.md, report.html and
-    the figures' TensorBoard events of a study, finished or not; returns the paths of the files a reader opens. Raises
-    UserError where `directory` is not the directory of a study."""
+    """Writes results.csv, timings.csv, mixing.csv and comparisons.csv where there is what they hold, figures/,
+    report.md, report.html and the figures' TensorBoard events of a study, finished or not; returns the paths of the
+    files a reader opens. Raises UserError where `directory` is not the directory of a study."""
     study = results.collect(directory)
     written = results.write_csv(study)
     # Drawing is imported late: matplotlib and scipy take longer to load than everything above takes to run.

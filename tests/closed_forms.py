@@ -1,6 +1,7 @@
 """What a model costs, by the formulas of the papers, made without the code under test."""
 
 import functools
+import math
 
 
 def widths(model) -> tuple[int, int, int]:
@@ -62,8 +63,83 @@ def layers(model) -> list:
 
 
 def parameters(model) -> tuple[int, int]:
-    """(numbers in matrices, numbers in scales and biases) of a whole model, embeddings among the matrices."""
+    """(numbers in matrices, in scales, biases and the stream) of a whole model, embeddings among the matrices."""
     mixers = [mixer_parameters(spec) for spec in layers(model)]
     matrices = sum(m for m, _ in mixers) + model.layers * 3 * model.dim * model.ffn
     vectors = sum(v for _, v in mixers) + (2 * model.layers + 1) * model.dim
-    return matrices + (1 if model.tied else 2) * model.vocabulary * model.dim, vectors
+    return matrices + embeddings(model), vectors + stream_parameters(model)
+
+
+def embeddings(model) -> int:
+    """Of tokens, and the output head where it is another."""
+    return (1 if model.tied else 2) * model.vocabulary * model.dim
+
+
+def stream_parameters(model) -> int:
+    """What a stream learns beside the plain model: L layers, width D, rows of T; pairs of a layer and one so far."""
+    L, D, T = model.layers, model.dim, model.stream.length
+    pairs = L * (L + 1) // 2
+    inferred = L * D + (D + 1) * pairs + L * (L + 1) * (2 * L + 1) // 6
+    own = {
+        **dict.fromkeys(("plain", "v2m1", "v2m2", "v3m1", "v3m2", "v3m3.1", "v3m4.1", "v4m1", "v4m2", "v4m3"), 0),
+        **{f"v1m{number}": 0 for number in range(1, 8)},
+        **dict.fromkeys(("v2m3", "v3m3.2", "v3m4.2"), pairs - 1),
+        "v4m4": 2 * L,
+        "v4m5": pairs,
+        "v4m6": 2 * pairs,
+        "v4m7": pairs,
+        "v4m1A": T * T * pairs,
+        "v4m1B": T * pairs,
+        "v4m1C": T * pairs,
+        "v4m1D": inferred,
+        "v4m1E": inferred,
+        "v4mC": L * T,
+        "v4mD": L * (2 * D + 2),
+        "temperature": L,
+    }
+    return own[model.stream.name] if model.stream.name in own else beside(model)[0]
+
+
+def beside(model) -> tuple[int, int]:
+    """(parameters, multiplications for a token) of the streams that other papers propose: N copies, rank R."""
+    L, D, N, R = model.layers, model.dim, model.stream.copies, model.stream.rank
+    ways = [4] * (L - 1) + [1]
+    dynamic = [w * (m + 2) for m, w in enumerate(ways)]
+    sources = {"attnres": 1, "attnres-block": 2 * L // max(model.stream.blocks, 1)}.get(model.stream.name, 1)
+    read = sum(1 + math.ceil(s / sources) for s in range(1, 2 * L + 1))
+    return {
+        "denseformer": (L * (L + 3) // 2, 0),
+        "muddformer": (sum(n * (D + n + 1) for n in dynamic), sum(n * (D + n) for n in dynamic)),
+        "hyper": (2 * L * (D + N * (N + 1) + N + D * (N + 1) + D + 2), 2 * L * N * D * (N + 2)),
+        "mhc": (2 * L * (N * D + N * D * N * (N + 2) + 3 + N * (N + 2)), 2 * L * N * D * N * (N + 2)),
+        "resformer": (2 * (L - 1), 0),
+        "laurel": (2 * L * (2 + 2 * D * R), 2 * L * 2 * D * R),
+        "attnres": (2 * L * D, read * D),
+        "attnres-block": (2 * L * D, read * D),
+        "lime": (model.kv_heads * (L * (L + 1) // 2 - 1), 0),
+        "unet": (L // 2, 0),
+    }[model.stream.name]
+
+
+def stream_work(model, keys: int) -> int:
+    """Multiplications of a stream for a token that sees so many keys, beside those of the layers."""
+    L, D, name = model.layers, model.dim, model.stream.name
+    earlier = L * (L - 1) // 2
+    K, _, V = widths(model)
+    if name.startswith("v3"):
+        replayed = D * model.kv_heads * V + model.heads * V * D + keys * model.heads * (K + V)
+        return earlier * (replayed + 3 * D * model.ffn * (name in ("v3m1", "v3m3.1", "v3m3.2")))
+    if name == "v4mD":
+        return L * (D + 1)
+    if name.startswith("v4") and name != "v4mC":
+        inferred = sum(D * M + M * M for M in range(1, L + 1)) if name in ("v4m1D", "v4m1E") else 0
+        return earlier * keys * model.heads * K + inferred
+    return 0 if name in ("plain", "temperature", "v4mC") or name[:2] in ("v1", "v2") else beside(model)[1]
+
+
+def stream_cache(model) -> int:
+    """Numbers of a token that a stream keeps beside the caches of the layers."""
+    L, name = model.layers, model.stream.name
+    if name.startswith("v3"):
+        return L * (L - 1) // 2 * model.kv_heads * widths(model)[2]
+    return L * (L + 1) // 2 if name == "v4m1E" else 0

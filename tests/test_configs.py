@@ -12,6 +12,7 @@ import pytest
 from lab import data as lab_data
 from lab.command import load_config
 from lab.errors import UserError
+from lab.model.streams import STREAMS
 from lab.study import plan
 from lab.study.cells import resolve
 
@@ -48,15 +49,18 @@ def test_every_scale_plans(path, scale):
             assert model.heads * model.head_dim == model.dim and model.heads == 4 * model.kv_heads
         matrices, vectors = closed_forms.parameters(model)
         assert row["parameters"] == matrices + vectors
-        assert row["parameters_non_embedding"] == matrices + vectors - model.vocabulary * model.dim
+        assert row["parameters_non_embedding"] == matrices + vectors - closed_forms.embeddings(model)
         assert row["tokens"] == train.steps * data.rows * data.texts_per_row * data.text_length
         cached = [closed_forms.cache(layer) for layer in closed_forms.layers(model)]
-        assert row["cache_per_token_per_layer"] == pytest.approx(sum(cached) / len(cached))
-        # 6 for each weight that multiplies, the tied embedding among them, and attention on top of it.
-        assert 6 * matrices < row["train_flops_per_token"]
+        cached.append(closed_forms.stream_cache(model))
+        assert row["cache_per_token_per_layer"] == pytest.approx(sum(cached) / model.layers)
+        # 6 for each weight that multiplies, one embedding among them, and attention on top of it.
+        multiplying = matrices - closed_forms.embeddings(model) + model.vocabulary * model.dim
+        assert 6 * multiplying < row["train_flops_per_token"]
         if row["state_per_layer"] == 0:
             visible = data.texts_per_row * data.text_length
-            assert row["train_flops_per_token"] <= 6 * (matrices + model.layers * row["attention_work"] * visible)
+            attended = model.layers * row["attention_work"] * visible + closed_forms.stream_work(model, visible)
+            assert row["train_flops_per_token"] <= 6 * (multiplying + attended)
 
 
 @pytest.mark.parametrize(("path", "scale"), SCALES, ids=lambda value: getattr(value, "stem", value))
@@ -185,6 +189,68 @@ def test_parts_of_the_attention_study_are_matched_as_they_say(scale):
     assert len({row["labels"]["variant"] for row in planned("attention_ablation", f"{scale}-rotate")[2]}) == 16
 
 
+RESIDUAL = "residual_ablation"
+PARTS = ("v1", "v2", "v3", "v4", "sanity", "beyond", "confirm")
+
+
+def published_losses() -> dict[str, float]:
+    text = (commands.REPOSITORY / "configs/published/residual_series.csv").read_text()
+    return {row["method"]: float(row["loss"]) for row in csv.DictReader(text.splitlines())}
+
+
+@pytest.mark.parametrize("scale", ["cpu", "gpu", "paper"])
+def test_parts_of_the_residual_study_are_every_stream_and_match_on_steps_and_batch(scale):
+    found = set()
+    for part in PARTS:
+        config, cells, rows = planned(RESIDUAL, f"{scale}-{part}")
+        found |= {cell.config.model.stream.name for cell in cells}
+        assert len({row["tokens"] for row in rows}) == 1
+        assert len({(cell.config.train.steps, cell.config.data.rows) for cell in cells}) == 1
+        version = {name for name in STREAMS if name.startswith(part)}
+        assert version <= {cell.config.model.stream.name for cell in cells}
+        drawn = {name for _, names in config.study.groups for name in names}
+        assert not drawn or drawn == {cell.labels["method"] for cell in cells}
+    assert found == {*STREAMS}
+
+
+@pytest.mark.parametrize("scale", ["gpu", "paper"])
+def test_the_residual_study_has_the_published_size(scale):
+    rows = {row["labels"]["method"]: row for row in planned(RESIDUAL, f"{scale}-v4")[2]}
+    assert round(rows["baseline"]["parameters"] / 1e6, 2) == 51.65
+    assert rows["v4m1D"]["parameters"] - rows["baseline"]["parameters"] == 22_768
+
+
+def test_the_published_part_of_the_residual_study_is_what_the_source_ran_and_the_corrected_cells():
+    for part in ("v1", "v2", "v3", "v4", "confirm"):
+        _, cells, rows = planned(RESIDUAL, f"paper-{part}")
+        assert {round(row["tokens"] / 1e6) for row in rows} == {696}
+        methods = {cell.labels["method"] for cell in cells}
+        assert {(m, d) for m in methods for d in ("all", "declared")} == {tuple(c.labels.values()) for c in cells}
+        for cell in cells:
+            source, stream = cell.config.train.decay == "all", cell.config.model.stream
+            post = source and stream.name in ("v1m1", "v1m2", "v1m4", "v1m5", "v1m6", "v1m7")
+            assert stream.accumulate == ("post" if post else "raw")
+            assert stream.input == ("normed" if source and stream.name in ("v4m1D", "v4m1E", "v4mD") else "raw")
+
+
+def test_the_residual_study_confirms_the_six_best_of_the_published_losses():
+    losses = published_losses()
+    better = sorted((name for name in losses if losses[name] < losses["baseline"]), key=losses.get)
+    config, cells, _ = planned(RESIDUAL, "cpu-confirm")
+    assert [cell.labels["method"] for cell in cells] == ["baseline", *better[:6]] and config.study.seeds >= 8
+    parts = {cell.labels["method"] for part in PARTS for cell in planned(RESIDUAL, f"cpu-{part}")[1]}
+    assert {*losses} <= parts and len(losses) == 22
+    halved = next(c for c in planned(RESIDUAL, "cpu-v4")[1] if c.labels["method"] == "temperature 2").config.model
+    assert halved.softmax_scale == 0.5 * halved.head_dim**-0.5
+
+
+def test_groups_of_curves_that_name_nothing_are_refused():
+    config = load_config(str(commands.REPOSITORY / "configs" / "rope_ablation.py"))
+    config.study.groups = (("some", (0.5, 0.6)),)
+    with pytest.raises(UserError, match=r"study\.groups 'some' = 0\.6 is unknown .*choose one of: 0\.0, .*0\.5"):
+        plan.table(config, resolve(config))
+
+
 def test_the_control_is_one_override_away():
     config = load_config(str(commands.REPOSITORY / "configs" / "rope_ablation.py"))
     config.model.rotary.unselected = "time"
@@ -202,7 +268,8 @@ def test_muon_is_refused_for_a_parameter_without_a_matrix():
 @pytest.mark.parametrize("path", [path for path, scale in SCALES if scale == "paper"], ids=lambda path: path.stem)
 def test_the_published_setting_is_refused_without_its_data(path):
     config = load_config(f"{path}:paper")
-    assert config.data.texts == config.train.steps * config.data.rows * config.data.texts_per_row  # one epoch
+    epochs = {"residual_ablation": 5}.get(path.stem, 1)
+    assert epochs * config.data.texts == config.train.steps * config.data.rows * config.data.texts_per_row
     if "branches" in config.study.sections:
         assert config.data.texts == 1_024_000 and 190_000 < config.evaluate.texts <= 200_000
     with pytest.raises(

@@ -83,10 +83,32 @@ def heat_maps(rows: Sequence[Mapping[str, Curves]], vertical: str, horizontal: s
     return _panels(rows, draw, vertical, share=False)
 
 
+def weight_maps(rows: Sequence[Mapping[str, np.ndarray]]) -> Figure:
+    """Weights of earlier layers (columns; the embedding first where there is one more) in layers (rows), each as a
+    number on its colour: blue is positive, red negative. nan: there is no such weight."""
+
+    def draw(axes: Axes, title: str, weights: np.ndarray) -> None:
+        layers, columns = weights.shape
+        reach = np.nanmax(np.abs(weights)) or 1.0
+        axes.imshow(weights, cmap="RdBu", vmin=-reach, vmax=reach, aspect="auto")
+        for (layer, source), weight in np.ndenumerate(weights):
+            if not math.isnan(weight):
+                colour = "white" if abs(weight) > 0.6 * reach else "black"
+                size = min(7.5, 62 / columns)
+                axes.text(source, layer, f"{weight:.2f}", ha="center", va="center", fontsize=size, color=colour)
+        axes.set_facecolor("0.93")  # what has no weight
+        axes.set_xticks(range(columns), [*["emb."] * (columns - layers), *map(str, range(layers))])
+        axes.set_yticks(range(layers))
+        axes.set_xlabel("of layer")
+
+    return _panels(rows, draw, "in layer", share=False)
+
+
 def learning_curves(rows: Sequence[Mapping[str, Mapping[object, Sequence[Mapping[float, float]]]]]) -> Figure:
     """Training loss against step: the centred moving mean, and around it the values themselves or,
-    where a name has several seeds, the range of their centred means. Points that are not finite are left out; the
-    first tenth of the steps may rise above the panel, which else would show little but their fall."""
+    where a name has several seeds, the range of their centred means; on the right, its perplexity. Points that are
+    not finite are left out; the first tenth of the steps may rise above the panel, which else would show little but
+    their fall."""
 
     def draw(axes: Axes, title: str, curves: Mapping) -> None:
         colours, ends, tops = _colours(curves), {}, []
@@ -103,14 +125,16 @@ def learning_curves(rows: Sequence[Mapping[str, Mapping[object, Sequence[Mapping
             axes.plot(steps, middle, color=colours[name], linewidth=1.6)
             ends[name] = (steps[-1], float(middle[-1]))
             tops += [loss for points in finite for step, loss in points.items() if 10 * step >= steps[-1]]
-        axes.set_xlim(0, max((step for step, _ in ends.values()), default=1) * 1.2)
+        longest = max((len(str(name)) for name in ends), default=0)
+        axes.set_xlim(0, max((step for step, _ in ends.values()), default=1) * (1.12 + 0.025 * longest))
         if tops:
             axes.set_ylim(top=max(tops))
         _style(axes)
         _name_lines(axes, ends, colours)
         axes.set_xlabel("optimizer step")
+        _perplexity(axes)
 
-    return _panels(rows, draw, "training " + LOSS, share=False)
+    return _panels(rows, draw, "training " + LOSS, share=False, right=0.55)
 
 
 def trends(rows: Sequence[Mapping[str, Trend]]) -> Figure:
@@ -185,18 +209,21 @@ def _smoothed(points: Mapping[float, float], steps: Sequence[float]) -> list[flo
     return [known.get(step, math.nan) for step in steps]
 
 
-def _panels(rows: Sequence[Mapping], draw, vertical: str = LOSS, share: bool = True) -> Figure:
-    """Panels of a row share their vertical axis where they also share what they compare (several rows)."""
+def _panels(rows: Sequence[Mapping], draw, vertical: str = LOSS, share: bool = True, right: float = 0.15) -> Figure:
+    """Panels of a row share their vertical axis where they also share what they compare (several rows).
+
+    right: inches that a panel needs on its right.
+    """
     width = max(len(row) for row in rows)
     height = len(rows)
     figure = Figure(figsize=(PANEL[0] * width + 0.2, PANEL[1] * height))
     # Fixed margins: fitting them to the text takes as long as all the drawing.
     figure.subplots_adjust(
         left=0.65 / figure.get_figwidth(),
-        right=1 - 0.15 / figure.get_figwidth(),
+        right=1 - right / figure.get_figwidth(),
         bottom=0.55 / figure.get_figheight(),
         top=1 - 0.35 / figure.get_figheight(),
-        wspace=0.16,
+        wspace=0.06 + right / 1.5,
         hspace=0.36,
     )
     grid = figure.subplots(height, width, squeeze=False, sharey="row" if share and height > 1 else False)
@@ -240,6 +267,15 @@ def _style(axes: Axes) -> None:
     axes.set_axisbelow(True)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
+
+
+def _perplexity(axes: Axes) -> None:
+    """A second scale for loss, on the right."""
+    exp, log = (lambda y: np.exp(np.minimum(y, 100))), (lambda y: np.log(np.maximum(y, 1e-30)))
+    right = axes.secondary_yaxis("right", functions=(exp, log))
+    right.set_ylabel("perplexity", fontsize=SMALL)
+    right.tick_params(labelsize=SMALL)
+    right.spines["right"].set_visible(False)
 
 
 def _log2(axes: Axes, ticks: Sequence[int], label: str) -> None:

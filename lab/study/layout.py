@@ -1,7 +1,7 @@
 """How reports name cells, arrange them into panels and write numbers."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from lab.study.results import Run, Study, identity
 
@@ -32,6 +32,18 @@ def arrange(study: Study, curves: Mapping[tuple, object], line: str) -> list[dic
     if len(others) > 1:
         return list(rows.values())
     return panel_rows(rows.get("", {}))
+
+
+def grouped(rows: list[dict[str, dict]], groups: Sequence[tuple[str, Sequence]]) -> list[dict[str, dict]]:
+    """Each panel cut into one for each (title, names of lines) of `groups`; none: as it is."""
+    if not groups:
+        return rows
+    panels = [panel for row in rows for panel in row.items()]
+    return panel_rows({
+        ", ".join(filter(None, (title, group))): {name: curves[name] for name in names if name in curves}
+        for title, curves in panels
+        for group, names in groups
+    })  # fmt: skip
 
 
 def panel_rows(panels: Mapping[str, object]) -> list[dict]:

@@ -1,9 +1,11 @@
-"""What a run tells while it runs: metrics.jsonl, TensorBoard, and the display."""
+"""What a run tells: metrics.jsonl, TensorBoard and the display while it runs, mixing.csv at its end."""
 
 import json
 import time
 
 from lab.evaluate.conditions import Condition
+from lab.study import weights as learned
+from lab.study.layout import panel_rows
 from lab.study.progress import Display
 from lab.study.results import write_atomically
 from lab.study.runs import Run, Unit
@@ -39,7 +41,7 @@ class Meter:
 
 
 class Log:
-    """What a run writes while it runs: metrics.jsonl and TensorBoard."""
+    """What a run writes beside its result: metrics.jsonl, TensorBoard, and at its end mixing.csv."""
 
     def __init__(self, run: Run, writes: bool):
         self._run, self._writes = run, writes
@@ -68,8 +70,14 @@ class Log:
                 "train/tokens_per_second": rate,
             })  # fmt: skip
 
-    def finish(self, result: dict) -> None:
-        """The run among the others, in the HPARAMS tab."""
+    def finish(self, result: dict, weights: learned.Weights) -> None:
+        """The weights that it has learned for layers, and the run among the others, in the HPARAMS tab."""
+        if weights:
+            from lab.study import figures  # which loads matplotlib
+
+            write_atomically(self._run.directory / "mixing.csv", learned.table(weights))
+            image = figures.png(figures.weight_maps(panel_rows(weights)))
+            self._board.image("mixing", image, "Weight of what layer i gave (column) in layer m (row)")
         label = self._run.cell.config.study.condition
         metrics = {
             f"eval/{name}_{label}_{c[label]}": c[field]

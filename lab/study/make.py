@@ -14,6 +14,7 @@ from lab import kernels, runtime
 from lab.evaluate import conditions
 from lab.model import mesh as lab_mesh
 from lab.model import parameter
+from lab.study import weights as learned
 from lab.study.log import Log, Meter
 from lab.study.progress import Display
 from lab.study.runs import Run, Unit, write_json
@@ -53,6 +54,7 @@ def make(unit: Unit, display: Display, stop: Callable[[int], bool]) -> list[str]
             config, trained.state.model, unit[0].data.validation, mesh, members=len(unit),
             on_condition=meter.condition, stop=lambda: stop(config.train.steps),
         )  # fmt: skip
+        weights = learned.of_members(trained.state.model.stream, len(unit))
         if workload.vmapped:
             _keep_members(unit, trained.state, config)
         if writes:
@@ -60,7 +62,7 @@ def make(unit: Unit, display: Display, stop: Callable[[int], bool]) -> list[str]
                 result = _result(
                     run, configs[i], mesh, trained, [members[i] for members in found], executable, len(unit)
                 )
-                log.finish(result)
+                log.finish(result, weights[i])
                 write_json(run.directory / "result.json", result)
     finally:
         checkpoints.close()

@@ -64,6 +64,14 @@ def check_study(study) -> None:
         raise UserError(f"study.published = {study.published!r}: there is no such file in the repository")
 
 
+def check_groups(study, cells: list[Cell]) -> None:
+    """Refuses groups of learning curves that name nothing."""
+    known = list(dict.fromkeys(value for cell in cells for value in cell.labels.values()))
+    for title, names in study.groups:
+        for name in names:
+            choose(f"study.groups {title!r}", name, known)
+
+
 def describe(cell: Cell) -> dict:
     """A row of the plan."""
     config = cell.config
@@ -146,6 +154,7 @@ def executable(config, model) -> str:
 def table(config, cells: list[Cell]) -> list[dict]:
     """The plan of a study, everything checked."""
     check_study(config.study)
+    check_groups(config.study, cells)
     for cell in cells:
         check(cell)
     contrasts.check(config.study, {cell.name: cell.labels for cell in cells}, lab_data.conditions(config))

@@ -16,6 +16,7 @@ from lab.errors import UserError
 
 REPOSITORY = Path(__file__).parents[2]
 TIMINGS = ("seconds", "tokens_per_second", "peak_bytes", "overhead_share")
+MIXING = ("name", "layer", "of_layer", "weight")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +76,12 @@ class Study:
         rows = [identity(self, run) | line for run in self.runs for line in run.metrics]
         return pd.DataFrame(rows, columns=["cell", *self.labels, "seed", "step", "loss"] if not rows else None)
 
+    @functools.cached_property
+    def mixing(self) -> pd.DataFrame:
+        """cell, the labels, seed, and the columns of MIXING: the weight that a layer learned for what another gave."""
+        rows = [row for run in self.runs for row in _mixing_rows(self, run)]
+        return pd.DataFrame(rows, columns=["cell", *self.labels, "seed", *MIXING]).astype({"weight": float})
+
     def config(self, cell: dict) -> dict:
         """The resolved config of a cell; empty where the cell has not been started."""
         path = self.directory / cell["directory"] / "config.json"
@@ -101,13 +108,18 @@ def collect(directory: str | Path) -> Study:
 
 
 def write_csv(study: Study) -> list[Path]:
-    """Writes results.csv, the same bytes whenever the losses are the same, and timings.csv; returns their paths."""
+    """Writes results.csv, the same bytes whenever the losses are the same, timings.csv, and mixing.csv where a run has
+    learned weights of layers; returns their paths."""
     results = [row for run in study.runs for row in _result_rows(study, run)]
     timings = [row for run in study.runs for row in _timing_rows(study, run)]
-    return [
-        write_atomically(study.directory / "results.csv", _csv(list(study.results.columns)[1:], results)),
-        write_atomically(study.directory / "timings.csv", _csv(list(study.timings.columns), timings)),
+    written = [
+        write_atomically(study.directory / "results.csv", as_csv(list(study.results.columns)[1:], results)),
+        write_atomically(study.directory / "timings.csv", as_csv(list(study.timings.columns), timings)),
     ]
+    if study.mixing.empty:
+        return written
+    content = as_csv(list(study.mixing.columns), study.mixing.to_dict("records"))
+    return [*written, write_atomically(study.directory / "mixing.csv", content)]
 
 
 def judged_loss(result: Path, condition: str, judged: Sequence) -> float | None:
@@ -191,7 +203,14 @@ def _timing_rows(study: Study, run: Run) -> list[dict]:
     return [known | {name: entry.get(name) for name in measured} for entry in run.result["timings"]]
 
 
-def _csv(columns: list[str], rows: list[dict]) -> bytes:
+def _mixing_rows(study: Study, run: Run) -> list[dict]:
+    path = study.directory / run.cell["directory"] / f"seed-{run.seed}" / "mixing.csv"
+    if not run.result or not path.exists():
+        return []
+    return [identity(study, run) | row for row in csv.DictReader(io.StringIO(path.read_text()))]
+
+
+def as_csv(columns: Sequence[str], rows: list[dict]) -> bytes:
     """Floats as repr gives them, so equal numbers give equal bytes."""
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")

@@ -4,9 +4,9 @@ import math
 from collections.abc import Sequence
 
 from lab.errors import choose
-from lab.study import accuracy, branches, costs, figures, series, trials, verdicts
+from lab.study import accuracy, branches, costs, figures, mixing, series, trials, verdicts
 from lab.study.evidence import Findings
-from lab.study.layout import arrange, line_label, number, run_label, short, whole
+from lab.study.layout import arrange, grouped, line_label, number, run_label, short, whole
 from lab.study.page import Block, Chart, Code, Section, Table, Text
 from lab.study.results import Study
 
@@ -24,7 +24,8 @@ def runs(study: Study) -> list[Block]:
 
 
 def curves(study: Study) -> list[Block]:
-    """Learning curves: a colour for each value of one label, a panel for each combination of the others."""
+    """Learning curves: a colour for each value of one label, a panel for each combination of the others, or for each
+    group of study.groups in it."""
     found: dict = {}
     for run in study.runs:
         if run.metrics:
@@ -35,10 +36,11 @@ def curves(study: Study) -> list[Block]:
     name = line_label(study)
     caption = (
         f"Training loss, one line for each {name or 'run'}: the centred mean of 1/25 of the logged values; "
-        "faint, the values themselves, or the range of these means over seeds. "
+        "faint, the values themselves, or the range of these means over seeds; on the right, its perplexity. "
         "The first tenth of the steps may rise above the panel."
     )
-    image = figures.png(figures.learning_curves(arrange(study, found, name)))
+    groups = study.plan["config"].get("study", {}).get("groups", ())
+    image = figures.png(figures.learning_curves(grouped(arrange(study, found, name), groups)))
     return [Chart("learning_curves", image, caption)]
 
 
@@ -46,6 +48,7 @@ SECTIONS = {
     "accuracy": ("Accuracy", accuracy.section),
     "branches": ("Branches", branches.section),
     "curves": ("Learning curves", curves),
+    "mixing": ("Mixing weights", mixing.section),
     "series": ("The published series", series.section),
 }
 

@@ -51,6 +51,10 @@ class Writer:
         value = Summary.Value(tag=name, metadata=text_metadata.create_summary_metadata(name, ""), tensor=content)
         self._add(0, summary=Summary(value=[value]))
 
+    def image(self, name: str, png: bytes, caption: str) -> None:
+        """Shows a picture under `name` in the IMAGES tab, at the last step."""
+        self._add(self._step or 0, summary=Summary(value=[_image(name, png, caption)]))
+
     def close(self) -> None:
         """Flushes and closes the file."""
         self._file.close()
@@ -90,16 +94,16 @@ def write_figures(study: Study, charts: Sequence[Chart]) -> None:
 
 
 def _images(charts: Sequence[Chart], step: int, wall_time: float) -> Event:
-    values = []
-    for chart in charts:
-        width, height = struct.unpack(">II", chart.content[16:24])  # of a PNG's header
-        parts = [str(width).encode(), str(height).encode(), chart.content]
-        content = tensor_pb2.TensorProto(dtype=types_pb2.DT_STRING, string_val=parts)
-        content.tensor_shape.dim.add(size=len(parts))
-        name, caption = f"report/{chart.name}", chart.caption
-        kind = image_metadata.create_summary_metadata(name, caption)
-        values.append(Summary.Value(tag=name, metadata=kind, tensor=content))
+    values = [_image(f"report/{chart.name}", chart.content, chart.caption) for chart in charts]
     return Event(step=step, wall_time=wall_time, summary=Summary(value=values))
+
+
+def _image(name: str, png: bytes, caption: str) -> Summary.Value:
+    width, height = struct.unpack(">II", png[16:24])  # of its header
+    parts = [str(width).encode(), str(height).encode(), png]
+    content = tensor_pb2.TensorProto(dtype=types_pb2.DT_STRING, string_val=parts)
+    content.tensor_shape.dim.add(size=len(parts))
+    return Summary.Value(tag=name, metadata=image_metadata.create_summary_metadata(name, caption), tensor=content)
 
 
 def _scalars(values: Mapping[str, float]) -> Summary:
