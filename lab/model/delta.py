@@ -129,11 +129,12 @@ def one_chunk(q_BCHK, k_BCHK, v_BCHV, decay_BCH, beta_BCH, segment_BC, state: St
 
     What the tokens of the chunk write, given what those before them wrote, solves a triangular system.
     """
-    fall_BHC = jnp.cumsum(decay_BCH, axis=1).swapaxes(1, 2)  # log decay since the chunk began
     q_BHCK, k_BHCK, v_BHCV = (x.swapaxes(1, 2) for x in (q_BCHK, k_BCHK, v_BCHV))
     beta_BHC1 = beta_BCH.swapaxes(1, 2)[..., None]
     goes_on_BC, to_end_BC = segment_BC == state.segment_B[:, None], segment_BC == segment_BC[:, -1:]
     earlier_BCc = jnp.tril(segment_BC[:, :, None] == segment_BC[:, None, :])
+    # Log decay since the chunk or the segment began. As a product, no gradient of another segment rounds to a little.
+    fall_BHC = jnp.einsum("bts,bsh->bht", earlier_BCc.astype(decay_BCH.dtype), decay_BCH, precision="highest")
     between_BHCc = faded(fall_BHC[..., :, None] - fall_BHC[..., None, :], earlier_BCc[:, None])
     since_BHC1 = faded(fall_BHC, goes_on_BC[:, None])[..., None]
     until_BHC1 = faded(fall_BHC[..., -1:] - fall_BHC, to_end_BC[:, None])[..., None]
