@@ -1,4 +1,4 @@
-"""Runs a study: trains every cell, evaluates each under every condition, and reports after each of them.
+"""Runs a study: trains every cell, evaluates each under every condition, and reports as they end.
 
     python -m lab.main --config=configs/rope_ablation.py
 
@@ -15,10 +15,12 @@ import functools  # noqa: E402
 import logging  # noqa: E402
 import pathlib  # noqa: E402
 import shlex  # noqa: E402
+import time  # noqa: E402
 
 from lab import command  # noqa: E402
 
 STOPPED = 75  # EX_TEMPFAIL: schedulers requeue it
+REPORTING = 0.05  # share of the time that reports may take while runs go on
 
 
 def main(argv: list[str]) -> int:
@@ -58,9 +60,15 @@ def main(argv: list[str]) -> int:
             runs.write_plan(workdir, config, rows, every, [trial.describe() for trial in trials], line)
         return [r for r in every if r.cell.name in names]
 
-    def rewrite_report() -> None:
-        if first:
+    due = 0.0
+
+    def rewrite_report(now: bool = False) -> None:
+        """After a run, but for at most a share REPORTING of the time."""
+        nonlocal due
+        if first and (now or time.monotonic() >= due):
+            begun = time.monotonic()
             report.rebuild(workdir)
+            due = time.monotonic() + (time.monotonic() - begun) / REPORTING
 
     trials = tuning.trials(config, cells, workdir)
     ours = planned(tuning.tuned(cells, trials))
@@ -78,12 +86,13 @@ def main(argv: list[str]) -> int:
                 ours = planned(tuning.tuned(cells, trials))
             summary = make(runs.units_of(ours, config.study.vmap))
         except Stopped as stopped:
+            rewrite_report(now=True)
             display.say(f"stopped and saved at {stopped}; run the same command again to go on")
             return STOPPED
         if first:
             runs.note_look(workdir)
         display.say(f"compiled: {counts}, for {tuning_summary.new + summary.new} new runs")
-        rewrite_report()
+        rewrite_report(now=True)
         display.say(f"{summary.done} of {len(ours)} runs done, {summary.failed} failed; open {workdir / 'report.html'}")
     return 1 if summary.failed else 0
 
