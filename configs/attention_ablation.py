@@ -169,11 +169,24 @@ def guess(study, without: tuple[str, ...] = ()) -> None:
     )
 
 
+CURVES = {  # a panel for each part of the series
+    "I": ("MLA", "GQA2-128", "GQA1-256", "GQA1-256-PR"),
+    "II": ("MLA", "MHA", "GQA2-192", "MLA-256"),
+    "III, IV": ("MLA", "GQA1-256-PR", "GQA2-(192+64)-S1", "GQA2-(192+64)-S2"),
+    "V": ("MLA", "GQA4-(64+64)-S2", "GQA4-(128+64)-S2", "GQA1-(512+64)-S3"),
+    "VI, GQA": ("GQA2-128", "GQA2-128 32 heads", "GQA1-256 MLP 4096", "GQA1-256 Q&O LoRA"),
+    "VI, S2": (
+        "GQA2-(192+64)-S2", "GQA4-(64+64)-S2 32 heads", "GQA2-(192+64)-S2 MLP 4096", "GQA2-(192+64)-S2 Q&O LoRA"
+    ),
+}  # fmt: skip
+
+
 def part_series(config, s: Sizes) -> None:
     config.study.cells = cells(series(s) | doubled(s) | narrowed(s))
     config.study.baseline = (("variant", BASELINE),)
     config.study.published = "configs/published/attention_series.csv"
     config.study.sections = ("series", "curves")
+    config.study.groups = tuple((f"part {part}", names) for part, names in CURVES.items())
     guess(config.study)
 
 
