@@ -126,7 +126,7 @@ def learning_curves(rows: Sequence[Mapping[str, Mapping[object, Sequence[Mapping
             ends[name] = (steps[-1], float(middle[-1]))
             tops += [loss for points in finite for step, loss in points.items() if 10 * step >= steps[-1]]
         longest = max((len(str(name)) for name in ends), default=0)
-        axes.set_xlim(0, max((step for step, _ in ends.values()), default=1) * (1.12 + 0.025 * longest))
+        axes.set_xlim(0, max((step for step, _ in ends.values()), default=1) * (1.12 + 0.036 * longest))
         if tops:
             axes.set_ylim(top=max(tops))
         _style(axes)
