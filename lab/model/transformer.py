@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lab import kernels
-from lab.config import set_field
 from lab.coordinates import Coordinates
 from lab.errors import UserError, choose
 from lab.kernels import rules
@@ -201,8 +200,9 @@ def layer_specs(model) -> list:
         spec = model.copy_and_resolve_references()
         for field, value in entry:
             choose("a field of model.pattern", field, PATTERN_FIELDS)
+            *path, name = field.split(".")
             try:
-                set_field(spec, field, value)
+                functools.reduce(lambda node, part: node[part], path, spec)[name] = value
             except TypeError:
                 raise UserError(f"model.pattern sets {field} = {value!r}, which is of another type") from None
         specs.append(spec)
