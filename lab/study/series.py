@@ -84,7 +84,7 @@ def _table(study: Study, findings: Findings | None, theirs: Published) -> Table:
     columns = [
         *study.labels, "loss ± 95%", "published loss",
         *JUDGED, "published difference", "sign replicates",
-        *("FLOPs per token" if name == "training FLOPs" else name for name in costs),
+        *("FLOPs per token" if name == "training FLOPs" else name for name in COSTS),
         *(THEIRS[field][0] for field in besides),
     ]  # fmt: skip
     caption = (
