@@ -22,6 +22,7 @@ from lab import runtime
 runtime.tune_allocator()
 
 import numpy as np  # noqa: E402
+import stepping  # noqa: E402
 
 from lab import config as lab_config  # noqa: E402
 from lab.coordinates import Coordinates  # noqa: E402
@@ -57,7 +58,7 @@ def config_of(name: str, length: int):
     return config
 
 
-def stepper(config, length: int):
+def program_of(config, length: int):
     """(a function that makes one step and waits for it, its executable)"""
     tokens = np.random.default_rng(0).integers(0, config.model.vocabulary, (1, length)).astype(np.int32)
     mesh, program = lab_mesh.make(config.mesh), step.Program.of(config.train)
@@ -66,12 +67,7 @@ def stepper(config, length: int):
     numbers = optimizer.numbers_by_step(config.train)(0)
     run = compiled.train_step(state, numbers, batch, program, mesh)
 
-    def one():
-        nonlocal state
-        state, metrics = run(state, numbers, batch)
-        metrics.loss.block_until_ready()
-
-    return one, run
+    return stepping.stepper(run, state, numbers, batch), run
 
 
 def take_turns(peers: dict, rounds: int) -> dict[str, float]:
@@ -89,7 +85,7 @@ def take_turns(peers: dict, rounds: int) -> dict[str, float]:
 def measure(name: str, length: int, rounds: int, plain) -> Measured:
     """plain: what makes one plain step."""
     config = config_of(name, length)
-    one, run = stepper(config, length)
+    one, run = program_of(config, length)
     medians = take_turns({"plain": plain, "stream": one}, rounds)
     visible = rules.mean_visible_keys(rules.parse(config.model.rule), Coordinates.single(1, length))
     flops = length * accounting.train_flops_per_token(abstract(config.model), [visible])
@@ -108,7 +104,7 @@ def main() -> None:
         choose("a stream", name, STREAMS)
     for length in lengths:
         names = flags.names or [*(name for name in STREAMS if name not in ("plain", DENSE)), DENSE]
-        plain, _ = stepper(config_of("plain", length), length)
+        plain, _ = program_of(config_of("plain", length), length)
         base = measure("plain", length, rounds, plain)
         print(f"\nL 8, T {length}\n\n| stream | step ms | x plain | memory MiB | x plain | MFLOPs | x plain |")
         print("| --- | --: | --: | --: | --: | --: | --: |")

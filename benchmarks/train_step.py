@@ -18,6 +18,7 @@ import sys
 import time
 
 import numpy as np
+import stepping
 
 PACKS = {"4x768": (4, 768), "2x2048": (2, 2048), "1x4096": (1, 4096)}
 DIM, LAYERS, HEADS, GROUPS, FFN, VOCABULARY, BRANCH = 128, 4, 4, 1, 384, 258, 64
@@ -63,12 +64,7 @@ def ours(rows: int, length: int):
     numbers = optimizer.numbers_by_step(config.train)(0)
     run = compiled.train_step(state, numbers, batch, program, mesh)
 
-    def one():
-        nonlocal state
-        state, metrics = run(state, numbers, batch)
-        metrics.loss.block_until_ready()
-
-    return one
+    return stepping.stepper(run, state, numbers, batch)
 
 
 def theirs(rows: int, length: int):

@@ -17,6 +17,8 @@ from lab import runtime
 
 runtime.tune_allocator()
 
+import stepping  # noqa: E402
+
 from lab import command  # noqa: E402
 
 
@@ -34,12 +36,7 @@ def stepper(config, texts, mesh, members: int):
     placed = lab_mesh.place(batch, mesh)
     run = workload.compile(state, numbers, placed, mesh)
 
-    def one():
-        nonlocal state
-        state, metrics = run(state, numbers, placed)
-        metrics.loss.block_until_ready()
-
-    return one, sum(info.tokens for info in infos)
+    return stepping.stepper(run, state, numbers, placed), sum(info.tokens for info in infos)
 
 
 def main() -> None:

@@ -15,6 +15,10 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        wide = x_BTD.astype(jnp.promote_types(x_BTD.dtype, jnp.float32))
-        normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
-        return (normed * self.weight[...]).astype(x_BTD.dtype)
+        return (rms_normed(x_BTD, self.eps) * self.weight[...]).astype(x_BTD.dtype)
+
+
+def rms_normed(x, eps: float):
+    """x / sqrt(mean(x^2) + eps) over the last axis, in float32 or wider."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)

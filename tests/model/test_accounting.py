@@ -138,3 +138,12 @@ def test_cache_formula_against_the_cache(overrides, beside):
     numbers = sum(x.size for x in jax.tree.leaves((cache.layers, cache.stream))) / (5 * 7 * config.layers)
     expected = 2 * config.kv_heads * config.head_dim + beside / config.layers
     assert accounting.cache_per_token_per_layer(model) == numbers == expected
+
+
+@pytest.mark.parametrize(("name", "maps"), [("plain", 0), ("v2m3", 0), ("v4m1", 0.5), ("v3m2", 1), ("v4mD", 0)])
+def test_attention_work_counts_what_streams_attend_with(name, maps):
+    """Of the L (L - 1) / 2 pairs of a layer and an earlier one, v4 makes scores again, v3 scores and output."""
+    m = tiny.config(**variants.stream(name)).model
+    one = 2 * m.heads * m.head_dim
+    pairs = m.layers * (m.layers - 1) / 2
+    assert accounting.attention_work(lab_model.abstract(m)) == pytest.approx(one + maps * one * pairs / m.layers)

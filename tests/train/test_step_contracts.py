@@ -128,6 +128,14 @@ def test_a_step_of_every_variant_is_the_same_on_a_mesh(variant):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("variant", ["stream v3m2", "stream v4m1"])
+def test_streams_share_one_group_over_devices(variant):
+    mesh, one_group = tiny.mesh(**MESHES["tensor over fewer groups, context"]), dict(model__kv_heads=1)
+    got = trained(variants.config(variant, **one_group), mesh, tiny.batch(rows=8, length=32))
+    check_same(got, on_one_device(variant, **one_group))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["data fsdp tensor", "four devices"])
 def test_microbatches_are_the_same_on_a_mesh(mesh):
     program = Program("adamw", "all", 2)

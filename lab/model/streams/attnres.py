@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from lab.errors import UserError
 from lab.model import parameter
+from lab.model.norm import rms_normed
 from lab.model.streams.stream import Stream
 
 
@@ -54,8 +55,7 @@ class AttnRes(Stream):
         sources = [y for y in (*state.blocks, state.partial) if y is not None]
         if s == 0:
             return sources[0]
-        wide = jnp.promote_types(sources[0].dtype, jnp.float32)
-        scores = [rms_normed(y.astype(wide), self.eps) @ self.w[s - 1] for y in sources]
+        scores = [rms_normed(y, self.eps) @ self.w[s - 1] for y in sources]
         weights = jax.nn.softmax(jnp.stack(scores), axis=0)
         return sum(w[..., None] * y for w, y in zip(weights, sources, strict=True)).astype(sources[0].dtype)
 
@@ -87,8 +87,3 @@ class BlockAttnRes(AttnRes):
                 f"model.stream.blocks = {model.stream.blocks} does not divide model.layers = {model.layers}; choose "
                 f"one of: {', '.join(map(str, valid))}"
             )
-
-
-def rms_normed(x, eps: float):
-    """x / sqrt(mean(x^2) + eps)."""
-    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lab.model import parameter
+from lab.model.norm import rms_normed
 from lab.model.streams.denseformer import State
 from lab.model.streams.stream import Stream
 from lab.model.streams.weights import triangle
@@ -37,9 +38,7 @@ class DynamicWeights(nnx.Module):
 
     def __call__(self, y_BTD):
         """[B, T, ways, outputs], float32 or wider."""
-        wide = y_BTD.astype(jnp.promote_types(y_BTD.dtype, jnp.float32))
-        normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
-        inferred = jax.nn.gelu(normed @ self.w1[...], approximate=False) @ self.w2[...]
+        inferred = jax.nn.gelu(rms_normed(y_BTD, self.eps) @ self.w1[...], approximate=False) @ self.w2[...]
         return inferred.reshape(*inferred.shape[:-1], *self.a.shape) + self.a[...]
 
 

@@ -1,0 +1,73 @@
+"""What streams refuse: fields that mean nothing to them, models that they cannot run on, rows beyond their weights."""
+
+import jax
+import pytest
+import tiny
+import variants
+
+from lab import model as lab_model
+from lab.errors import UserError
+from lab.model import streams
+from lab.model.streams import STREAMS
+from lab.study import cells, plan
+
+NAMES = [name for name in STREAMS if name[0] == "v" or name == "temperature"]
+
+
+@pytest.mark.parametrize(("overrides", "says"), [
+    (dict(name="v1m8"), "did you mean 'v1m"),
+    (dict(name="v4m1A", length=0), "model.stream.length = 0: model.stream.name = 'v4m1A' needs it"),
+    (dict(name="v4m1", length=8), "model.stream.length = 8 means nothing to model.stream.name = 'v4m1'"),
+    (dict(name="v2m1", accumulate="post"), "model.stream.accumulate = 'post' means nothing to model.stream.name"),
+    (dict(name="v1m1", accumulate="sum"), "choose one of: raw, post"),
+    (dict(name="v4mC", length=8, input="normed"), "or one of: v4m1D, v4m1E, v4mD"),
+], ids=str)  # fmt: skip
+def test_streams_that_mean_nothing_are_refused(overrides, says):
+    check_refused({f"model__stream__{field}": value for field, value in overrides.items()}, says)
+
+
+@pytest.mark.parametrize(("name", "overrides", "says"), [
+    *((name, dict(model__layers=1), f"model.layers = 1: model.stream.name = {name!r} combines layers")
+      for name in NAMES if name not in ("v4mC", "v4mD", "temperature")),
+    *((name, dict(model__scan=True), f"model.scan = True: model.stream.name = {name!r} has a state that grows")
+      for name in NAMES if STREAMS[name].grows),
+    *((name, dict(model__mixer="delta", model__rule="causal"),
+       f"model.mixer under model.stream.name = {name!r} = 'delta' is unknown")
+      for name in NAMES if name[:2] in ("v3", "v4", "te")),
+    ("v3m1", dict(model__mixer="s2"), "choose one of: attention, differential"),
+    ("v4m1", dict(model__mixer="forgetting"), "choose one of: attention, differential, mla, s1, s2, s3, gta"),
+    ("v4m1", dict(model__pattern=((), (("mixer", "s2"),))), "model.pattern has the mixers attention, s2"),
+    *((name, dict(model__softmax_scale=0.5), "model.softmax_scale = 0.5: model.stream.name")
+      for name in ("v4m4", "v4m6", "v4m7")),
+], ids=str)  # fmt: skip
+def test_streams_that_cannot_run_on_a_model_are_refused(name, overrides, says):
+    length = dict(model__stream__length=8) if "length" in STREAMS[name].fields else {}
+    check_refused(dict(model__stream__name=name) | length | overrides, says)
+
+
+def check_refused(overrides: dict, says: str) -> None:
+    with pytest.raises(UserError) as refused:
+        lab_model.abstract(tiny.config(**overrides).model)
+    assert says in str(refused.value) and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["v4m1A", "v4m1B", "v4m1C", "v4mC"])
+def test_longer_rows_than_trained_are_refused(name):
+    made = tiny.config(**variants.stream(name, model__stream__length=24))
+    model, batch = lab_model.abstract(made.model), tiny.batch(1, length=25)
+    says = rf"a row of 25 tokens is longer than model.stream.length = 24, .*model.stream.name = '{name}'"
+    with pytest.raises(UserError, match=says):
+        jax.eval_shape(lambda model: model(batch.tokens, batch.coordinates), model)
+    streams.check_rows(made.model, "data.texts_per_row", 24)
+    with pytest.raises(UserError, match=r"data.texts_per_row makes rows of 25 tokens: model.stream.name = '" + name):
+        streams.check_rows(made.model, "data.texts_per_row", 25)
+    streams.check_rows(tiny.config(**variants.stream("v4m1")).model, "data.texts_per_row", 25)
+
+
+@pytest.mark.parametrize("room", ["data", "evaluate"])
+def test_a_study_of_longer_rows_than_trained_is_refused_before_it_runs(room):
+    made = tiny.config(**variants.stream("v4m1B", model__stream__length=24))
+    plan.check(*cells.resolve(made))
+    made[room].update(texts_per_row=8)
+    with pytest.raises(UserError, match=rf"{room}.texts_per_row x data.text_length makes rows of 48 tokens"):
+        plan.check(*cells.resolve(made))
