@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import math
 import pathlib
 from typing import NamedTuple
 
@@ -45,13 +46,21 @@ def _restorable(tree):
 
 @jax.jit
 def _checksum(tree) -> jax.Array:
-    """uint32 over the bits of every number: Orbax notices a torn file, but not a flipped byte."""
+    """uint32 over the bits of every number: Orbax notices a torn file, but not a flipped byte.
 
-    def bits(x):
-        return jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)
+    A sum modulo 2^32 in which every word has an odd weight, so that one bit changed anywhere, the highest included,
+    changes it; the weights differ from place to place, so that numbers exchanged change it too.
+    """
 
-    sums = [jnp.sum(bits(x), dtype=jnp.uint32) for x in jax.tree.leaves(tree)]
-    return sum(31 * number * each for number, each in enumerate(sums, 1))
+    def weighed(x, number):
+        words = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * min(x.dtype.itemsize, 4)}")).astype(jnp.uint32)
+        places = sum(
+            (jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * jnp.uint32(math.prod(words.shape[axis + 1 :])))
+            for axis in range(words.ndim)
+        )
+        return jnp.sum(words * (2 * places + jnp.uint32(2 * number + 1)), dtype=jnp.uint32)
+
+    return sum(weighed(x, 7919 * number) for number, x in enumerate(jax.tree.leaves(tree)))
 
 
 def _with_weights(model, named: dict):

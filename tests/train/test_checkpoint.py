@@ -157,6 +157,23 @@ def test_a_checkpoint_with_all_files_damaged_falls_back_and_says_so(two_checkpoi
     check_falls_back(tmp_path / "run", caplog)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32"])
+def test_any_one_bit_and_any_exchange_change_the_checksum(dtype):
+    rng = np.random.default_rng(0)
+    tree = [jnp.asarray(rng.normal(size=shape) * 9, dtype) for shape in [(), (3,), (4, 5), (2, 3, 4)]]
+    stood, bits = int(checkpoint._checksum(tree)), 8 * tree[0].dtype.itemsize
+    for number, x in enumerate(tree):
+        words = np.asarray(jax.lax.bitcast_convert_type(x, f"uint{bits}"))
+        for place in range(x.size):
+            for bit in range(bits):
+                flipped = words.copy()
+                flipped.flat[place] ^= words.dtype.type(1 << bit)
+                changed = jax.lax.bitcast_convert_type(jnp.asarray(flipped), dtype)
+                assert int(checkpoint._checksum([*tree[:number], changed, *tree[number + 1 :]])) != stood
+    exchanged = tree[2].at[0, 0].set(tree[2][1, 2]).at[1, 2].set(tree[2][0, 0])
+    assert int(checkpoint._checksum([*tree[:2], exchanged, tree[3]])) != stood
+
+
 def test_a_flipped_bit_is_harmless_or_noticed(two_checkpoints, tmp_path, caplog):
     """In the files that hold the arrays, which are not checked by those who read them."""
     chance, fallen = np.random.default_rng(0), 0
