@@ -12,7 +12,8 @@
 
 Methods are called as in the notes, v1m1 to v4mD; all cells of a part have the same steps and batch. Beside V4:
 "temperature", one learned number for each layer, for methods 4 to 7; "temperature 2", scores halved, for C. Methods
-that combine layers refuse a single one, so "sanity" has those that do not: C, D and the temperature.
+that combine layers refuse a single one, so "sanity" has those that do not: C, D and the temperature. V4-5 and V4-7 are
+one method when nothing decays: log a starts elsewhere and its gradients are the same.
 
 :gpu and :paper have the published model of 51.65M parameters: 8 layers of 512, feed-forward 1024, 8 heads over 4
 groups, and an untied vocabulary of 32,000. :paper has the published data (wikitext-103, blocks of 2048, 696M tokens,
@@ -252,6 +253,7 @@ def cpu(config, part: Part) -> None:
     config.data.update(dict(text_length=128, rows=8))
     config.train.update(dict(steps=200, learning_rate=5e-3, final_learning_rate=5e-4, warmup=20))
     config.evaluate.update(dict(texts=512, rows=16))
+    config.checkpoint.every = 50  # TensorBoard has a point of each mixing weight at every checkpoint
     config.study.seeds = part.seeds
     set_part(config, part)
 

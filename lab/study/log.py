@@ -70,6 +70,11 @@ class Log:
                 "train/tokens_per_second": rate,
             })  # fmt: skip
 
+    def weights(self, step: int, weights: learned.Weights) -> None:
+        """The weights that layers have learned for each other by now: a curve for each."""
+        if self._writes and weights:
+            self._board.scalars(step, learned.scalars(weights))
+
     def finish(self, result: dict, weights: learned.Weights) -> None:
         """The weights that it has learned for layers, and the run among the others, in the HPARAMS tab."""
         if weights:

@@ -20,6 +20,7 @@ from lab.study.progress import Display
 from lab.study.runs import Run, Unit, write_json
 from lab.train import compiled, loop
 from lab.train.checkpoint import Checkpoints, Position
+from lab.train.step import State
 from lab.train.workload import Member, Record, Workload
 
 
@@ -46,10 +47,15 @@ def make(unit: Unit, display: Display, stop: Callable[[int], bool]) -> list[str]
         for log, record in zip(logs, records, strict=True):
             log.step(record, rate)
 
+    def on_checkpoint(step: int, state: State) -> None:
+        for log, weights in zip(logs, learned.of_members(state.model.stream, len(unit)), strict=True):
+            log.weights(step, weights)
+
     checkpoints = Checkpoints(_checkpoint_directory(unit), config.checkpoint.keep)
     workload = Workload([Member(c, run.data.train) for c, run in zip(configs, unit, strict=True)])
     try:
-        trained = loop.train(workload, checkpoints, mesh, on_start=on_start, on_step=on_step, stop=stop)
+        callbacks = dict(on_start=on_start, on_step=on_step, on_checkpoint=on_checkpoint, stop=stop)
+        trained = loop.train(workload, checkpoints, mesh, **callbacks)
         found, executable = conditions.evaluate(
             config, trained.state.model, unit[0].data.validation, mesh, members=len(unit),
             on_condition=meter.condition, stop=lambda: stop(config.train.steps),

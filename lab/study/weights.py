@@ -1,6 +1,6 @@
 """Learned weights of layers in layers, as a run leaves them beside its result."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import jax
 import numpy as np
@@ -21,11 +21,18 @@ def of_members(stream: nnx.Module, members: int) -> list[Weights]:
 
 def table(weights: Weights) -> bytes:
     """mixing.csv: a row for each weight that there is."""
-    rows = []
+    return as_csv(MIXING, [dict(zip(MIXING, row, strict=True)) for row in _listed(weights)])
+
+
+def scalars(weights: Weights) -> dict[str, float]:
+    """The same as curves of TensorBoard, a panel for each name and layer."""
+    return {f"mixing {name}/layer {layer} of {source}": weight for name, layer, source, weight in _listed(weights)}
+
+
+def _listed(weights: Weights) -> Iterator[tuple[str, int, int | str, float]]:
+    """(name, layer, of which layer's output, weight) for each weight that there is."""
     for name, array in weights.items():
         before = array.shape[1] - array.shape[0]
         for (layer, column), weight in np.ndenumerate(array):
-            source = column - before if column >= before else EMBEDDING
             if not np.isnan(weight):
-                rows.append({"name": name, "layer": layer, "of_layer": source, "weight": float(weight)})
-    return as_csv(MIXING, rows)
+                yield name, layer, column - before if column >= before else EMBEDDING, float(weight)

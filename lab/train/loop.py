@@ -64,12 +64,13 @@ def train(
     *,
     on_start: Callable[[int], None],
     on_step: Callable[[list[Record]], None],
+    on_checkpoint: Callable[[int, State], None],
     stop: Callable[[int], bool],
 ) -> Trained:
     """Trains from the newest checkpoint, or afresh, to config.train.steps, and leaves a checkpoint of the last step.
 
     on_start(step) tells where it begins; on_step(records), one for each member, comes once for every step, in order,
-    while the next one runs.
+    while the next one runs; on_checkpoint(steps made, state) with every checkpoint, the one it begins from included.
     Raises NonFinite with the step, its batch and the last good checkpoint; Stopped, all saved, when stop(step) says so.
     """
     config = workload.config
@@ -77,6 +78,7 @@ def train(
     position, state = checkpoints.restore(state) or (Position(0, 0), state)
     checkpoints.save(position, state)  # of step 0: what Orbax does once in a process is done before steps are timed
     on_start(position.step)
+    on_checkpoint(position.step, state)
     texts_per_step = config.data.rows * config.data.texts_per_row
     run, clock, pending, steps, tokens = None, Stopwatch(), None, 0, 0
 
@@ -104,6 +106,7 @@ def train(
             settle()  # a checkpoint is worth keeping only if its step was finite
             position = Position(step + 1, (step + 1) * texts_per_step)
             checkpoints.save(position, state)
+            on_checkpoint(position.step, state)
         if stopping and not last:
             checkpoints.wait()
             raise Stopped(f"step {step + 1}")

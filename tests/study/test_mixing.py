@@ -156,7 +156,16 @@ def test_runs_leave_the_weights_that_they_end_with(tmp_path, vmap):
     for run in commands.runs(first).values():
         multiplexer = EventMultiplexer().AddRunsFromDirectory(str(run))
         multiplexer.Reload()
-        assert ("mixing" in multiplexer.Runs()["tensorboard"]["tensors"]) == ("v2m3" in str(run))
+        tags = [tag for tag in multiplexer.Runs()["tensorboard"]["tensors"] if tag.startswith("mixing")]
+        if "v2m3" not in str(run):
+            assert not tags
+            continue
+        curves = [f"mixing softmax(w)/layer {layer} of {of}" for layer, of in ((0, 0), (1, 0), (1, 1))]
+        assert sorted(tags) == sorted(["mixing", *curves])
+        for tag in curves[1:]:
+            start, *_, end = multiplexer.Tensors("tensorboard", tag)
+            assert (start.step, end.step) == (0, 10)
+            assert start.tensor_proto.float_val[0] == 0.5 != end.tensor_proto.float_val[0]
     assert (first / "figures" / "mixing.png").exists() and "## Mixing weights" in (first / "report.md").read_text()
 
 

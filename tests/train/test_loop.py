@@ -40,13 +40,18 @@ def run(directory, config=None, *, texts=None, mesh=None, stop=lambda step: Fals
     """A whole call of `train`. What it reports is kept even if it raises: events gets ("step", n) and ("save", n)."""
     events, records, starts = [] if events is None else events, [], []
 
+    def on_checkpoint(step, state):
+        """Comes right after every checkpoint; the state can be read."""
+        assert events[-1] == ("save", step)
+        jax.tree.map(np.asarray, state)
+
     def on_step(members):
         (record,) = members
         records.append(record)
         events.append(("step", record.step))
 
     checkpoints = Watched(directory, events)
-    callbacks = dict(on_start=starts.append, on_step=on_step, stop=stop)
+    callbacks = dict(on_start=starts.append, on_step=on_step, on_checkpoint=on_checkpoint, stop=stop)
     try:
         workload = Workload([Member(config or tiny.config(), texts or tiny.texts())])
         made = loop.train(workload, checkpoints, mesh or tiny.mesh(), **callbacks)

@@ -24,7 +24,13 @@ def trained(directory, configs, stop=lambda step: False, mesh=None):
     workload = Workload([Member(config, tiny.texts()) for config in configs])
     try:
         made = loop.train(
-            workload, checkpoints, mesh or tiny.mesh(), on_start=lambda step: None, on_step=records.append, stop=stop
+            workload,
+            checkpoints,
+            mesh or tiny.mesh(),
+            on_start=lambda step: None,
+            on_step=records.append,
+            on_checkpoint=lambda step, state: None,
+            stop=stop,
         )
     finally:
         checkpoints.close()
