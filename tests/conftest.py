@@ -11,6 +11,7 @@ import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
+from lab import kernels  # noqa: E402
 from lab.train import compiled  # noqa: E402
 
 DEVICES = 8
@@ -37,6 +38,13 @@ def devices():
         found = jax.devices()  # starts the backend, which reads the flags once
     assert len(found) == DEVICES
     return found
+
+
+@pytest.fixture(scope="session", autouse=True)
+def every_kernel():
+    """Kernels of machines that are not here are interpreted."""
+    with kernels.interpreted():
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -174,8 +174,12 @@ def parse(text: str) -> Rule:
 
 def visible(rule: Rule, q: Coordinates, k: Coordinates):
     """What `attend` lets pass, bool [..., T, S] for q [..., T], k [..., S]: same segment, no padding, and the rule."""
-    rows, columns = q.map(lambda x: x[..., :, None]), k.map(lambda x: x[..., None, :])
-    return (rows.segment == columns.segment) & (rows.segment >= 0) & rule.visible(rows, columns)
+    return pairs_visible(rule, q.map(lambda x: x[..., :, None]), k.map(lambda x: x[..., None, :]))
+
+
+def pairs_visible(rule: Rule, q: Coordinates, k: Coordinates):
+    """`visible` of coordinates that broadcast against each other."""
+    return (q.segment == k.segment) & (q.segment >= 0) & rule.visible(q, k)
 
 
 def mean_visible_keys(rule: Rule, coordinates: Coordinates, block: int = 1024) -> float:

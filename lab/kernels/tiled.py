@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lab.coordinates import Coordinates
+from lab.kernels.folding import fold_keys, fold_queries, unfold_queries
 from lab.kernels.rules import Rule, visible
 from lab.kernels.tiles import Tiles, make_tiles, pad_to_tiles
 
@@ -54,14 +55,14 @@ def attend(q_BTHK, k_BSGK, v_BSGV, q_coordinates, k_coordinates, rule, scale, so
     G = k_BSGK.shape[2]
     o_NGRV, lse_NGR = _attend(
         static,
-        _fold_queries(q_BTHK, q_tile, G),
-        _fold_keys(k_BSGK, k_tile),
-        _fold_keys(v_BSGV, k_tile),
+        fold_queries(q_BTHK, q_tile, G),
+        fold_keys(k_BSGK, k_tile),
+        fold_keys(v_BSGV, k_tile),
         q_coordinates.map(lambda x: to_tiles(x, q_tile)),
         k_coordinates.map(lambda x: to_tiles(x, k_tile)),
         _flat_lists(tiles),
     )
-    return _unfold_queries(o_NGRV, B, T, H), _unfold_queries(lse_NGR[..., None], B, T, H)[..., 0]
+    return unfold_queries(o_NGRV, B, T, H), unfold_queries(lse_NGR[..., None], B, T, H)[..., 0]
 
 
 def _flat_lists(tiles: Tiles) -> Tiles:
@@ -69,31 +70,6 @@ def _flat_lists(tiles: Tiles) -> Tiles:
     B, n, m = tiles.keys.shape
     keys = tiles.keys + jnp.arange(B, dtype=jnp.int32)[:, None, None] * m
     return Tiles(keys.reshape(B * n, m), tiles.full.reshape(B * n), tiles.total.reshape(B * n))
-
-
-def _pad(x, tile):
-    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % tile), (0, 0), (0, 0)))
-
-
-def _fold_queries(x_BTHK, tile: int, G: int):
-    """[B, T, H, K] -> [N, G, R, K] with R = (head of the group, token of the tile)."""
-    x = _pad(x_BTHK, tile)
-    B, T, H, K = x.shape
-    return x.reshape(B, T // tile, tile, G, H // G, K).transpose(0, 1, 3, 4, 2, 5).reshape(-1, G, H // G * tile, K)
-
-
-def _unfold_queries(x_NGRK, B: int, T: int, H: int):
-    N, G, R, K = x_NGRK.shape
-    tile = R // (H // G)
-    x = x_NGRK.reshape(B, N // B, G, H // G, tile, K).transpose(0, 1, 4, 2, 3, 5)
-    return x.reshape(B, N // B * tile, H, K)[:, :T]
-
-
-def _fold_keys(x_BSGK, tile: int):
-    """[B, S, G, K] -> [M, G, tile, K]."""
-    x = _pad(x_BSGK, tile)
-    B, S, G, K = x.shape
-    return x.reshape(B, S // tile, tile, G, K).transpose(0, 1, 3, 2, 4).reshape(-1, G, tile, K)
 
 
 def _at(x, i):

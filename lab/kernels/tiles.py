@@ -11,6 +11,9 @@ import jax.numpy as jnp
 from lab.coordinates import Coordinates
 from lab.kernels.rules import Range, Rule
 
+FULL, PARTIAL, EMPTY = range(3)  # tiles in the order of a list: no pair is hidden, some may be, all are
+FIRST, LAST, ADD_FULL, ADD_PARTIAL = 1, 2, 4, 8  # what a step does: begins and ends its tile, adds another to it
+
 
 class Tiles(NamedTuple):
     """For each query tile, the key tiles it needs: first those that need no mask, then those that do.
@@ -61,6 +64,57 @@ def make_tiles(rule: Rule, q: Coordinates, k: Coordinates, q_tile: int, k_tile: 
     # Padded queries in a full tile do no harm: their output is dropped. Padded keys would be seen.
     full = same.low & certainly & q_any[:, :, None] & (k_any & ~k_padded)[:, None, :]
     some = same.high & possibly & q_any[:, :, None] & k_any[:, None, :]
-    order = jnp.argsort(jnp.where(full, 0, jnp.where(some, 1, 2)), axis=-1, stable=True)
+    return _listed(jnp.where(some, jnp.where(full, FULL, PARTIAL), EMPTY))
+
+
+class BothWays(NamedTuple):
+    """The lists of query tiles, and those of key tiles, whose `keys` are the query tiles [B, m, n] that need each."""
+
+    by_query: Tiles
+    by_key: Tiles
+
+
+def both_ways(tiles: Tiles) -> BothWays:
+    """With the lists of key tiles, which the gradients of keys and values need."""
+    return BothWays(tiles, _transposed(tiles))
+
+
+def _transposed(tiles: Tiles) -> Tiles:
+    m = tiles.keys.shape[2]
+    place = jnp.arange(m, dtype=jnp.int32)
+    full, total = tiles.full[..., None], tiles.total[..., None]
+    kind = jnp.where(place < full, FULL, jnp.where(place < total, PARTIAL, EMPTY))
+    return _listed(jnp.take_along_axis(kind, jnp.argsort(tiles.keys, axis=-1), axis=-1).swapaxes(1, 2))
+
+
+def _listed(kind_Bnm) -> Tiles:
+    order = jnp.argsort(kind_Bnm, axis=-1, stable=True)
     count = lambda x: x.sum(-1, dtype=jnp.int32)  # noqa: E731
-    return Tiles(order.astype(jnp.int32), count(full & some), count(some))
+    return Tiles(order.astype(jnp.int32), count(kind_Bnm == FULL), count(kind_Bnm != EMPTY))
+
+
+class Steps(NamedTuple):
+    """The lists of all rows of a batch end to end, for a grid that makes one step for each tile of a list.
+
+    own, other: int32 [P], the tile that a step adds to and the one that it reads, counted through the batch. flags:
+    what it does. count: int32 [], how many of the P are meant. A tile whose list is empty has one step, that only ends.
+    """
+
+    own: jax.Array
+    other: jax.Array
+    flags: jax.Array
+    count: jax.Array
+
+
+def in_line(tiles: Tiles) -> Steps:
+    """The steps of the lists, in their order."""
+    B, n, m = tiles.keys.shape
+    lengths = jnp.maximum(tiles.total.reshape(-1), 1)
+    ends = jnp.cumsum(lengths)
+    own = jnp.repeat(jnp.arange(B * n, dtype=jnp.int32), lengths, total_repeat_length=B * n * m)
+    place = jnp.arange(B * n * m, dtype=jnp.int32) - (ends - lengths)[own]
+    other = tiles.keys.reshape(B * n, m)[own, jnp.minimum(place, m - 1)] + own // n * m
+    full, total = tiles.full.reshape(-1)[own], tiles.total.reshape(-1)[own]
+    kind = jnp.where(place < full, ADD_FULL, jnp.where(place < total, ADD_PARTIAL, 0))
+    flags = kind + jnp.where(place == 0, FIRST, 0) + jnp.where(place == lengths[own] - 1, LAST, 0)
+    return Steps(own, other, flags.astype(jnp.int32), ends[-1].astype(jnp.int32))

@@ -4,7 +4,7 @@ A mixer says what a token keeps (its cache) and how keys and values are read fro
 Letters as in lab.model.transformer, and V value head width, R rotated dims at the end of a head.
 """
 
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ class View(NamedTuple):
     rotation: tuple[jax.Array, jax.Array]
     queries: Coordinates
     keys: Coordinates
-    tiles: kernels.Tiles | None
+    tiles: Any  # what kernels.plan_tiles gave
     start: jax.Array | None  # the cache slot of the first new token; None without a cache
 
 
@@ -79,7 +79,7 @@ class Softmax(nnx.Module):
         self.rule = rule
         self.scale = model.softmax_scale or K**-0.5
         self.softcap = model.softcap
-        self.implementation = kernels.resolve(model.implementation)
+        self.implementation = model.implementation
 
     @staticmethod
     def widths(model) -> tuple[int, int]:

@@ -15,10 +15,18 @@ from hypothesis import strategies as st
 from lab import kernels
 from lab.coordinates import Coordinates
 from lab.errors import UserError
-from lab.kernels import rules
+from lab.kernels import pallas_tpu, rules
 from lab.kernels.rules import Rule
 
 seeds = st.integers(0, 2**32 - 1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_tiles():
+    """Several tiles in short rows: interpreted, a kernel may have any."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pallas_tpu, "tile_sizes", lambda T, S: (32, 16))
+        yield
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +64,7 @@ SLOW_CASES = {
 }
 # (K, V) of the published attention variants, the absorbed form of MLA among them.
 WIDTHS = ((128, 128), (192, 128), (192, 192), (256, 256), (576, 512))
+OTHERS = [name for name in kernels.IMPLEMENTATIONS if name != "reference"]
 MARKED = [*CASES] + [pytest.param(name, marks=pytest.mark.slow) for name in SLOW_CASES]
 BATCH = 2
 
@@ -125,11 +134,12 @@ def check_close(got, expected, tolerance: float = 1e-5) -> None:
     jax.tree.map(check, got, expected)
 
 
+@pytest.mark.parametrize("implementation", OTHERS)
 @pytest.mark.parametrize(("K", "V"), WIDTHS)
-def test_tiled_takes_the_widths_of_every_published_variant(K, V):
+def test_every_implementation_takes_the_widths_of_every_published_variant(K, V, implementation):
     case = Case(rule=rules.causal, H=2, G=1, K=K, V=V)
     inputs = draw(case, 0, "interleaved")
-    expected, got = (compiled(case, which)(*inputs) for which in ("reference", "tiled"))
+    expected, got = (compiled(case, which)(*inputs) for which in ("reference", implementation))
     check_close(got, expected)
 
 
@@ -146,30 +156,33 @@ def test_reference_against_a_loop(name, seed, pack):
     check_close(outputs, by_loop(case_of(name), arrays, coordinates))
 
 
+@pytest.mark.parametrize("implementation", OTHERS)
 @pytest.mark.parametrize("name", MARKED)
 @settings(max_examples=20)
 @given(seed=seeds, pack=st.sampled_from(sorted(packs.PACKS)))
-def test_tiled_equals_reference_forward_and_backward(name, seed, pack):
+def test_every_implementation_equals_the_reference_forward_and_backward(name, implementation, seed, pack):
     inputs = draw(case_of(name), seed, pack)
-    expected, got = (compiled(case_of(name), which)(*inputs) for which in ("reference", "tiled"))
+    expected, got = (compiled(case_of(name), which)(*inputs) for which in ("reference", implementation))
     check_close(got, expected)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("implementation", OTHERS)
 @settings(max_examples=12)
 @given(rule=drawn_rules, seed=seeds, pack=st.sampled_from(sorted(packs.PACKS)))
-def test_tiled_equals_reference_for_any_rule(rule, seed, pack):
+def test_every_implementation_equals_the_reference_for_any_rule(implementation, rule, seed, pack):
     case = Case(T=70, S=70, H=2, G=1, K=4, V=3, rule=rule.made)
     inputs = draw(case, seed, pack)
-    check_close(compiled(case, "tiled")(*inputs), compiled(case, "reference")(*inputs))
+    check_close(compiled(case, implementation)(*inputs), compiled(case, "reference")(*inputs))
 
 
+@pytest.mark.parametrize("implementation", OTHERS)
 @settings(max_examples=5)
 @given(seed=seeds, pack=st.sampled_from(sorted(packs.PACKS)))
-def test_bfloat16_is_near_the_exact_result_of_the_same_inputs(seed, pack):
+def test_bfloat16_is_near_the_exact_result_of_the_same_inputs(implementation, seed, pack):
     case = Case(dtype="bfloat16", rule=rules.own_branch)
     arrays, coordinates, cotangents = draw(case, seed, pack)
-    outputs, gradients = compiled(case, "tiled")(arrays, coordinates, cotangents)
+    outputs, gradients = compiled(case, implementation)(arrays, coordinates, cotangents)
     assert outputs[0].dtype == jnp.bfloat16 and outputs[1].dtype == jnp.float32
     assert {g.dtype for g in gradients} == {jnp.dtype("bfloat16")}
     exact = jax.tree.map(lambda x: x.astype(jnp.float32), (arrays, cotangents))
@@ -205,20 +218,22 @@ def test_nothing_but_padding_gives_zeros(implementation):
     assert not any(np.any(g) for g in gradients)
 
 
-def test_large_scores_do_not_overflow():
+@pytest.mark.parametrize("implementation", OTHERS)
+def test_large_scores_do_not_overflow(implementation):
     case = CASES["all_branches"]
     (q, k, v), coordinates, cotangents = draw(case, 2)
     inputs = (20 * q, 20 * k, v), coordinates, cotangents
-    expected, got = (compiled(case, which)(*inputs) for which in ("reference", "tiled"))
+    expected, got = (compiled(case, which)(*inputs) for which in ("reference", implementation))
     assert np.asarray(expected[0][1]).max() > 500  # exp of it overflows
     check_close(got[0], expected[0], tolerance=1e-3)
     assert all(np.isfinite(x).all() for x in got[1])
 
 
+@pytest.mark.parametrize("implementation", OTHERS)
 @pytest.mark.parametrize("name", CASES)
-def test_two_calls_are_identical_to_the_bit(name):
+def test_two_calls_are_identical_to_the_bit(name, implementation):
     inputs = draw(case_of(name), 3, "interleaved")
-    first, second = (jax.device_get(compiled(case_of(name), "tiled")(*inputs)) for _ in range(2))
+    first, second = (jax.device_get(compiled(case_of(name), implementation)(*inputs)) for _ in range(2))
     jax.tree.map(np.testing.assert_array_equal, first, second)
 
 
@@ -240,13 +255,14 @@ def test_the_order_of_queries_and_keys_is_free(implementation, seed):
     check_close(run(*moved), ((o[:, t], lse[:, t]), (dq[:, t], dk[:, s], dv[:, s])))
 
 
+@pytest.mark.parametrize("implementation", [OTHERS[0], *(pytest.param(n, marks=pytest.mark.slow) for n in OTHERS[1:])])
 @pytest.mark.parametrize("coordinates_too", [False, True])
-def test_vmap_equals_a_loop(coordinates_too):
+def test_vmap_equals_a_loop(coordinates_too, implementation):
     case = Case(rule=rules.own_branch, H=2, G=1)
     examples = [draw(case, seed, "interleaved") for seed in range(6)]
     if not coordinates_too:
         examples = [(arrays, examples[0][1], cotangents) for arrays, _, cotangents in examples]
-    run = compiled(case, "tiled")
+    run = compiled(case, implementation)
     expected = jax.tree.map(lambda *x: jnp.stack(x), *(run(*example) for example in examples))
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *examples)
     if not coordinates_too:
@@ -260,11 +276,12 @@ def test_vmap_equals_a_loop(coordinates_too):
     check_close(jax.tree.map(lambda x: x.reshape(6, *x.shape[2:]), twice), expected)
 
 
-def test_tiles_made_before_change_nothing():
-    case = CASES["all_branches"]
+@pytest.mark.parametrize("implementation", OTHERS)
+def test_tiles_made_before_change_nothing(implementation):
+    case, which = CASES["all_branches"], dict(implementation=implementation)
     arrays, coordinates, _ = draw(case, 4, "interleaved")
-    attend = jax.jit(lambda tiles: kernels.attend(*arrays, *coordinates, case.rule, tiles=tiles))
-    np.testing.assert_array_equal(attend(kernels.plan_tiles(*coordinates, case.rule)), attend(None))
+    attend = jax.jit(lambda tiles: kernels.attend(*arrays, *coordinates, case.rule, tiles=tiles, **which))
+    np.testing.assert_array_equal(attend(kernels.plan_tiles(*coordinates, case.rule, **which)), attend(None))
 
 
 def test_defaults_are_the_scale_of_the_key_width_no_cap_and_no_lse():
@@ -291,8 +308,31 @@ def test_memory_of_tiled_grows_with_the_length_not_its_square():
 
 def test_refusals_name_the_choices():
     (q, k, v), coordinates, _ = draw(Case(), 0)
-    with pytest.raises(UserError, match=r"'tild' is unknown \(did you mean 'tiled'\?\).*auto, reference, tiled"):
+    with pytest.raises(
+        UserError, match=r"'tild' is unknown \(did you mean 'tiled'\?\).*auto, reference, tiled, pallas_tpu"
+    ):
         kernels.attend(q, k, v, *coordinates, rules.causal, implementation="tild")
     with pytest.raises(UserError, match="4 query heads cannot share 3 key heads; choose a divisor of 4"):
         three = lambda x: jnp.repeat(x, 2, axis=2)[:, :, :3]  # noqa: E731
         kernels.attend(q, three(k), three(v), *coordinates, rules.causal)
+
+
+def test_a_kernel_of_another_machine_is_refused_by_name(monkeypatch):
+    monkeypatch.setattr(kernels, "_interpreting", False)
+    says = "'pallas_tpu' needs a TPU, and this is a CPU; choose among: auto, reference, tiled"
+    with pytest.raises(UserError, match=says):
+        kernels.resolve("pallas_tpu")
+    with kernels.interpreted():
+        assert kernels.resolve("pallas_tpu") == "pallas_tpu"
+
+
+def test_auto_goes_by_platform_and_length_and_says_once_what_it_took(monkeypatch, caplog):
+    assert kernels.resolve(None) == kernels.resolve("auto") == kernels.resolve("auto", 1) == "tiled"
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    with caplog.at_level("INFO"):
+        taken = [kernels.resolve("auto", queries) for queries in (None, 4096, 1, 1)]
+    assert taken == ["pallas_tpu", "pallas_tpu", "tiled", "tiled"]
+    assert [record.getMessage() for record in caplog.records] == [
+        "attention: pallas_tpu (what the table has for tpu)",
+        "attention: tiled (pallas_tpu is for rows of at least 128 queries)",
+    ]

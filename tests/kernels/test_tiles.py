@@ -58,6 +58,43 @@ def test_lists_of_any_rule(rule, pack, seed):
     check_lists(rule.made, at, at)
 
 
+@pytest.mark.parametrize("pack", packs.PACKS)
+@settings(max_examples=20)
+@given(rule=drawn_rules, seed=seeds)
+def test_key_tiles_list_the_query_tiles_that_list_them(pack, rule, seed):
+    rng = np.random.default_rng(seed)
+    *_, made = lists(rule.made, packs.PACKS[pack](rng, 2, 22), packs.PACKS[pack](rng, 2, 17))
+    by_query, by_key = jax.device_get(tiles.both_ways(made))
+    B, n, m = by_query.keys.shape
+    assert by_key.keys.shape == (B, m, n)
+
+    def listed(lists, b, i):
+        order, full, total = lists.keys[b, i].tolist(), lists.full[b, i], lists.total[b, i]
+        return {j: place < full for place, j in enumerate(order[:total])}
+
+    for b in range(B):
+        pairs = {(i, j): full for i in range(n) for j, full in listed(by_query, b, i).items()}
+        assert pairs == {(i, j): full for j in range(m) for i, full in listed(by_key, b, j).items()}
+
+
+@pytest.mark.parametrize("pack", packs.PACKS)
+@settings(max_examples=20)
+@given(rule=drawn_rules, seed=seeds)
+def test_steps_in_line_are_the_lists_end_to_end(pack, rule, seed):
+    rng = np.random.default_rng(seed)
+    *_, made = lists(rule.made, packs.PACKS[pack](rng, 2, 22), packs.PACKS[pack](rng, 2, 17))
+    steps = jax.device_get(tiles.in_line(made))
+    B, n, m = made.keys.shape
+    expected = []
+    for b, i in np.ndindex(B, n):
+        kinds = [tiles.ADD_FULL] * made.full[b, i] + [tiles.ADD_PARTIAL] * (made.total[b, i] - made.full[b, i])
+        for place, kind in enumerate(kinds or [0]):
+            ends = (place == 0) * tiles.FIRST + (place == max(len(kinds), 1) - 1) * tiles.LAST
+            expected.append((b * n + i, b * m + made.keys[b, i, place], kind + ends))
+    found = list(zip(*(x[: steps.count].tolist() for x in steps[:3]), strict=True))
+    assert found == expected
+
+
 def test_one_causal_text_needs_the_lower_triangle():
     at = Coordinates.single(1, 24)
     _, _, made = lists(rules.causal, at, at, 4, 4)

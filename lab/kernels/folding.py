@@ -1,0 +1,33 @@
+"""Queries and keys as tiles: the heads that read the same keys are folded into the rows of a query tile.
+
+N query tiles of all rows of the batch, M key tiles; q and k: tokens of a tile; C bundles of F query heads that read one
+group of keys, F a divisor of H / G; R = F * q rows.
+"""
+
+import jax.numpy as jnp
+
+
+def _whole(x_BTHK, tile: int):
+    return jnp.pad(x_BTHK, ((0, 0), (0, -x_BTHK.shape[1] % tile), (0, 0), (0, 0)))
+
+
+def fold_queries(x_BTHK, tile: int, C: int):
+    """[B, T, H, K] -> [N, C, R, K] with R = (head of the bundle, token of the tile)."""
+    x = _whole(x_BTHK, tile)
+    B, T, H, K = x.shape
+    return x.reshape(B, T // tile, tile, C, H // C, K).transpose(0, 1, 3, 4, 2, 5).reshape(-1, C, H // C * tile, K)
+
+
+def unfold_queries(x_NCRK, B: int, T: int, H: int):
+    """What fold_queries was given, [B, T, H, K]."""
+    N, C, R, K = x_NCRK.shape
+    tile = R // (H // C)
+    x = x_NCRK.reshape(B, N // B, C, H // C, tile, K).transpose(0, 1, 4, 2, 3, 5)
+    return x.reshape(B, N // B * tile, H, K)[:, :T]
+
+
+def fold_keys(x_BSGK, tile: int):
+    """[B, S, G, K] -> [M, G, k, K]."""
+    x = _whole(x_BSGK, tile)
+    B, S, G, K = x.shape
+    return x.reshape(B, S // tile, tile, G, K).transpose(0, 1, 3, 2, 4).reshape(-1, G, tile, K)

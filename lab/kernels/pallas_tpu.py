@@ -1,0 +1,334 @@
+"""Attention over lists of non-empty tiles as Pallas kernels for TPUs (Mosaic): forward, dq, and dk with dv.
+
+A grid has one step for each tile of a list, whose numbers are prefetched scalars: nothing is spent on empty tiles, and
+tiles that hide nothing are not masked. Heads of a group are folded into rows. The backward pass computes each tile
+again, by query tile for dq and by key tile for dk and dv, so that every sum has one order.
+
+Letters as in lab.kernels.folding; s is transposed for dk and dv, [k, R]. FlashAttention-2 (arXiv 2307.08691).
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from lab.coordinates import Coordinates
+from lab.kernels import tiles as tile_lists
+from lab.kernels.folding import fold_keys, fold_queries, unfold_queries
+from lab.kernels.rules import Rule, pairs_visible
+from lab.kernels.tiles import BothWays, Steps, both_ways, in_line, make_tiles, pad_to_tiles
+
+MASKED = -1e30  # not -inf: a tile may hide every key of a query, and inf - inf is nan
+LANES = 128
+ROWS = 1024  # of a query tile, with its heads: what fits VMEM beside 512 keys and values of 128
+VMEM = 64 * 2**20
+QUERIES, KEYS = "queries", "keys"
+
+
+class Static(NamedTuple):
+    """What the program is compiled for."""
+
+    rule: Rule
+    scale: float
+    softcap: float
+    q_tile: int
+    k_tile: int
+    interpret: bool
+
+
+def tile_sizes(T: int, S: int) -> tuple[int, int]:
+    """Tokens of a query tile and of a key tile, multiples of the 128 lanes."""
+    return min(256, -(-T // LANES) * LANES), min(512, -(-S // LANES) * LANES)
+
+
+def heads_per_tile(R: int, q_tile: int, width: int) -> int:
+    """How many of the R heads that share keys a query tile holds: a divisor, within VMEM for heads of this width."""
+    rows = ROWS if width <= 256 else ROWS // 2
+    return max(f for f in range(1, R + 1) if R % f == 0 and (f == 1 or f * q_tile <= rows))
+
+
+def plan(rule: Rule, q_coordinates: Coordinates, k_coordinates: Coordinates) -> BothWays:
+    """The tile lists `attend` needs: made once per batch and rule, shared by layers."""
+    q_tile, k_tile = tile_sizes(q_coordinates.shape[1], k_coordinates.shape[1])
+    padded = pad_to_tiles(q_coordinates, q_tile), pad_to_tiles(k_coordinates, k_tile)
+    return both_ways(make_tiles(rule, *padded, q_tile, k_tile))
+
+
+def attend(
+    q_BTHK,
+    k_BSGK,
+    v_BSGV,
+    q_coordinates,
+    k_coordinates,
+    rule,
+    scale,
+    softcap,
+    tiles: BothWays | None = None,
+    *,
+    interpret,
+):
+    """Returns (o_BTHV, lse_BTH) as lab.kernels.reference.attend does."""
+    tiles = plan(rule, q_coordinates, k_coordinates) if tiles is None else tiles
+    B, T, H, K = q_BTHK.shape
+    G, V = k_BSGK.shape[2], v_BSGV.shape[3]
+    q_tile, k_tile = tile_sizes(T, k_BSGK.shape[1])
+    C = H // heads_per_tile(H // G, q_tile, max(K, V))
+    static = Static(rule, float(scale), float(softcap or 0.0), q_tile, k_tile, interpret)
+    o_NCRV, lse_NCR = _attend(
+        static,
+        fold_queries(q_BTHK, q_tile, C),
+        fold_keys(k_BSGK, k_tile),
+        fold_keys(v_BSGV, k_tile),
+        _fields(pad_to_tiles(q_coordinates, q_tile), q_tile, H // C),
+        _fields(pad_to_tiles(k_coordinates, k_tile), k_tile, 1),
+        tiles,
+    )
+    return unfold_queries(o_NCRV, B, T, H), unfold_queries(lse_NCR[..., None], B, T, H)[..., 0]
+
+
+def _fields(coordinates: Coordinates, tile: int, heads: int):
+    """Coordinates of each row of a tile, int32 [tiles, 4, heads * tile]."""
+    fields = jnp.stack([jnp.asarray(x).reshape(-1, tile) for x in jax.tree.leaves(coordinates)], axis=1)
+    return jnp.tile(fields, (1, 1, heads))
+
+
+def _rows(ref) -> Coordinates:
+    """Coordinates [1, n] of a block [4, n]."""
+    return Coordinates(*(ref[i : i + 1, :] for i in range(4)))
+
+
+def _columns(ref) -> Coordinates:
+    """Coordinates [n, 1] of a block [n, 4]."""
+    return Coordinates(*(ref[:, i : i + 1] for i in range(4)))
+
+
+def _dot(a, b, contract: tuple[int, int]):
+    """Summed over one axis of each, in float32."""
+    exact = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return lax.dot_general(
+        a, b, (((contract[0],), (contract[1],)), ((), ())), precision=exact, preferred_element_type=jnp.float32
+    )
+
+
+def _across(row_1R):
+    """[1, R] as a column [R, 1]."""
+    return jnp.broadcast_to(row_1R, (LANES, row_1R.shape[1])).T[:, :1]
+
+
+def _along(column_R1):
+    """[R, 1] as a row [1, R]."""
+    return jnp.broadcast_to(column_R1, (column_R1.shape[0], LANES)).T[:1]
+
+
+def _capped(s, static: Static):
+    return static.softcap * jnp.tanh(s / static.softcap) if static.softcap else s
+
+
+def _each_kind(flag, add) -> None:
+    """add(masked) for the tile of this step, if it has one."""
+    pl.when(flag & tile_lists.ADD_FULL != 0)(lambda: add(False))
+    pl.when(flag & tile_lists.ADD_PARTIAL != 0)(lambda: add(True))
+
+
+def _forward_kernel(own, other, flags, q, k, v, q_at, k_at, o, lse, o_sum, top, total, *, static):
+    flag = flags[pl.program_id(1)]
+
+    @pl.when(flag & tile_lists.FIRST != 0)
+    def _():
+        o_sum[...] = jnp.zeros_like(o_sum)
+        top[...] = jnp.full_like(top, MASKED)
+        total[...] = jnp.zeros_like(total)
+
+    def add(masked: bool):
+        s_Rk = _capped(_dot(q[...], k[...], (1, 1)), static)
+        if masked:
+            s_Rk = jnp.where(pairs_visible(static.rule, _columns(q_at), _rows(k_at)), s_Rk, MASKED)
+        old_R1 = top[:, :1]
+        new_R1 = jnp.maximum(old_R1, s_Rk.max(1, keepdims=True))
+        p_Rk, shrink_R1 = jnp.exp(s_Rk - new_R1), jnp.exp(old_R1 - new_R1)
+        top[...] = jnp.broadcast_to(new_R1, top.shape)
+        total[...] = jnp.broadcast_to(total[:, :1] * shrink_R1 + p_Rk.sum(1, keepdims=True), total.shape)
+        o_sum[...] = o_sum[...] * shrink_R1 + _dot(p_Rk.astype(v.dtype), v[...], (1, 0))
+
+    _each_kind(flag, add)
+
+    @pl.when(flag & tile_lists.LAST != 0)
+    def _():
+        # A row that saw nothing has kept its first maximum, or has summed exp(0) over hidden keys.
+        saw_R1 = (top[:, :1] > MASKED) & (_columns(q_at).segment >= 0)
+        sum_R1 = jnp.where(saw_R1, total[:, :1], 1)
+        o[...] = jnp.where(saw_R1, o_sum[...] / sum_R1, 0).astype(o.dtype)
+        lse[...] = _along(jnp.where(saw_R1, top[:, :1] + jnp.log(sum_R1), -jnp.inf))
+
+
+def _dq_kernel(own, other, flags, q, k, v, q_at, k_at, do, lse, delta, dq, dq_sum, lse_R, delta_R, *, static):
+    flag = flags[pl.program_id(1)]
+
+    @pl.when(flag & tile_lists.FIRST != 0)
+    def _():
+        dq_sum[...] = jnp.zeros_like(dq_sum)
+        lse_R[...] = jnp.broadcast_to(_across(lse[...]), lse_R.shape)
+        delta_R[...] = jnp.broadcast_to(_across(delta[...]), delta_R.shape)
+
+    def add(masked: bool):
+        s_Rk = _capped(_dot(q[...], k[...], (1, 1)), static)
+        seen = pairs_visible(static.rule, _columns(q_at), _rows(k_at)) if masked else None
+        p_Rk = jnp.exp(s_Rk - lse_R[:, :1]) if seen is None else jnp.where(seen, jnp.exp(s_Rk - lse_R[:, :1]), 0)
+        ds_Rk = p_Rk * (_dot(do[...], v[...], (1, 1)) - delta_R[:, :1])
+        if static.softcap:
+            ds_Rk = ds_Rk * (1 - jnp.square(s_Rk / static.softcap))
+        dq_sum[...] += _dot(ds_Rk.astype(k.dtype), k[...], (1, 0))
+
+    _each_kind(flag, add)
+
+    @pl.when(flag & tile_lists.LAST != 0)
+    def _():
+        dq[...] = (static.scale * dq_sum[...]).astype(dq.dtype)
+
+
+def _dkv_kernel(own, other, flags, q, k, v, q_at, k_at, do, lse, delta, dk, dv, dk_sum, dv_sum, *, static):
+    flag, bundle = flags[pl.program_id(1)], pl.program_id(2)
+
+    @pl.when((flag & tile_lists.FIRST != 0) & (bundle == 0))
+    def _():
+        dk_sum[...] = jnp.zeros_like(dk_sum)
+        dv_sum[...] = jnp.zeros_like(dv_sum)
+
+    def add(masked: bool):
+        s_kR = _capped(_dot(k[...], q[...], (1, 1)), static)
+        p_kR = jnp.exp(s_kR - lse[...])
+        if masked:
+            p_kR = jnp.where(pairs_visible(static.rule, _rows(q_at), _columns(k_at)), p_kR, 0)
+        dv_sum[...] += _dot(p_kR.astype(do.dtype), do[...], (1, 0))
+        ds_kR = p_kR * (_dot(v[...], do[...], (1, 1)) - delta[...])
+        if static.softcap:
+            ds_kR = ds_kR * (1 - jnp.square(s_kR / static.softcap))
+        dk_sum[...] += _dot(ds_kR.astype(q.dtype), q[...], (1, 0))
+
+    _each_kind(flag, add)
+
+    @pl.when((flag & tile_lists.LAST != 0) & (bundle == pl.num_programs(2) - 1))
+    def _():
+        dk[...] = dk_sum[...].astype(dk.dtype)  # q was scaled before the scores
+        dv[...] = dv_sum[...].astype(dv.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(static: Static, q_NCRK, k_MGkK, v_MGkV, q_at, k_at, tiles):
+    return _forward(static, q_NCRK, k_MGkK, v_MGkV, q_at, k_at, tiles)[0]
+
+
+def _forward(static: Static, q_NCRK, k_MGkK, v_MGkV, q_at, k_at, tiles: BothWays):
+    q_NCRK = (q_NCRK * static.scale).astype(q_NCRK.dtype)
+    N, C, R, K = q_NCRK.shape
+    _, G, k, V = v_MGkV.shape
+    steps = in_line(tiles.by_query)
+    of_queries, of_keys = _blocks(bundle=lambda c, _: c, group=lambda c, _: c * G // C, own=QUERIES)
+    o_NCRV, lse_NC1R = _call(
+        functools.partial(_forward_kernel, static=static),
+        static,
+        (C, steps.count),
+        steps,
+        (
+            (q_NCRK, of_queries(R, K)), (k_MGkK, of_keys(k, K)), (v_MGkV, of_keys(k, V)),
+            (q_at.swapaxes(1, 2), of_queries(R, 4, heads=False)), (k_at, of_keys(4, k, heads=False)),
+        ),
+        outputs=(
+            (jax.ShapeDtypeStruct((N, C, R, V), q_NCRK.dtype), of_queries(R, V)),
+            (jax.ShapeDtypeStruct((N, C, 1, R), jnp.float32), of_queries(1, R)),
+        ),
+        scratch=((R, V), (R, LANES), (R, LANES)),
+    )  # fmt: skip
+    outputs = o_NCRV, lse_NC1R[:, :, 0]
+    return outputs, (q_NCRK, k_MGkK, v_MGkV, q_at, k_at, tiles, *outputs)
+
+
+def _backward(static: Static, residuals, cotangents):
+    q_NCRK, k_MGkK, v_MGkV, q_at, k_at, tiles, o_NCRV, lse_NCR = residuals
+    do_NCRV, dlse_NCR = cotangents
+    _, C, R, K = q_NCRK.shape
+    _, G, k, V = v_MGkV.shape
+    saw_NCR = lse_NCR > -jnp.inf
+    delta_NCR = (o_NCRV.astype(jnp.float32) * do_NCRV.astype(jnp.float32)).sum(-1) - jnp.where(saw_NCR, dlse_NCR, 0)
+    lse_NCR = jnp.where(saw_NCR, lse_NCR, jnp.inf)  # rows that saw nothing: every probability is 0, nothing flows
+
+    def inputs(of_queries, of_keys, q_at, k_at):
+        return (
+            (q_NCRK, of_queries(R, K)), (k_MGkK, of_keys(k, K)), (v_MGkV, of_keys(k, V)),
+            (q_at, of_queries(*q_at.shape[1:], heads=False)), (k_at, of_keys(*k_at.shape[1:], heads=False)),
+            (do_NCRV, of_queries(R, V)), (lse_NCR[:, :, None], of_queries(1, R)),
+            (delta_NCR[:, :, None], of_queries(1, R)),
+        )  # fmt: skip
+
+    steps = in_line(tiles.by_query)
+    of_queries, of_keys = _blocks(bundle=lambda c, _: c, group=lambda c, _: c * G // C, own=QUERIES)
+    (dq_NCRK,) = _call(
+        functools.partial(_dq_kernel, static=static),
+        static,
+        (C, steps.count),
+        steps,
+        inputs(of_queries, of_keys, q_at.swapaxes(1, 2), k_at),
+        outputs=((q_NCRK, of_queries(R, K)),),
+        scratch=((R, K), (R, LANES), (R, LANES)),
+    )
+    each, steps = C // G, in_line(tiles.by_key)
+    of_queries, of_keys = _blocks(bundle=lambda g, _, c: g * each + c, group=lambda g, _, c: g, own=KEYS)
+    dk_MGkK, dv_MGkV = _call(
+        functools.partial(_dkv_kernel, static=static),
+        static,
+        (G, steps.count, each),
+        steps,
+        inputs(of_queries, of_keys, q_at, k_at.swapaxes(1, 2)),
+        outputs=((k_MGkK, of_keys(k, K)), (v_MGkV, of_keys(k, V))),
+        scratch=((k, K), (k, V)),
+    )
+    return dq_NCRK, dk_MGkK, dv_MGkV, None, None, None
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def _blocks(bundle, group, own: str):
+    """(of_queries, of_keys): each gives the blocks of its side, of the bundle or group that a place of the grid means.
+
+    The place is (.., step, ..), the step second; own: the side whose tile the step adds to.
+    """
+
+    def of(side: str, head):
+        def block(*shape: int, heads: bool = True) -> pl.BlockSpec:
+            def index(*arguments):
+                *place, own_tiles, other_tiles, _ = arguments
+                tile = (own_tiles if side == own else other_tiles)[place[1]]
+                return (tile, head(*place), 0, 0) if heads else (tile, 0, 0)
+
+            return pl.BlockSpec((None, None, *shape) if heads else (None, *shape), index)
+
+        return block
+
+    return of(QUERIES, bundle), of(KEYS, group)
+
+
+def _call(kernel, static: Static, grid: tuple, steps: Steps, inputs, outputs, scratch):
+    """Runs a kernel. inputs: (array, block); outputs: (like what, block); scratch: shapes, float32."""
+    arrays, in_specs = zip(*inputs, strict=True)
+    made, out_specs = zip(*outputs, strict=True)
+    run = pl.pallas_call(
+        kernel,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=3,
+            grid=grid,
+            in_specs=in_specs,
+            out_specs=out_specs,
+            scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
+        ),
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in made],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", *["arbitrary"] * (len(grid) - 1)), vmem_limit_bytes=VMEM
+        ),
+        interpret=static.interpret,
+    )
+    return run(steps.own, steps.other, steps.flags, *arrays)
