@@ -25,7 +25,7 @@ from lab.kernels.tiles import BothWays, Steps, both_ways, in_line, make_tiles, p
 MASKED = -1e30  # not -inf: a tile may hide every key of a query, and inf - inf is nan
 LANES = 128
 ROWS = 1024  # of a query tile, with its heads: what fits VMEM beside 512 keys and values of 128
-VMEM = 64 * 2**20
+VMEM = 32 * 2**20  # of the 64 MiB or more that a core has
 QUERIES, KEYS = "queries", "keys"
 
 
@@ -229,6 +229,7 @@ def _forward(static: Static, q_NCRK, k_MGkK, v_MGkV, q_at, k_at, tiles: BothWays
     steps = in_line(tiles.by_query)
     of_queries, of_keys = _blocks(bundle=lambda c, _: c, group=lambda c, _: c * G // C, own=QUERIES)
     o_NCRV, lse_NC1R = _call(
+        "attention_forward",
         functools.partial(_forward_kernel, static=static),
         static,
         (C, steps.count),
@@ -267,6 +268,7 @@ def _backward(static: Static, residuals, cotangents):
     steps = in_line(tiles.by_query)
     of_queries, of_keys = _blocks(bundle=lambda c, _: c, group=lambda c, _: c * G // C, own=QUERIES)
     (dq_NCRK,) = _call(
+        "attention_dq",
         functools.partial(_dq_kernel, static=static),
         static,
         (C, steps.count),
@@ -278,6 +280,7 @@ def _backward(static: Static, residuals, cotangents):
     each, steps = C // G, in_line(tiles.by_key)
     of_queries, of_keys = _blocks(bundle=lambda g, _, c: g * each + c, group=lambda g, _, c: g, own=KEYS)
     dk_MGkK, dv_MGkV = _call(
+        "attention_dkv",
         functools.partial(_dkv_kernel, static=static),
         static,
         (G, steps.count, each),
@@ -312,12 +315,13 @@ def _blocks(bundle, group, own: str):
     return of(QUERIES, bundle), of(KEYS, group)
 
 
-def _call(kernel, static: Static, grid: tuple, steps: Steps, inputs, outputs, scratch):
+def _call(name: str, kernel, static: Static, grid: tuple, steps: Steps, inputs, outputs, scratch):
     """Runs a kernel. inputs: (array, block); outputs: (like what, block); scratch: shapes, float32."""
     arrays, in_specs = zip(*inputs, strict=True)
     made, out_specs = zip(*outputs, strict=True)
     run = pl.pallas_call(
         kernel,
+        name=name,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
             grid=grid,

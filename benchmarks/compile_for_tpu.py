@@ -1,0 +1,83 @@
+"""Compiles the TPU attention kernels for TPUs that are not here, and prints the VMEM that each takes.
+
+    pip install "jax[tpu]"        # in an environment of its own: where libtpu is, JAX looks for a TPU
+    python benchmarks/compile_for_tpu.py [v5e v5p v6e] [--quick]
+
+For each TPU, widths of heads and precision, a line of JSON: {"tpu", "K", "V", "dtype", "vmem": {kernel: bytes}}.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import re
+import sys
+
+# A description of the machine to compile for is all that libtpu may look for.
+os.environ.update(
+    JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", TPU_ACCELERATOR_TYPE="v5litepod-4", TPU_WORKER_HOSTNAMES="localhost"
+)
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding
+
+from lab.coordinates import Coordinates
+from lab.kernels import pallas_tpu, rules
+
+TPUS = {"v5e": ("v5e:2x2", "TPU v5 lite"), "v5p": ("v5p:2x2x1", "TPU v5"), "v6e": ("v6e:2x2", "TPU v6 lite")}
+LENGTH = 2048
+# (H, G, K, V) of the published attention variants, MLA in absorbed form the last.
+HEADS = ((8, 8, 64, 64), (8, 2, 128, 128), (8, 2, 192, 128), (8, 1, 256, 256), (16, 1, 576, 512))
+CASES = [(heads, "bfloat16") for heads in HEADS] + [(HEADS[0], "float32"), (HEADS[2], "float32")]
+RULE = rules.own_branch & rules.window(512)
+
+
+def compiled(tpu: str, heads: tuple[int, int, int, int], dtype: str):
+    """Forward and backward of a row."""
+    topology, kind = TPUS[tpu]
+    sharding = SingleDeviceSharding(topologies.get_topology_desc(topology, platform="tpu").devices[0])
+    here = lambda *shape, dtype=dtype: jax.ShapeDtypeStruct((1, LENGTH, *shape), dtype, sharding=sharding)  # noqa: E731
+    H, G, K, V = heads
+    at = Coordinates(*(here(dtype=jnp.int32) for _ in range(4)))
+
+    def run(q, k, v, at, cotangents):
+        def attend(q, k, v):
+            return pallas_tpu.attend(q, k, v, at, at, RULE, K**-0.5, 30.0, interpret=False)
+
+        outputs, pull = jax.vjp(attend, q, k, v)
+        return outputs, pull(cotangents)
+
+    arguments = here(H, K), here(G, K), here(G, V), at, (here(H, V), here(H, dtype=jnp.float32))
+    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=AbstractDevice(kind, 1, "tpu"))):
+        return jax.jit(run).trace(*arguments).lower(lowering_platforms=("tpu",)).compile()
+
+
+def vmem(program) -> dict[str, int]:
+    """Bytes of VMEM that each kernel of a program takes."""
+    found = {}
+    for line in program.as_text().splitlines():
+        if 'custom_call_target="tpu_custom_call"' in line:
+            name = re.search(r"attention_[a-z]+", line)[0]
+            (used,) = re.findall(
+                r'"used_scoped_memory_configs":\[{"memory_space":"1","offset":"0","size":"(\d+)"', line
+            )
+            found[name] = int(used)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tpus", nargs="*", choices=[[], *TPUS], help="what to compile for (default: all)")
+    parser.add_argument("--quick", action="store_true", help="one width")
+    flags = parser.parse_args()
+    for tpu in flags.tpus or TPUS:
+        for heads, dtype in CASES[:1] if flags.quick else CASES:
+            found = {"tpu": tpu, "K": heads[2], "V": heads[3], "dtype": dtype}
+            print(json.dumps(found | {"vmem": vmem(compiled(tpu, heads, dtype))}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

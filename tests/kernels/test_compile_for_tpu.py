@@ -1,0 +1,46 @@
+"""The kernels compiled for real by Mosaic, with no TPU: in an environment of its own, since libtpu looks for one."""
+
+import json
+import os
+import pathlib
+import subprocess
+import venv
+
+import filelock
+import jax
+import pytest
+
+from lab.kernels import pallas_tpu
+
+pytestmark = pytest.mark.slow
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+SMALLEST = 64 * 2**20  # bytes of VMEM of a core of any TPU since v4
+
+
+@pytest.fixture(scope="module")
+def python() -> pathlib.Path:
+    """Of an environment that is made where it is missing."""
+    place = ROOT / f".venv-tpu-{jax.__version__}"
+    found, done = place / "bin" / "python", place / ".ready"
+    with filelock.FileLock(f"{place}.lock"):
+        if not done.exists():
+            venv.create(place, with_pip=True, clear=True)
+            install = ["-m", "pip", "install", "--quiet", f"jax[tpu]=={jax.__version__}"]
+            subprocess.run([found, *install], check=True, capture_output=True, text=True)
+            done.touch()
+    return found
+
+
+@pytest.mark.parametrize("tpu", ["v5e", "v5p", "v6e"])
+def test_every_width_compiles_within_vmem(tpu, python):
+    environment = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+    command = [python, ROOT / "benchmarks" / "compile_for_tpu.py", tpu]
+    made = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr[-3000:]
+    found = [json.loads(line) for line in made.stdout.splitlines()]
+    assert {(each["K"], each["V"]) for each in found} == {(64, 64), (128, 128), (192, 128), (256, 256), (576, 512)}
+    assert {each["dtype"] for each in found} == {"bfloat16", "float32"}
+    for each in found:
+        assert set(each["vmem"]) == {"attention_forward", "attention_dq", "attention_dkv"}, each
+        assert all(0 < size <= pallas_tpu.VMEM < SMALLEST for size in each["vmem"].values()), each
