@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from lab import data as lab_data
 from lab.model import mesh as lab_mesh
+from lab.model.arrangement import Arrangement
 from lab.train import compiled
 from lab.train.loop import Stopped
 
@@ -39,13 +40,13 @@ def evaluate(
     One program serves them all. `model` is a stack where members > 1; seconds are those of all members together.
     """
     hosts = dict(process_index=jax.process_index(), process_count=jax.process_count())
-    conditions, run = [], None
+    conditions, run, arrange = [], None, Arrangement(config.model)
     make = compiled.evaluation_steps if members > 1 else compiled.evaluation_step
     for value in lab_data.conditions(config):
         sums = np.zeros((3, members))  # nats, right answers and tokens; float64 on the host
         begun = time.perf_counter()
         for batch in lab_data.evaluation_batches(config, texts, value, **hosts):
-            placed = lab_mesh.place(batch, mesh)
+            placed = lab_mesh.place(arrange(batch)[0], mesh)
             if run is None:
                 run = make(model, placed, mesh)
                 begun = time.perf_counter()

@@ -3,17 +3,20 @@
 import contextlib
 import functools
 import logging
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
 import jax
+import numpy as np
 
 from lab.coordinates import Coordinates
 from lab.errors import UserError, choose
-from lab.kernels import pallas_tpu, reference, rules, tiled
+from lab.kernels import order, pallas_tpu, reference, rules, tiled
+from lab.kernels.order import Arranged
 from lab.kernels.rules import Rule
 
-__all__ = ["IMPLEMENTATIONS", "attend", "interpreted", "plan_tiles", "resolve", "rules"]
+__all__ = ["IMPLEMENTATIONS", "arrange", "attend", "interpreted", "plan_tiles", "resolve", "rules"]
 
 # name -> (module, the platform it is written for; None: any). A module has `attend`, and `plan` if it uses tiles.
 IMPLEMENTATIONS: dict[str, tuple[ModuleType, str | None]] = {
@@ -75,6 +78,20 @@ def plan_tiles(
     """What `attend` may be handed as `tiles`, so that layers of one rule share it; None where none is used."""
     module, _ = IMPLEMENTATIONS[resolve(implementation, q_coordinates.shape[1])]
     return module.plan(rule, q_coordinates, k_coordinates) if hasattr(module, "plan") else None
+
+
+def arrange(
+    coordinates: Coordinates, needed: Sequence[Rule], implementation: str | None = None, free: bool = True
+) -> Arranged:
+    """The order of each row's tokens that suits the rules of a pattern's layers, and the share of tiles computed then.
+
+    NumPy coordinates [B, T]. The order is kept where it is not free, and where nothing is computed by tiles.
+    """
+    T = coordinates.shape[1]
+    module, _ = IMPLEMENTATIONS[resolve(implementation, T)]
+    if not hasattr(module, "plan"):
+        return Arranged(np.tile(np.arange(T), (coordinates.shape[0], 1)), 1.0)
+    return order.arrange(coordinates, needed, *module.tile_sizes(T, T), free)
 
 
 def attend(

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lab.coordinates import Coordinates
 from lab.kernels.rules import Range, Rule
@@ -34,22 +35,25 @@ def pad_to_tiles(coordinates: Coordinates, tile: int) -> Coordinates:
                        (coordinates.branch, coordinates.time, coordinates.index)))  # fmt: skip
 
 
-def tile_ranges(coordinates: Coordinates, tile: int) -> tuple[Coordinates, jax.Array, jax.Array]:
+def tile_ranges(coordinates: Coordinates, tile: int, xp=jnp) -> tuple[Coordinates, jax.Array, jax.Array]:
     """Ranges [B, n] of each field over the tokens of a tile, whether it has any token, and whether it has padding."""
     tiled = coordinates.map(lambda x: x.reshape(x.shape[0], -1, tile))
     real = tiled.segment >= 0
-    limit = jnp.iinfo(jnp.int32).max // 4  # far from overflow when a rule adds or subtracts two of them
+    limit = np.iinfo(np.int32).max // 4  # far from overflow when a rule adds or subtracts two of them
 
     def span(x):
-        return Range(jnp.where(real, x, limit).min(-1), jnp.where(real, x, -limit).max(-1))
+        return Range(xp.where(real, x, limit).min(-1), xp.where(real, x, -limit).max(-1))
 
     return Coordinates(*map(span, (tiled.segment, tiled.branch, tiled.time, tiled.index))), real.any(-1), ~real.all(-1)
 
 
-def make_tiles(rule: Rule, q: Coordinates, k: Coordinates, q_tile: int, k_tile: int) -> Tiles:
-    """Tile lists for query coordinates [B, T] and key coordinates [B, S], both multiples of their tile sizes."""
-    q_ranges, q_any, _ = tile_ranges(q, q_tile)
-    k_ranges, k_any, k_padded = tile_ranges(k, k_tile)
+def tile_kinds(rule: Rule, q: Coordinates, k: Coordinates, q_tile: int, k_tile: int, xp=jnp):
+    """FULL, PARTIAL or EMPTY [B, n, m] for coordinates [B, T] and [B, S], multiples of their tile sizes.
+
+    xp: the module whose arrays they are, jax.numpy or numpy.
+    """
+    q_ranges, q_any, _ = tile_ranges(q, q_tile, xp)
+    k_ranges, k_any, k_padded = tile_ranges(k, k_tile, xp)
     rows, columns = (
         Coordinates(*(Range(widen(r.low), widen(r.high)) for r in (c.segment, c.branch, c.time, c.index)))
         for c, widen in ((q_ranges, lambda x: x[:, :, None]), (k_ranges, lambda x: x[:, None, :]))
@@ -64,7 +68,12 @@ def make_tiles(rule: Rule, q: Coordinates, k: Coordinates, q_tile: int, k_tile: 
     # Padded queries in a full tile do no harm: their output is dropped. Padded keys would be seen.
     full = same.low & certainly & q_any[:, :, None] & (k_any & ~k_padded)[:, None, :]
     some = same.high & possibly & q_any[:, :, None] & k_any[:, None, :]
-    return _listed(jnp.where(some, jnp.where(full, FULL, PARTIAL), EMPTY))
+    return xp.where(some, xp.where(full, FULL, PARTIAL), EMPTY)
+
+
+def make_tiles(rule: Rule, q: Coordinates, k: Coordinates, q_tile: int, k_tile: int) -> Tiles:
+    """Tile lists for query coordinates [B, T] and key coordinates [B, S], both multiples of their tile sizes."""
+    return _listed(tile_kinds(rule, q, k, q_tile, k_tile))
 
 
 class BothWays(NamedTuple):

@@ -67,6 +67,7 @@ class Log:
             self._board.scalars(record.step, {
                 "train/loss_nats": record.loss, "train/grad_norm": record.grad_norm,
                 "train/learning_rate": record.learning_rate, "train/fill_share": record.fill,
+                "train/tile_share": record.tiles,
                 "train/tokens_per_second": rate,
             })  # fmt: skip
 

@@ -86,21 +86,21 @@ def train(
         """Waits for the step that was sent last, and checks and reports it."""
         nonlocal pending
         if pending is not None:
-            metrics, step, numbers, infos = pending
-            records, pending = workload.records(step, metrics, numbers, infos), None
+            metrics, step, numbers, sent = pending
+            records, pending = workload.records(step, metrics, numbers, sent), None
             clock.settle()
             _check_finite(records, position)
             on_step(records)
 
-    for step, (batch, infos) in enumerate(workload.batches(position.step), position.step):
+    for step, (batch, sent) in enumerate(workload.batches(position.step), position.step):
         numbers, placed = workload.numbers(step), lab_mesh.place(batch, mesh)
         if run is None:
             run, clock = workload.compile(state, numbers, placed, mesh), Stopwatch()
         clock.send(running=pending is not None and not pending[0].loss.is_ready())
         state, metrics = run(state, numbers, placed)
         settle()  # of the step before, while this one runs
-        pending = metrics, step, numbers, infos
-        steps, tokens = steps + 1, tokens + sum(info.tokens for info in infos)
+        pending = metrics, step, numbers, sent
+        steps, tokens = steps + 1, tokens + sum(of.tokens for of in sent)
         stopping, last = stop(step), step + 1 == config.train.steps
         if stopping or last or (step + 1) % config.checkpoint.every == 0:
             settle()  # a checkpoint is worth keeping only if its step was finite

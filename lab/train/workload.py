@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from lab.data import Batch, train_batches
-from lab.data.pipeline import Info
+from lab.model.arrangement import Arrangement
 from lab.train import compiled, optimizer
 from lab.train.optimizer import Numbers
 from lab.train.step import Metrics, Program, State
@@ -22,6 +22,16 @@ class Member(NamedTuple):
     texts: Sequence[np.ndarray]
 
 
+class Sent(NamedTuple):
+    """What is known of a batch: what lab.data.pipeline.Info says of it, and `tiles`, the share of attention's tiles
+    that are computed for it, over this host's rows."""
+
+    text_hash: str
+    fill: float
+    tokens: int
+    tiles: float
+
+
 class Record(NamedTuple):
     """What is known of one step once it is done."""
 
@@ -32,6 +42,7 @@ class Record(NamedTuple):
     fill: float
     tokens: int
     text_hash: str
+    tiles: float
 
 
 class Workload:
@@ -44,6 +55,7 @@ class Workload:
         self.members = list(members)
         self.config = self.members[0].config
         self._program = Program.of(self.config.train)
+        self._arrange = Arrangement(self.config.model)
         self._numbers = [optimizer.numbers_by_step(member.config.train) for member in self.members]
 
     @property
@@ -56,12 +68,14 @@ class Workload:
         ]
         return compiled.stacked(states, mesh) if self.vmapped else states[0]
 
-    def batches(self, start: int) -> Iterator[tuple[Batch, list[Info]]]:
-        """This host's rows of each step from `start`, and what is known of each member's."""
+    def batches(self, start: int) -> Iterator[tuple[Batch, list[Sent]]]:
+        """This host's rows of each step from `start`, arranged for the model, and what is known of each member's."""
         hosts = dict(process_index=jax.process_index(), process_count=jax.process_count())
         for step in zip(*(train_batches(m.config, m.texts, start=start, **hosts) for m in self.members), strict=True):
             batches, infos = zip(*step, strict=True)
-            yield jax.tree.map(lambda *x: np.stack(x), *batches) if self.vmapped else batches[0], list(infos)
+            batches, shares = zip(*map(self._arrange, batches), strict=True)
+            sent = [Sent(*info, share) for info, share in zip(infos, shares, strict=True)]
+            yield jax.tree.map(lambda *x: np.stack(x), *batches) if self.vmapped else batches[0], sent
 
     def numbers(self, step: int) -> Numbers:
         each = [numbers(step) for numbers in self._numbers]
@@ -71,10 +85,10 @@ class Workload:
         make = compiled.train_steps if self.vmapped else compiled.train_step
         return make(state, numbers, batch, self._program, mesh)
 
-    def records(self, step: int, metrics: Metrics, numbers: Numbers, infos: list[Info]) -> list[Record]:
+    def records(self, step: int, metrics: Metrics, numbers: Numbers, sent: list[Sent]) -> list[Record]:
         """What is known of a step of each member; waits for it."""
         loss, grad_norm, rate = (np.reshape(x, -1).tolist() for x in (*jax.device_get(metrics), numbers.learning_rate))
         return [
-            Record(step, loss[i], grad_norm[i], rate[i], info.fill, info.tokens, info.text_hash)
-            for i, info in enumerate(infos)
+            Record(step, loss[i], grad_norm[i], rate[i], of.fill, of.tokens, of.text_hash, of.tiles)
+            for i, of in enumerate(sent)
         ]
