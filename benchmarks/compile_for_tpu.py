@@ -3,7 +3,8 @@
     pip install "jax[tpu]"        # in an environment of its own: where libtpu is, JAX looks for a TPU
     python benchmarks/compile_for_tpu.py [v5e v5p v6e] [--quick]
 
-For each TPU, widths of heads and precision, a line of JSON: {"tpu", "K", "V", "dtype", "vmem": {kernel: bytes}}.
+For each TPU, widths of heads, precision and number of queries (64: a step of decoding 64 branches), a line of JSON:
+{"tpu", "K", "V", "dtype", "queries", "vmem": {kernel: bytes}}.
 """
 
 import argparse
@@ -31,28 +32,33 @@ TPUS = {"v5e": ("v5e:2x2", "TPU v5 lite"), "v5p": ("v5p:2x2x1", "TPU v5"), "v6e"
 LENGTH = 2048
 # (H, G, K, V) of the published attention variants, MLA in absorbed form the last.
 HEADS = ((8, 8, 64, 64), (8, 2, 128, 128), (8, 2, 192, 128), (8, 1, 256, 256), (16, 1, 576, 512))
-CASES = [(heads, "bfloat16") for heads in HEADS] + [(HEADS[0], "float32"), (HEADS[2], "float32")]
+CASES = [
+    *((heads, "bfloat16", LENGTH) for heads in HEADS),
+    *((heads, "float32", LENGTH) for heads in (HEADS[0], HEADS[2])),
+    *((heads, "bfloat16", 64) for heads in (HEADS[1], HEADS[4])),
+]
 RULE = rules.own_branch & rules.window(512)
 
 
-def compiled(tpu: str, heads: tuple[int, int, int, int], dtype: str):
-    """Forward and backward of a row."""
+def compiled(tpu: str, heads: tuple[int, int, int, int], dtype: str, queries: int):
+    """Forward and backward of so many queries over a row."""
     topology, kind = TPUS[tpu]
     sharding = SingleDeviceSharding(topologies.get_topology_desc(topology, platform="tpu").devices[0])
-    here = lambda *shape, dtype=dtype: jax.ShapeDtypeStruct((1, LENGTH, *shape), dtype, sharding=sharding)  # noqa: E731
+    here = lambda *shape, dtype=dtype: jax.ShapeDtypeStruct((1, *shape), dtype, sharding=sharding)  # noqa: E731
     H, G, K, V = heads
-    at = Coordinates(*(here(dtype=jnp.int32) for _ in range(4)))
+    at = [Coordinates(*(here(tokens, dtype=jnp.int32) for _ in range(4))) for tokens in (queries, LENGTH)]
 
     def run(q, k, v, at, cotangents):
         def attend(q, k, v):
-            return pallas_tpu.attend(q, k, v, at, at, RULE, K**-0.5, 30.0, interpret=False)
+            return pallas_tpu.attend(q, k, v, *at, RULE, K**-0.5, 30.0, interpret=False)
 
         outputs, pull = jax.vjp(attend, q, k, v)
         return outputs, pull(cotangents)
 
-    arguments = here(H, K), here(G, K), here(G, V), at, (here(H, V), here(H, dtype=jnp.float32))
+    arrays = here(queries, H, K), here(LENGTH, G, K), here(LENGTH, G, V)
+    cotangents = here(queries, H, V), here(queries, H, dtype=jnp.float32)
     with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=AbstractDevice(kind, 1, "tpu"))):
-        return jax.jit(run).trace(*arguments).lower(lowering_platforms=("tpu",)).compile()
+        return jax.jit(run).trace(*arrays, at, cotangents).lower(lowering_platforms=("tpu",)).compile()
 
 
 def vmem(program) -> dict[str, int]:
@@ -74,9 +80,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one width")
     flags = parser.parse_args()
     for tpu in flags.tpus or TPUS:
-        for heads, dtype in CASES[:1] if flags.quick else CASES:
-            found = {"tpu": tpu, "K": heads[2], "V": heads[3], "dtype": dtype}
-            print(json.dumps(found | {"vmem": vmem(compiled(tpu, heads, dtype))}), flush=True)
+        for heads, dtype, queries in CASES[:1] if flags.quick else CASES:
+            found = {"tpu": tpu, "K": heads[2], "V": heads[3], "dtype": dtype, "queries": queries}
+            print(json.dumps(found | {"vmem": vmem(compiled(tpu, heads, dtype, queries))}), flush=True)
 
 
 if __name__ == "__main__":

@@ -17,14 +17,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from lab.coordinates import Coordinates
+from lab.errors import UserError
 from lab.kernels import tiles as tile_lists
 from lab.kernels.folding import fold_keys, fold_queries, unfold_queries
 from lab.kernels.rules import Rule, pairs_visible
-from lab.kernels.tiles import BothWays, Steps, both_ways, in_line, make_tiles, pad_to_tiles
+from lab.kernels.tiles import BothWays, Steps, both_ways, in_line, is_step, make_tiles, pad_to_tiles
 
 MASKED = -1e30  # not -inf: a tile may hide every key of a query, and inf - inf is nan
 LANES = 128
 ROWS = 1024  # of a query tile, with its heads: what fits VMEM beside 512 keys and values of 128
+STEPS = 2**16  # of a grid: three numbers for each, within the 1 MiB of SMEM
 VMEM = 32 * 2**20  # of the 64 MiB or more that a core has
 QUERIES, KEYS = "queries", "keys"
 
@@ -41,8 +43,16 @@ class Static(NamedTuple):
 
 
 def tile_sizes(T: int, S: int) -> tuple[int, int]:
-    """Tokens of a query tile and of a key tile, multiples of the 128 lanes."""
-    return min(256, -(-T // LANES) * LANES), min(512, -(-S // LANES) * LANES)
+    """Tokens of a query tile and of a key tile: multiples of 128 lanes, but fewer queries in a step of decoding."""
+    q_tile = -(-T // 16) * 16 if is_step(T, S) else min(256 if T <= 2**16 else 512, -(-T // LANES) * LANES)
+    return q_tile, min(512, -(-S // LANES) * LANES)
+
+
+def rows_at_once(B: int, T: int, S: int) -> int:
+    """How many of B rows one call takes: a divisor; 0 where the list of a single one does not fit SMEM."""
+    q_tile, k_tile = tile_sizes(T, S)
+    each = -(-T // q_tile) * -(-S // k_tile)
+    return max((b for b in range(1, B + 1) if B % b == 0 and b * each <= STEPS), default=0)
 
 
 def heads_per_tile(R: int, q_tile: int, width: int) -> int:
@@ -74,6 +84,16 @@ def attend(
     """Returns (o_BTHV, lse_BTH) as lab.kernels.reference.attend does."""
     tiles = plan(rule, q_coordinates, k_coordinates) if tiles is None else tiles
     B, T, H, K = q_BTHK.shape
+    rows = rows_at_once(B, T, k_BSGK.shape[1])
+    if not rows:
+        raise UserError(f"pallas_tpu takes no rows of {T} queries over {k_BSGK.shape[1]} keys; choose tiled")
+    if rows < B:
+        row_groups = jax.tree.map(
+            lambda x: jnp.asarray(x).reshape(B // rows, rows, *x.shape[1:]),
+            (q_BTHK, k_BSGK, v_BSGV, q_coordinates, k_coordinates, tiles),
+        )
+        some = lambda x: attend(*x[:5], rule, scale, softcap, x[5], interpret=interpret)  # noqa: E731
+        return jax.tree.map(lambda x: x.reshape(B, *x.shape[2:]), lax.map(some, row_groups))
     G, V = k_BSGK.shape[2], v_BSGV.shape[3]
     q_tile, k_tile = tile_sizes(T, k_BSGK.shape[1])
     C = H // heads_per_tile(H // G, q_tile, max(K, V))

@@ -17,7 +17,7 @@ from jax import lax
 from lab.coordinates import Coordinates
 from lab.kernels.folding import fold_keys, fold_queries, unfold_queries
 from lab.kernels.rules import Rule, visible
-from lab.kernels.tiles import Tiles, make_tiles, pad_to_tiles
+from lab.kernels.tiles import Tiles, is_step, make_tiles, pad_to_tiles
 
 MASKED = -1e30  # not -inf: a tile may hide every key of a query, and inf - inf is nan
 
@@ -33,8 +33,8 @@ class Static(NamedTuple):
 
 
 def tile_sizes(T: int, S: int) -> tuple[int, int]:
-    """Tokens of a query tile and of a key tile: 64, or less for short inputs (decoding)."""
-    return min(64, T), min(64, S)
+    """Tokens of a query tile and of a key tile: 64, or less for short inputs; all queries of a step of decoding."""
+    return T if is_step(T, S) else min(64, T), min(64, S)
 
 
 def plan(rule: Rule, q_coordinates: Coordinates, k_coordinates: Coordinates) -> Tiles:

@@ -27,6 +27,11 @@ class Tiles(NamedTuple):
     total: jax.Array
 
 
+def is_step(T: int, S: int) -> bool:
+    """Whether T queries over S keys are a step of decoding: one tile of queries then reads each key once for all."""
+    return T <= 256 and S > 8 * T
+
+
 def pad_to_tiles(coordinates: Coordinates, tile: int) -> Coordinates:
     """Coordinates [B, T] padded with segment -1 to a multiple of the tile size."""
     short = -coordinates.shape[1] % tile

@@ -336,3 +336,16 @@ def test_auto_goes_by_platform_and_length_and_says_once_what_it_took(monkeypatch
         "attention: pallas_tpu (what the table has for tpu)",
         "attention: tiled (pallas_tpu is for rows of at least 128 queries)",
     ]
+
+
+def test_rows_whose_lists_are_long_go_a_few_at_a_time(monkeypatch):
+    case = Case(rule=rules.own_branch)
+    inputs = draw(case, 6, "interleaved")
+    expected = compiled(case, "reference")(*inputs)
+    whole = pallas_tpu.rows_at_once(BATCH, case.T, case.S)
+    monkeypatch.setattr(pallas_tpu, "STEPS", 20)
+    assert (whole, pallas_tpu.rows_at_once(BATCH, case.T, case.S)) == (2, 1)
+    check_close(jax.jit(compiled.__wrapped__(case, "pallas_tpu"))(*inputs), expected)
+    monkeypatch.setattr(pallas_tpu, "STEPS", 2)
+    with pytest.raises(UserError, match="pallas_tpu takes no rows of 70 queries over 70 keys; choose tiled"):
+        compiled.__wrapped__(case, "pallas_tpu")(*inputs)

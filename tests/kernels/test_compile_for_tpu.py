@@ -40,7 +40,10 @@ def test_every_width_compiles_within_vmem(tpu, python):
     assert made.returncode == 0, made.stderr[-3000:]
     found = [json.loads(line) for line in made.stdout.splitlines()]
     assert {(each["K"], each["V"]) for each in found} == {(64, 64), (128, 128), (192, 128), (256, 256), (576, 512)}
-    assert {each["dtype"] for each in found} == {"bfloat16", "float32"}
+    assert {each["dtype"] for each in found} == {"bfloat16", "float32"} and {each["queries"] for each in found} == {
+        2048,
+        64,
+    }
     for each in found:
         assert set(each["vmem"]) == {"attention_forward", "attention_dq", "attention_dkv"}, each
         assert all(0 < size <= pallas_tpu.VMEM < SMALLEST for size in each["vmem"].values()), each

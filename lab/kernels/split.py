@@ -1,0 +1,31 @@
+"""Attention with the keys of each row split into parts that attend by themselves, merged by their log normalisers.
+
+A step of decoding has few queries and many keys: the parts give a wide machine enough to do at once.
+"""
+
+import jax.numpy as jnp
+
+from lab.coordinates import Coordinates
+from lab.kernels.tiles import pad_to_tiles
+
+
+def attend(whole, parts: int, q_BTHK, k_BSGK, v_BSGV, q_coordinates: Coordinates, k_coordinates: Coordinates, *rest):
+    """(o_BTHV, lse_BTH) as `whole`, the attend of an implementation, gives it; rest: rule, scale, softcap."""
+    B, T, H, _ = q_BTHK.shape
+    each = -(-k_BSGK.shape[1] // parts)
+    short = parts * each - k_BSGK.shape[1]
+    cut = lambda x: jnp.pad(x, ((0, 0), (0, short), (0, 0), (0, 0))).reshape(B * parts, each, *x.shape[2:])  # noqa: E731
+    keys = pad_to_tiles(k_coordinates, each).map(lambda x: x.reshape(B * parts, each))
+    again = lambda x: jnp.repeat(jnp.asarray(x), parts, axis=0)  # noqa: E731
+    o, lse = whole(again(q_BTHK), cut(k_BSGK), cut(v_BSGV), q_coordinates.map(again), keys, *rest)
+    return merge(o.reshape(B, parts, T, H, -1), lse.reshape(B, parts, T, H))
+
+
+def merge(o_BPTHV, lse_BPTH):
+    """(o_BTHV, lse_BTH) over all keys, of what P parts of them gave. A query that saw nothing gets 0 and -inf."""
+    top_B1TH = jnp.max(lse_BPTH, axis=1, keepdims=True)
+    saw_BTH = top_B1TH[:, 0] > -jnp.inf
+    weight_BPTH = jnp.exp(lse_BPTH - jnp.where(jnp.isfinite(top_B1TH), top_B1TH, 0))
+    total_BTH = jnp.where(saw_BTH, weight_BPTH.sum(1), 1)
+    o_BTHV = (o_BPTHV * weight_BPTH[..., None]).sum(1) / total_BTH[..., None]
+    return o_BTHV.astype(o_BPTHV.dtype), jnp.where(saw_BTH, top_B1TH[:, 0] + jnp.log(total_BTH), -jnp.inf)

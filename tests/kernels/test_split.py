@@ -1,0 +1,83 @@
+"""A step of decoding: one query for each branch, over a prompt and the tokens of all branches."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import packs
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_attend import Case, check_close, draw
+
+from lab import kernels
+from lab.coordinates import Coordinates
+from lab.kernels import reference, rules, split
+
+STEP = Case(T=7, S=90, rule=rules.own_branch, H=4, G=2, K=8, V=6)
+
+
+@pytest.mark.parametrize("parts", [1, 3, 8])
+@settings(max_examples=5)
+@given(seed=st.integers(0, 2**32 - 1), pack=st.sampled_from(sorted(packs.PACKS)))
+def test_parts_merge_to_the_whole_forward_and_backward(parts, seed, pack):
+    arrays, coordinates, cotangents = draw(STEP, seed, pack)
+
+    def outputs_and_gradients(attend):
+        outputs, pull = jax.vjp(lambda *arrays: attend(*arrays, *coordinates, STEP.rule, 0.4, 2.0), *arrays)
+        return outputs, pull(cotangents)
+
+    whole, parted = map(
+        outputs_and_gradients, (reference.attend, functools.partial(split.attend, reference.attend, parts))
+    )
+    check_close(parted, whole)
+
+
+def test_parts_that_see_nothing_weigh_nothing():
+    o = jnp.asarray(np.random.default_rng(0).normal(size=(1, 2, 3, 1, 4)), jnp.float32)
+    lse = jnp.asarray([[[[0.0], [-jnp.inf], [-jnp.inf]], [[0.0], [800.0], [-jnp.inf]]]])
+    merged, total = split.merge(o.at[0, :, 2].set(0), lse)
+    check_close(merged[0, 0], o[0, :, 0].mean(0))
+    check_close(merged[0, 1], o[0, 1, 1])
+    assert not merged[0, 2].any()
+    check_close(total[0, :, 0], np.array([np.log(2), 800.0, -np.inf]))
+
+
+def decoding(prefix: int, branches: int, own: int, slots: int) -> tuple[Coordinates, Coordinates]:
+    """(queries, keys): the next token of each branch; a cache of the prompt, then the branches' tokens step by step."""
+    time, branch = (x.reshape(-1) for x in np.indices((own, branches)))
+    full = lambda x, fill: np.append(x, np.full(slots - len(x), fill))[None].astype(np.int32)  # noqa: E731
+    times = np.concatenate([np.arange(prefix), prefix + time])
+    keys = Coordinates(
+        full(0 * times, -1), full(np.append(np.zeros(prefix), branch + 1), 0), full(times, 0),
+        full(np.arange(len(times)), 0),
+    )  # fmt: skip
+    last = np.full((1, branches), prefix + own - 1, np.int32)
+    queries = Coordinates(0 * last, np.arange(1, branches + 1, dtype=np.int32)[None], last, len(times) - 1 + 0 * last)
+    return queries, keys
+
+
+@pytest.mark.parametrize("implementation", [name for name in kernels.IMPLEMENTATIONS if name != "reference"])
+@pytest.mark.parametrize(("prefix", "branches", "own"), [(8192, 64, 256), (8192, 200, 32), (4096, 3, 500)])
+def test_a_step_reads_the_shared_prefix_once(implementation, prefix, branches, own):
+    """Numbers of keys and values that the listed tiles hold, against those that some branch sees."""
+    needed = prefix + branches * own
+    queries, keys = decoding(prefix, branches, own, slots=needed + 4096)
+    lists = kernels.plan_tiles(queries, keys, rules.own_branch, implementation)
+    lists = getattr(lists, "by_query", lists)
+    _, k_tile = kernels.IMPLEMENTATIONS[implementation][0].tile_sizes(branches, keys.shape[1])
+    read = int(lists.total.sum()) * k_tile
+    assert needed <= read <= 1.3 * needed
+
+
+@pytest.mark.parametrize("implementation", [name for name in kernels.IMPLEMENTATIONS if name != "reference"])
+def test_a_step_gives_what_the_reference_gives(implementation):
+    case = Case(T=20, S=300, rule=rules.own_branch, H=4, G=2, K=8, V=6)
+    arrays, _, _ = draw(case, 0)
+    at = jax.tree.map(lambda x: np.repeat(x, 2, axis=0), decoding(100, 20, 8, slots=300))
+    found, expected = (
+        jax.jit(functools.partial(kernels.attend, rule=case.rule, implementation=which, return_lse=True))(*arrays, *at)
+        for which in (implementation, "reference")
+    )
+    check_close(found, expected)
