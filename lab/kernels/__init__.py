@@ -14,6 +14,7 @@ from lab.coordinates import Coordinates
 from lab.errors import UserError, choose
 from lab.kernels import order, pallas_tpu, reference, rules, tiled
 from lab.kernels.order import Arranged
+from lab.kernels.rotary import rotate, rotation
 from lab.kernels.rules import Rule
 
 __all__ = ["IMPLEMENTATIONS", "arrange", "attend", "interpreted", "plan_tiles", "resolve", "rules"]
@@ -26,6 +27,8 @@ IMPLEMENTATIONS: dict[str, tuple[ModuleType, str | None]] = {
 }
 # platform -> what "auto" takes from how many queries of a row on; "tiled" below, and everywhere else.
 AUTO = {"tpu": ("pallas_tpu", 128)}
+
+ROTATE = (pallas_tpu,)  # those that rotate queries as they read them
 
 _interpreting = False
 
@@ -107,12 +110,15 @@ def attend(
     implementation: str | None = None,
     tiles: Any = None,
     return_lse: bool = False,
+    frequencies_3F=None,
 ):
     """Softmax attention in which a query sees the keys of its own segment that `rule` lets it see.
 
     q [B, T, H, K], k [B, S, G, K], v [B, S, G, V] with H a multiple of G; query head h reads group h // (H / G).
     Coordinates are int32 [B, T] and [B, S]; segment -1 is padding. scale defaults to K^-1/2; softcap c turns scores s
     into c tanh(s / c). tiles: what `plan_tiles` gave for the same coordinates, rule and implementation.
+    frequencies: radians per unit of index, branch and time; with them queries come unrotated, and the last 2F of their
+    dimensions rotate here (lab.kernels.rotary), in the kernel where it can. Keys have rotated already.
     Returns [B, T, H, V]; a query that sees no key gets zeros. With return_lse also the log of the softmax denominator,
     float32 [B, T, H] (-inf where no key is seen), differentiable like the output.
     """
@@ -122,6 +128,10 @@ def attend(
     module, needed = IMPLEMENTATIONS[resolve(implementation, T)]
     scale = K**-0.5 if scale is None else scale
     options = {} if tiles is None else {"tiles": tiles}
+    if frequencies_3F is not None and module in ROTATE:
+        options["frequencies_3F"] = frequencies_3F
+    elif frequencies_3F is not None:
+        q_BTHK = rotate(q_BTHK, rotation(q_coordinates, frequencies_3F))
     if needed:
         options["interpret"] = needed != jax.default_backend()
     o_BTHV, lse_BTH = module.attend(

@@ -20,6 +20,7 @@ from lab.coordinates import Coordinates
 from lab.errors import UserError
 from lab.kernels import tiles as tile_lists
 from lab.kernels.folding import fold_keys, fold_queries, unfold_queries
+from lab.kernels.rotary import angles
 from lab.kernels.rules import Rule, pairs_visible
 from lab.kernels.tiles import BothWays, Steps, both_ways, in_line, is_step, make_tiles, pad_to_tiles
 
@@ -78,10 +79,11 @@ def attend(
     scale,
     softcap,
     tiles: BothWays | None = None,
+    frequencies_3F=None,
     *,
     interpret,
 ):
-    """Returns (o_BTHV, lse_BTH) as lab.kernels.reference.attend does."""
+    """Returns (o_BTHV, lse_BTH) as lab.kernels.reference.attend does; with frequencies, queries come unrotated."""
     tiles = plan(rule, q_coordinates, k_coordinates) if tiles is None else tiles
     B, T, H, K = q_BTHK.shape
     rows = rows_at_once(B, T, k_BSGK.shape[1])
@@ -92,7 +94,7 @@ def attend(
             lambda x: jnp.asarray(x).reshape(B // rows, rows, *x.shape[1:]),
             (q_BTHK, k_BSGK, v_BSGV, q_coordinates, k_coordinates, tiles),
         )
-        some = lambda x: attend(*x[:5], rule, scale, softcap, x[5], interpret=interpret)  # noqa: E731
+        some = lambda x: attend(*x[:5], rule, scale, softcap, x[5], frequencies_3F, interpret=interpret)  # noqa: E731
         return jax.tree.map(lambda x: x.reshape(B, *x.shape[2:]), lax.map(some, row_groups))
     G, V = k_BSGK.shape[2], v_BSGV.shape[3]
     q_tile, k_tile = tile_sizes(T, k_BSGK.shape[1])
@@ -105,6 +107,7 @@ def attend(
         fold_keys(v_BSGV, k_tile),
         _fields(pad_to_tiles(q_coordinates, q_tile), q_tile, H // C),
         _fields(pad_to_tiles(k_coordinates, k_tile), k_tile, 1),
+        None if frequencies_3F is None else (_widened(frequencies_3F, K), _partners(frequencies_3F.shape[1], K)),
         tiles,
     )
     return unfold_queries(o_NCRV, B, T, H), unfold_queries(lse_NCR[..., None], B, T, H)[..., 0]
@@ -114,6 +117,18 @@ def _fields(coordinates: Coordinates, tile: int, heads: int):
     """Coordinates of each row of a tile, int32 [tiles, 4, heads * tile]."""
     fields = jnp.stack([jnp.asarray(x).reshape(-1, tile) for x in jax.tree.leaves(coordinates)], axis=1)
     return jnp.tile(fields, (1, 1, heads))
+
+
+def _widened(frequencies_3F, K: int):
+    """Of each dimension of a head [3, K]: the same for both of a pair, 0 for those that do not rotate."""
+    F = frequencies_3F.shape[1]
+    return jnp.concatenate([jnp.zeros((3, K - 2 * F)), frequencies_3F, frequencies_3F], axis=1)
+
+
+def _partners(F: int, K: int):
+    """[K, K] that puts -b in the place of a, and a in that of b, of every pair: lanes cannot be cut anywhere."""
+    a, b = K - 2 * F + jnp.arange(F), K - F + jnp.arange(F)
+    return jnp.zeros((K, K)).at[b, a].set(-1).at[a, b].set(1)
 
 
 def _rows(ref) -> Coordinates:
@@ -154,11 +169,22 @@ def _each_kind(flag, add) -> None:
     pl.when(flag & tile_lists.ADD_PARTIAL != 0)(lambda: add(True))
 
 
-def _forward_kernel(own, other, flags, q, k, v, q_at, k_at, o, lse, o_sum, top, total, *, static):
+def _turned(x_RK, q_at, turning, sign: float = 1.0):
+    """Rotated by the angle of each row, or back by it; turning: None, or what `_widened` and `_partners` gave."""
+    if turning is None:
+        return x_RK
+    frequencies, partners = turning
+    angle_RK = angles(_columns(q_at), [frequencies[i : i + 1, :] for i in range(3)])
+    return x_RK * jnp.cos(angle_RK) + sign * jnp.sin(angle_RK) * _dot(x_RK, partners[...], (1, 0))
+
+
+def _forward_kernel(own, other, flags, raw_q, k, v, q_at, k_at, turning, outputs, scratch, *, static):
+    (o, lse), (q, o_sum, top, total) = outputs, scratch
     flag = flags[pl.program_id(1)]
 
     @pl.when(flag & tile_lists.FIRST != 0)
     def _():
+        q[...] = (static.scale * _turned(raw_q[...].astype(jnp.float32), q_at, turning)).astype(q.dtype)
         o_sum[...] = jnp.zeros_like(o_sum)
         top[...] = jnp.full_like(top, MASKED)
         total[...] = jnp.zeros_like(total)
@@ -185,11 +211,13 @@ def _forward_kernel(own, other, flags, q, k, v, q_at, k_at, o, lse, o_sum, top, 
         lse[...] = _along(jnp.where(saw_R1, top[:, :1] + jnp.log(sum_R1), -jnp.inf))
 
 
-def _dq_kernel(own, other, flags, q, k, v, q_at, k_at, do, lse, delta, dq, dq_sum, lse_R, delta_R, *, static):
+def _dq_kernel(own, other, flags, raw_q, k, v, q_at, k_at, do, lse, delta, turning, outputs, scratch, *, static):
+    (dq, q), (dq_sum, lse_R, delta_R) = outputs, scratch
     flag = flags[pl.program_id(1)]
 
     @pl.when(flag & tile_lists.FIRST != 0)
     def _():
+        q[...] = (static.scale * _turned(raw_q[...].astype(jnp.float32), q_at, turning)).astype(q.dtype)
         dq_sum[...] = jnp.zeros_like(dq_sum)
         lse_R[...] = jnp.broadcast_to(_across(lse[...]), lse_R.shape)
         delta_R[...] = jnp.broadcast_to(_across(delta[...]), delta_R.shape)
@@ -207,10 +235,11 @@ def _dq_kernel(own, other, flags, q, k, v, q_at, k_at, do, lse, delta, dq, dq_su
 
     @pl.when(flag & tile_lists.LAST != 0)
     def _():
-        dq[...] = (static.scale * dq_sum[...]).astype(dq.dtype)
+        dq[...] = (static.scale * _turned(dq_sum[...], q_at, turning, -1.0)).astype(dq.dtype)
 
 
-def _dkv_kernel(own, other, flags, q, k, v, q_at, k_at, do, lse, delta, dk, dv, dk_sum, dv_sum, *, static):
+def _dkv_kernel(own, other, flags, q, k, v, q_at, k_at, do, lse, delta, turning, outputs, scratch, *, static):
+    (dk, dv), (dk_sum, dv_sum) = outputs, scratch
     flag, bundle = flags[pl.program_id(1)], pl.program_id(2)
 
     @pl.when((flag & tile_lists.FIRST != 0) & (bundle == 0))
@@ -233,17 +262,16 @@ def _dkv_kernel(own, other, flags, q, k, v, q_at, k_at, do, lse, delta, dk, dv, 
 
     @pl.when((flag & tile_lists.LAST != 0) & (bundle == pl.num_programs(2) - 1))
     def _():
-        dk[...] = dk_sum[...].astype(dk.dtype)  # q was scaled before the scores
+        dk[...] = dk_sum[...].astype(dk.dtype)  # q is scaled here
         dv[...] = dv_sum[...].astype(dv.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(static: Static, q_NCRK, k_MGkK, v_MGkV, q_at, k_at, tiles):
-    return _forward(static, q_NCRK, k_MGkK, v_MGkV, q_at, k_at, tiles)[0]
+def _attend(static: Static, q_NCRK, k_MGkK, v_MGkV, q_at, k_at, turning, tiles):
+    return _forward(static, q_NCRK, k_MGkK, v_MGkV, q_at, k_at, turning, tiles)[0]
 
 
-def _forward(static: Static, q_NCRK, k_MGkK, v_MGkV, q_at, k_at, tiles: BothWays):
-    q_NCRK = (q_NCRK * static.scale).astype(q_NCRK.dtype)
+def _forward(static: Static, q_NCRK, k_MGkK, v_MGkV, q_at, k_at, turning, tiles: BothWays):
     N, C, R, K = q_NCRK.shape
     _, G, k, V = v_MGkV.shape
     steps = in_line(tiles.by_query)
@@ -258,18 +286,19 @@ def _forward(static: Static, q_NCRK, k_MGkK, v_MGkV, q_at, k_at, tiles: BothWays
             (q_NCRK, of_queries(R, K)), (k_MGkK, of_keys(k, K)), (v_MGkV, of_keys(k, V)),
             (q_at.swapaxes(1, 2), of_queries(R, 4, heads=False)), (k_at, of_keys(4, k, heads=False)),
         ),
+        turning,
         outputs=(
             (jax.ShapeDtypeStruct((N, C, R, V), q_NCRK.dtype), of_queries(R, V)),
             (jax.ShapeDtypeStruct((N, C, 1, R), jnp.float32), of_queries(1, R)),
         ),
-        scratch=((R, V), (R, LANES), (R, LANES)),
+        scratch=(pltpu.VMEM((R, K), q_NCRK.dtype), _sums(R, V), _sums(R, LANES), _sums(R, LANES)),
     )  # fmt: skip
     outputs = o_NCRV, lse_NC1R[:, :, 0]
-    return outputs, (q_NCRK, k_MGkK, v_MGkV, q_at, k_at, tiles, *outputs)
+    return outputs, (q_NCRK, k_MGkK, v_MGkV, q_at, k_at, turning, tiles, *outputs)
 
 
 def _backward(static: Static, residuals, cotangents):
-    q_NCRK, k_MGkK, v_MGkV, q_at, k_at, tiles, o_NCRV, lse_NCR = residuals
+    q_NCRK, k_MGkK, v_MGkV, q_at, k_at, turning, tiles, o_NCRV, lse_NCR = residuals
     do_NCRV, dlse_NCR = cotangents
     _, C, R, K = q_NCRK.shape
     _, G, k, V = v_MGkV.shape
@@ -277,7 +306,7 @@ def _backward(static: Static, residuals, cotangents):
     delta_NCR = (o_NCRV.astype(jnp.float32) * do_NCRV.astype(jnp.float32)).sum(-1) - jnp.where(saw_NCR, dlse_NCR, 0)
     lse_NCR = jnp.where(saw_NCR, lse_NCR, jnp.inf)  # rows that saw nothing: every probability is 0, nothing flows
 
-    def inputs(of_queries, of_keys, q_at, k_at):
+    def inputs(q_NCRK, of_queries, of_keys, q_at, k_at):
         return (
             (q_NCRK, of_queries(R, K)), (k_MGkK, of_keys(k, K)), (v_MGkV, of_keys(k, V)),
             (q_at, of_queries(*q_at.shape[1:], heads=False)), (k_at, of_keys(*k_at.shape[1:], heads=False)),
@@ -287,15 +316,16 @@ def _backward(static: Static, residuals, cotangents):
 
     steps = in_line(tiles.by_query)
     of_queries, of_keys = _blocks(bundle=lambda c, _: c, group=lambda c, _: c * G // C, own=QUERIES)
-    (dq_NCRK,) = _call(
+    dq_NCRK, turned_NCRK = _call(
         "attention_dq",
         functools.partial(_dq_kernel, static=static),
         static,
         (C, steps.count),
         steps,
-        inputs(of_queries, of_keys, q_at.swapaxes(1, 2), k_at),
-        outputs=((q_NCRK, of_queries(R, K)),),
-        scratch=((R, K), (R, LANES), (R, LANES)),
+        inputs(q_NCRK, of_queries, of_keys, q_at.swapaxes(1, 2), k_at),
+        turning,
+        outputs=((q_NCRK, of_queries(R, K)),) * 2,
+        scratch=(_sums(R, K), _sums(R, LANES), _sums(R, LANES)),
     )
     each, steps = C // G, in_line(tiles.by_key)
     of_queries, of_keys = _blocks(bundle=lambda g, _, c: g * each + c, group=lambda g, _, c: g, own=KEYS)
@@ -305,11 +335,12 @@ def _backward(static: Static, residuals, cotangents):
         static,
         (G, steps.count, each),
         steps,
-        inputs(of_queries, of_keys, q_at, k_at.swapaxes(1, 2)),
+        inputs(turned_NCRK, of_queries, of_keys, q_at, k_at.swapaxes(1, 2)),
+        None,
         outputs=((k_MGkK, of_keys(k, K)), (v_MGkV, of_keys(k, V))),
-        scratch=((k, K), (k, V)),
+        scratch=(_sums(k, K), _sums(k, V)),
     )
-    return dq_NCRK, dk_MGkK, dv_MGkV, None, None, None
+    return dq_NCRK, dk_MGkK, dv_MGkV, None, None, None, None
 
 
 _attend.defvjp(_forward, _backward)
@@ -335,19 +366,31 @@ def _blocks(bundle, group, own: str):
     return of(QUERIES, bundle), of(KEYS, group)
 
 
-def _call(name: str, kernel, static: Static, grid: tuple, steps: Steps, inputs, outputs, scratch):
-    """Runs a kernel. inputs: (array, block); outputs: (like what, block); scratch: shapes, float32."""
-    arrays, in_specs = zip(*inputs, strict=True)
+def _sums(*shape: int):
+    return pltpu.VMEM(shape, jnp.float32)
+
+
+def _call(name: str, kernel, static: Static, grid: tuple, steps: Steps, inputs, turning, outputs, scratch):
+    """Runs a kernel. inputs: (array, block); turning: whole arrays, or None; outputs: (like what, block)."""
+    whole = [(x, pl.BlockSpec(x.shape, lambda *_: (0, 0))) for x in turning or ()]
+    arrays, in_specs = zip(*inputs, *whole, strict=True)
     made, out_specs = zip(*outputs, strict=True)
+
+    def with_refs(*refs):
+        refs, held = refs[: -len(scratch)], refs[-len(scratch) :]
+        refs, written = refs[: -len(made)], refs[-len(made) :]
+        read = 3 + len(inputs)  # after the steps
+        kernel(*refs[:read], refs[read:] or None, written, held)
+
     run = pl.pallas_call(
-        kernel,
+        with_refs,
         name=name,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
             grid=grid,
             in_specs=in_specs,
             out_specs=out_specs,
-            scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
+            scratch_shapes=scratch,
         ),
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in made],
         compiler_params=pltpu.CompilerParams(

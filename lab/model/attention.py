@@ -14,10 +14,10 @@ from jax.sharding import PartitionSpec as P
 from lab import kernels
 from lab.coordinates import Coordinates
 from lab.errors import UserError, choose
+from lab.kernels.rotary import rotate
 from lab.kernels.rules import Rule
 from lab.model import mesh, parameter, position
 from lab.model.norm import RMSNorm
-from lab.model.position import rotate
 
 OPTIONS = ("output_gate", "sink", "qk_norm")  # model fields that add one thing to any softmax mixer that allows it
 Kept = tuple[jax.Array, ...]  # what a token keeps, arrays [B, S, groups, width]

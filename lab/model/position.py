@@ -1,7 +1,7 @@
 """Where the position of a token enters: rotary angles of queries and keys, and what is added to the embedding.
 
 F = R / 2 rotary pairs, where R of the K dimensions of a head rotate, its last; pair p = 0 is the fastest. Of these R,
-p and p + F form pair p (the rotate-half convention).
+p and p + F form pair p (the rotate-half convention, lab.kernels.rotary).
 """
 
 import jax
@@ -11,6 +11,7 @@ from flax import nnx
 
 from lab.coordinates import Coordinates
 from lab.errors import UserError, choose
+from lab.kernels.rotary import rotation
 from lab.model.parameter import Table
 
 
@@ -91,19 +92,7 @@ class Rotary(nnx.Module):
 
     def __call__(self, coordinates: Coordinates) -> tuple[jax.Array, jax.Array]:
         """cos and sin of the angles, float32 [B, T, 1, R / 2]."""
-        w_index, w_branch, w_time = self.frequencies[...]
-        index, branch, time = (x[..., None, None] for x in (coordinates.index, coordinates.branch, coordinates.time))
-        angle = index * w_index + branch * w_branch + time * w_time
-        return jnp.cos(angle), jnp.sin(angle)
-
-
-def rotate(x_BTHK: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """The last R dimensions with each pair (p, p + R/2) of them turned by its angle."""
-    cos, sin = (r.astype(x_BTHK.dtype) for r in rotation)
-    F = cos.shape[-1]
-    still, a, b = jnp.split(x_BTHK, [x_BTHK.shape[-1] - 2 * F, x_BTHK.shape[-1] - F], axis=-1)
-    turned = [a * cos - b * sin, b * cos + a * sin]
-    return jnp.concatenate([still, *turned] if still.shape[-1] else turned, axis=-1)
+        return rotation(coordinates, self.frequencies[...])
 
 
 class FourierCode(nnx.Module):

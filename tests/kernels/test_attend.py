@@ -16,6 +16,7 @@ from lab import kernels
 from lab.coordinates import Coordinates
 from lab.errors import UserError
 from lab.kernels import pallas_tpu, rules
+from lab.kernels.rotary import rotate, rotation
 from lab.kernels.rules import Rule
 
 seeds = st.integers(0, 2**32 - 1)
@@ -349,3 +350,26 @@ def test_rows_whose_lists_are_long_go_a_few_at_a_time(monkeypatch):
     monkeypatch.setattr(pallas_tpu, "STEPS", 2)
     with pytest.raises(UserError, match="pallas_tpu takes no rows of 70 queries over 70 keys; choose tiled"):
         compiled.__wrapped__(case, "pallas_tpu")(*inputs)
+
+
+@pytest.mark.parametrize("implementation", kernels.IMPLEMENTATIONS)
+@pytest.mark.parametrize("pairs", [4, 3])  # all of a head, and its last six dimensions
+@settings(max_examples=5)
+@given(seed=seeds, pack=st.sampled_from(sorted(packs.PACKS)))
+def test_queries_rotated_inside_are_queries_rotated_before(implementation, pairs, seed, pack):
+    case = Case(rule=rules.own_branch, softcap=2.0)
+    (q, k, v), (queries, keys), cotangents = draw(case, seed, pack)
+    # Angles of a few turns: of more, rounding in float32 is all that one would see.
+    frequencies = jnp.asarray(np.random.default_rng(seed).normal(size=(3, pairs)) / 10, jnp.float32)
+    k = rotate(k, rotation(keys, frequencies))
+
+    def outputs_and_gradients(rotated_inside: bool):
+        def attend(q, k, v):
+            before = q if rotated_inside else rotate(q, rotation(queries, frequencies))
+            options = case.options | (dict(frequencies_3F=frequencies) if rotated_inside else {})
+            return kernels.attend(before, k, v, queries, keys, case.rule, implementation=implementation, **options)
+
+        outputs, pull = jax.vjp(attend, q, k, v)
+        return outputs, pull(cotangents)
+
+    check_close(*(jax.jit(outputs_and_gradients, static_argnums=0)(inside) for inside in (True, False)))

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from lab import model as lab_model
 from lab.coordinates import Coordinates
 from lab.errors import UserError
+from lab.kernels.rotary import rotate
 from lab.model import position
 
 seeds = st.integers(0, 2**32 - 1)
@@ -88,13 +89,13 @@ def test_rotation_is_multiplication_by_a_complex_number(seed, half, name):
     table = position.FREQUENCIES[name](2 * half, config.rotary)
     angle = sum(getattr(at, field)[..., None, None] * table[field] for field in ("index", "branch", "time"))
     turned = (x_BTHK[..., :half] + 1j * x_BTHK[..., half:]) * np.exp(1j * angle)
-    got = position.rotate(jnp.asarray(x_BTHK, jnp.float32), position.Rotary(config)(at))
+    got = rotate(jnp.asarray(x_BTHK, jnp.float32), position.Rotary(config)(at))
     np.testing.assert_allclose(got, np.concatenate([turned.real, turned.imag], -1), atol=3e-5)
 
 
 def test_rotation_keeps_the_type_of_what_it_turns():
     x_BTHK = jnp.ones((1, 4, 2, 8), jnp.bfloat16)
-    assert position.rotate(x_BTHK, position.Rotary(tiny.config().model)(Coordinates.single(1, 4))).dtype == jnp.bfloat16
+    assert rotate(x_BTHK, position.Rotary(tiny.config().model)(Coordinates.single(1, 4))).dtype == jnp.bfloat16
 
 
 # The fields whose constant shift a model cannot see; the prompt is branch 0, so a rule that reads it is left out.
