@@ -8,36 +8,23 @@ Letters as in lab.kernels.folding; s is transposed for dk and dv, [k, R]. FlashA
 """
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from lab.coordinates import Coordinates
 from lab.kernels import tiles as tile_lists
 from lab.kernels.folding import fold_keys, fold_queries, unfold_queries
+from lab.kernels.pallas_common import MASKED, Static, capped, dot, fields, of_rows, probabilities, score_gradients
 from lab.kernels.rules import Rule, pairs_visible
 from lab.kernels.tiles import BothWays, Steps, both_ways, in_line, make_tiles, pad_to_tiles
 
-MASKED = -1e30  # not -inf: a tile may hide every key of a query, and inf - inf is nan
 LANES = 128
 ROWS = 1024  # of a query tile, with its heads: what fits VMEM beside 512 keys and values of 128
 VMEM = 64 * 2**20
 QUERIES, KEYS = "queries", "keys"
-
-
-class Static(NamedTuple):
-    """What the program is compiled for."""
-
-    rule: Rule
-    scale: float
-    softcap: float
-    q_tile: int
-    k_tile: int
-    interpret: bool
 
 
 def tile_sizes(T: int, S: int) -> tuple[int, int]:
@@ -77,23 +64,17 @@ def attend(
     G, V = k_BSGK.shape[2], v_BSGV.shape[3]
     q_tile, k_tile = tile_sizes(T, k_BSGK.shape[1])
     C = H // heads_per_tile(H // G, q_tile, max(K, V))
-    static = Static(rule, float(scale), float(softcap or 0.0), q_tile, k_tile, interpret)
+    static = Static(rule, float(scale), float(softcap or 0.0), interpret)
     o_NCRV, lse_NCR = _attend(
         static,
         fold_queries(q_BTHK, q_tile, C),
         fold_keys(k_BSGK, k_tile),
         fold_keys(v_BSGV, k_tile),
-        _fields(pad_to_tiles(q_coordinates, q_tile), q_tile, H // C),
-        _fields(pad_to_tiles(k_coordinates, k_tile), k_tile, 1),
+        fields(pad_to_tiles(q_coordinates, q_tile), q_tile, H // C),
+        fields(pad_to_tiles(k_coordinates, k_tile), k_tile, 1),
         tiles,
     )
     return unfold_queries(o_NCRV, B, T, H), unfold_queries(lse_NCR[..., None], B, T, H)[..., 0]
-
-
-def _fields(coordinates: Coordinates, tile: int, heads: int):
-    """Coordinates of each row of a tile, int32 [tiles, 4, heads * tile]."""
-    fields = jnp.stack([jnp.asarray(x).reshape(-1, tile) for x in jax.tree.leaves(coordinates)], axis=1)
-    return jnp.tile(fields, (1, 1, heads))
 
 
 def _rows(ref) -> Coordinates:
@@ -106,14 +87,6 @@ def _columns(ref) -> Coordinates:
     return Coordinates(*(ref[:, i : i + 1] for i in range(4)))
 
 
-def _dot(a, b, contract: tuple[int, int]):
-    """Summed over one axis of each, in float32."""
-    exact = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return lax.dot_general(
-        a, b, (((contract[0],), (contract[1],)), ((), ())), precision=exact, preferred_element_type=jnp.float32
-    )
-
-
 def _across(row_1R):
     """[1, R] as a column [R, 1]."""
     return jnp.broadcast_to(row_1R, (LANES, row_1R.shape[1])).T[:, :1]
@@ -122,10 +95,6 @@ def _across(row_1R):
 def _along(column_R1):
     """[R, 1] as a row [1, R]."""
     return jnp.broadcast_to(column_R1, (column_R1.shape[0], LANES)).T[:1]
-
-
-def _capped(s, static: Static):
-    return static.softcap * jnp.tanh(s / static.softcap) if static.softcap else s
 
 
 def _each_kind(flag, add) -> None:
@@ -144,7 +113,7 @@ def _forward_kernel(own, other, flags, q, k, v, q_at, k_at, o, lse, o_sum, top, 
         total[...] = jnp.zeros_like(total)
 
     def add(masked: bool):
-        s_Rk = _capped(_dot(q[...], k[...], (1, 1)), static)
+        s_Rk = capped(dot(q[...], k[...], (1, 1)), static)
         if masked:
             s_Rk = jnp.where(pairs_visible(static.rule, _columns(q_at), _rows(k_at)), s_Rk, MASKED)
         old_R1 = top[:, :1]
@@ -152,7 +121,7 @@ def _forward_kernel(own, other, flags, q, k, v, q_at, k_at, o, lse, o_sum, top, 
         p_Rk, shrink_R1 = jnp.exp(s_Rk - new_R1), jnp.exp(old_R1 - new_R1)
         top[...] = jnp.broadcast_to(new_R1, top.shape)
         total[...] = jnp.broadcast_to(total[:, :1] * shrink_R1 + p_Rk.sum(1, keepdims=True), total.shape)
-        o_sum[...] = o_sum[...] * shrink_R1 + _dot(p_Rk.astype(v.dtype), v[...], (1, 0))
+        o_sum[...] = o_sum[...] * shrink_R1 + dot(p_Rk.astype(v.dtype), v[...], (1, 0))
 
     _each_kind(flag, add)
 
@@ -175,13 +144,11 @@ def _dq_kernel(own, other, flags, q, k, v, q_at, k_at, do, lse, delta, dq, dq_su
         delta_R[...] = jnp.broadcast_to(_across(delta[...]), delta_R.shape)
 
     def add(masked: bool):
-        s_Rk = _capped(_dot(q[...], k[...], (1, 1)), static)
+        s_Rk = capped(dot(q[...], k[...], (1, 1)), static)
         seen = pairs_visible(static.rule, _columns(q_at), _rows(k_at)) if masked else None
-        p_Rk = jnp.exp(s_Rk - lse_R[:, :1]) if seen is None else jnp.where(seen, jnp.exp(s_Rk - lse_R[:, :1]), 0)
-        ds_Rk = p_Rk * (_dot(do[...], v[...], (1, 1)) - delta_R[:, :1])
-        if static.softcap:
-            ds_Rk = ds_Rk * (1 - jnp.square(s_Rk / static.softcap))
-        dq_sum[...] += _dot(ds_Rk.astype(k.dtype), k[...], (1, 0))
+        p_Rk = probabilities(s_Rk, lse_R[:, :1], seen)
+        ds_Rk = score_gradients(static, s_Rk, p_Rk, dot(do[...], v[...], (1, 1)), delta_R[:, :1])
+        dq_sum[...] += dot(ds_Rk.astype(k.dtype), k[...], (1, 0))
 
     _each_kind(flag, add)
 
@@ -199,15 +166,12 @@ def _dkv_kernel(own, other, flags, q, k, v, q_at, k_at, do, lse, delta, dk, dv, 
         dv_sum[...] = jnp.zeros_like(dv_sum)
 
     def add(masked: bool):
-        s_kR = _capped(_dot(k[...], q[...], (1, 1)), static)
-        p_kR = jnp.exp(s_kR - lse[...])
-        if masked:
-            p_kR = jnp.where(pairs_visible(static.rule, _rows(q_at), _columns(k_at)), p_kR, 0)
-        dv_sum[...] += _dot(p_kR.astype(do.dtype), do[...], (1, 0))
-        ds_kR = p_kR * (_dot(v[...], do[...], (1, 1)) - delta[...])
-        if static.softcap:
-            ds_kR = ds_kR * (1 - jnp.square(s_kR / static.softcap))
-        dk_sum[...] += _dot(ds_kR.astype(q.dtype), q[...], (1, 0))
+        s_kR = capped(dot(k[...], q[...], (1, 1)), static)
+        seen = pairs_visible(static.rule, _rows(q_at), _columns(k_at)) if masked else None
+        p_kR = probabilities(s_kR, lse[...], seen)
+        dv_sum[...] += dot(p_kR.astype(do.dtype), do[...], (1, 0))
+        ds_kR = score_gradients(static, s_kR, p_kR, dot(v[...], do[...], (1, 1)), delta[...])
+        dk_sum[...] += dot(ds_kR.astype(q.dtype), q[...], (1, 0))
 
     _each_kind(flag, add)
 
@@ -252,9 +216,7 @@ def _backward(static: Static, residuals, cotangents):
     do_NCRV, dlse_NCR = cotangents
     _, C, R, K = q_NCRK.shape
     _, G, k, V = v_MGkV.shape
-    saw_NCR = lse_NCR > -jnp.inf
-    delta_NCR = (o_NCRV.astype(jnp.float32) * do_NCRV.astype(jnp.float32)).sum(-1) - jnp.where(saw_NCR, dlse_NCR, 0)
-    lse_NCR = jnp.where(saw_NCR, lse_NCR, jnp.inf)  # rows that saw nothing: every probability is 0, nothing flows
+    lse_NCR, delta_NCR = of_rows(o_NCRV, lse_NCR, do_NCRV, dlse_NCR)
 
     def inputs(of_queries, of_keys, q_at, k_at):
         return (
