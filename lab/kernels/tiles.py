@@ -93,6 +93,13 @@ def _listed(kind_Bnm) -> Tiles:
     return Tiles(order.astype(jnp.int32), count(kind_Bnm == FULL), count(kind_Bnm != EMPTY))
 
 
+def cut(tiles: Tiles, own: int, listed: int) -> Tiles:
+    """The lists of smaller tiles: each tile that has a list cut into `own`, each tile on a list into `listed`."""
+    B, n, m = tiles.keys.shape
+    keys = (tiles.keys[..., None] * listed + jnp.arange(listed, dtype=jnp.int32)).reshape(B, n, m * listed)
+    return jax.tree.map(lambda x: jnp.repeat(x, own, axis=1), Tiles(keys, tiles.full * listed, tiles.total * listed))
+
+
 class Steps(NamedTuple):
     """The lists of all rows of a batch end to end, for a grid that makes one step for each tile of a list.
 
