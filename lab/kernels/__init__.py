@@ -10,16 +10,18 @@ import jax
 
 from lab.coordinates import Coordinates
 from lab.errors import UserError, choose
-from lab.kernels import pallas_tpu, reference, rules, tiled
+from lab.kernels import pallas_tpu, pallas_triton, reference, rules, tiled
 from lab.kernels.rules import Rule
 
 __all__ = ["IMPLEMENTATIONS", "attend", "interpreted", "plan_tiles", "resolve", "rules"]
 
-# name -> (module, the platform it is written for; None: any). A module has `attend`, and `plan` if it uses tiles.
+# name -> (module, the platform it is written for; None: any). A module has `attend`, `plan` if it uses tiles, and
+# OBSTACLE if something that is installed may keep it from running: why, or None.
 IMPLEMENTATIONS: dict[str, tuple[ModuleType, str | None]] = {
     "reference": (reference, None),
     "tiled": (tiled, None),
     "pallas_tpu": (pallas_tpu, "tpu"),
+    "pallas_triton": (pallas_triton, "gpu"),
 }
 # platform -> what "auto" takes from how many queries of a row on; "tiled" below, and everywhere else.
 AUTO = {"tpu": ("pallas_tpu", 128)}
@@ -46,14 +48,22 @@ def resolve(implementation: str | None, queries: int | None = None) -> str:
     platform = jax.default_backend()
     if implementation in (None, "auto"):
         return _auto(platform, queries)
-    needed = IMPLEMENTATIONS[choose("attention implementation", implementation, ("auto", *IMPLEMENTATIONS))][1]
-    if needed not in (None, platform) and not _interpreting:
-        able = [name for name, (_, needed) in IMPLEMENTATIONS.items() if needed in (None, platform)]
+    choose("attention implementation", implementation, ("auto", *IMPLEMENTATIONS))
+    obstacle = _obstacle(implementation, platform)
+    if obstacle and not _interpreting:
+        able = [name for name in IMPLEMENTATIONS if not _obstacle(name, platform)]
         raise UserError(
-            f"attention implementation {implementation!r} needs a {needed.upper()}, and this is a {platform.upper()}; "
-            f"choose among: {', '.join(['auto', *able])}"
+            f"attention implementation {implementation!r} {obstacle}; choose among: {', '.join(['auto', *able])}"
         )
     return implementation
+
+
+def _obstacle(name: str, platform: str) -> str | None:
+    """What keeps an implementation from running on a platform, if anything does."""
+    module, needed = IMPLEMENTATIONS[name]
+    if needed not in (None, platform):
+        return f"needs a {needed.upper()}, and this is a {platform.upper()}"
+    return getattr(module, "OBSTACLE", None)
 
 
 def _auto(platform: str, queries: int | None) -> str:
