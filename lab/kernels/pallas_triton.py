@@ -22,7 +22,7 @@ from lab.coordinates import Coordinates
 from lab.kernels.folding import fold_keys, fold_queries, unfold_queries
 from lab.kernels.pallas_common import MASKED, Static, capped, dot, fields, of_rows, probabilities, score_gradients
 from lab.kernels.rules import Rule, pairs_visible
-from lab.kernels.tiles import BothWays, Tiles, both_ways, cut, make_tiles, pad_to_tiles
+from lab.kernels.tiles import BothWays, Tiles, cut, pad_to_tiles, plan_both_ways
 
 try:
     from jax.experimental.pallas import triton
@@ -64,9 +64,8 @@ def tile_sizes(T: int, S: int) -> tuple[int, int]:
 
 def plan(rule: Rule, q_coordinates: Coordinates, k_coordinates: Coordinates) -> BothWays:
     """The tile lists `attend` needs: made once per batch and rule, shared by layers."""
-    q_tile, k_tile = tile_sizes(q_coordinates.shape[1], k_coordinates.shape[1])
-    padded = pad_to_tiles(q_coordinates, q_tile), pad_to_tiles(k_coordinates, k_tile)
-    return both_ways(make_tiles(rule, *padded, q_tile, k_tile))
+    sizes = tile_sizes(q_coordinates.shape[1], k_coordinates.shape[1])
+    return plan_both_ways(rule, q_coordinates, k_coordinates, *sizes)
 
 
 def attend(

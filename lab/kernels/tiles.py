@@ -79,6 +79,11 @@ def both_ways(tiles: Tiles) -> BothWays:
     return BothWays(tiles, _transposed(tiles))
 
 
+def plan_both_ways(rule: Rule, q: Coordinates, k: Coordinates, q_tile: int, k_tile: int) -> BothWays:
+    """The lists for coordinates of any length."""
+    return both_ways(make_tiles(rule, pad_to_tiles(q, q_tile), pad_to_tiles(k, k_tile), q_tile, k_tile))
+
+
 def _transposed(tiles: Tiles) -> Tiles:
     m = tiles.keys.shape[2]
     place = jnp.arange(m, dtype=jnp.int32)
