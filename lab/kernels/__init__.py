@@ -12,18 +12,21 @@ import numpy as np
 
 from lab.coordinates import Coordinates
 from lab.errors import UserError, choose
-from lab.kernels import order, pallas_tpu, reference, rules, tiled
+from lab.kernels import order, pallas_tpu, pallas_triton, reference, rules, split, tiled
 from lab.kernels.order import Arranged
 from lab.kernels.rotary import rotate, rotation
 from lab.kernels.rules import Rule
+from lab.kernels.tiles import is_step
 
 __all__ = ["IMPLEMENTATIONS", "arrange", "attend", "interpreted", "plan_tiles", "resolve", "rules"]
 
-# name -> (module, the platform it is written for; None: any). A module has `attend`, and `plan` if it uses tiles.
+# name -> (module, the platform it is written for; None: any). A module has `attend`, `plan` if it uses tiles, and
+# OBSTACLE if something that is installed may keep it from running: why, or None.
 IMPLEMENTATIONS: dict[str, tuple[ModuleType, str | None]] = {
     "reference": (reference, None),
     "tiled": (tiled, None),
     "pallas_tpu": (pallas_tpu, "tpu"),
+    "pallas_triton": (pallas_triton, "gpu"),
 }
 # platform -> what "auto" takes from how many queries of a row on; "tiled" below, and everywhere else.
 AUTO = {"tpu": ("pallas_tpu", 128)}
@@ -52,14 +55,22 @@ def resolve(implementation: str | None, queries: int | None = None) -> str:
     platform = jax.default_backend()
     if implementation in (None, "auto"):
         return _auto(platform, queries)
-    needed = IMPLEMENTATIONS[choose("attention implementation", implementation, ("auto", *IMPLEMENTATIONS))][1]
-    if needed not in (None, platform) and not _interpreting:
-        able = [name for name, (_, needed) in IMPLEMENTATIONS.items() if needed in (None, platform)]
+    choose("attention implementation", implementation, ("auto", *IMPLEMENTATIONS))
+    obstacle = _obstacle(implementation, platform)
+    if obstacle and not _interpreting:
+        able = [name for name in IMPLEMENTATIONS if not _obstacle(name, platform)]
         raise UserError(
-            f"attention implementation {implementation!r} needs a {needed.upper()}, and this is a {platform.upper()}; "
-            f"choose among: {', '.join(['auto', *able])}"
+            f"attention implementation {implementation!r} {obstacle}; choose among: {', '.join(['auto', *able])}"
         )
     return implementation
+
+
+def _obstacle(name: str, platform: str) -> str | None:
+    """What keeps an implementation from running on a platform, if anything does."""
+    module, needed = IMPLEMENTATIONS[name]
+    if needed not in (None, platform):
+        return f"needs a {needed.upper()}, and this is a {platform.upper()}"
+    return getattr(module, "OBSTACLE", None)
 
 
 def _auto(platform: str, queries: int | None) -> str:
@@ -125,7 +136,7 @@ def attend(
     T, H, K, G = *q_BTHK.shape[1:], k_BSGK.shape[2]
     if H % G:
         raise UserError(f"{H} query heads cannot share {G} key heads; choose a divisor of {H}")
-    module, needed = IMPLEMENTATIONS[resolve(implementation, T)]
+    S, (module, needed) = k_BSGK.shape[1], IMPLEMENTATIONS[resolve(implementation, T)]
     scale = K**-0.5 if scale is None else scale
     options = {} if tiles is None else {"tiles": tiles}
     if frequencies_3F is not None and module in ROTATE:
@@ -134,7 +145,11 @@ def attend(
         q_BTHK = rotate(q_BTHK, rotation(q_coordinates, frequencies_3F))
     if needed:
         options["interpret"] = needed != jax.default_backend()
-    o_BTHV, lse_BTH = module.attend(
-        q_BTHK, k_BSGK, v_BSGV, q_coordinates, k_coordinates, rule, scale, softcap, **options
-    )
+    whole, arguments = module.attend, (q_BTHK, k_BSGK, v_BSGV, q_coordinates, k_coordinates, rule, scale, softcap)
+    parts = split.parts(q_BTHK.shape[0] * H * T, S) if needed == "gpu" and is_step(T, S) else 1
+    if parts > 1:
+        options.pop("tiles", None)  # of keys that are not split
+        o_BTHV, lse_BTH = split.attend(functools.partial(whole, **options), parts, *arguments)
+    else:
+        o_BTHV, lse_BTH = whole(*arguments, **options)
     return (o_BTHV, lse_BTH) if return_lse else o_BTHV

@@ -8,11 +8,9 @@ Letters as in lab.kernels.folding; s is transposed for dk and dv, [k, R]. FlashA
 """
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -20,27 +18,16 @@ from lab.coordinates import Coordinates
 from lab.errors import UserError
 from lab.kernels import tiles as tile_lists
 from lab.kernels.folding import fold_keys, fold_queries, unfold_queries
+from lab.kernels.pallas_common import MASKED, Static, capped, dot, fields, of_rows, probabilities, score_gradients
 from lab.kernels.rotary import angles
 from lab.kernels.rules import Rule, pairs_visible
-from lab.kernels.tiles import BothWays, Steps, both_ways, in_line, is_step, make_tiles, pad_to_tiles
+from lab.kernels.tiles import BothWays, Steps, in_line, is_step, pad_to_tiles, plan_both_ways
 
-MASKED = -1e30  # not -inf: a tile may hide every key of a query, and inf - inf is nan
 LANES = 128
 ROWS = 1024  # of a query tile, with its heads: what fits VMEM beside 512 keys and values of 128
 STEPS = 2**16  # of a grid: three numbers for each, within the 1 MiB of SMEM
 VMEM = 32 * 2**20  # of the 64 MiB or more that a core has
 QUERIES, KEYS = "queries", "keys"
-
-
-class Static(NamedTuple):
-    """What the program is compiled for."""
-
-    rule: Rule
-    scale: float
-    softcap: float
-    q_tile: int
-    k_tile: int
-    interpret: bool
 
 
 def tile_sizes(T: int, S: int) -> tuple[int, int]:
@@ -56,17 +43,19 @@ def rows_at_once(B: int, T: int, S: int) -> int:
     return max((b for b in range(1, B + 1) if B % b == 0 and b * each <= STEPS), default=0)
 
 
-def heads_per_tile(R: int, q_tile: int, width: int) -> int:
-    """How many of the R heads that share keys a query tile holds: a divisor, within VMEM for heads of this width."""
-    rows = ROWS if width <= 256 else ROWS // 2
+def heads_per_tile(R: int, q_tile: int, width: int, step: bool = False) -> int:
+    """How many of the R heads that share keys a query tile holds: a divisor, within VMEM for heads of this width.
+
+    Twice as many in a step of decoding, which reads keys once for each tile and has no more than one or two.
+    """
+    rows = (ROWS if width <= 256 else ROWS // 2) * (1 + step)
     return max(f for f in range(1, R + 1) if R % f == 0 and (f == 1 or f * q_tile <= rows))
 
 
 def plan(rule: Rule, q_coordinates: Coordinates, k_coordinates: Coordinates) -> BothWays:
     """The tile lists `attend` needs: made once per batch and rule, shared by layers."""
-    q_tile, k_tile = tile_sizes(q_coordinates.shape[1], k_coordinates.shape[1])
-    padded = pad_to_tiles(q_coordinates, q_tile), pad_to_tiles(k_coordinates, k_tile)
-    return both_ways(make_tiles(rule, *padded, q_tile, k_tile))
+    sizes = tile_sizes(q_coordinates.shape[1], k_coordinates.shape[1])
+    return plan_both_ways(rule, q_coordinates, k_coordinates, *sizes)
 
 
 def attend(
@@ -95,28 +84,22 @@ def attend(
             (q_BTHK, k_BSGK, v_BSGV, q_coordinates, k_coordinates, tiles),
         )
         some = lambda x: attend(*x[:5], rule, scale, softcap, x[5], frequencies_3F, interpret=interpret)  # noqa: E731
-        return jax.tree.map(lambda x: x.reshape(B, *x.shape[2:]), lax.map(some, row_groups))
+        return jax.tree.map(lambda x: x.reshape(B, *x.shape[2:]), jax.lax.map(some, row_groups))
     G, V = k_BSGK.shape[2], v_BSGV.shape[3]
     q_tile, k_tile = tile_sizes(T, k_BSGK.shape[1])
-    C = H // heads_per_tile(H // G, q_tile, max(K, V))
-    static = Static(rule, float(scale), float(softcap or 0.0), q_tile, k_tile, interpret)
+    C = H // heads_per_tile(H // G, q_tile, max(K, V), is_step(T, k_BSGK.shape[1]))
+    static = Static(rule, float(scale), float(softcap or 0.0), interpret)
     o_NCRV, lse_NCR = _attend(
         static,
         fold_queries(q_BTHK, q_tile, C),
         fold_keys(k_BSGK, k_tile),
         fold_keys(v_BSGV, k_tile),
-        _fields(pad_to_tiles(q_coordinates, q_tile), q_tile, H // C),
-        _fields(pad_to_tiles(k_coordinates, k_tile), k_tile, 1),
+        fields(pad_to_tiles(q_coordinates, q_tile), q_tile, H // C),
+        fields(pad_to_tiles(k_coordinates, k_tile), k_tile, 1),
         None if frequencies_3F is None else (_widened(frequencies_3F, K), _partners(frequencies_3F.shape[1], K)),
         tiles,
     )
     return unfold_queries(o_NCRV, B, T, H), unfold_queries(lse_NCR[..., None], B, T, H)[..., 0]
-
-
-def _fields(coordinates: Coordinates, tile: int, heads: int):
-    """Coordinates of each row of a tile, int32 [tiles, 4, heads * tile]."""
-    fields = jnp.stack([jnp.asarray(x).reshape(-1, tile) for x in jax.tree.leaves(coordinates)], axis=1)
-    return jnp.tile(fields, (1, 1, heads))
 
 
 def _widened(frequencies_3F, K: int):
@@ -141,14 +124,6 @@ def _columns(ref) -> Coordinates:
     return Coordinates(*(ref[:, i : i + 1] for i in range(4)))
 
 
-def _dot(a, b, contract: tuple[int, int]):
-    """Summed over one axis of each, in float32."""
-    exact = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return lax.dot_general(
-        a, b, (((contract[0],), (contract[1],)), ((), ())), precision=exact, preferred_element_type=jnp.float32
-    )
-
-
 def _across(row_1R):
     """[1, R] as a column [R, 1]."""
     return jnp.broadcast_to(row_1R, (LANES, row_1R.shape[1])).T[:, :1]
@@ -157,10 +132,6 @@ def _across(row_1R):
 def _along(column_R1):
     """[R, 1] as a row [1, R]."""
     return jnp.broadcast_to(column_R1, (column_R1.shape[0], LANES)).T[:1]
-
-
-def _capped(s, static: Static):
-    return static.softcap * jnp.tanh(s / static.softcap) if static.softcap else s
 
 
 def _each_kind(flag, add) -> None:
@@ -175,7 +146,7 @@ def _turned(x_RK, q_at, turning, sign: float = 1.0):
         return x_RK
     frequencies, partners = turning
     angle_RK = angles(_columns(q_at), [frequencies[i : i + 1, :] for i in range(3)])
-    return x_RK * jnp.cos(angle_RK) + sign * jnp.sin(angle_RK) * _dot(x_RK, partners[...], (1, 0))
+    return x_RK * jnp.cos(angle_RK) + sign * jnp.sin(angle_RK) * dot(x_RK, partners[...], (1, 0))
 
 
 def _forward_kernel(own, other, flags, raw_q, k, v, q_at, k_at, turning, outputs, scratch, *, static):
@@ -190,7 +161,7 @@ def _forward_kernel(own, other, flags, raw_q, k, v, q_at, k_at, turning, outputs
         total[...] = jnp.zeros_like(total)
 
     def add(masked: bool):
-        s_Rk = _capped(_dot(q[...], k[...], (1, 1)), static)
+        s_Rk = capped(dot(q[...], k[...], (1, 1)), static)
         if masked:
             s_Rk = jnp.where(pairs_visible(static.rule, _columns(q_at), _rows(k_at)), s_Rk, MASKED)
         old_R1 = top[:, :1]
@@ -198,7 +169,7 @@ def _forward_kernel(own, other, flags, raw_q, k, v, q_at, k_at, turning, outputs
         p_Rk, shrink_R1 = jnp.exp(s_Rk - new_R1), jnp.exp(old_R1 - new_R1)
         top[...] = jnp.broadcast_to(new_R1, top.shape)
         total[...] = jnp.broadcast_to(total[:, :1] * shrink_R1 + p_Rk.sum(1, keepdims=True), total.shape)
-        o_sum[...] = o_sum[...] * shrink_R1 + _dot(p_Rk.astype(v.dtype), v[...], (1, 0))
+        o_sum[...] = o_sum[...] * shrink_R1 + dot(p_Rk.astype(v.dtype), v[...], (1, 0))
 
     _each_kind(flag, add)
 
@@ -223,13 +194,11 @@ def _dq_kernel(own, other, flags, raw_q, k, v, q_at, k_at, do, lse, delta, turni
         delta_R[...] = jnp.broadcast_to(_across(delta[...]), delta_R.shape)
 
     def add(masked: bool):
-        s_Rk = _capped(_dot(q[...], k[...], (1, 1)), static)
+        s_Rk = capped(dot(q[...], k[...], (1, 1)), static)
         seen = pairs_visible(static.rule, _columns(q_at), _rows(k_at)) if masked else None
-        p_Rk = jnp.exp(s_Rk - lse_R[:, :1]) if seen is None else jnp.where(seen, jnp.exp(s_Rk - lse_R[:, :1]), 0)
-        ds_Rk = p_Rk * (_dot(do[...], v[...], (1, 1)) - delta_R[:, :1])
-        if static.softcap:
-            ds_Rk = ds_Rk * (1 - jnp.square(s_Rk / static.softcap))
-        dq_sum[...] += _dot(ds_Rk.astype(k.dtype), k[...], (1, 0))
+        p_Rk = probabilities(s_Rk, lse_R[:, :1], seen)
+        ds_Rk = score_gradients(static, s_Rk, p_Rk, dot(do[...], v[...], (1, 1)), delta_R[:, :1])
+        dq_sum[...] += dot(ds_Rk.astype(k.dtype), k[...], (1, 0))
 
     _each_kind(flag, add)
 
@@ -248,15 +217,12 @@ def _dkv_kernel(own, other, flags, q, k, v, q_at, k_at, do, lse, delta, turning,
         dv_sum[...] = jnp.zeros_like(dv_sum)
 
     def add(masked: bool):
-        s_kR = _capped(_dot(k[...], q[...], (1, 1)), static)
-        p_kR = jnp.exp(s_kR - lse[...])
-        if masked:
-            p_kR = jnp.where(pairs_visible(static.rule, _rows(q_at), _columns(k_at)), p_kR, 0)
-        dv_sum[...] += _dot(p_kR.astype(do.dtype), do[...], (1, 0))
-        ds_kR = p_kR * (_dot(v[...], do[...], (1, 1)) - delta[...])
-        if static.softcap:
-            ds_kR = ds_kR * (1 - jnp.square(s_kR / static.softcap))
-        dk_sum[...] += _dot(ds_kR.astype(q.dtype), q[...], (1, 0))
+        s_kR = capped(dot(k[...], q[...], (1, 1)), static)
+        seen = pairs_visible(static.rule, _rows(q_at), _columns(k_at)) if masked else None
+        p_kR = probabilities(s_kR, lse[...], seen)
+        dv_sum[...] += dot(p_kR.astype(do.dtype), do[...], (1, 0))
+        ds_kR = score_gradients(static, s_kR, p_kR, dot(v[...], do[...], (1, 1)), delta[...])
+        dk_sum[...] += dot(ds_kR.astype(q.dtype), q[...], (1, 0))
 
     _each_kind(flag, add)
 
@@ -302,9 +268,7 @@ def _backward(static: Static, residuals, cotangents):
     do_NCRV, dlse_NCR = cotangents
     _, C, R, K = q_NCRK.shape
     _, G, k, V = v_MGkV.shape
-    saw_NCR = lse_NCR > -jnp.inf
-    delta_NCR = (o_NCRV.astype(jnp.float32) * do_NCRV.astype(jnp.float32)).sum(-1) - jnp.where(saw_NCR, dlse_NCR, 0)
-    lse_NCR = jnp.where(saw_NCR, lse_NCR, jnp.inf)  # rows that saw nothing: every probability is 0, nothing flows
+    lse_NCR, delta_NCR = of_rows(o_NCRV, lse_NCR, do_NCRV, dlse_NCR)
 
     def inputs(q_NCRK, of_queries, of_keys, q_at, k_at):
         return (

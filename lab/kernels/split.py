@@ -8,6 +8,14 @@ import jax.numpy as jnp
 from lab.coordinates import Coordinates
 from lab.kernels.tiles import pad_to_tiles
 
+PROGRAMS = 264  # two for each multiprocessor of an H100
+ROWS, KEYS = 64, 512  # queries of a program, and the fewest keys that are worth one
+
+
+def parts(queries: int, keys: int) -> int:
+    """Into how many parts to split the keys of a row, for so many queries of all rows and heads."""
+    return max(1, min(PROGRAMS * ROWS // queries, keys // KEYS))
+
 
 def attend(whole, parts: int, q_BTHK, k_BSGK, v_BSGV, q_coordinates: Coordinates, k_coordinates: Coordinates, *rest):
     """(o_BTHV, lse_BTH) as `whole`, the attend of an implementation, gives it; rest: rule, scale, softcap."""

@@ -93,6 +93,11 @@ def both_ways(tiles: Tiles) -> BothWays:
     return BothWays(tiles, _transposed(tiles))
 
 
+def plan_both_ways(rule: Rule, q: Coordinates, k: Coordinates, q_tile: int, k_tile: int) -> BothWays:
+    """The lists for coordinates of any length."""
+    return both_ways(make_tiles(rule, pad_to_tiles(q, q_tile), pad_to_tiles(k, k_tile), q_tile, k_tile))
+
+
 def _transposed(tiles: Tiles) -> Tiles:
     m = tiles.keys.shape[2]
     place = jnp.arange(m, dtype=jnp.int32)
@@ -105,6 +110,13 @@ def _listed(kind_Bnm) -> Tiles:
     order = jnp.argsort(kind_Bnm, axis=-1, stable=True)
     count = lambda x: x.sum(-1, dtype=jnp.int32)  # noqa: E731
     return Tiles(order.astype(jnp.int32), count(kind_Bnm == FULL), count(kind_Bnm != EMPTY))
+
+
+def cut(tiles: Tiles, own: int, listed: int) -> Tiles:
+    """The lists of smaller tiles: each tile that has a list cut into `own`, each tile on a list into `listed`."""
+    B, n, m = tiles.keys.shape
+    keys = (tiles.keys[..., None] * listed + jnp.arange(listed, dtype=jnp.int32)).reshape(B, n, m * listed)
+    return jax.tree.map(lambda x: jnp.repeat(x, own, axis=1), Tiles(keys, tiles.full * listed, tiles.total * listed))
 
 
 class Steps(NamedTuple):

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import importlib.util
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +13,12 @@ import pytest
 from drawn_rules import drawn_rules
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.experimental import pallas
 
 from lab import kernels
 from lab.coordinates import Coordinates
 from lab.errors import UserError
-from lab.kernels import pallas_tpu, rules
+from lab.kernels import pallas_tpu, pallas_triton, rules
 from lab.kernels.rotary import rotate, rotation
 from lab.kernels.rules import Rule
 
@@ -27,6 +30,7 @@ def small_tiles():
     """Several tiles in short rows: interpreted, a kernel may have any."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pallas_tpu, "tile_sizes", lambda T, S: (32, 16))
+        patch.setattr(pallas_triton, "tile_sizes", lambda T, S: (32, 32))  # two blocks each where heads are wide
         yield
 
 
@@ -310,7 +314,8 @@ def test_memory_of_tiled_grows_with_the_length_not_its_square():
 def test_refusals_name_the_choices():
     (q, k, v), coordinates, _ = draw(Case(), 0)
     with pytest.raises(
-        UserError, match=r"'tild' is unknown \(did you mean 'tiled'\?\).*auto, reference, tiled, pallas_tpu"
+        UserError,
+        match=r"'tild' is unknown \(did you mean 'tiled'\?\).*auto, reference, tiled, pallas_tpu, pallas_triton",
     ):
         kernels.attend(q, k, v, *coordinates, rules.causal, implementation="tild")
     with pytest.raises(UserError, match="4 query heads cannot share 3 key heads; choose a divisor of 4"):
@@ -325,6 +330,24 @@ def test_a_kernel_of_another_machine_is_refused_by_name(monkeypatch):
         kernels.resolve("pallas_tpu")
     with kernels.interpreted():
         assert kernels.resolve("pallas_tpu") == "pallas_tpu"
+
+
+def test_a_kernel_that_this_jax_cannot_compile_is_refused_by_name(monkeypatch):
+    monkeypatch.setitem(sys.modules, "jax.experimental.pallas.triton", None)  # as if jax had it no more
+    monkeypatch.delattr(pallas, "triton")
+    spec = importlib.util.spec_from_file_location("without_triton", pallas_triton.__file__)
+    without = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(without)
+    monkeypatch.setitem(kernels.IMPLEMENTATIONS, "pallas_triton", (without, "gpu"))
+    monkeypatch.setattr(kernels, "_interpreting", False)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    says = (
+        f"'pallas_triton' needs the Triton lowering of Pallas, which jax {jax.__version__} no longer has; choose among"
+    )
+    with pytest.raises(UserError, match=f"{says}: auto, reference, tiled$"):
+        kernels.resolve("pallas_triton")
+    monkeypatch.setitem(kernels.IMPLEMENTATIONS, "pallas_triton", (pallas_triton, "gpu"))
+    assert kernels.resolve("pallas_triton") == "pallas_triton"
 
 
 def test_auto_goes_by_platform_and_length_and_says_once_what_it_took(monkeypatch, caplog):

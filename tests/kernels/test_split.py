@@ -58,7 +58,7 @@ def decoding(prefix: int, branches: int, own: int, slots: int) -> tuple[Coordina
     return queries, keys
 
 
-@pytest.mark.parametrize("implementation", [name for name in kernels.IMPLEMENTATIONS if name != "reference"])
+@pytest.mark.parametrize("implementation", ["tiled", "pallas_tpu"])  # GPU programs hold few rows, and share a cache
 @pytest.mark.parametrize(("prefix", "branches", "own"), [(8192, 64, 256), (8192, 200, 32), (4096, 3, 500)])
 def test_a_step_reads_the_shared_prefix_once(implementation, prefix, branches, own):
     """Numbers of keys and values that the listed tiles hold, against those that some branch sees."""
@@ -81,3 +81,25 @@ def test_a_step_gives_what_the_reference_gives(implementation):
         for which in (implementation, "reference")
     )
     check_close(found, expected)
+
+
+def test_a_step_on_a_gpu_is_split(monkeypatch):
+    case = Case(T=20, S=300, rule=rules.own_branch, H=4, G=2, K=8, V=6)
+    arrays, _, _ = draw(case, 0)
+    at = jax.tree.map(lambda x: np.repeat(x, 2, axis=0), decoding(100, 20, 8, slots=300))
+    monkeypatch.setattr(split, "KEYS", 64)
+    seen = []
+    monkeypatch.setattr(split, "attend", lambda *given, whole=split.attend: seen.append(given[1]) or whole(*given))
+    tiles = kernels.plan_tiles(*at, case.rule, "pallas_triton")
+    found = kernels.attend(
+        *arrays, *at, case.rule, implementation="pallas_triton", tiles=tiles, frequencies_3F=jnp.ones((3, 2))
+    )
+    whole = kernels.attend(*arrays, *at, case.rule, implementation="reference", frequencies_3F=jnp.ones((3, 2)))
+    assert seen == [4]
+    check_close(found, whole)
+
+
+def test_parts_give_every_multiprocessor_work_and_every_part_enough_keys():
+    assert split.parts(queries=64 * 8, keys=2**16) == 33
+    assert split.parts(queries=8, keys=4096) == 8
+    assert split.parts(queries=2**20, keys=2**16) == 1

@@ -95,6 +95,21 @@ def test_steps_in_line_are_the_lists_end_to_end(pack, rule, seed):
     assert found == expected
 
 
+@settings(max_examples=20)
+@given(rule=drawn_rules, seed=seeds, own=st.integers(1, 3), listed=st.integers(1, 3))
+def test_cut_lists_name_the_pieces_of_the_tiles_in_their_order(rule, seed, own, listed):
+    rng = np.random.default_rng(seed)
+    *_, made = lists(rule.made, packs.scattered(rng, 2, 22), packs.interleaved(rng, 2, 17))
+    pieces = jax.device_get(tiles.cut(made, own, listed))
+    B, n, m = made.keys.shape
+    assert pieces.keys.shape == (B, n * own, m * listed)
+    for b, i in np.ndindex(B, n * own):
+        full, total = made.full[b, i // own], made.total[b, i // own]
+        expected = [j * listed + piece for j in made.keys[b, i // own, :total] for piece in range(listed)]
+        assert pieces.keys[b, i, : pieces.total[b, i]].tolist() == expected
+        assert pieces.full[b, i] == full * listed
+
+
 def test_one_causal_text_needs_the_lower_triangle():
     at = Coordinates.single(1, 24)
     _, _, made = lists(rules.causal, at, at, 4, 4)
