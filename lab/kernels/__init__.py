@@ -10,17 +10,20 @@ import jax
 
 from lab.coordinates import Coordinates
 from lab.errors import UserError, choose
-from lab.kernels import pallas_tpu, reference, rules, tiled
+from lab.kernels import pallas_gpu, pallas_tpu, reference, rules, tiled
 from lab.kernels.rules import Rule
 
-__all__ = ["IMPLEMENTATIONS", "attend", "interpreted", "plan_tiles", "resolve", "rules"]
+__all__ = ["COMPILED_ONLY", "IMPLEMENTATIONS", "attend", "interpreted", "plan_tiles", "resolve", "rules"]
 
-# name -> (module, the platform it is written for; None: any). A module has `attend`, and `plan` if it uses tiles.
+# name -> (module, the platform it is written for; None: any). A module has `attend`, `plan` if it uses tiles,
+# and `refusal` if there are inputs that it does not take.
 IMPLEMENTATIONS: dict[str, tuple[ModuleType, str | None]] = {
     "reference": (reference, None),
     "tiled": (tiled, None),
     "pallas_tpu": (pallas_tpu, "tpu"),
+    "pallas_gpu": (pallas_gpu, "gpu"),
 }
+COMPILED_ONLY = {"pallas_gpu"}  # these cannot be interpreted: they run on their platform or not at all
 # platform -> what "auto" takes from how many queries of a row on; "tiled" below, and everywhere else.
 AUTO = {"tpu": ("pallas_tpu", 128)}
 
@@ -46,14 +49,23 @@ def resolve(implementation: str | None, queries: int | None = None) -> str:
     platform = jax.default_backend()
     if implementation in (None, "auto"):
         return _auto(platform, queries)
-    needed = IMPLEMENTATIONS[choose("attention implementation", implementation, ("auto", *IMPLEMENTATIONS))][1]
-    if needed not in (None, platform) and not _interpreting:
-        able = [name for name, (_, needed) in IMPLEMENTATIONS.items() if needed in (None, platform)]
-        raise UserError(
-            f"attention implementation {implementation!r} needs a {needed.upper()}, and this is a {platform.upper()}; "
-            f"choose among: {', '.join(['auto', *able])}"
-        )
+    choose("attention implementation", implementation, ("auto", *IMPLEMENTATIONS))
+    obstacle = _obstacle(implementation, platform)
+    if obstacle and (implementation in COMPILED_ONLY or not _interpreting):
+        raise _refused(implementation, obstacle)
     return implementation
+
+
+def _obstacle(name: str, platform: str) -> str | None:
+    """What keeps an implementation from running on a platform, if anything does."""
+    needed = IMPLEMENTATIONS[name][1]
+    return None if needed in (None, platform) else f"needs a {needed.upper()}, and this is a {platform.upper()}"
+
+
+def _refused(implementation: str, why: str) -> UserError:
+    able = (name for name in IMPLEMENTATIONS if not _obstacle(name, jax.default_backend()))
+    others = ", ".join(name for name in ("auto", *able) if name != implementation)
+    return UserError(f"attention implementation {implementation!r} {why}; choose among: {others}")
 
 
 def _auto(platform: str, queries: int | None) -> str:
@@ -102,10 +114,13 @@ def attend(
     T, H, K, G = *q_BTHK.shape[1:], k_BSGK.shape[2]
     if H % G:
         raise UserError(f"{H} query heads cannot share {G} key heads; choose a divisor of {H}")
-    module, needed = IMPLEMENTATIONS[resolve(implementation, T)]
+    implementation = resolve(implementation, T)
+    module, needed = IMPLEMENTATIONS[implementation]
+    if hasattr(module, "refusal") and (why := module.refusal(K, v_BSGV.shape[3], q_BTHK.dtype)):
+        raise _refused(implementation, why)
     scale = K**-0.5 if scale is None else scale
     options = {} if tiles is None else {"tiles": tiles}
-    if needed:
+    if needed and implementation not in COMPILED_ONLY:
         options["interpret"] = needed != jax.default_backend()
     o_BTHV, lse_BTH = module.attend(
         q_BTHK, k_BSGK, v_BSGV, q_coordinates, k_coordinates, rule, scale, softcap, **options

@@ -64,7 +64,8 @@ SLOW_CASES = {
 }
 # (K, V) of the published attention variants, the absorbed form of MLA among them.
 WIDTHS = ((128, 128), (192, 128), (192, 192), (256, 256), (576, 512))
-OTHERS = [name for name in kernels.IMPLEMENTATIONS if name != "reference"]
+HERE = [name for name in kernels.IMPLEMENTATIONS if name not in kernels.COMPILED_ONLY]
+OTHERS = [name for name in HERE if name != "reference"]
 MARKED = [*CASES] + [pytest.param(name, marks=pytest.mark.slow) for name in SLOW_CASES]
 BATCH = 2
 
@@ -190,7 +191,7 @@ def test_bfloat16_is_near_the_exact_result_of_the_same_inputs(implementation, se
     check_close((outputs, gradients), expected, tolerance=0.03)
 
 
-@pytest.mark.parametrize("implementation", kernels.IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", HERE)
 @pytest.mark.parametrize("name", CASES)
 def test_queries_that_see_nothing_give_zeros_and_no_gradient(name, implementation):
     case = case_of(name)
@@ -208,7 +209,7 @@ def test_queries_that_see_nothing_give_zeros_and_no_gradient(name, implementatio
     assert dq[~sees_none].any() and all(np.isfinite(x).all() for x in (o, dq, dk, dv))
 
 
-@pytest.mark.parametrize("implementation", kernels.IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", HERE)
 def test_nothing_but_padding_gives_zeros(implementation):
     case = CASES["all_branches"]
     arrays, _, cotangents = draw(case, 1)
@@ -237,7 +238,7 @@ def test_two_calls_are_identical_to_the_bit(name, implementation):
     jax.tree.map(np.testing.assert_array_equal, first, second)
 
 
-@pytest.mark.parametrize("implementation", kernels.IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", HERE)
 @settings(max_examples=3)
 @given(seed=seeds)
 def test_the_order_of_queries_and_keys_is_free(implementation, seed):
@@ -324,6 +325,10 @@ def test_a_kernel_of_another_machine_is_refused_by_name(monkeypatch):
         kernels.resolve("pallas_tpu")
     with kernels.interpreted():
         assert kernels.resolve("pallas_tpu") == "pallas_tpu"
+        with pytest.raises(
+            UserError, match="'pallas_gpu' needs a GPU, and this is a CPU; choose among: auto, reference"
+        ):
+            kernels.resolve("pallas_gpu")
 
 
 def test_auto_goes_by_platform_and_length_and_says_once_what_it_took(monkeypatch, caplog):
