@@ -60,7 +60,7 @@ def base() -> ConfigDict:
                     blocks=0,  # that attnres-block sums layers into
                 ),
                 rule="all_branches",  # names of lab.kernels.rules joined by &
-                implementation="auto",  # auto | tiled | reference | pallas_tpu | pallas_triton
+                implementation="auto",  # auto | tiled | reference | pallas_tpu | pallas_gpu | pallas_triton
                 softcap=0.0,
                 position="rope2d",  # rope2d | fourier
                 rotary=dict(

@@ -5,33 +5,47 @@ import functools
 import logging
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from lab.coordinates import Coordinates
 from lab.errors import UserError, choose
-from lab.kernels import order, pallas_tpu, pallas_triton, reference, rules, split, tiled
+from lab.kernels import order, pallas_gpu, pallas_tpu, pallas_triton, reference, rules, split, tiled
 from lab.kernels.order import Arranged
 from lab.kernels.rotary import rotate, rotation
 from lab.kernels.rules import Rule
 from lab.kernels.tiles import is_step
 
-__all__ = ["IMPLEMENTATIONS", "arrange", "attend", "interpreted", "plan_tiles", "resolve", "rules"]
+__all__ = ["IMPLEMENTATIONS", "Implementation", "arrange", "attend", "interpreted", "plan_tiles", "resolve", "rules"]
 
-# name -> (module, the platform it is written for; None: any). A module has `attend`, `plan` if it uses tiles, and
-# OBSTACLE if something that is installed may keep it from running: why, or None.
-IMPLEMENTATIONS: dict[str, tuple[ModuleType, str | None]] = {
-    "reference": (reference, None),
-    "tiled": (tiled, None),
-    "pallas_tpu": (pallas_tpu, "tpu"),
-    "pallas_triton": (pallas_triton, "gpu"),
+
+class Implementation(NamedTuple):
+    """A row of the table.
+
+    The module has `attend`; `tile_sizes` and `plan` if it computes by tiles; `OBSTACLE` if what is installed may keep
+    it from running (why, or None); `refusal` if it does not take every width and precision.
+    """
+
+    module: ModuleType
+    platform: str | None = None  # that it is written for; None: any
+    interpretable: bool = False  # runs elsewhere as plain JAX, for tests
+    rotates: bool = False  # rotates queries as it reads them
+
+
+IMPLEMENTATIONS = {
+    "reference": Implementation(reference),
+    "tiled": Implementation(tiled),
+    "pallas_tpu": Implementation(pallas_tpu, "tpu", interpretable=True, rotates=True),
+    "pallas_gpu": Implementation(pallas_gpu, "gpu"),
+    "pallas_triton": Implementation(pallas_triton, "gpu", interpretable=True),
 }
-# platform -> what "auto" takes from how many queries of a row on; "tiled" below, and everywhere else.
-AUTO = {"tpu": ("pallas_tpu", 128)}
 
-ROTATE = (pallas_tpu,)  # those that rotate queries as they read them
+
+# platform -> (what "auto" takes, for rows of how many keys at most). "tiled" beyond, and on every other platform: the
+# kernels for GPUs have not run on one.
+AUTO = {"tpu": ("pallas_tpu", 2**17)}
 
 _interpreting = False
 
@@ -47,37 +61,38 @@ def interpreted():
         _interpreting = before
 
 
-def resolve(implementation: str | None, queries: int | None = None) -> str:
-    """The implementation that a name means for rows of so many queries (None: many); None and "auto" pick the best.
+def resolve(implementation: str | None, keys: int = 1) -> str:
+    """The implementation that a name means for rows of so many keys; None and "auto" pick the best one.
 
     Raises UserError for an unknown name, and for one that cannot run here.
     """
-    platform = jax.default_backend()
     if implementation in (None, "auto"):
-        return _auto(platform, queries)
+        return _auto(jax.default_backend(), keys)
     choose("attention implementation", implementation, ("auto", *IMPLEMENTATIONS))
-    obstacle = _obstacle(implementation, platform)
-    if obstacle and not _interpreting:
-        able = [name for name in IMPLEMENTATIONS if not _obstacle(name, platform)]
-        raise UserError(
-            f"attention implementation {implementation!r} {obstacle}; choose among: {', '.join(['auto', *able])}"
-        )
+    obstacle = _obstacle(implementation)
+    if obstacle and not (_interpreting and IMPLEMENTATIONS[implementation].interpretable):
+        raise _refused(implementation, obstacle)
     return implementation
 
 
-def _obstacle(name: str, platform: str) -> str | None:
-    """What keeps an implementation from running on a platform, if anything does."""
-    module, needed = IMPLEMENTATIONS[name]
-    if needed not in (None, platform):
-        return f"needs a {needed.upper()}, and this is a {platform.upper()}"
-    return getattr(module, "OBSTACLE", None)
+def _obstacle(name: str) -> str | None:
+    """What keeps an implementation from running here, if anything does."""
+    row, platform = IMPLEMENTATIONS[name], jax.default_backend()
+    if row.platform not in (None, platform):
+        return f"needs a {row.platform.upper()}, and this is a {platform.upper()}"
+    return getattr(row.module, "OBSTACLE", None)
 
 
-def _auto(platform: str, queries: int | None) -> str:
-    best, least = AUTO.get(platform, ("tiled", 0))
-    if queries is None or queries >= least:
-        return _picked(best, f"what the table has for {platform}")
-    return _picked("tiled", f"{best} is for rows of at least {least} queries")
+def _refused(implementation: str, why: str) -> UserError:
+    able = ["auto", *(name for name in IMPLEMENTATIONS if name != implementation and not _obstacle(name))]
+    return UserError(f"attention implementation {implementation!r} {why}; choose among: {', '.join(able)}")
+
+
+def _auto(platform: str, keys: int) -> str:
+    name, most = AUTO.get(platform, ("tiled", keys))
+    if keys <= most:
+        return _picked(name, f"what there is for {platform}")
+    return _picked("tiled", f"{name} takes rows of {most} keys at most")
 
 
 @functools.cache  # says it once
@@ -90,7 +105,8 @@ def plan_tiles(
     q_coordinates: Coordinates, k_coordinates: Coordinates, rule: Rule, implementation: str | None = None
 ) -> Any:
     """What `attend` may be handed as `tiles`, so that layers of one rule share it; None where none is used."""
-    module, _ = IMPLEMENTATIONS[resolve(implementation, q_coordinates.shape[1])]
+    name = resolve(implementation, k_coordinates.shape[1])
+    module = IMPLEMENTATIONS[name].module
     return module.plan(rule, q_coordinates, k_coordinates) if hasattr(module, "plan") else None
 
 
@@ -101,10 +117,10 @@ def arrange(
 
     NumPy coordinates [B, T]. The order is kept where it is not free, and where nothing is computed by tiles.
     """
-    T = coordinates.shape[1]
-    module, _ = IMPLEMENTATIONS[resolve(implementation, T)]
+    B, T = coordinates.shape
+    module = IMPLEMENTATIONS[resolve(implementation, T)].module
     if not hasattr(module, "plan"):
-        return Arranged(np.tile(np.arange(T), (coordinates.shape[0], 1)), 1.0)
+        return Arranged(np.tile(np.arange(T), (B, 1)), 1.0)
     return order.arrange(coordinates, needed, *module.tile_sizes(T, T), free)
 
 
@@ -133,23 +149,26 @@ def attend(
     Returns [B, T, H, V]; a query that sees no key gets zeros. With return_lse also the log of the softmax denominator,
     float32 [B, T, H] (-inf where no key is seen), differentiable like the output.
     """
-    T, H, K, G = *q_BTHK.shape[1:], k_BSGK.shape[2]
+    (B, T, H, K), (_, S, G, V) = q_BTHK.shape, v_BSGV.shape
     if H % G:
         raise UserError(f"{H} query heads cannot share {G} key heads; choose a divisor of {H}")
-    S, (module, needed) = k_BSGK.shape[1], IMPLEMENTATIONS[resolve(implementation, T)]
-    scale = K**-0.5 if scale is None else scale
+    implementation = resolve(implementation, S)
+    row = IMPLEMENTATIONS[implementation]
+    if hasattr(row.module, "refusal") and (why := row.module.refusal(K, V, q_BTHK.dtype)):
+        raise _refused(implementation, why)
     options = {} if tiles is None else {"tiles": tiles}
-    if frequencies_3F is not None and module in ROTATE:
+    if frequencies_3F is not None and row.rotates:
         options["frequencies_3F"] = frequencies_3F
     elif frequencies_3F is not None:
         q_BTHK = rotate(q_BTHK, rotation(q_coordinates, frequencies_3F))
-    if needed:
-        options["interpret"] = needed != jax.default_backend()
-    whole, arguments = module.attend, (q_BTHK, k_BSGK, v_BSGV, q_coordinates, k_coordinates, rule, scale, softcap)
-    parts = split.parts(q_BTHK.shape[0] * H * T, S) if needed == "gpu" and is_step(T, S) else 1
+    if row.interpretable:
+        options["interpret"] = row.platform != jax.default_backend()
+    scale = K**-0.5 if scale is None else scale
+    arguments = q_BTHK, k_BSGK, v_BSGV, q_coordinates, k_coordinates, rule, scale, softcap
+    parts = split.parts(B * H * T, S) if row.platform == "gpu" and is_step(T, S) else 1
     if parts > 1:
         options.pop("tiles", None)  # of keys that are not split
-        o_BTHV, lse_BTH = split.attend(functools.partial(whole, **options), parts, *arguments)
+        o_BTHV, lse_BTH = split.attend(functools.partial(row.module.attend, **options), parts, *arguments)
     else:
-        o_BTHV, lse_BTH = whole(*arguments, **options)
+        o_BTHV, lse_BTH = row.module.attend(*arguments, **options)
     return (o_BTHV, lse_BTH) if return_lse else o_BTHV

@@ -7,13 +7,13 @@ group of keys, F a divisor of H / G; R = F * q rows.
 import jax.numpy as jnp
 
 
-def _whole(x_BTHK, tile: int):
+def whole(x_BTHK, tile: int):
     return jnp.pad(x_BTHK, ((0, 0), (0, -x_BTHK.shape[1] % tile), (0, 0), (0, 0)))
 
 
 def fold_queries(x_BTHK, tile: int, C: int):
     """[B, T, H, K] -> [N, C, R, K] with R = (head of the bundle, token of the tile)."""
-    x = _whole(x_BTHK, tile)
+    x = whole(x_BTHK, tile)
     B, T, H, K = x.shape
     return x.reshape(B, T // tile, tile, C, H // C, K).transpose(0, 1, 3, 4, 2, 5).reshape(-1, C, H // C * tile, K)
 
@@ -28,6 +28,6 @@ def unfold_queries(x_NCRK, B: int, T: int, H: int):
 
 def fold_keys(x_BSGK, tile: int):
     """[B, S, G, K] -> [M, G, k, K]."""
-    x = _whole(x_BSGK, tile)
+    x = whole(x_BSGK, tile)
     B, S, G, K = x.shape
     return x.reshape(B, S // tile, tile, G, K).transpose(0, 1, 3, 2, 4).reshape(-1, G, tile, K)

@@ -69,7 +69,8 @@ SLOW_CASES = {
 }
 # (K, V) of the published attention variants, the absorbed form of MLA among them.
 WIDTHS = ((128, 128), (192, 128), (192, 192), (256, 256), (576, 512))
-OTHERS = [name for name in kernels.IMPLEMENTATIONS if name != "reference"]
+HERE = [name for name, row in kernels.IMPLEMENTATIONS.items() if row.platform is None or row.interpretable]
+OTHERS = [name for name in HERE if name != "reference"]
 MARKED = [*CASES] + [pytest.param(name, marks=pytest.mark.slow) for name in SLOW_CASES]
 BATCH = 2
 
@@ -195,7 +196,7 @@ def test_bfloat16_is_near_the_exact_result_of_the_same_inputs(implementation, se
     check_close((outputs, gradients), expected, tolerance=0.03)
 
 
-@pytest.mark.parametrize("implementation", kernels.IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", HERE)
 @pytest.mark.parametrize("name", CASES)
 def test_queries_that_see_nothing_give_zeros_and_no_gradient(name, implementation):
     case = case_of(name)
@@ -213,7 +214,7 @@ def test_queries_that_see_nothing_give_zeros_and_no_gradient(name, implementatio
     assert dq[~sees_none].any() and all(np.isfinite(x).all() for x in (o, dq, dk, dv))
 
 
-@pytest.mark.parametrize("implementation", kernels.IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", HERE)
 def test_nothing_but_padding_gives_zeros(implementation):
     case = CASES["all_branches"]
     arrays, _, cotangents = draw(case, 1)
@@ -242,7 +243,7 @@ def test_two_calls_are_identical_to_the_bit(name, implementation):
     jax.tree.map(np.testing.assert_array_equal, first, second)
 
 
-@pytest.mark.parametrize("implementation", kernels.IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", HERE)
 @settings(max_examples=3)
 @given(seed=seeds)
 def test_the_order_of_queries_and_keys_is_free(implementation, seed):
@@ -313,10 +314,8 @@ def test_memory_of_tiled_grows_with_the_length_not_its_square():
 
 def test_refusals_name_the_choices():
     (q, k, v), coordinates, _ = draw(Case(), 0)
-    with pytest.raises(
-        UserError,
-        match=r"'tild' is unknown \(did you mean 'tiled'\?\).*auto, reference, tiled, pallas_tpu, pallas_triton",
-    ):
+    choices = "auto, reference, tiled, pallas_tpu, pallas_gpu, pallas_triton"
+    with pytest.raises(UserError, match=rf"'tild' is unknown \(did you mean 'tiled'\?\).*{choices}"):
         kernels.attend(q, k, v, *coordinates, rules.causal, implementation="tild")
     with pytest.raises(UserError, match="4 query heads cannot share 3 key heads; choose a divisor of 4"):
         three = lambda x: jnp.repeat(x, 2, axis=2)[:, :, :3]  # noqa: E731
@@ -330,6 +329,10 @@ def test_a_kernel_of_another_machine_is_refused_by_name(monkeypatch):
         kernels.resolve("pallas_tpu")
     with kernels.interpreted():
         assert kernels.resolve("pallas_tpu") == "pallas_tpu"
+        with pytest.raises(
+            UserError, match="'pallas_gpu' needs a GPU, and this is a CPU; choose among: auto, reference"
+        ):
+            kernels.resolve("pallas_gpu")
 
 
 def test_a_kernel_that_this_jax_cannot_compile_is_refused_by_name(monkeypatch):
@@ -338,27 +341,30 @@ def test_a_kernel_that_this_jax_cannot_compile_is_refused_by_name(monkeypatch):
     spec = importlib.util.spec_from_file_location("without_triton", pallas_triton.__file__)
     without = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(without)
-    monkeypatch.setitem(kernels.IMPLEMENTATIONS, "pallas_triton", (without, "gpu"))
+    row = kernels.IMPLEMENTATIONS["pallas_triton"]
+    monkeypatch.setitem(kernels.IMPLEMENTATIONS, "pallas_triton", row._replace(module=without))
     monkeypatch.setattr(kernels, "_interpreting", False)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     says = (
         f"'pallas_triton' needs the Triton lowering of Pallas, which jax {jax.__version__} no longer has; choose among"
     )
-    with pytest.raises(UserError, match=f"{says}: auto, reference, tiled$"):
+    with pytest.raises(UserError, match=f"{says}: auto, reference, tiled, pallas_gpu$"):
         kernels.resolve("pallas_triton")
-    monkeypatch.setitem(kernels.IMPLEMENTATIONS, "pallas_triton", (pallas_triton, "gpu"))
+    monkeypatch.setitem(kernels.IMPLEMENTATIONS, "pallas_triton", row)
     assert kernels.resolve("pallas_triton") == "pallas_triton"
 
 
 def test_auto_goes_by_platform_and_length_and_says_once_what_it_took(monkeypatch, caplog):
-    assert kernels.resolve(None) == kernels.resolve("auto") == kernels.resolve("auto", 1) == "tiled"
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    kernels._picked.cache_clear()
     with caplog.at_level("INFO"):
-        taken = [kernels.resolve("auto", queries) for queries in (None, 4096, 1, 1)]
-    assert taken == ["pallas_tpu", "pallas_tpu", "tiled", "tiled"]
+        assert {kernels.resolve(name, keys) for name in (None, "auto") for keys in (1, 4096)} == {"tiled"}
+        monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+        taken = [kernels.resolve("auto", keys) for keys in (1, 4096, 2**17, 2**18, 2**18)]
+    assert taken == ["pallas_tpu"] * 3 + ["tiled"] * 2
     assert [record.getMessage() for record in caplog.records] == [
-        "attention: pallas_tpu (what the table has for tpu)",
-        "attention: tiled (pallas_tpu is for rows of at least 128 queries)",
+        "attention: tiled (what there is for cpu)",
+        "attention: pallas_tpu (what there is for tpu)",
+        "attention: tiled (pallas_tpu takes rows of 131072 keys at most)",
     ]
 
 
@@ -375,7 +381,7 @@ def test_rows_whose_lists_are_long_go_a_few_at_a_time(monkeypatch):
         compiled.__wrapped__(case, "pallas_tpu")(*inputs)
 
 
-@pytest.mark.parametrize("implementation", kernels.IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", HERE)
 @pytest.mark.parametrize("pairs", [4, 3])  # all of a head, and its last six dimensions
 @settings(max_examples=5)
 @given(seed=seeds, pack=st.sampled_from(sorted(packs.PACKS)))

@@ -9,7 +9,7 @@ import packs
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_attend import Case, check_close, draw
+from test_attend import OTHERS, Case, check_close, draw
 
 from lab import kernels
 from lab.coordinates import Coordinates
@@ -71,7 +71,7 @@ def test_a_step_reads_the_shared_prefix_once(implementation, prefix, branches, o
     assert needed <= read <= 1.3 * needed
 
 
-@pytest.mark.parametrize("implementation", [name for name in kernels.IMPLEMENTATIONS if name != "reference"])
+@pytest.mark.parametrize("implementation", OTHERS)
 def test_a_step_gives_what_the_reference_gives(implementation):
     case = Case(T=20, S=300, rule=rules.own_branch, H=4, G=2, K=8, V=6)
     arrays, _, _ = draw(case, 0)
