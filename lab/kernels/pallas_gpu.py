@@ -61,7 +61,8 @@ def refusal(K: int, V: int, dtype) -> str | None:
 
 def plan(rule: Rule, q_coordinates: Coordinates, k_coordinates: Coordinates) -> BothWays:
     """The tile lists `attend` needs: made once per batch and rule, shared by layers."""
-    return plan_both_ways(rule, q_coordinates, k_coordinates, TILE, TILE)
+    sizes = tile_sizes(q_coordinates.shape[1], k_coordinates.shape[1])
+    return plan_both_ways(rule, q_coordinates, k_coordinates, *sizes)
 
 
 def attend(q_BTHK, k_BSGK, v_BSGV, q_coordinates, k_coordinates, rule, scale, softcap, tiles: BothWays | None = None):
