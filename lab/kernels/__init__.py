@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import importlib
 import logging
 from collections.abc import Sequence
 from types import ModuleType
@@ -12,7 +13,7 @@ import numpy as np
 
 from lab.coordinates import Coordinates
 from lab.errors import UserError, choose
-from lab.kernels import order, pallas_gpu, pallas_tpu, pallas_triton, reference, rules, split, tiled
+from lab.kernels import order, rules, split
 from lab.kernels.order import Arranged
 from lab.kernels.rotary import rotate, rotation
 from lab.kernels.rules import Rule
@@ -22,24 +23,19 @@ __all__ = ["IMPLEMENTATIONS", "Implementation", "arrange", "attend", "interprete
 
 
 class Implementation(NamedTuple):
-    """A row of the table.
+    """A row of the table. The module has the same name: see `_module`."""
 
-    The module has `attend`; `tile_sizes` and `plan` if it computes by tiles; `OBSTACLE` if what is installed may keep
-    it from running (why, or None); `refusal` if it does not take every width and precision.
-    """
-
-    module: ModuleType
     platform: str | None = None  # that it is written for; None: any
     interpretable: bool = False  # runs elsewhere as plain JAX, for tests
     rotates: bool = False  # rotates queries as it reads them
 
 
 IMPLEMENTATIONS = {
-    "reference": Implementation(reference),
-    "tiled": Implementation(tiled),
-    "pallas_tpu": Implementation(pallas_tpu, "tpu", interpretable=True, rotates=True),
-    "pallas_gpu": Implementation(pallas_gpu, "gpu"),
-    "pallas_triton": Implementation(pallas_triton, "gpu", interpretable=True),
+    "reference": Implementation(),
+    "tiled": Implementation(),
+    "pallas_tpu": Implementation("tpu", interpretable=True, rotates=True),
+    "pallas_gpu": Implementation("gpu"),
+    "pallas_triton": Implementation("gpu", interpretable=True),
 }
 
 
@@ -75,12 +71,21 @@ def resolve(implementation: str | None, keys: int = 1) -> str:
     return implementation
 
 
+def _module(name: str) -> ModuleType:
+    """Of an implementation; loaded when it is first needed, since Pallas takes its time.
+
+    It has `attend`; `tile_sizes` and `plan` if it computes by tiles; `OBSTACLE` if what is installed may keep it from
+    running (why, or None); `refusal` if it does not take every width and precision.
+    """
+    return importlib.import_module(f"lab.kernels.{name}")
+
+
 def _obstacle(name: str) -> str | None:
     """What keeps an implementation from running here, if anything does."""
     row, platform = IMPLEMENTATIONS[name], jax.default_backend()
     if row.platform not in (None, platform):
         return f"needs a {row.platform.upper()}, and this is a {platform.upper()}"
-    return getattr(row.module, "OBSTACLE", None)
+    return getattr(_module(name), "OBSTACLE", None)
 
 
 def _refused(implementation: str, why: str) -> UserError:
@@ -105,8 +110,7 @@ def plan_tiles(
     q_coordinates: Coordinates, k_coordinates: Coordinates, rule: Rule, implementation: str | None = None
 ) -> Any:
     """What `attend` may be handed as `tiles`, so that layers of one rule share it; None where none is used."""
-    name = resolve(implementation, k_coordinates.shape[1])
-    module = IMPLEMENTATIONS[name].module
+    module = _module(resolve(implementation, k_coordinates.shape[1]))
     return module.plan(rule, q_coordinates, k_coordinates) if hasattr(module, "plan") else None
 
 
@@ -118,7 +122,7 @@ def arrange(
     NumPy coordinates [B, T]. The order is kept where it is not free, and where nothing is computed by tiles.
     """
     B, T = coordinates.shape
-    module = IMPLEMENTATIONS[resolve(implementation, T)].module
+    module = _module(resolve(implementation, T))
     if not hasattr(module, "plan"):
         return Arranged(np.tile(np.arange(T), (B, 1)), 1.0)
     return order.arrange(coordinates, needed, *module.tile_sizes(T, T), free)
@@ -153,8 +157,8 @@ def attend(
     if H % G:
         raise UserError(f"{H} query heads cannot share {G} key heads; choose a divisor of {H}")
     implementation = resolve(implementation, S)
-    row = IMPLEMENTATIONS[implementation]
-    if hasattr(row.module, "refusal") and (why := row.module.refusal(K, V, q_BTHK.dtype)):
+    row, module = IMPLEMENTATIONS[implementation], _module(implementation)
+    if hasattr(module, "refusal") and (why := module.refusal(K, V, q_BTHK.dtype)):
         raise _refused(implementation, why)
     options = {} if tiles is None else {"tiles": tiles}
     if frequencies_3F is not None and row.rotates:
@@ -168,7 +172,7 @@ def attend(
     parts = split.parts(B * H * T, S) if row.platform == "gpu" and is_step(T, S) else 1
     if parts > 1:
         options.pop("tiles", None)  # of keys that are not split
-        o_BTHV, lse_BTH = split.attend(functools.partial(row.module.attend, **options), parts, *arguments)
+        o_BTHV, lse_BTH = split.attend(functools.partial(module.attend, **options), parts, *arguments)
     else:
-        o_BTHV, lse_BTH = row.module.attend(*arguments, **options)
+        o_BTHV, lse_BTH = module.attend(*arguments, **options)
     return (o_BTHV, lse_BTH) if return_lse else o_BTHV

@@ -13,7 +13,7 @@ from test_attend import OTHERS, Case, check_close, draw
 
 from lab import kernels
 from lab.coordinates import Coordinates
-from lab.kernels import reference, rules, split
+from lab.kernels import pallas_tpu, reference, rules, split, tiled
 
 STEP = Case(T=7, S=90, rule=rules.own_branch, H=4, G=2, K=8, V=6)
 
@@ -66,7 +66,8 @@ def test_a_step_reads_the_shared_prefix_once(implementation, prefix, branches, o
     queries, keys = decoding(prefix, branches, own, slots=needed + 4096)
     lists = kernels.plan_tiles(queries, keys, rules.own_branch, implementation)
     lists = getattr(lists, "by_query", lists)
-    _, k_tile = kernels.IMPLEMENTATIONS[implementation][0].tile_sizes(branches, keys.shape[1])
+    module = {"tiled": tiled, "pallas_tpu": pallas_tpu}[implementation]
+    _, k_tile = module.tile_sizes(branches, keys.shape[1])
     read = int(lists.total.sum()) * k_tile
     assert needed <= read <= 1.3 * needed
 
