@@ -48,17 +48,18 @@ def compiled(tpu: str, heads: tuple[int, int, int, int], dtype: str, queries: in
     H, G, K, V = heads
     at = [Coordinates(*(here(tokens, dtype=jnp.int32) for _ in range(4))) for tokens in (queries, LENGTH)]
 
-    def run(q, k, v, at, cotangents):
+    def run(q, k, v, at, cotangents, frequencies_3F):
         def attend(q, k, v):
-            return pallas_tpu.attend(q, k, v, *at, RULE, K**-0.5, 30.0, interpret=False)
+            return pallas_tpu.attend(q, k, v, *at, RULE, K**-0.5, 30.0, None, frequencies_3F, interpret=False)
 
         outputs, pull = jax.vjp(attend, q, k, v)
         return outputs, pull(cotangents)
 
     arrays = here(queries, H, K), here(LENGTH, G, K), here(LENGTH, G, V)
     cotangents = here(queries, H, V), here(queries, H, dtype=jnp.float32)
+    frequencies_3F = jax.ShapeDtypeStruct((3, 32), jnp.float32, sharding=sharding)
     with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=AbstractDevice(kind, 1, "tpu"))):
-        return jax.jit(run).trace(*arrays, at, cotangents).lower(lowering_platforms=("tpu",)).compile()
+        return jax.jit(run).trace(*arrays, at, cotangents, frequencies_3F).lower(lowering_platforms=("tpu",)).compile()
 
 
 def vmem(program) -> dict[str, int]:

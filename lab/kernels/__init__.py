@@ -19,7 +19,9 @@ from lab.kernels.rotary import rotate, rotation
 from lab.kernels.rules import Rule
 from lab.kernels.tiles import is_step
 
-__all__ = ["IMPLEMENTATIONS", "Implementation", "arrange", "attend", "interpreted", "plan_tiles", "resolve", "rules"]
+__all__ = [
+    "IMPLEMENTATIONS", "arrange", "attend", "interpreted", "plan_tiles", "resolve", "rotates", "rules",
+]  # fmt: skip
 
 
 class Implementation(NamedTuple):
@@ -69,6 +71,11 @@ def resolve(implementation: str | None, keys: int = 1) -> str:
     if obstacle and not (_interpreting and IMPLEMENTATIONS[implementation].interpretable):
         raise _refused(implementation, obstacle)
     return implementation
+
+
+def rotates(implementation: str | None, keys: int) -> bool:
+    """Whether queries are rotated as they are read, given `frequencies_3F`, rather than before."""
+    return IMPLEMENTATIONS[resolve(implementation, keys)].rotates
 
 
 def _module(name: str) -> ModuleType:

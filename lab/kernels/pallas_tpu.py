@@ -304,7 +304,16 @@ def _backward(static: Static, residuals, cotangents):
         outputs=((k_MGkK, of_keys(k, K)), (v_MGkV, of_keys(k, V))),
         scratch=(_sums(k, K), _sums(k, V)),
     )
-    return dq_NCRK, dk_MGkK, dv_MGkV, None, None, None, None
+    return dq_NCRK, dk_MGkK, dv_MGkV, None, None, _of_frequencies(q_NCRK, dq_NCRK, q_at, turning), None
+
+
+def _of_frequencies(q_NCRK, dq_NCRK, q_at, turning):
+    """Gradients of what `_widened` gave. With its angle a pair (a, b) moves by (-b, a), however far it is turned."""
+    if turning is None:
+        return None
+    turned_NCRK = jnp.einsum("ncrj,jk->ncrk", q_NCRK.astype(jnp.float32), turning[1], precision="highest")
+    at_N3R = q_at[:, jnp.array([3, 1, 2])].astype(jnp.float32)  # index, branch and time
+    return jnp.einsum("ncrk,nfr->fk", dq_NCRK * turned_NCRK, at_N3R), None
 
 
 _attend.defvjp(_forward, _backward)

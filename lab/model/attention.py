@@ -27,6 +27,7 @@ class View(NamedTuple):
     """What every layer of one spec shares in a call: who sees whom, and the rotation of the new tokens."""
 
     rotation: tuple[jax.Array, jax.Array]
+    frequencies: jax.Array  # that it is made of [3, R / 2]
     queries: Coordinates
     keys: Coordinates
     tiles: Any  # what kernels.plan_tiles gave
@@ -45,6 +46,7 @@ class Softmax(nnx.Module):
     rotates: ClassVar[str] = "qkvo"  # the projections that may rotate
     rotates_unasked: ClassVar[str] = "qk"  # those that do where model.rotate is "auto"
     refuses: ClassVar[tuple[str, ...]] = ()  # the fields that it has no place for
+    rotates_late: ClassVar[bool] = True  # whether `attend` takes queries that are not rotated yet
     heads_each: ClassVar[int] = 1  # attention maps for each head of the output
     reads_latent: ClassVar[bool] = False  # whether model.latent is its cache
     norms_query_latent: ClassVar[bool] = False
@@ -132,8 +134,8 @@ class Softmax(nnx.Module):
         return tuple(jnp.zeros((*stack, batch, length, *shape), dtype) for shape in self.cached)
 
     def turned(self, name: str, x_BTHK, rotation):
-        """Queries, keys or values, rotated if model.rotate has their letter."""
-        return rotate(x_BTHK, rotation) if name in self.rotate else x_BTHK
+        """Queries, keys or values, rotated if model.rotate has their letter; rotation None: they are to be later."""
+        return rotate(x_BTHK, rotation) if name in self.rotate and rotation else x_BTHK
 
     def queries(self, x_BTD, rotation):
         """Rotated queries [B, T, H, K]."""
@@ -163,9 +165,12 @@ class Softmax(nnx.Module):
         cache = tuple(append(old, x, view.start) for old, x in zip(cache, new, strict=True))
         return cache, cache
 
-    def attend(self, q_BTHK, kept: Kept, view: View, decoding: bool):
-        """What each query draws from what was kept [B, T, H, V], and its log normaliser [B, T, H]."""
-        return attend_over_mesh(q_BTHK, *self.read(kept), view, self)
+    def attend(self, q_BTHK, kept: Kept, view: View, decoding: bool, late: bool = False):
+        """What each query draws from what was kept [B, T, H, V], and its log normaliser [B, T, H].
+
+        late: queries come unrotated, and are rotated as the kernel reads them.
+        """
+        return attend_over_mesh(q_BTHK, *self.read(kept), view, self, late=late)
 
     def merge(self, o_BTHV, x_BTD):
         """The heads of the output from those that attended."""
@@ -184,13 +189,15 @@ class Softmax(nnx.Module):
         y_BTD = jnp.einsum("bthk,hkd->btd", o_BTHV, self.o[...].astype(o_BTHV.dtype))
         return y_BTD if self.o_up is None else y_BTD @ self.o_up[...].astype(y_BTD.dtype)
 
-    def project(self, x_BTD, view: View, cache: Kept | None) -> tuple[jax.Array, Kept, Kept | None]:
-        """Queries, what every token that may be seen has kept, and the new cache."""
-        return self.queries(x_BTD, view.rotation), *self.remember(x_BTD, view, cache)
+    def project(self, x_BTD, view: View, cache: Kept | None, late: bool = False) -> tuple[jax.Array, Kept, Kept | None]:
+        """Queries (late: not rotated yet), what every token that may be seen has kept, and the new cache."""
+        return self.queries(x_BTD, None if late else view.rotation), *self.remember(x_BTD, view, cache)
 
     def __call__(self, x_BTD: jax.Array, view: View, cache: Kept | None = None) -> tuple[jax.Array, Kept | None]:
-        q_BTHK, kept, cache = self.project(x_BTD, view, cache)
-        o_BTHV, lse_BTH = self.attend(q_BTHK, kept, view, decoding=cache is not None)
+        late = cache is None and self.rotates_late and "q" in self.rotate
+        late = late and kernels.rotates(self.implementation, view.keys.shape[1])
+        q_BTHK, kept, cache = self.project(x_BTD, view, cache, late)
+        o_BTHV, lse_BTH = self.attend(q_BTHK, kept, view, decoding=cache is not None, late=late)
         return self.output(o_BTHV, lse_BTH, x_BTD, view.rotation), cache
 
 
@@ -266,10 +273,12 @@ def append(old, new, start):
     return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, 1)
 
 
-def attend_over_mesh(q_BTHK, k_BSGK, v_BSGV, view: View, mixer: Softmax, scale: float | None = None):
+def attend_over_mesh(
+    q_BTHK, k_BSGK, v_BSGV, view: View, mixer: Softmax, scale: float | None = None, late: bool = False
+):
     """`kernels.attend` with rows, heads and queries over the mesh; every device gathers the keys of its rows.
 
-    Returns (o_BTHV, lse_BTH). A single head is every device's own. scale: None for the mixer's.
+    Returns (o_BTHV, lse_BTH). A single head is every device's own. scale: None for the mixer's. late: see `attend`.
     """
     tensor = mesh.current().get("tensor", 1)
     H, G = q_BTHK.shape[2], k_BSGK.shape[2]
@@ -281,7 +290,7 @@ def attend_over_mesh(q_BTHK, k_BSGK, v_BSGV, view: View, mixer: Softmax, scale: 
     if over_heads and G % tensor:  # fewer groups than devices: each device holds the group of its heads
         k_BSGK, v_BSGV = (jnp.repeat(x, tensor // G, axis=2) for x in (k_BSGK, v_BSGV))
 
-    def attend(q_BTHK, k_BSGK, v_BSGV, queries, keys, tiles):
+    def attend(q_BTHK, k_BSGK, v_BSGV, queries, keys, tiles, frequencies_3F):
         return kernels.attend(
             q_BTHK,
             k_BSGK,
@@ -294,14 +303,15 @@ def attend_over_mesh(q_BTHK, k_BSGK, v_BSGV, view: View, mixer: Softmax, scale: 
             implementation=mixer.implementation,
             tiles=tiles,
             return_lse=True,
+            frequencies_3F=frequencies_3F,
         )
 
     queries, shared, tokens = (
         P(mesh.BATCH, "context", over_heads), P(mesh.BATCH, None, over_heads), P(mesh.BATCH, "context")
     )  # fmt: skip
-    specs = (queries, shared, shared, tokens, P(mesh.BATCH), tokens)
+    specs = (queries, shared, shared, tokens, P(mesh.BATCH), tokens, P())
     return mesh.per_device(attend, specs, (queries, queries))(
-        q_BTHK, k_BSGK, v_BSGV, view.queries, view.keys, view.tiles
+        q_BTHK, k_BSGK, v_BSGV, view.queries, view.keys, view.tiles, view.frequencies if late else None
     )
 
 

@@ -19,6 +19,7 @@ class Forgetting(Attention):
 
     rules = ("causal", "all_branches", "own_branch")  # transitive: a window is not
     refuses = ("softcap",)  # it would cap what is forgotten
+    rotates_late = False  # its queries grow by the dimensions that carry F
 
     def __init__(self, model, rule: Rule, key: jax.Array):
         super().__init__(model, rule, key)
@@ -63,7 +64,7 @@ class Forgetting(Attention):
         mean_BT1H, count_BT1 = attend_over_mesh(q_BT11, k_BS11, log_f_BS1H, view, self, scale=1.0)
         return (mean_BT1H * jnp.exp(count_BT1)[..., None]).swapaxes(2, 3)
 
-    def attend(self, q_BTHK, kept: Kept, view: View, decoding: bool):
+    def attend(self, q_BTHK, kept: Kept, view: View, decoding: bool, late: bool = False):
         k_BSGK, v_BSGV, _, total_BSH1 = kept
         B, S, G, _ = k_BSGK.shape
         R = self.heads // G

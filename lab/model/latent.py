@@ -58,8 +58,8 @@ class LatentAttention(Softmax):
         shared_BSHR = jnp.broadcast_to(k_BS1R, (*k_BSHN.shape[:3], self.rotary_dim))
         return jnp.concatenate([k_BSHN, shared_BSHR], -1), v_BSHV
 
-    def attend(self, q_BTHK, kept: Kept, view: View, decoding: bool):
-        return self.absorbed(q_BTHK, *kept, view) if decoding else super().attend(q_BTHK, kept, view, decoding)
+    def attend(self, q_BTHK, kept: Kept, view: View, decoding: bool, late: bool = False):
+        return self.absorbed(q_BTHK, *kept, view) if decoding else super().attend(q_BTHK, kept, view, decoding, late)
 
     def absorbed(self, q_BTHK, c_BSGC, k_BS1R, view: View):
         """(q_nope W_UK^T) c + q_rope k_rope, over values c, and W_UV after: no key of its own for any head."""

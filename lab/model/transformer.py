@@ -125,7 +125,7 @@ class Transformer(nnx.Module):
         needed = [(block.mixer.rule, block.mixer.implementation) for block in self.blocks]
         tiles = {rule: plan_tiles_over_mesh(queries, keys, *rule) for rule in dict.fromkeys(needed)}
         return [
-            View(rotary(queries), queries, keys, tiles[rule], start)
+            View(rotary(queries), rotary.frequencies[...], queries, keys, tiles[rule], start)
             for rotary, rule in zip(self.rotary, needed, strict=True)
         ]
 

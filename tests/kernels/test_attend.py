@@ -392,12 +392,12 @@ def test_queries_rotated_inside_are_queries_rotated_before(implementation, pairs
     k = rotate(k, rotation(keys, frequencies))
 
     def outputs_and_gradients(rotated_inside: bool):
-        def attend(q, k, v):
+        def attend(q, k, v, frequencies):
             before = q if rotated_inside else rotate(q, rotation(queries, frequencies))
             options = case.options | (dict(frequencies_3F=frequencies) if rotated_inside else {})
             return kernels.attend(before, k, v, queries, keys, case.rule, implementation=implementation, **options)
 
-        outputs, pull = jax.vjp(attend, q, k, v)
+        outputs, pull = jax.vjp(attend, q, k, v, frequencies)
         return outputs, pull(cotangents)
 
     check_close(*(jax.jit(outputs_and_gradients, static_argnums=0)(inside) for inside in (True, False)))
