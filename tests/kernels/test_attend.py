@@ -193,7 +193,7 @@ def test_bfloat16_is_near_the_exact_result_of_the_same_inputs(implementation, se
     assert {g.dtype for g in gradients} == {jnp.dtype("bfloat16")}
     exact = jax.tree.map(lambda x: x.astype(jnp.float32), (arrays, cotangents))
     expected = compiled(dataclasses.replace(case, dtype="float32"), "reference")(exact[0], coordinates, exact[1])
-    check_close((outputs, gradients), expected, tolerance=0.03)
+    check_close((outputs, gradients), expected, tolerance=0.01)
 
 
 @pytest.mark.parametrize("implementation", HERE)
