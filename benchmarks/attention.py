@@ -1,15 +1,24 @@
-"""Forward and backward of tiled attention against dense attention in plain jnp and in jax.nn, float32.
+"""Attention of ours, of JAX and of PyTorch on the same masks: forward, and forward with backward.
 
-    python benchmarks/attention.py [--rounds 7] [--length 2048]
+    python benchmarks/attention.py [--lengths 2048] [--rounds 7] [--width 64] [--heads 16] [--plot FILE.png]
+                                   [--torch-python PATH] [--quick]
 
-H 16, D 64, one row. Printed for each mask: medians of runs that take turns, and how many times faster than dense.
+One row; float32 on a CPU, bfloat16 elsewhere. Every implementation that runs here, plain jnp over the whole matrix,
+jax.nn (cuDNN where it can), and PyTorch's FlexAttention and SDPA where an interpreter has it. Peers take turns; a table
+in Markdown of medians for each mask: milliseconds, how many times the fastest of ours, and the share of the machine's
+measured peak (a product of square matrices) that the unmasked area's FLOPs are. "-": it cannot, and why is said below.
 """
 
 import argparse
+import functools
+import json
 import pathlib
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
@@ -21,79 +30,213 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
+from lab import kernels  # noqa: E402
 from lab.coordinates import Coordinates  # noqa: E402
-from lab.kernels import attend, rules  # noqa: E402
+from lab.errors import UserError  # noqa: E402
+from lab.kernels import rules  # noqa: E402
 
-HEADS, WIDTH = 16, 64
-
-
-def branches(prompt: int, count: int, length: int, interleaved: bool) -> Coordinates:
-    """A prompt, then `count` branches: one after the other, or column by column."""
-    branch, offset = (x.reshape(-1) for x in np.indices((count, length)))
-    order = np.lexsort((branch, offset)) if interleaved else np.arange(count * length)
-    branch = np.concatenate([np.zeros(prompt, int), branch[order] + 1])
-    time_ = np.concatenate([np.arange(prompt), prompt + offset[order]])
-    rows = [np.asarray(x, np.int32)[None] for x in (0 * branch, branch, time_, np.arange(len(branch)))]
-    return Coordinates(*rows)
+PASSES = ("forward", "both")
+TORCH = ("flex", "sdpa")
 
 
-def masks(T: int) -> dict[str, tuple[rules.Rule, Coordinates]]:
-    """Name -> (rule, coordinates of T tokens)."""
-    prompt = T // 4
-    split = branches(prompt, 6, (T - prompt) // 6, interleaved=False)
-    mixed = branches(prompt, 6, (T - prompt) // 6, interleaved=True)
+def branches(prompt: int, count: int, length: int, groups: int = 1) -> Coordinates:
+    """Groups of a prompt and `count` branches, in the order of a packer: segment, time, branch."""
+    time_ = np.concatenate([np.arange(prompt), np.repeat(prompt + np.arange(length), count)])
+    branch = np.concatenate([np.zeros(prompt, int), np.tile(1 + np.arange(count), length)])
+    n = len(time_)
+    fields = np.repeat(np.arange(groups), n), *(np.tile(x, groups) for x in (branch, time_, np.arange(n)))
+    return Coordinates(*(np.asarray(x, np.int32)[None] for x in fields))
+
+
+def masks(T: int) -> dict[str, tuple[str, Coordinates]]:
+    """Name -> (rule, coordinates of about T tokens): at 4096, those that are published."""
+    few, many, four = (T // 4, 8, 3 * T // 32), (T // 8, 32, 7 * T // 256), (T // 8, 4, T // 32, 4)
+    alone, width = Coordinates.single(1, T), min(1024, T // 4)
     return {
-        f"own_branch (prompt {prompt}, 6 x {(T - prompt) // 6})": (rules.own_branch, split),
-        "all_branches, same texts": (rules.all_branches, mixed),
-        "causal": (rules.causal, Coordinates.single(1, T)),
-        "causal & window(256)": (rules.causal & rules.window(256), Coordinates.single(1, T)),
+        "causal": ("causal", alone),
+        f"own_branch {few}": ("own_branch", branches(*few)),
+        f"own_branch {many}": ("own_branch", branches(*many)),
+        f"all_branches {few}": ("all_branches", branches(*few)),
+        f"own_branch, 4 groups of {four[:3]}": ("own_branch", branches(*four)),
+        f"window({width})": (f"causal & window({width})", alone),
     }
 
 
-def dense(q, k, v, coordinates, rule):
-    s = jnp.einsum("bthk,bshk->bhts", q, k) * WIDTH**-0.5
-    s = jnp.where(rules.visible(rule, coordinates, coordinates)[:, None], s, -1e30)
-    return jnp.einsum("bhts,bshk->bthk", jax.nn.softmax(s, axis=-1), v)
+def dense(q, k, v, at, rule):
+    s = jnp.einsum("bthk,bshk->bhts", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    s = jnp.where(rules.visible(rule, at, at)[:, None], s, -1e30)
+    return jnp.einsum("bhts,bshk->bthk", jax.nn.softmax(s, axis=-1).astype(v.dtype), v)
 
 
-def library(q, k, v, coordinates, rule):
-    seen = rules.visible(rule, coordinates, coordinates)[:, None]
-    return jax.nn.dot_product_attention(q, k, v, mask=seen)
+def library(q, k, v, at, rule):
+    seen, cudnn = rules.visible(rule, at, at)[:, None], "cudnn" if jax.default_backend() == "gpu" else None
+    return jax.nn.dot_product_attention(q, k, v, mask=seen, implementation=cudnn)
 
 
-def tiled(q, k, v, coordinates, rule):
-    return attend(q, k, v, coordinates, coordinates, rule, implementation="tiled")
+def ours(name, q, k, v, at, rule):
+    return kernels.attend(q, k, v, at, at, rule, implementation=name)
 
 
-def measure(rule, coordinates, rounds: int) -> dict[str, float]:
-    """Median seconds of a forward and backward pass."""
-    T = coordinates.shape[1]
+def runs_here(name: str) -> bool:
+    try:
+        kernels.resolve(name)
+    except UserError:
+        return False
+    return True
+
+
+OURS = [name for name in kernels.IMPLEMENTATIONS if name != "reference" and runs_here(name)]
+JAX = {"jnp": dense, "jax.nn": library} | {name: functools.partial(ours, name) for name in OURS}
+DTYPE = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+
+
+def of_jax(function, rule: rules.Rule, at: Coordinates, heads: int, width: int, both: bool) -> Callable[[], float]:
+    """A function that makes one run and gives its seconds."""
     rng = np.random.default_rng(0)
-    q, k, v, weight = (jnp.asarray(rng.normal(size=(1, T, HEADS, WIDTH)), jnp.float32) for _ in range(4))
-    passes = {}
-    for function in (dense, library, tiled):
-        loss = lambda q, k, v, f=function: jnp.vdot(f(q, k, v, coordinates, rule), weight)  # noqa: E731
-        passes[function.__name__] = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))
-    times = {name: [] for name in passes}
-    for turn in range(rounds + 1):
-        for name, run in passes.items():
-            start = time.perf_counter()
-            jax.block_until_ready(run(q, k, v))
-            if turn:  # the first compiles
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
+    q, k, v, weight = (jnp.asarray(rng.normal(size=(*at.shape, heads, width)), DTYPE) for _ in range(4))
+    at = jax.tree.map(jnp.asarray, at)
+
+    def forward(q, k, v, at):
+        return function(q, k, v, at, rule)
+
+    def forward_and_backward(q, k, v, at):
+        return jax.vjp(lambda q, k, v: forward(q, k, v, at), q, k, v)[1](weight)
+
+    run = jax.jit(forward_and_backward if both else forward)
+
+    def once() -> float:
+        start = time.perf_counter()
+        jax.block_until_ready(run(q, k, v, at))
+        return time.perf_counter() - start
+
+    once()
+    return once
+
+
+class Torch:
+    """The process that runs PyTorch's peers."""
+
+    def __init__(self, python: str):
+        script = str(pathlib.Path(__file__).with_name("torch_attention.py"))
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        self._process = subprocess.Popen([python, script], **pipes)
+
+    def run(self, request: dict) -> float:
+        """Seconds. Raises RuntimeError with what PyTorch said."""
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        answer = json.loads(self._process.stdout.readline() or '{"error": "its process has ended"}')
+        if "error" in answer:
+            raise RuntimeError(answer["error"])
+        return answer["seconds"]
+
+
+def has_torch(python: str) -> bool:
+    return not subprocess.run([python, "-c", "import torch"], capture_output=True).returncode
+
+
+def measure(peers: dict[tuple, Callable[[], float]], rounds: int) -> tuple[dict, dict[str, str]]:
+    """({(peer, pass): median seconds}, {peer: why it cannot}); peers take turns."""
+    times, reasons = {key: [] for key in peers}, {}
+    for _ in range(rounds):
+        for key, once in peers.items():
+            if key in times:
+                try:
+                    times[key].append(once())
+                except Exception as error:
+                    reasons[" ".join(key)] = str(error).splitlines()[0][:160]
+                    del times[key]
+    return {key: statistics.median(found) for key, found in times.items()}, reasons
+
+
+def peak() -> float:
+    """FLOPs a second of a product of square matrices, the best of a few."""
+    n = 2048 if jax.default_backend() == "cpu" else 8192
+    a = jnp.ones((n, n), DTYPE)
+    run = jax.jit(lambda a: a @ a)
+    seconds = []
+    for _ in range(6):
+        start = time.perf_counter()
+        run(a).block_until_ready()
+        seconds.append(time.perf_counter() - start)
+    return 2 * n**3 / min(seconds[1:])
+
+
+def table(name: str, text: str, at: Coordinates, flags, torch: Torch | None, most: float) -> dict[str, float]:
+    """Prints the table of a mask; returns the seconds of both passes of each peer."""
+    rule, T = rules.parse(text), at.shape[1]
+    order, share = kernels.arrange(at, [rule])
+    at = at.map(lambda x: np.take_along_axis(x, order, axis=1))
+    pairs = rules.mean_visible_keys(rule, at) * T
+    peers, reasons = {}, {}
+    with tempfile.NamedTemporaryFile(suffix=".npz") as file:
+        np.savez(file, **{field: getattr(at, field)[0] for field in ("segment", "branch", "time", "index")})
+        file.flush()
+        for which in PASSES:
+            for peer, function in JAX.items():
+                try:
+                    peers[peer, which] = of_jax(function, rule, at, flags.heads, flags.width, which == "both")
+                except Exception as error:
+                    reasons[f"{peer} {which}"] = str(error).splitlines()[0][:160]
+            for peer in TORCH if torch else ():
+                request = dict(rule=text, coordinates=file.name, heads=flags.heads, width=flags.width, peer=peer)
+                peers[peer, which] = functools.partial(torch.run, request | {"pass": which})
+        seconds, failed = measure(peers, flags.rounds)
+    best = {which: min(seconds[key] for key in seconds if key[1] == which and key[0] in OURS) for which in PASSES}
+    print(f"\n{name}: T {T}, {pairs / T**2:.1%} of the pairs, {share:.1%} of the tiles\n")
+    print("| peer | forward ms | x ours | of peak | both ms | x ours | of peak |\n| --- " + "| --: " * 6 + "|")
+    for peer in [*JAX, *(TORCH if torch else ())]:
+        cells = []
+        for which, products in zip(PASSES, (2, 7), strict=True):  # of q k^T and p v; and five more
+            found, flops = seconds.get((peer, which)), 2 * products * pairs * flags.heads * flags.width
+            cells += (
+                [f"{1e3 * found:.1f}", f"{found / best[which]:.2f}", f"{flops / found / most:.0%}"] if found else "---"
+            )
+        print(f"| {peer} | {' | '.join(cells)} |", flush=True)
+    for which, why in (reasons | failed).items():
+        print(f"\n{which}: {why}")
+    return {peer: found for (peer, which), found in seconds.items() if which == "both"}
+
+
+def plot(path: str, found: dict[str, dict[str, float]]) -> None:
+    """Bars: how many times the fastest of ours each peer takes, forward and backward."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(10, 0.9 * len(found) + 1.2), layout="constrained")
+    names = sorted({peer for row in found.values() for peer in row}, key=[*JAX, *TORCH].index)
+    for i, peer in enumerate(names):
+        best = {mask: min(row[name] for name in OURS) for mask, row in found.items()}
+        lengths = [row.get(peer, np.nan) / best[mask] for mask, row in found.items()]
+        axes.barh(np.arange(len(found)) + 0.8 * i / len(names), lengths, 0.8 / len(names), label=peer, align="edge")
+    axes.set(yticks=np.arange(len(found)) + 0.4, yticklabels=[*found], xscale="log")
+    axes.set_xlabel("time of forward and backward, over that of the fastest of ours")
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.invert_yaxis()
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--length", type=int, default=2048, help="tokens")
-    arguments = parser.parse_args()
-    print(f"{'mask':42} {'dense ms':>9} {'jax.nn ms':>10} {'tiled ms':>9} {'times faster':>13}")
-    for name, (rule, coordinates) in masks(arguments.length).items():
-        t = measure(rule, coordinates, arguments.rounds)
-        shown = (1e3 * t[peer] for peer in ("dense", "library", "tiled"))
-        print("{:42} {:9.0f} {:10.0f} {:9.0f} {:13.1f}x".format(name, *shown, t["dense"] / t["tiled"]), flush=True)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[2048], help="tokens of the row")
+    parser.add_argument("--rounds", type=int, default=7, help="turns of each")
+    parser.add_argument("--heads", type=int, default=16)
+    parser.add_argument("--width", type=int, default=64, help="of queries, keys and values")
+    parser.add_argument("--plot", help="where to draw the ratios")
+    parser.add_argument("--torch-python", default=sys.executable, help="an interpreter that has PyTorch")
+    parser.add_argument("--quick", action="store_true", help="256 tokens and two rounds: does everything run?")
+    flags = parser.parse_args()
+    if flags.quick:
+        flags.lengths, flags.rounds = [256], 2
+    torch = Torch(flags.torch_python) if has_torch(flags.torch_python) else None
+    most, found = peak(), {}
+    print(f"{jax.devices()[0].device_kind}, {jnp.dtype(DTYPE).name}, peak {most / 1e12:.2f} TFLOP/s")
+    print(f"{flags.heads} heads of {flags.width}" + ("" if torch else "; no PyTorch here"))
+    for T in flags.lengths:
+        for name, (text, at) in masks(T).items():
+            found[f"{name}, T {T}"] = table(name, text, at, flags, torch, most)
+    if flags.plot:
+        plot(flags.plot, found)
 
 
 if __name__ == "__main__":
