@@ -3,7 +3,8 @@
     python benchmarks/streams.py [NAME ...] [--lengths 512 2048] [--rounds 7] [--quick]
 
 8 layers of width 128, 4 heads over 2 groups, feed-forward 256, one row, float32: a table in Markdown for each length.
-Time: medians of training steps, each stream taking turns with the plain one. Memory: temporary buffers of the compiled
+Time: medians of training steps, each stream taking turns with the plain one; the ratio is the median of those of single
+turns, which a machine that is slower for a while does not move. Memory: temporary buffers of the compiled
 step, by its own account; weights and the optimizer's state come on top, which only those of v4m1A, T^2 for each pair of
 layers, make large: it comes last. FLOPs: of the formula.
 """
@@ -42,7 +43,7 @@ DENSE = "v4m1A"
 
 class Measured(NamedTuple):
     seconds: float  # of a step, the median
-    against: float  # of a plain step in the same turns
+    ratio: float  # to a plain step of the same turn, the median
     bytes: int  # of temporaries
     flops: float  # of a training step
 
@@ -70,26 +71,28 @@ def program_of(config, length: int):
     return stepping.stepper(run, state, numbers, batch), run
 
 
-def take_turns(peers: dict, rounds: int) -> dict[str, float]:
-    """Median seconds of each."""
-    times = {name: [] for name in peers}
+def take_turns(one, plain, rounds: int) -> tuple[float, float]:
+    """(median seconds, median ratio to plain); either goes first in every other turn."""
+    turns = []
     for turn in range(rounds + 1):
-        for name, one in peers.items():
+        seconds = {}
+        for peer in (one, plain) if turn % 2 else (plain, one):
             start = time.perf_counter()
-            one()
-            if turn:  # the first warms up
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
+            peer()
+            seconds[peer] = time.perf_counter() - start
+        if turn:  # the first warms up
+            turns.append((seconds[one], seconds[one] / seconds[plain]))
+    return tuple(statistics.median(values) for values in zip(*turns, strict=True))
 
 
 def measure(name: str, length: int, rounds: int, plain) -> Measured:
     """plain: what makes one plain step."""
     config = config_of(name, length)
     one, run = program_of(config, length)
-    medians = take_turns({"plain": plain, "stream": one}, rounds)
+    seconds, ratio = take_turns(one, plain, rounds)
     visible = rules.mean_visible_keys(rules.parse(config.model.rule), Coordinates.single(1, length))
     flops = length * accounting.train_flops_per_token(abstract(config.model), [visible])
-    return Measured(medians["stream"], medians["plain"], run.memory_analysis().temp_size_in_bytes, flops)
+    return Measured(seconds, ratio, run.memory_analysis().temp_size_in_bytes, flops)
 
 
 def main() -> None:
@@ -111,7 +114,7 @@ def main() -> None:
         for name in ["plain", *names]:
             found = measure(name, length, rounds, plain) if name != "plain" else base
             print(
-                f"| {name} | {1e3 * found.seconds:.1f} | {found.seconds / found.against:.2f} "
+                f"| {name} | {1e3 * found.seconds:.1f} | {found.ratio:.2f} "
                 f"| {found.bytes / MEBIBYTE:.0f} | {found.bytes / base.bytes:.2f} "
                 f"| {found.flops / 1e6:,.0f} | {found.flops / base.flops:.2f} |",
                 flush=True,
