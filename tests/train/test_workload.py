@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 import tiny
 
+from lab.data import train_batches
 from lab.evaluate import conditions
+from lab.kernels import order, rules, tiled
 from lab.train import compiled, loop
 from lab.train.checkpoint import Checkpoints
 from lab.train.workload import Member, Workload
@@ -86,3 +88,19 @@ def test_the_member_that_fails_is_named(tmp_path):
     with pytest.raises(loop.NonFinite) as stopped:
         trained(tmp_path, configs)
     assert stopped.value.member == 1
+
+
+def test_batches_are_laid_out_for_the_model_and_tell_their_share_of_tiles(monkeypatch):
+    monkeypatch.setattr(tiled, "tile_sizes", lambda T, S: (4, 4))
+    config = tiny.config(model__rule="own_branch", data__draw="3-4")
+    packed = [batch for batch, _ in train_batches(config, tiny.texts())]
+    moved = 0
+    for before, (after, (sent,)) in zip(packed, Workload([Member(config, tiny.texts())]).batches(0), strict=True):
+        pairs = [
+            sorted(zip(*(x.ravel().tolist() for x in jax.tree.leaves(batch)), strict=True)) for batch in (before, after)
+        ]
+        assert pairs[0] == pairs[1]
+        moved += (before.coordinates.branch != after.coordinates.branch).any()
+        still = order.arrange(before.coordinates, [rules.own_branch], 4, 4, free=False).share
+        assert sent.tiles == order.arrange(after.coordinates, [rules.own_branch], 4, 4, free=False).share <= still
+    assert moved
