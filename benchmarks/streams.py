@@ -1,6 +1,6 @@
 """Step time, peak temporary memory and FLOPs of every stream, and their ratios to the plain residual.
 
-    python benchmarks/streams.py [NAME ...] [--lengths 512 2048] [--rounds 7] [--quick]
+    python benchmarks/streams.py [NAME ...] [--lengths 512 2048] [--rounds 7] [--scan] [--quick]
 
 8 layers of width 128, 4 heads over 2 groups, feed-forward 256, one row, float32: a table in Markdown for each length.
 Time: medians of training steps, each stream taking turns with the plain one; the ratio is the median of those of single
@@ -48,12 +48,12 @@ class Measured(NamedTuple):
     flops: float  # of a training step
 
 
-def config_of(name: str, length: int):
-    """The config of a stream on rows of so many tokens."""
+def config_of(name: str, length: int, scan: bool):
+    """The config of a stream on rows of so many tokens, its layers scanned or unrolled."""
     config = lab_config.base()
     config.model.update(SHAPE)
     config.model.rotary.update(dict(theta=1e4, ratio=0.0))
-    config.model.stream.name = name
+    config.model.stream.name, config.model.scan = name, scan
     sizes = SIZES | {"length": length}
     config.model.stream.update({field: sizes[field] for field in STREAMS[name].fields if field in sizes})
     return config
@@ -85,9 +85,9 @@ def take_turns(one, plain, rounds: int) -> tuple[float, float]:
     return tuple(statistics.median(values) for values in zip(*turns, strict=True))
 
 
-def measure(name: str, length: int, rounds: int, plain) -> Measured:
+def measure(name: str, length: int, rounds: int, scan: bool, plain) -> Measured:
     """plain: what makes one plain step."""
-    config = config_of(name, length)
+    config = config_of(name, length, scan)
     one, run = program_of(config, length)
     seconds, ratio = take_turns(one, plain, rounds)
     visible = rules.mean_visible_keys(rules.parse(config.model.rule), Coordinates.single(1, length))
@@ -100,19 +100,23 @@ def main() -> None:
     parser.add_argument("names", nargs="*", help="streams beside the plain one (default: all)")
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 2048], help="tokens of the row")
     parser.add_argument("--rounds", type=int, default=7, help="turns of each")
+    parser.add_argument("--scan", action="store_true", help="layers scanned, as accelerators want them; else unrolled")
     parser.add_argument("--quick", action="store_true", help="256 tokens and two rounds: does everything run?")
     flags = parser.parse_args()
     lengths, rounds = ([256], 2) if flags.quick else (flags.lengths, flags.rounds)
     for name in flags.names:
         choose("a stream", name, STREAMS)
+    names = flags.names or [*(name for name in STREAMS if name not in ("plain", DENSE)), DENSE]
+    if flags.scan:
+        names = [name for name in names if not STREAMS[name].grows]
     for length in lengths:
-        names = flags.names or [*(name for name in STREAMS if name not in ("plain", DENSE)), DENSE]
-        plain, _ = program_of(config_of("plain", length), length)
-        base = measure("plain", length, rounds, plain)
-        print(f"\nL 8, T {length}\n\n| stream | step ms | x plain | memory MiB | x plain | MFLOPs | x plain |")
+        plain, _ = program_of(config_of("plain", length, flags.scan), length)
+        base = measure("plain", length, rounds, flags.scan, plain)
+        print(f"\nL 8, T {length}, {'scanned' if flags.scan else 'unrolled'}\n")
+        print("| stream | step ms | x plain | memory MiB | x plain | MFLOPs | x plain |")
         print("| --- | --: | --: | --: | --: | --: | --: |")
         for name in ["plain", *names]:
-            found = measure(name, length, rounds, plain) if name != "plain" else base
+            found = measure(name, length, rounds, flags.scan, plain) if name != "plain" else base
             print(
                 f"| {name} | {1e3 * found.seconds:.1f} | {found.ratio:.2f} "
                 f"| {found.bytes / MEBIBYTE:.0f} | {found.bytes / base.bytes:.2f} "
