@@ -6,12 +6,14 @@
 One row; float32 on a CPU, bfloat16 elsewhere. Every implementation that runs here, plain jnp over the whole matrix,
 jax.nn (cuDNN where it can), and PyTorch's FlexAttention and SDPA where an interpreter has it. Peers take turns; a table
 in Markdown of medians for each mask: milliseconds, how many times the fastest of ours, and the share of the machine's
-measured peak (a product of square matrices) that the unmasked area's FLOPs are. "-": it cannot, and why is said below.
+measured peak (a product of square matrices) that the unmasked area's FLOPs are. "-": it cannot, and why is said below;
+what needs more memory than there is, is not tried.
 """
 
 import argparse
 import functools
 import json
+import os
 import pathlib
 import statistics
 import subprocess
@@ -90,23 +92,32 @@ JAX = {"jnp": dense, "jax.nn": library} | {name: functools.partial(ours, name) f
 DTYPE = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
 
 
+def memory() -> float:
+    """Bytes that a program may take."""
+    stats = jax.devices()[0].memory_stats() or {}
+    return 0.8 * stats.get("bytes_limit", os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+
+
 def of_jax(function, rule: rules.Rule, at: Coordinates, heads: int, width: int, both: bool) -> Callable[[], float]:
-    """A function that makes one run and gives its seconds."""
+    """A function that makes one run and gives its seconds. Raises MemoryError rather than run out."""
     rng = np.random.default_rng(0)
     q, k, v, weight = (jnp.asarray(rng.normal(size=(*at.shape, heads, width)), DTYPE) for _ in range(4))
     at = jax.tree.map(jnp.asarray, at)
 
-    def forward(q, k, v, at):
+    def forward(q, k, v, at, _):
         return function(q, k, v, at, rule)
 
-    def forward_and_backward(q, k, v, at):
-        return jax.vjp(lambda q, k, v: forward(q, k, v, at), q, k, v)[1](weight)
+    def forward_and_backward(q, k, v, at, weight):
+        return jax.vjp(lambda q, k, v: forward(q, k, v, at, None), q, k, v)[1](weight)
 
-    run = jax.jit(forward_and_backward if both else forward)
+    run = jax.jit(forward_and_backward if both else forward).lower(q, k, v, at, weight).compile()
+    needed = run.memory_analysis().temp_size_in_bytes
+    if needed > memory():
+        raise MemoryError(f"needs {needed / 2**30:.0f} GiB")
 
     def once() -> float:
         start = time.perf_counter()
-        jax.block_until_ready(run(q, k, v, at))
+        jax.block_until_ready(run(q, k, v, at, weight))
         return time.perf_counter() - start
 
     once()

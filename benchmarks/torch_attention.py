@@ -5,6 +5,7 @@ answers with {"seconds"} or {"error"}. Of PyTorch alone, so that any interpreter
 """
 
 import json
+import os
 import sys
 import time
 
@@ -33,15 +34,25 @@ def visible(rule: str, q: dict, k: dict):
     return seen
 
 
+def check_memory(T: int) -> None:
+    """Raises MemoryError where a mask of T x T, as booleans and as numbers, leaves too little."""
+    free = (
+        torch.cuda.mem_get_info()[0] if DEVICE == "cuda" else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    )
+    if (1 + DTYPE.itemsize) * T**2 > 0.5 * free:
+        raise MemoryError(f"its mask takes {(1 + DTYPE.itemsize) * T**2 / 2**30:.0f} GiB")
+
+
 def attention(request: dict):
     """(q, k, v) [1, H, T, D] -> o, as the peer does it."""
     loaded = np.load(request["coordinates"])
     at = {name: torch.tensor(loaded[name], device=DEVICE) for name in FIELDS}
+    T = len(at["index"])
     if request["peer"] == "sdpa":
+        check_memory(T)
         mask = visible(request["rule"], *({n: x[at_] for n, x in at.items()} for at_ in (np.s_[:, None], np.s_[None])))
         return lambda q, k, v: torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     one = lambda i: {name: x[i] for name, x in at.items()}  # noqa: E731
-    T = len(at["index"])
     blocks = create_block_mask(lambda b, h, q, k: visible(request["rule"], one(q), one(k)), 1, 1, T, T, device=DEVICE)
     compiled = torch.compile(flex_attention)
     return lambda q, k, v: compiled(q, k, v, block_mask=blocks)
