@@ -1,10 +1,11 @@
-"""Compiles the TPU attention kernels for TPUs that are not here, and prints the VMEM that each takes.
+"""Compiles the TPU attention kernels for TPUs that are not here, and prints the memory that they take.
 
     pip install "jax[tpu]"        # in an environment of its own: where libtpu is, JAX looks for a TPU
     python benchmarks/compile_for_tpu.py [v5e v5p v6e] [--quick]
 
-For each TPU, widths of heads, precision and number of queries (64: a step of decoding 64 branches), a line of JSON:
-{"tpu", "K", "V", "dtype", "queries", "vmem": {kernel: bytes}}.
+For each TPU, heads over groups, widths, precision and numbers of queries and keys (few queries: a step of decoding as
+many branches, forward only), a line of JSON: {"tpu", "H", "G", "K", "V", "dtype", "queries", "keys", "vmem": {kernel:
+bytes}, "temporaries": bytes of HBM}.
 """
 
 import argparse
@@ -29,33 +30,38 @@ from lab.coordinates import Coordinates
 from lab.kernels import pallas_tpu, rules
 
 TPUS = {"v5e": ("v5e:2x2", "TPU v5 lite"), "v5p": ("v5p:2x2x1", "TPU v5"), "v6e": ("v6e:2x2", "TPU v6 lite")}
-LENGTH = 2048
 # (H, G, K, V) of the published attention variants, MLA in absorbed form the last.
 HEADS = ((8, 8, 64, 64), (8, 2, 128, 128), (8, 2, 192, 128), (8, 1, 256, 256), (16, 1, 576, 512))
-CASES = [
-    *((heads, "bfloat16", LENGTH) for heads in HEADS),
-    *((heads, "float32", LENGTH) for heads in (HEADS[0], HEADS[2])),
-    *((heads, "bfloat16", 64) for heads in (HEADS[1], HEADS[4])),
+STEPS = ((32, 8, 128, 128), (32, 8, 64, 64), (32, 32, 128, 128), HEADS[4])
+CASES = [  # heads, precision, queries, keys
+    *((heads, "bfloat16", 2048, 2048) for heads in HEADS),
+    *((heads, "float32", 2048, 2048) for heads in (HEADS[0], HEADS[2])),
+    *((HEADS[0], "bfloat16", length, length) for length in (2**16, 2**17)),
+    *((heads, "bfloat16", 64, 4096) for heads in STEPS),
+    (STEPS[0], "bfloat16", 200, 4096),
+    (STEPS[0], "float32", 64, 4096),
 ]
 RULE = rules.own_branch & rules.window(512)
 
 
-def compiled(tpu: str, heads: tuple[int, int, int, int], dtype: str, queries: int):
-    """Forward and backward of so many queries over a row."""
+def compiled(tpu: str, heads: tuple[int, int, int, int], dtype: str, queries: int, keys: int):
+    """Forward and backward over a row; of a step only forward."""
     topology, kind = TPUS[tpu]
     sharding = SingleDeviceSharding(topologies.get_topology_desc(topology, platform="tpu").devices[0])
     here = lambda *shape, dtype=dtype: jax.ShapeDtypeStruct((1, *shape), dtype, sharding=sharding)  # noqa: E731
     H, G, K, V = heads
-    at = [Coordinates(*(here(tokens, dtype=jnp.int32) for _ in range(4))) for tokens in (queries, LENGTH)]
+    at = [Coordinates(*(here(tokens, dtype=jnp.int32) for _ in range(4))) for tokens in (queries, keys)]
 
     def run(q, k, v, at, cotangents, frequencies_3F):
         def attend(q, k, v):
             return pallas_tpu.attend(q, k, v, *at, RULE, K**-0.5, 30.0, None, frequencies_3F, interpret=False)
 
+        if queries < keys:
+            return attend(q, k, v)
         outputs, pull = jax.vjp(attend, q, k, v)
         return outputs, pull(cotangents)
 
-    arrays = here(queries, H, K), here(LENGTH, G, K), here(LENGTH, G, V)
+    arrays = here(queries, H, K), here(keys, G, K), here(keys, G, V)
     cotangents = here(queries, H, V), here(queries, H, dtype=jnp.float32)
     frequencies_3F = jax.ShapeDtypeStruct((3, 32), jnp.float32, sharding=sharding)
     with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=AbstractDevice(kind, 1, "tpu"))):
@@ -81,9 +87,13 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one width")
     flags = parser.parse_args()
     for tpu in flags.tpus or TPUS:
-        for heads, dtype, queries in CASES[:1] if flags.quick else CASES:
-            found = {"tpu": tpu, "K": heads[2], "V": heads[3], "dtype": dtype, "queries": queries}
-            print(json.dumps(found | {"vmem": vmem(compiled(tpu, heads, dtype, queries))}), flush=True)
+        for heads, *case in CASES[:1] if flags.quick else CASES:
+            program = compiled(tpu, heads, *case)
+            found = dict(
+                zip(("tpu", "H", "G", "K", "V", "dtype", "queries", "keys"), (tpu, *heads, *case), strict=True)
+            )
+            found |= {"vmem": vmem(program), "temporaries": program.memory_analysis().temp_size_in_bytes}
+            print(json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":

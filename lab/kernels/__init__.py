@@ -36,7 +36,7 @@ IMPLEMENTATIONS = {
     "reference": Implementation(),
     "tiled": Implementation(),
     "pallas_tpu": Implementation("tpu", interpretable=True, rotates=True),
-    "pallas_gpu": Implementation("gpu"),
+    "pallas_gpu": Implementation("gpu", rotates=True),
     "pallas_triton": Implementation("gpu", interpretable=True),
 }
 

@@ -7,8 +7,10 @@ group of keys, F a divisor of H / G; R = F * q rows.
 import jax.numpy as jnp
 
 
-def whole(x_BTHK, tile: int):
-    return jnp.pad(x_BTHK, ((0, 0), (0, -x_BTHK.shape[1] % tile), (0, 0), (0, 0)))
+def whole(x_BTHK, tile: int, width: int = 1):
+    """Padded to whole tiles of tokens, and to a width that is a multiple of `width`; itself where it is that."""
+    tokens, numbers = -x_BTHK.shape[1] % tile, -x_BTHK.shape[3] % width
+    return jnp.pad(x_BTHK, ((0, 0), (0, tokens), (0, 0), (0, numbers))) if tokens or numbers else x_BTHK
 
 
 def fold_queries(x_BTHK, tile: int, C: int):
@@ -26,8 +28,6 @@ def unfold_queries(x_NCRK, B: int, T: int, H: int):
     return x.reshape(B, N // B * tile, H, K)[:, :T]
 
 
-def fold_keys(x_BSGK, tile: int):
-    """[B, S, G, K] -> [M, G, k, K]."""
-    x = whole(x_BSGK, tile)
-    B, S, G, K = x.shape
-    return x.reshape(B, S // tile, tile, G, K).transpose(0, 1, 3, 2, 4).reshape(-1, G, tile, K)
+def key_tiles(x_BSGK, tile: int):
+    """[B, S, G, K] -> [M, k, G, K]: nothing moves where the tile divides S."""
+    return whole(x_BSGK, tile).reshape(-1, tile, *x_BSGK.shape[2:])

@@ -7,11 +7,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from lab.coordinates import Coordinates
 from lab.kernels.rules import Rule
 
+ANGLED = np.array([3, 1, 2])  # of the four rows of coordinates: index, branch and time, as frequencies have them
 MASKED = -1e30  # not -inf: a tile may hide every key of a query, and inf - inf is nan
 
 
@@ -22,6 +24,7 @@ class Static(NamedTuple):
     scale: float
     softcap: float  # 0: none
     interpret: bool
+    step: bool  # of decoding
 
 
 def fields(coordinates: Coordinates, tile: int, heads: int):

@@ -3,7 +3,9 @@
 A program has one query tile of a head (forward, dq) or one key tile of a group (dk with dv), and goes through the list
 of that tile: first the tiles that hide nothing, then those that are masked. One warpgroup computes a tile while the
 next is copied. The backward pass computes each tile again; no two programs add to one sum, so every sum has one order.
-Tile sizes have not been tuned; at widths of 256 dk with dv outgrows the registers, and is slow.
+Queries rotate as they come: what stays, and each side of the pairs, are operands of their own. Tile sizes have not been
+tuned; at widths of 256 dk with dv outgrows the registers, and is slow. Steps of decoding, which have few queries and
+stream keys, are left to the Triton kernels, or to tiled where jax no longer has those.
 
 b: row of the batch; h, g: head and group; i, j: query tile and key tile; q, k: tokens of a tile. What is named .._s
 lies in shared memory. FlashAttention-2 (arXiv 2307.08691, algorithms 1 and 2) on tile lists.
@@ -20,16 +22,17 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from lab.coordinates import Coordinates
+from lab.kernels import hopper, pallas_triton, tiled
 from lab.kernels.folding import whole
-from lab.kernels.pallas_common import MASKED
+from lab.kernels.pallas_common import ANGLED, MASKED
+from lab.kernels.rotary import pair_gradients, rotate, rotation
 from lab.kernels.rules import Rule, pairs_visible
-from lab.kernels.tiles import BothWays, pad_to_tiles, plan_both_ways
+from lab.kernels.tiles import BothWays, is_step, pad_to_tiles, plan_both_ways
 
 TILE = 64  # tokens: the rows that a warpgroup multiplies at once
-BUFFERS = 2  # one tile is computed while the next is copied
-WIDTHS = (64, 128, 192, 256)  # swizzled rows are multiples of 64; no product is wider than 256
+WIDTHS = (64, 128, 192, 256)  # no product is wider than 256
+ROTATED = 192  # the widest keys whose rotation has room beside them in the shared memory of dq
 LOG2E = math.log2(math.e)
-GRID = ("row", "head", "tile")
 
 
 class Static(NamedTuple):
@@ -40,6 +43,7 @@ class Static(NamedTuple):
     softcap: float
     q_tile: int
     k_tile: int
+    parts: tuple[int, ...]  # of the dimensions of a query: (those that stay,) F, F; or all of them
 
 
 def tile_sizes(T: int, S: int) -> tuple[int, int]:
@@ -59,74 +63,54 @@ def refusal(K: int, V: int, dtype) -> str | None:
     return None
 
 
-def plan(rule: Rule, q_coordinates: Coordinates, k_coordinates: Coordinates) -> BothWays:
+def plan(rule: Rule, q_coordinates: Coordinates, k_coordinates: Coordinates):
     """The tile lists `attend` needs: made once per batch and rule, shared by layers."""
-    sizes = tile_sizes(q_coordinates.shape[1], k_coordinates.shape[1])
-    return plan_both_ways(rule, q_coordinates, k_coordinates, *sizes)
+    T, S = q_coordinates.shape[1], k_coordinates.shape[1]
+    if is_step(T, S):
+        return _of_steps().plan(rule, q_coordinates, k_coordinates)
+    return plan_both_ways(rule, q_coordinates, k_coordinates, *tile_sizes(T, S))
 
 
-def attend(q_BTHK, k_BSGK, v_BSGV, q_coordinates, k_coordinates, rule, scale, softcap, tiles: BothWays | None = None):
-    """Returns (o_BTHV, lse_BTH) as lab.kernels.reference.attend does."""
+def attend(q_BTHK, k_BSGK, v_BSGV, q_coordinates, k_coordinates, rule, scale, softcap, tiles=None, frequencies_3F=None):
+    """Returns (o_BTHV, lse_BTH) as lab.kernels.reference.attend does; with frequencies, queries come unrotated."""
     tiles = plan(rule, q_coordinates, k_coordinates) if tiles is None else tiles
-    T = q_BTHK.shape[1]
-    q_tile, k_tile = tile_sizes(T, k_BSGK.shape[1])
+    (_, T, _, K), S = q_BTHK.shape, k_BSGK.shape[1]
+    parts = _parts(K, frequencies_3F)
+    if frequencies_3F is not None and (is_step(T, S) or len(parts) == 1):
+        q_BTHK = rotate(q_BTHK, rotation(q_coordinates, frequencies_3F))
+        parts, frequencies_3F = (K,), None
+    if is_step(T, S):
+        step = _of_steps()
+        options = dict(interpret=False) if step is pallas_triton else {}
+        return step.attend(q_BTHK, k_BSGK, v_BSGV, q_coordinates, k_coordinates, rule, scale, softcap, tiles, **options)
+    q_tile, k_tile = tile_sizes(T, S)
     o_BTHV, lse_BHT = _attend(
-        Static(rule, float(scale), float(softcap or 0.0), q_tile, k_tile),
+        Static(rule, float(scale), float(softcap or 0.0), q_tile, k_tile, parts),
         whole(q_BTHK, q_tile),
         whole(k_BSGK, k_tile),
         whole(v_BSGV, k_tile),
         _fields(pad_to_tiles(q_coordinates, q_tile)),
         _fields(pad_to_tiles(k_coordinates, k_tile)),
+        frequencies_3F,
         tiles,
     )
     return o_BTHV[:, :T], lse_BHT.swapaxes(1, 2)[:, :T]
 
 
+def _of_steps():
+    return tiled if pallas_triton.OBSTACLE else pallas_triton
+
+
+def _parts(K: int, frequencies_3F) -> tuple[int, ...]:
+    """Widths of the operands that a query comes in; a single one if it is not to rotate, or cannot here."""
+    F = 0 if frequencies_3F is None else frequencies_3F.shape[1]
+    split = (K - 2 * F, F, F) if K > 2 * F else (F, F)
+    return split if F and K <= ROTATED and all(part % hopper.CHUNKS[-1] == 0 for part in split) else (K,)
+
+
 def _fields(coordinates: Coordinates):
     """int32 [B, 4, T]"""
     return jnp.stack(jax.tree.leaves(coordinates), axis=1)
-
-
-def _dot(a_s, b_s):
-    """a @ b in float32."""
-
-    def multiply(sums):
-        plgpu.wgmma(sums, a_s, b_s)
-        return sums[...]
-
-    return pl.run_scoped(multiply, plgpu.ACC((a_s.shape[0], b_s.shape[1]), jnp.float32))
-
-
-def _add_dot(sums, a, b_s):
-    """sums + a @ b, where a is a value."""
-    return pl.run_state(lambda sums: plgpu.wgmma(sums, a, b_s))(plgpu.ACC.init(sums))
-
-
-def _transposed(x_s):
-    return x_s.transpose((1, 0))
-
-
-def _by_row(x):
-    """Laid out as a sum over columns is."""
-    return plgpu.layout_cast(x, plgpu.Layout.WGMMA.reduce(1))
-
-
-def _by_column(x):
-    return plgpu.layout_cast(x, plgpu.Layout.WGMMA.reduce(0))
-
-
-def _rows(x, shape):
-    """A number for each row, as a matrix."""
-    return lax.broadcast_in_dim(_by_row(x), shape, (0,))
-
-
-def _columns(x, shape):
-    """A number for each column, as a matrix."""
-    return lax.broadcast_in_dim(_by_column(x), shape, (1,))
-
-
-def _zeros(*shape):
-    return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
 
 
 def _seen(rule: Rule, q_at_s, k_at_s, of_queries, of_keys, shape):
@@ -152,121 +136,106 @@ def _before_cap(ds, s, static: Static):
     return ds * (1 - jnp.square(s / (LOG2E * static.softcap))) if static.softcap else ds
 
 
-def _copy(sources, targets_s, arrived) -> None:
-    """Starts copies; each arrives at the barrier."""
-    for source, target_s in zip(sources, targets_s, strict=True):
-        plgpu.copy_gmem_to_smem(source, target_s, arrived)
+def _turned(a, b, cos_sin_s, sign: float = 1.0):
+    """Both sides of every pair, rotated by the angle of each row, or back by it."""
+    cos, sin = map(hopper.matrix, cos_sin_s)
+    return a * cos - sign * sin * b, b * cos + sign * sin * a
 
 
-def _write(*pairs) -> None:
-    """Copies results (from, to) out of shared memory."""
-    plgpu.commit_smem()
-    for source_s, target in pairs:
-        plgpu.copy_smem_to_gmem(source_s, target)
-    plgpu.wait_smem_to_gmem(0)
-
-
-def _over_list(full, total, sources, buffers, arrived, add, sums):
-    """sums after add(masked, sums, *copies) for each of `total` steps, the first `full` of them without a mask.
-
-    copies: of what sources(step) names. buffers: BUFFERS of each of them; arrived: a barrier for each buffer.
-    """
-
-    def start(step):
-        turn = lax.rem(step, BUFFERS)
-        _copy(sources(step), [x_s.at[turn] for x_s in buffers], arrived.at[turn])
-
-    def take(step, sums, masked: bool):
-        # The step before this one has read its buffer: it has waited for its products, and commits what else it read.
-        plgpu.commit_smem()
-        pl.when(step + 1 < total)(lambda: start(step + 1))
-        turn = lax.rem(step, BUFFERS)
-        plgpu.barrier_wait(arrived.at[turn])
-        return add(masked, sums, *(x_s.at[turn] for x_s in buffers))
-
-    pl.when(total > 0)(lambda: start(jnp.int32(0)))
-    sums = lax.fori_loop(0, full, functools.partial(take, masked=False), sums)
-    return lax.fori_loop(full, total, functools.partial(take, masked=True), sums)
-
-
-def _place():
-    """What this program computes: (row of the batch, head or group, tile)."""
-    return tuple(lax.axis_index(name) for name in GRID)
+def _turn(q_s, cos_sin_s) -> None:
+    """Rotates queries where they lie."""
+    turned = _turned(*map(hopper.matrix, q_s[-2:]), cos_sin_s)
+    for x_s, x in zip(q_s[-2:], turned, strict=True):
+        x_s[...] = x.astype(x_s.dtype)
 
 
 def _forward_kernel(
-    q, k, v, q_at, k_at, keys, full, total, o, lse, own, own_arrived, streamed, arrived, o_s, lse_s, *, static
-):
-    b, h, i = _place()
+    q, k, v, q_at, k_at, turning, keys, full, total,
+    o, lse, own, own_arrived, streamed, arrived, o_s, lse_s, *, static
+):  # fmt: skip
+    b, h, i = hopper.place()
     g = lax.div(h, q.shape[2] // k.shape[2])
     queries, shape = pl.ds(i * static.q_tile, static.q_tile), (static.q_tile, static.k_tile)
-    q_s, q_at_s = own
-    _copy((q.at[b, queries, h], q_at.at[b, :, queries]), own, own_arrived)
+    (*q_s, q_at_s), cos_sin_s = own[: len(static.parts) + 1], own[len(static.parts) + 1 :]
+    of_queries = *hopper.columns_of(q.at[b, queries, h], static.parts), q_at.at[b, :, queries]
+    hopper.copy((*of_queries, *(x.at[b, queries] for x in turning)), own, own_arrived)
 
     def sources(step):
         tile = pl.ds(keys[b, i, step] * static.k_tile, static.k_tile)
-        return k.at[b, tile, g], v.at[b, tile, g], k_at.at[b, :, tile]
+        return v.at[b, tile, g], k_at.at[b, :, tile], *hopper.columns_of(k.at[b, tile, g], static.parts)
 
-    def add(masked, sums, k_s, v_s, k_at_s):
+    def add(masked, sums, v_s, k_at_s, *k_s):
         o_qV, top_q, sum_q = sums
-        s_qk = _scores(_dot(q_s, _transposed(k_s)), static)
+        s_qk = _scores(hopper.dot(q_s, k_s), static)
         if masked:
-            s_qk = jnp.where(_seen(static.rule, q_at_s, k_at_s, _rows, _columns, shape), s_qk, MASKED)
+            s_qk = jnp.where(_seen(static.rule, q_at_s, k_at_s, hopper.rows, hopper.columns, shape), s_qk, MASKED)
         new_q = jnp.maximum(top_q, s_qk.max(1))
-        p_qk, shrink_q = jnp.exp2(s_qk - _rows(new_q, shape)), jnp.exp2(top_q - new_q)
-        o_qV = _add_dot(o_qV * _rows(shrink_q, o_qV.shape), p_qk.astype(v.dtype), v_s)
+        p_qk, shrink_q = jnp.exp2(s_qk - hopper.rows(new_q, shape)), jnp.exp2(top_q - new_q)
+        o_qV = hopper.add_dot(o_qV * hopper.rows(shrink_q, o_qV.shape), p_qk.astype(v.dtype), v_s)
         return o_qV, new_q, sum_q * shrink_q + p_qk.sum(1)
 
     plgpu.barrier_wait(own_arrived)
+    if turning:
+        _turn(q_s, cos_sin_s)
     nothing = jnp.zeros(static.q_tile, jnp.float32)
-    start = _zeros(static.q_tile, v.shape[3]), _by_row(nothing + MASKED), _by_row(nothing)
-    o_qV, top_q, sum_q = _over_list(full[b, i], total[b, i], sources, streamed, arrived, add, start)
+    start = hopper.zeros(static.q_tile, v.shape[3]), hopper.by_row(nothing + MASKED), hopper.by_row(nothing)
+    o_qV, top_q, sum_q = hopper.over_list(full[b, i], total[b, i], sources, streamed, arrived, add, start)
     # A row that saw nothing has kept its first maximum, or has summed exp2(0) over hidden keys.
-    saw_q = (top_q > MASKED) & (_by_row(q_at_s[0]) >= 0)
+    saw_q = (top_q > MASKED) & (hopper.by_row(q_at_s[0]) >= 0)
     sum_q = jnp.where(saw_q, sum_q, 1)
-    o_s[...] = (o_qV * _rows(jnp.where(saw_q, 1 / sum_q, 0), o_qV.shape)).astype(o.dtype)
+    o_s[...] = (o_qV * hopper.rows(jnp.where(saw_q, 1 / sum_q, 0), o_qV.shape)).astype(o.dtype)
     lse_s[...] = jnp.where(saw_q, top_q / LOG2E + jnp.log(sum_q), -jnp.inf)
-    _write((o_s, o.at[b, queries, h]), (lse_s, lse.at[b, h, queries]))
+    hopper.write((o_s, o.at[b, queries, h]), (lse_s, lse.at[b, h, queries]))
 
 
 def _dq_kernel(
-    q, k, v, q_at, k_at, do, lse, delta, keys, full, total, dq, own, own_arrived, streamed, arrived, *, static
-):
-    b, h, i = _place()
+    q, k, v, q_at, k_at, do, lse, delta, turning, keys, full, total,
+    dq, *turned_and_scratch, static,
+):  # fmt: skip
+    *turned, own, own_arrived, streamed, arrived = turned_and_scratch
+    b, h, i = hopper.place()
     g = lax.div(h, q.shape[2] // k.shape[2])
     queries, shape = pl.ds(i * static.q_tile, static.q_tile), (static.q_tile, static.k_tile)
-    q_s, do_s, q_at_s, lse_s, delta_s = own
-    of_queries = q.at[b, queries, h], do.at[b, queries, h], q_at.at[b, :, queries]
-    _copy((*of_queries, lse.at[b, h, queries], delta.at[b, h, queries]), own, own_arrived)
+    (do_s, q_at_s, lse_s, delta_s, *q_s), cos_sin_s = own[: 4 + len(static.parts)], own[4 + len(static.parts) :]
+    of_queries = do.at[b, queries, h], q_at.at[b, :, queries], lse.at[b, h, queries], delta.at[b, h, queries]
+    in_parts = functools.partial(hopper.columns_of, parts=static.parts)
+    hopper.copy((*of_queries, *in_parts(q.at[b, queries, h]), *(x.at[b, queries] for x in turning)), own, own_arrived)
 
     def sources(step):
         tile = pl.ds(keys[b, i, step] * static.k_tile, static.k_tile)
-        return k.at[b, tile, g], v.at[b, tile, g], k_at.at[b, :, tile]
+        return v.at[b, tile, g], k_at.at[b, :, tile], *in_parts(k.at[b, tile, g])
 
-    def add(masked, dq_qK, k_s, v_s, k_at_s):
-        s_qk = _scores(_dot(q_s, _transposed(k_s)), static)
-        p_qk = jnp.exp2(s_qk - _rows(lse_s[...], shape))
+    def add(masked, sums, v_s, k_at_s, *k_s):
+        s_qk = _scores(hopper.dot(q_s, k_s), static)
+        p_qk = jnp.exp2(s_qk - hopper.rows(lse_s[...], shape))
         if masked:
-            p_qk = jnp.where(_seen(static.rule, q_at_s, k_at_s, _rows, _columns, shape), p_qk, 0)
-        ds_qk = p_qk * (_dot(do_s, _transposed(v_s)) - _rows(delta_s[...], shape))
-        return _add_dot(dq_qK, _before_cap(ds_qk, s_qk, static).astype(k.dtype), k_s)
+            p_qk = jnp.where(_seen(static.rule, q_at_s, k_at_s, hopper.rows, hopper.columns, shape), p_qk, 0)
+        ds_qk = p_qk * (hopper.dot([do_s], [v_s]) - hopper.rows(delta_s[...], shape))
+        ds_qk = _before_cap(ds_qk, s_qk, static).astype(k.dtype)
+        return [hopper.add_dot(part, ds_qk, x_s) for part, x_s in zip(sums, k_s, strict=True)]
 
     plgpu.barrier_wait(own_arrived)
-    start = _zeros(static.q_tile, q.shape[3])
-    dq_qK = _over_list(full[b, i], total[b, i], sources, streamed, arrived, add, start)
-    q_s[...] = (static.scale * dq_qK).astype(dq.dtype)  # q has been read
-    _write((q_s, dq.at[b, queries, h]))
+    if turning:
+        _turn(q_s, cos_sin_s)
+        hopper.write(*zip(q_s, in_parts(turned[0].at[b, queries, h]), strict=True))
+    start = [hopper.zeros(static.q_tile, part) for part in static.parts]
+    sums = hopper.over_list(full[b, i], total[b, i], sources, streamed, arrived, add, start)
+    if turning:
+        sums[-2:] = _turned(*sums[-2:], cos_sin_s, -1.0)
+    for part_s, part in zip(q_s, sums, strict=True):  # q has been read
+        part_s[...] = (static.scale * part).astype(dq.dtype)
+    hopper.write(*zip(q_s, in_parts(dq.at[b, queries, h]), strict=True))
 
 
 def _dkv_kernel(
     q, k, v, q_at, k_at, do, lse, delta, queries, full, total, dk, dv,
     own, own_arrived, streamed, arrived, *, static
 ):  # fmt: skip
-    b, g, j = _place()
+    b, g, j = hopper.place()
     heads = q.shape[2] // k.shape[2]
     keys, shape = pl.ds(j * static.k_tile, static.k_tile), (static.k_tile, static.q_tile)
     k_s, v_s, k_at_s = own
-    _copy((k.at[b, keys, g], v.at[b, keys, g], k_at.at[b, :, keys]), own, own_arrived)
+    hopper.copy((k.at[b, keys, g], v.at[b, keys, g], k_at.at[b, :, keys]), own, own_arrived)
 
     def sources(step):  # all heads of a tile, then the next tile
         h = g * heads + lax.rem(step, heads)
@@ -275,80 +244,92 @@ def _dkv_kernel(
 
     def add(masked, sums, q_s, do_s, q_at_s, lse_s, delta_s):
         dk_kK, dv_kV = sums
-        s_kq = _scores(_dot(k_s, _transposed(q_s)), static)
-        p_kq = jnp.exp2(s_kq - _columns(lse_s[...], shape))
+        s_kq = _scores(hopper.dot([k_s], [q_s]), static)
+        p_kq = jnp.exp2(s_kq - hopper.columns(lse_s[...], shape))
         if masked:
-            p_kq = jnp.where(_seen(static.rule, q_at_s, k_at_s, _columns, _rows, shape), p_kq, 0)
-        dv_kV = _add_dot(dv_kV, p_kq.astype(do.dtype), do_s)
-        ds_kq = p_kq * (_dot(v_s, _transposed(do_s)) - _columns(delta_s[...], shape))
-        return _add_dot(dk_kK, _before_cap(ds_kq, s_kq, static).astype(q.dtype), q_s), dv_kV
+            p_kq = jnp.where(_seen(static.rule, q_at_s, k_at_s, hopper.columns, hopper.rows, shape), p_kq, 0)
+        dv_kV = hopper.add_dot(dv_kV, p_kq.astype(do.dtype), do_s)
+        ds_kq = p_kq * (hopper.dot([v_s], [do_s]) - hopper.columns(delta_s[...], shape))
+        return hopper.add_dot(dk_kK, _before_cap(ds_kq, s_kq, static).astype(q.dtype), q_s), dv_kV
 
     plgpu.barrier_wait(own_arrived)
-    start = _zeros(static.k_tile, k.shape[3]), _zeros(static.k_tile, v.shape[3])
-    dk_kK, dv_kV = _over_list(full[b, j] * heads, total[b, j] * heads, sources, streamed, arrived, add, start)
+    start = hopper.zeros(static.k_tile, k.shape[3]), hopper.zeros(static.k_tile, v.shape[3])
+    dk_kK, dv_kV = hopper.over_list(full[b, j] * heads, total[b, j] * heads, sources, streamed, arrived, add, start)
     k_s[...] = (static.scale * dk_kK).astype(dk.dtype)  # k and v have been read
     v_s[...] = dv_kV.astype(dv.dtype)
-    _write((k_s, dk.at[b, keys, g]), (v_s, dv.at[b, keys, g]))
+    hopper.write((k_s, dk.at[b, keys, g]), (v_s, dv.at[b, keys, g]))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(static: Static, q_BTHK, k_BSGK, v_BSGV, q_at, k_at, tiles):
-    return _forward(static, q_BTHK, k_BSGK, v_BSGV, q_at, k_at, tiles)[0]
+def _attend(static: Static, q_BTHK, k_BSGK, v_BSGV, q_at, k_at, frequencies_3F, tiles):
+    return _forward(static, q_BTHK, k_BSGK, v_BSGV, q_at, k_at, frequencies_3F, tiles)[0]
 
 
-def _forward(static: Static, q_BTHK, k_BSGK, v_BSGV, q_at, k_at, tiles: BothWays):
+def _turning(q_at, frequencies_3F, dtype) -> tuple:
+    """(cos, sin) [B, T, F] of the angles of queries, or nothing."""
+    if frequencies_3F is None:
+        return ()
+    at = Coordinates(*(q_at[:, i] for i in range(4)))
+    return tuple(x[:, :, 0].astype(dtype) for x in rotation(at, frequencies_3F))
+
+
+def _forward(static: Static, q_BTHK, k_BSGK, v_BSGV, q_at, k_at, frequencies_3F, tiles: BothWays):
     B, T, H, _ = q_BTHK.shape
     q, k = static.q_tile, static.k_tile
-    inputs = q_BTHK, k_BSGK, v_BSGV, q_at, k_at
+    inputs, turning = (q_BTHK, k_BSGK, v_BSGV, q_at, k_at), _turning(q_at, frequencies_3F, q_BTHK.dtype)
     o_qV = jax.ShapeDtypeStruct((q, v_BSGV.shape[3]), q_BTHK.dtype)
-    outputs = _call(
-        _forward_kernel,
-        static,
+    outputs = hopper.call(
+        functools.partial(_forward_kernel, static=static),
+        "forward_kernel",
         (B, H, T // q),
-        (*inputs, *tiles.by_query),
+        (*inputs, turning, *tiles.by_query),
         outputs=(
             jax.ShapeDtypeStruct((B, T, H, o_qV.shape[1]), o_qV.dtype),
             jax.ShapeDtypeStruct((B, H, T), jnp.float32),
         ),
-        own=(_tile(q_BTHK, q), _coordinates(q)),
-        streamed=(_tile(k_BSGK, k), _tile(v_BSGV, k), _coordinates(k)),
+        own=(*_in_parts(q_BTHK, q, static), _coordinates(q), *(_rows_of(x, q) for x in turning)),
+        streamed=(_tile(v_BSGV, k), _coordinates(k), *_in_parts(k_BSGK, k, static)),
         results=(o_qV, _numbers(q)),
     )
-    return outputs, (*inputs, tiles, *outputs)
+    return outputs, (*inputs, frequencies_3F, tiles, *outputs)
 
 
 def _backward(static: Static, residuals, cotangents):
-    *inputs, tiles, o_BTHV, lse_BHT = residuals
+    *inputs, frequencies_3F, tiles, o_BTHV, lse_BHT = residuals
     do_BTHV, dlse_BHT = cotangents
-    q_BTHK, k_BSGK, v_BSGV, *_ = inputs
+    q_BTHK, k_BSGK, v_BSGV, q_at, _ = inputs
     (B, T, H, _), (_, S, G, _) = q_BTHK.shape, k_BSGK.shape
     q, k = static.q_tile, static.k_tile
     saw_BHT = lse_BHT > -jnp.inf
     delta_BTH = (o_BTHV.astype(jnp.float32) * do_BTHV.astype(jnp.float32)).sum(-1)
     delta_BHT = delta_BTH.swapaxes(1, 2) - jnp.where(saw_BHT, dlse_BHT, 0)
     lse_BHT = jnp.where(saw_BHT, LOG2E * lse_BHT, jnp.inf)  # rows that saw nothing: every probability is 0
-    inputs = *inputs, do_BTHV, lse_BHT, delta_BHT
-    of_queries = _tile(q_BTHK, q), _tile(do_BTHV, q), _coordinates(q), _numbers(q), _numbers(q)
-    of_keys = _tile(k_BSGK, k), _tile(v_BSGV, k), _coordinates(k)
-    (dq_BTHK,) = _call(
-        _dq_kernel,
-        static,
+    turning, cotangents = _turning(q_at, frequencies_3F, q_BTHK.dtype), (do_BTHV, lse_BHT, delta_BHT)
+    of_queries = _tile(do_BTHV, q), _coordinates(q), _numbers(q), _numbers(q)
+    dq_BTHK, *turned = hopper.call(
+        functools.partial(_dq_kernel, static=static),
+        "dq_kernel",
         (B, H, T // q),
-        (*inputs, *tiles.by_query),
-        outputs=(q_BTHK,),
-        own=of_queries,
-        streamed=of_keys,
+        (*inputs, *cotangents, turning, *tiles.by_query),
+        outputs=(q_BTHK,) * (2 if turning else 1),
+        own=(*of_queries, *_in_parts(q_BTHK, q, static), *(_rows_of(x, q) for x in turning)),
+        streamed=(_tile(v_BSGV, k), _coordinates(k), *_in_parts(k_BSGK, k, static)),
     )
-    dk_BSGK, dv_BSGV = _call(
-        _dkv_kernel,
-        static,
+    dk_BSGK, dv_BSGV = hopper.call(
+        functools.partial(_dkv_kernel, static=static),
+        "dkv_kernel",
         (B, G, S // k),
-        (*inputs, *tiles.by_key),
+        (*turned, *inputs[len(turned) :], *cotangents, *tiles.by_key),
         outputs=(k_BSGK, v_BSGV),
-        own=of_keys,
-        streamed=of_queries,
+        own=(_tile(k_BSGK, k), _tile(v_BSGV, k), _coordinates(k)),
+        streamed=(_tile(q_BTHK, q), *of_queries),
     )
-    return dq_BTHK, dk_BSGK, dv_BSGV, None, None, None
+    if not turning:
+        return dq_BTHK, dk_BSGK, dv_BSGV, None, None, None, None
+    of_pairs_BTF = pair_gradients(q_BTHK, dq_BTHK, frequencies_3F.shape[1]).sum(2)
+    at_B3T = q_at[:, ANGLED].astype(jnp.float32)
+    of_frequencies_3F = jnp.einsum("btf,bit->if", of_pairs_BTF, at_B3T, precision="highest")
+    return dq_BTHK, dk_BSGK, dv_BSGV, None, None, of_frequencies_3F, None
 
 
 _attend.defvjp(_forward, _backward)
@@ -358,38 +339,17 @@ def _tile(x_BTHK, tokens: int):
     return jax.ShapeDtypeStruct((tokens, x_BTHK.shape[3]), x_BTHK.dtype)
 
 
+def _in_parts(x_BTHK, tokens: int, static: Static):
+    return [jax.ShapeDtypeStruct((tokens, part), x_BTHK.dtype) for part in static.parts]
+
+
+def _rows_of(x_BTF, tokens: int):
+    return jax.ShapeDtypeStruct((tokens, x_BTF.shape[2]), x_BTF.dtype)
+
+
 def _coordinates(tokens: int):
     return jax.ShapeDtypeStruct((4, tokens), jnp.int32)
 
 
 def _numbers(tokens: int):
     return jax.ShapeDtypeStruct((tokens,), jnp.float32)
-
-
-def _shared(x, *buffers: int):
-    """Shared memory for arrays like x; bfloat16 is tiled and swizzled as products want it."""
-    matrix = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
-    return plgpu.SMEM((*buffers, *x.shape), x.dtype, transforms=matrix if x.dtype == jnp.bfloat16 else ())
-
-
-def _call(kernel, static: Static, grid: tuple, inputs, outputs, own, streamed, results=()):
-    """Runs a kernel. inputs: arrays; outputs: like what. In shared memory, each like what:
-
-    own: copied once; streamed: copied for each step; results: copied out.
-    """
-    run = plgpu.kernel(
-        functools.partial(kernel, static=static),
-        kernel_name=kernel.__name__.strip("_"),
-        out_type=tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outputs),
-        grid=grid,
-        grid_names=GRID,
-        scratch_types=(
-            tuple(_shared(x) for x in own),
-            plgpu.Barrier(num_arrivals=len(own)),
-            tuple(_shared(x, BUFFERS) for x in streamed),
-            plgpu.Barrier(num_arrivals=len(streamed), num_barriers=BUFFERS),
-            *map(_shared, results),
-        ),
-        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
-    )
-    return run(*inputs)

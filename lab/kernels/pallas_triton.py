@@ -3,10 +3,11 @@
 A program walks the list of one tile, first the tiles that hide nothing, unmasked: the tiles of keys of a bundle of
 query heads for the output and dq, the tiles of queries of a group of keys for dk and dv, computing each again. No two
 programs write to one place, so every sum has one order. Triton takes powers of two only: a width such as 192 is read as
-128 + 64, and tiles are cut into blocks that such widths leave room for.
+128 + 64, and tiles are cut into blocks that such widths leave room for. Keys are read where they lie. In a step of
+decoding the queries of up to 64 branches and 4 heads are one block, which reads each key once for all of them.
 
-Letters as in lab.kernels.folding, with blocks for tiles; s is transposed for dk and dv, [k, R]. FlashAttention-2 (arXiv
-2307.08691).
+Queries are rotated before: folding copies them, and XLA rotates as it copies. Letters as in lab.kernels.folding, with
+blocks for tiles; s is transposed for dk and dv, [k, R]. FlashAttention-2 (arXiv 2307.08691).
 """
 
 import functools
@@ -19,10 +20,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from lab.coordinates import Coordinates
-from lab.kernels.folding import fold_keys, fold_queries, unfold_queries
+from lab.kernels.folding import fold_queries, key_tiles, unfold_queries, whole
 from lab.kernels.pallas_common import MASKED, Static, capped, dot, fields, of_rows, probabilities, score_gradients
 from lab.kernels.rules import Rule, pairs_visible
-from lab.kernels.tiles import BothWays, Tiles, cut, pad_to_tiles, plan_both_ways
+from lab.kernels.tiles import BothWays, Tiles, cut, is_step, pad_to_tiles, plan_both_ways
 
 try:
     from jax.experimental.pallas import triton
@@ -32,6 +33,7 @@ except ImportError:  # jax has announced that it will go
 OBSTACLE = None if triton else f"needs the Triton lowering of Pallas, which jax {jax.__version__} no longer has"
 LEAST = 16  # of each side of a product
 ALL = slice(None)
+OF_QUERIES, OF_KEYS = 1, 2  # the axis of an array's heads; 0 is that of its tiles
 
 
 class Block(NamedTuple):
@@ -51,9 +53,14 @@ BLOCKS = {
 }
 
 
-def block_of(width: int, dtype) -> Block:
-    """For heads of this width."""
-    table = BLOCKS[jnp.dtype(dtype).itemsize]
+# In a step of decoding: as many rows as there are registers for, since each block reads every key it sees.
+STEP_BLOCKS = {2: {64: Block(256, 32, 8, 2), 128: Block(256, 32, 8, 1)}, 4: {64: Block(64, 32, 8, 1)}}
+
+
+def block_of(width: int, dtype, step: bool) -> Block:
+    """For heads of this width, in a step of decoding or else."""
+    size = jnp.dtype(dtype).itemsize
+    table = BLOCKS[size] | (STEP_BLOCKS[size] if step else {})
     return table[min(widest for widest in table if width <= widest)]
 
 
@@ -86,26 +93,22 @@ def attend(
     B, T, H, K = q_BTHK.shape
     S, G, V = v_BSGV.shape[1:]
     q_tile, k_tile = tile_sizes(T, S)
-    block = block_of(max(K, V), q_BTHK.dtype)
+    step = is_step(T, S)
+    block = block_of(max(K, V), q_BTHK.dtype, step)
     q_size, k_size = min(q_tile, block.rows), min(k_tile, block.keys)
     C = H // math.gcd(H // G, block.rows // q_size)
     of_query, of_key = q_tile // q_size, k_tile // k_size
     o_NCRV, lse_NCR = _attend(
-        Static(rule, float(scale), float(softcap or 0.0), interpret),
+        Static(rule, float(scale), float(softcap or 0.0), interpret, step),
         block,
-        fold_queries(_even(q_BTHK, q_tile), q_size, C),
-        fold_keys(_even(k_BSGK, k_tile), k_size),
-        fold_keys(_even(v_BSGV, k_tile), k_size),
-        fields(pad_to_tiles(q_coordinates, q_tile), q_size, H // C)[:, None],
-        fields(pad_to_tiles(k_coordinates, k_tile), k_size, 1)[:, None],
+        fold_queries(whole(q_BTHK, q_tile, LEAST), q_size, C),
+        key_tiles(whole(k_BSGK, k_tile, LEAST), k_size),
+        key_tiles(whole(v_BSGV, k_tile, LEAST), k_size),
+        fields(pad_to_tiles(q_coordinates, q_tile), q_size, H // C),
+        fields(pad_to_tiles(k_coordinates, k_tile), k_size, 1),
         BothWays(cut(by_query, of_query, of_key), cut(by_key, of_key, of_query)),
     )
     return unfold_queries(o_NCRV, B, T, H)[..., :V], unfold_queries(lse_NCR[..., None], B, T, H)[..., 0]
-
-
-def _even(x_BTHK, tile: int):
-    """Padded to whole tiles, and to a width that has parts."""
-    return jnp.pad(x_BTHK, ((0, 0), (0, -x_BTHK.shape[1] % tile), (0, 0), (0, -x_BTHK.shape[3] % LEAST)))
 
 
 def parts(width: int) -> list[slice]:
@@ -219,50 +222,51 @@ def _dkv_kernel(others, full, total, k, v, k_at, q, do, lse, delta, q_at, dk, dv
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(static: Static, block: Block, q_NCRK, k_MGkK, v_MGkV, q_at, k_at, tiles):
-    return _forward(static, block, q_NCRK, k_MGkK, v_MGkV, q_at, k_at, tiles)[0]
+def _attend(static: Static, block: Block, q_NCRK, k_MkGK, v_MkGV, q_at, k_at, tiles):
+    return _forward(static, block, q_NCRK, k_MkGK, v_MkGV, q_at, k_at, tiles)[0]
 
 
-def _forward(static: Static, block: Block, q_NCRK, k_MGkK, v_MGkV, q_at, k_at, tiles: BothWays):
+def _forward(static: Static, block: Block, q_NCRK, k_MkGK, v_MkGV, q_at, k_at, tiles: BothWays):
     q_NCRK = (q_NCRK * static.scale).astype(q_NCRK.dtype)
     N, C, R, _ = q_NCRK.shape
     outputs = _call(
         functools.partial(_forward_kernel, static=static),
         (static.interpret, block),
         tiles.by_query,
-        own=(q_NCRK, q_at),
-        others=(k_MGkK, v_MGkV, k_at),
+        own=((q_NCRK, OF_QUERIES), (q_at, None)),
+        others=((k_MkGK, OF_KEYS), (v_MkGV, OF_KEYS), (k_at, None)),
         outputs=(
-            jax.ShapeDtypeStruct((N, C, R, v_MGkV.shape[3]), q_NCRK.dtype),
-            jax.ShapeDtypeStruct((N, C, R), jnp.float32),
+            (jax.ShapeDtypeStruct((N, C, R, v_MkGV.shape[3]), q_NCRK.dtype), OF_QUERIES),
+            (jax.ShapeDtypeStruct((N, C, R), jnp.float32), OF_QUERIES),
         ),
     )
-    return outputs, (q_NCRK, k_MGkK, v_MGkV, q_at, k_at, tiles, *outputs)
+    return outputs, (q_NCRK, k_MkGK, v_MkGV, q_at, k_at, tiles, *outputs)
 
 
 def _backward(static: Static, block: Block, residuals, cotangents):
-    q_NCRK, k_MGkK, v_MGkV, q_at, k_at, tiles, o_NCRV, lse_NCR = residuals
+    q_NCRK, k_MkGK, v_MkGV, q_at, k_at, tiles, o_NCRV, lse_NCR = residuals
     do_NCRV, dlse_NCR = cotangents
     rows = q_NCRK, do_NCRV, *of_rows(o_NCRV, lse_NCR, do_NCRV, dlse_NCR)
+    keys = (k_MkGK, OF_KEYS), (v_MkGV, OF_KEYS), (k_at, None)
     (dq_NCRK,) = _call(
         functools.partial(_dq_kernel, static=static),
         (static.interpret, block),
         tiles.by_query,
-        own=(*rows, q_at),
-        others=(k_MGkK, v_MGkV, k_at),
-        outputs=(q_NCRK,),
+        own=(*((x, OF_QUERIES) for x in rows), (q_at, None)),
+        others=keys,
+        outputs=((q_NCRK, OF_QUERIES),),
     )
-    G = k_MGkK.shape[1]
-    of_groups = [x.reshape(x.shape[0], G, -1, *x.shape[2:]) for x in rows]
-    dk_MGkK, dv_MGkV = _call(
+    G = k_MkGK.shape[2]
+    of_groups = [(x.reshape(x.shape[0], G, -1, *x.shape[2:]), OF_QUERIES) for x in rows]
+    dk_MkGK, dv_MkGV = _call(
         functools.partial(_dkv_kernel, static=static),
         (static.interpret, block),
         tiles.by_key,
-        own=(k_MGkK, v_MGkV, k_at),
-        others=(*of_groups, q_at),
-        outputs=(k_MGkK, v_MGkV),
+        own=keys,
+        others=(*of_groups, (q_at, None)),
+        outputs=keys[:2],
     )
-    return dq_NCRK, dk_MGkK, dv_MGkV, None, None, None
+    return dq_NCRK, dk_MkGK, dv_MkGV, None, None, None
 
 
 _attend.defvjp(_forward, _backward)
@@ -271,18 +275,21 @@ _attend.defvjp(_forward, _backward)
 def _call(kernel, compiled: tuple[bool, Block], lists: Tiles, own, others, outputs):
     """Runs kernel(list, full, total, *own, *others, *outputs) for each tile and head of own[0].
 
-    own, outputs: arrays [tiles, heads, ..] of which a program has one tile. others: arrays of which it has all tiles of
-    its row of the batch, [tiles of the row, ..]. Where an array has fewer heads than own[0], several share one.
+    Of each (array [tiles, ..], axis of its heads or None) a program has one head, and one tile, or of others all tiles
+    of its row of the batch. Where an array has fewer heads than own[0], several share one.
     """
     interpret, block = compiled
     _, n, m = lists.keys.shape
-    tiles, programs = own[0].shape[:2]
+    tiles, programs = len(own[0][0]), own[0][0].shape[own[0][1]]
 
-    def spec(x, count: int | None) -> pl.BlockSpec:
+    def spec(x, axis: int | None, count: int | None) -> pl.BlockSpec:
         def index(i, c):
-            return (i // n if count else i, c * x.shape[1] // programs, *[0] * (x.ndim - 2))
+            place = {0: i // n if count else i} | ({axis: c * x.shape[axis] // programs} if axis else {})
+            return tuple(place.get(other, 0) for other in range(x.ndim))
 
-        return pl.BlockSpec((count, None, *x.shape[2:]), index)
+        return pl.BlockSpec(
+            tuple(count if i == 0 else None if i == axis else size for i, size in enumerate(x.shape)), index
+        )
 
     one = pl.BlockSpec((1,), lambda i, c: (i,))
     run = pl.pallas_call(
@@ -290,11 +297,12 @@ def _call(kernel, compiled: tuple[bool, Block], lists: Tiles, own, others, outpu
         grid=(tiles, programs),
         in_specs=[
             pl.BlockSpec((None, m), lambda i, c: (i, 0)), one, one,
-            *(spec(x, None) for x in own), *(spec(x, m) for x in others),
+            *(spec(*x, None) for x in own), *(spec(*x, m) for x in others),
         ],
-        out_specs=[spec(x, None) for x in outputs],
-        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outputs],
+        out_specs=[spec(*x, None) for x in outputs],
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x, _ in outputs],
         compiler_params=None if interpret else triton.CompilerParams(num_warps=block.warps, num_stages=block.stages),
         interpret=interpret,
     )  # fmt: skip
-    return run(lists.keys.reshape(-1, m), lists.full.reshape(-1), lists.total.reshape(-1), *own, *others)
+    arrays = [x for x, _ in (*own, *others)]
+    return run(lists.keys.reshape(-1, m), lists.full.reshape(-1), lists.total.reshape(-1), *arrays)

@@ -6,6 +6,7 @@ A step of decoding has few queries and many keys: the parts give a wide machine 
 import jax.numpy as jnp
 
 from lab.coordinates import Coordinates
+from lab.kernels.folding import whole
 from lab.kernels.tiles import pad_to_tiles
 
 PROGRAMS = 264  # two for each multiprocessor of an H100
@@ -13,19 +14,24 @@ ROWS, KEYS = 64, 512  # queries of a program, and the fewest keys that are worth
 
 
 def parts(queries: int, keys: int) -> int:
-    """Into how many parts to split the keys of a row, for so many queries of all rows and heads."""
-    return max(1, min(PROGRAMS * ROWS // queries, keys // KEYS))
+    """Into how many parts to split the keys of a row, for so many queries of all rows and heads.
+
+    Down to half of what would be best where that makes parts of whole KEYS: others are padded, which copies the keys.
+    """
+    best = max(1, min(PROGRAMS * ROWS // queries, keys // KEYS))
+    return next((count for count in range(best, best // 2, -1) if keys % (count * KEYS) == 0), best)
 
 
-def attend(whole, parts: int, q_BTHK, k_BSGK, v_BSGV, q_coordinates: Coordinates, k_coordinates: Coordinates, *rest):
-    """(o_BTHV, lse_BTH) as `whole`, the attend of an implementation, gives it; rest: rule, scale, softcap."""
+def attend(
+    attend_whole, parts: int, q_BTHK, k_BSGK, v_BSGV, q_coordinates: Coordinates, k_coordinates: Coordinates, *rest
+):
+    """(o_BTHV, lse_BTH) as `attend_whole`, the attend of an implementation, gives it; rest: rule, scale, softcap."""
     B, T, H, _ = q_BTHK.shape
     each = -(-k_BSGK.shape[1] // parts)
-    short = parts * each - k_BSGK.shape[1]
-    cut = lambda x: jnp.pad(x, ((0, 0), (0, short), (0, 0), (0, 0))).reshape(B * parts, each, *x.shape[2:])  # noqa: E731
+    cut = lambda x: whole(x, each).reshape(B * parts, each, *x.shape[2:])  # noqa: E731
     keys = pad_to_tiles(k_coordinates, each).map(lambda x: x.reshape(B * parts, each))
     again = lambda x: jnp.repeat(jnp.asarray(x), parts, axis=0)  # noqa: E731
-    o, lse = whole(again(q_BTHK), cut(k_BSGK), cut(v_BSGV), q_coordinates.map(again), keys, *rest)
+    o, lse = attend_whole(again(q_BTHK), cut(k_BSGK), cut(v_BSGV), q_coordinates.map(again), keys, *rest)
     return merge(o.reshape(B, parts, T, H, -1), lse.reshape(B, parts, T, H))
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lab.coordinates import Coordinates
-from lab.kernels.folding import fold_keys, fold_queries, unfold_queries
+from lab.kernels.folding import fold_queries, key_tiles, unfold_queries
 from lab.kernels.rules import Rule, visible
 from lab.kernels.tiles import Tiles, is_step, make_tiles, pad_to_tiles
 
@@ -30,6 +30,7 @@ class Static(NamedTuple):
     softcap: float
     q_tile: int
     k_tile: int
+    step: bool  # of decoding: keys are read once, where they lie; else often, so each group's are put together first
 
 
 def tile_sizes(T: int, S: int) -> tuple[int, int]:
@@ -50,14 +51,14 @@ def attend(q_BTHK, k_BSGK, v_BSGV, q_coordinates, k_coordinates, rule, scale, so
     q_tile, k_tile = tile_sizes(q_BTHK.shape[1], k_BSGK.shape[1])
     q_coordinates, k_coordinates = pad_to_tiles(q_coordinates, q_tile), pad_to_tiles(k_coordinates, k_tile)
     to_tiles = lambda x, tile: x.reshape(-1, tile)  # noqa: E731
-    static = Static(rule, float(scale), float(softcap or 0.0), q_tile, k_tile)
     B, T, H, _ = q_BTHK.shape
+    static = Static(rule, float(scale), float(softcap or 0.0), q_tile, k_tile, is_step(T, k_BSGK.shape[1]))
     G = k_BSGK.shape[2]
     o_NGRV, lse_NGR = _attend(
         static,
         fold_queries(q_BTHK, q_tile, G),
-        fold_keys(k_BSGK, k_tile),
-        fold_keys(v_BSGV, k_tile),
+        key_tiles(k_BSGK, k_tile),
+        key_tiles(v_BSGV, k_tile),
         q_coordinates.map(lambda x: to_tiles(x, q_tile)),
         k_coordinates.map(lambda x: to_tiles(x, k_tile)),
         _flat_lists(tiles),
@@ -110,21 +111,27 @@ def _rows(q_at: Coordinates, R: int):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(static, q_NGRK, k_MGkK, v_MGkV, q_coordinates, k_coordinates, lists):
-    return _forward(static, q_NGRK, k_MGkK, v_MGkV, q_coordinates, k_coordinates, lists)[0]
+def _attend(static, q_NGRK, k_MkGK, v_MkGV, q_coordinates, k_coordinates, lists):
+    return _forward(static, q_NGRK, k_MkGK, v_MkGV, q_coordinates, k_coordinates, lists)[0]
 
 
-def _forward(static, q_NGRK, k_MGkK, v_MGkV, q_coordinates, k_coordinates, lists):
+def _forward(static, q_NGRK, k_MkGK, v_MkGV, q_coordinates, k_coordinates, lists):
     q_NGRK = (q_NGRK * static.scale).astype(q_NGRK.dtype)
-    inputs = q_NGRK, k_MGkK, v_MGkV, q_coordinates, k_coordinates, lists
+    keys, values = (x if static.step else x.swapaxes(1, 2) for x in (k_MkGK, v_MkGV))
+    inputs = q_NGRK, keys, values, q_coordinates, k_coordinates, lists
     outputs = _foldable(_forward_loop, static)(*inputs)
     return outputs, (*inputs, *outputs)
 
 
-def _forward_loop(static, q_NGRK, k_MGkK, v_MGkV, q_coordinates, k_coordinates, lists):
+def _tile(static: Static, x, j):
+    """[G, k, ..] of keys or values [M, k, G, ..] of a step, else [M, G, k, ..]."""
+    return _at(x, j).swapaxes(0, 1) if static.step else _at(x, j)
+
+
+def _forward_loop(static, q_NGRK, keys, values, q_coordinates, k_coordinates, lists):
     """(o_NGRV, lse_NGR) for scaled queries."""
     N, G, R, _ = q_NGRK.shape
-    V = v_MGkV.shape[-1]
+    V = values.shape[-1]
     acc = jnp.promote_types(q_NGRK.dtype, jnp.float32)
 
     def query_tile(i, outputs):
@@ -132,11 +139,12 @@ def _forward_loop(static, q_NGRK, k_MGkK, v_MGkV, q_coordinates, k_coordinates, 
 
         def key_tile(j, k_at, carry):
             o_GRV, max_GR, sum_GR = carry
-            s_GRk = _scores(static, q_GRK, _at(k_MGkK, j), q_at, k_at)
+            s_GRk = _scores(static, q_GRK, _tile(static, keys, j), q_at, k_at)
             new_GR = jnp.maximum(max_GR, s_GRk.max(-1))
             p_GRk = jnp.exp(s_GRk - new_GR[..., None])
             shrink_GR = jnp.exp(max_GR - new_GR)
-            o_GRV = o_GRV * shrink_GR[..., None] + _dot("grc,gcv->grv", p_GRk.astype(v_MGkV.dtype), _at(v_MGkV, j))
+            v_GkV = _tile(static, values, j)
+            o_GRV = o_GRV * shrink_GR[..., None] + _dot("grc,gcv->grv", p_GRk.astype(v_GkV.dtype), v_GkV)
             return o_GRV, new_GR, sum_GR * shrink_GR + p_GRk.sum(-1)
 
         carry = jnp.zeros((G, R, V), acc), jnp.full((G, R), MASKED, acc), jnp.zeros((G, R), acc)
@@ -154,7 +162,7 @@ def _forward_loop(static, q_NGRK, k_MGkK, v_MGkV, q_coordinates, k_coordinates, 
 def _backward(static, residuals, cotangents):
     *inputs, o_NGRV, lse_NGR = residuals
     do_NGRV, dlse_NGR = cotangents
-    q_NGRK, k_MGkK, v_MGkV = inputs[:3]
+    q_NGRK, keys, values = inputs[:3]
     acc = lse_NGR.dtype
     saw_NGR = lse_NGR > -jnp.inf
     # Rows that saw nothing: lse = +inf makes every probability 0, so nothing flows.
@@ -163,18 +171,18 @@ def _backward(static, residuals, cotangents):
     dq_NGRK, dk_MGKk, dv_MGVk = _foldable(_backward_loop, static)(*inputs, do_NGRV, lse_NGR, delta_NGR)
     return (
         (dq_NGRK * static.scale).astype(q_NGRK.dtype),
-        dk_MGKk.swapaxes(2, 3).astype(k_MGkK.dtype),  # q was scaled before the scores
-        dv_MGVk.swapaxes(2, 3).astype(v_MGkV.dtype),
+        dk_MGKk.transpose(0, 3, 1, 2).astype(keys.dtype),  # q was scaled before the scores
+        dv_MGVk.transpose(0, 3, 1, 2).astype(values.dtype),
         None,
         None,
         None,
     )
 
 
-def _backward_loop(static, q_NGRK, k_MGkK, v_MGkV, q_coordinates, k_coordinates, lists, do_NGRV, lse_NGR, delta_NGR):
+def _backward_loop(static, q_NGRK, keys, values, q_coordinates, k_coordinates, lists, do_NGRV, lse_NGR, delta_NGR):
     """(dq_NGRK of the scaled queries, dk_MGKk, dv_MGVk)."""
     N, G, R, K = q_NGRK.shape
-    M, _, tile, V = v_MGkV.shape
+    M, V, tile = len(values), values.shape[-1], static.k_tile
     acc = lse_NGR.dtype
 
     def query_tile(i, gradients):
@@ -185,7 +193,7 @@ def _backward_loop(static, q_NGRK, k_MGkK, v_MGkV, q_coordinates, k_coordinates,
 
         def key_tile(j, k_at, carry):
             dq_GRK, dk_MGKk, dv_MGVk = carry
-            k_GkK, v_GkV = _at(k_MGkK, j), _at(v_MGkV, j)
+            k_GkK, v_GkV = _tile(static, keys, j), _tile(static, values, j)
             s_GRk = _scores(static, q_GRK, k_GkK, q_at, k_at)
             p_GRk = jnp.exp(s_GRk - lse_GR1)
             ds_GRk = p_GRk * (_dot("grv,gcv->grc", do_GRV, v_GkV) - delta_GR1)

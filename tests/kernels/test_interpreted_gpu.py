@@ -18,31 +18,35 @@ from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams  # pl
 from test_attend import Case, check_close, draw, seeds
 from test_attend import compiled as compiled_here
 
-from lab.kernels import pallas_gpu, rules
+from lab import kernels
+from lab.kernels import hopper, pallas_gpu, rules
+from lab.kernels.rotary import rotate, rotation
 
 FAST = Case(T=20, S=20, rule=rules.own_branch & rules.window(9), softcap=1.5, scale=0.7, H=4, G=2)
 CASES = {
     "groups, capped": FAST,
     "all_branches": Case(T=50, S=50, rule=rules.all_branches, H=2, G=1),
-    "few queries": Case(T=3, S=50, rule=rules.causal, H=2, G=2, K=6, V=16),
+    "few queries": Case(T=7, S=50, rule=rules.causal, H=2, G=2, K=6, V=16),
     "few keys": Case(T=50, S=5, rule=rules.all_branches, H=2, G=1),
 }
 
 
 def dot(a, b):
-    return jnp.dot(a, b[...], preferred_element_type=jnp.float32)
+    return jnp.dot(a, b, preferred_element_type=jnp.float32)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def interpreter():
     with pytest.MonkeyPatch.context() as patch:
-        kernel = functools.partial(pallas_gpu.plgpu.kernel, interpret=InterpretGPUParams(detect_races=True))
-        patch.setattr(pallas_gpu.plgpu, "kernel", kernel)
-        patch.setattr(pallas_gpu.plgpu, "layout_cast", lambda x, layout: x)
+        kernel = functools.partial(hopper.plgpu.kernel, interpret=InterpretGPUParams(detect_races=True))
+        patch.setattr(hopper.plgpu, "kernel", kernel)
+        patch.setattr(hopper.plgpu, "layout_cast", lambda x, layout: x)
         patch.setattr(pallas_gpu, "tile_sizes", lambda T, S: (16, 8))
-        patch.setattr(pallas_gpu, "_transposed", lambda x_s: x_s[...].T)
-        patch.setattr(pallas_gpu, "_dot", lambda a_s, b: dot(a_s[...], b))
-        patch.setattr(pallas_gpu, "_add_dot", lambda sums, a, b_s: sums + dot(a, b_s))
+        patch.setattr(hopper, "matrix", lambda x_s: x_s[...])
+        patch.setattr(
+            hopper, "dot", lambda a_s, b_s: sum(dot(x_s[...], y_s[...].T) for x_s, y_s in zip(a_s, b_s, strict=True))
+        )
+        patch.setattr(hopper, "add_dot", lambda sums, a, b_s: sums + dot(a, b_s[...]))
         yield
 
 
@@ -69,6 +73,31 @@ def compiled(case: Case):
 def test_they_equal_the_reference_forward_and_backward(name, seed, pack):
     inputs = draw(CASES[name], seed, pack)
     check_close(compiled(CASES[name])(*inputs), compiled_here(CASES[name], "reference")(*inputs))
+
+
+@pytest.mark.parametrize(
+    ("K", "pairs", "parts"), [(32, 16, (16, 16)), pytest.param(48, 16, (16, 16, 16), marks=pytest.mark.slow)]
+)
+@settings(max_examples=2)
+@given(seed=seeds, pack=st.sampled_from(sorted(packs.PACKS)))
+def test_queries_rotated_inside_are_queries_rotated_before(K, pairs, parts, seed, pack):
+    case = dataclasses.replace(FAST, K=K)
+    (q, k, v), (queries, keys), cotangents = draw(case, seed, pack)
+    frequencies = jnp.asarray(np.random.default_rng(seed).normal(size=(3, pairs)) / 10, jnp.float32)
+    assert pallas_gpu._parts(K, frequencies) == parts
+
+    def outputs_and_gradients(rotated_inside: bool):
+        def attend(q, k, v, frequencies):
+            if rotated_inside:
+                options = dict(frequencies_3F=frequencies)
+                return pallas_gpu.attend(q, k, v, queries, keys, case.rule, case.scale, case.softcap, **options)
+            q = rotate(q, rotation(queries, frequencies))
+            return kernels.attend(q, k, v, queries, keys, case.rule, implementation="reference", **case.options)
+
+        outputs, pull = jax.vjp(attend, q, k, v, frequencies)
+        return outputs, pull(cotangents)
+
+    check_close(*(jax.jit(outputs_and_gradients, static_argnums=0)(inside) for inside in (True, False)))
 
 
 def test_queries_that_see_nothing_give_zeros_and_no_gradient():

@@ -1,6 +1,7 @@
 """What can be shown of the kernels for GPUs where there is none: they lower, and refuse what they do not take."""
 
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import pytest
 from lab import kernels
 from lab.coordinates import Coordinates
 from lab.errors import UserError
-from lab.kernels import pallas_gpu, rules
+from lab.kernels import pallas_gpu, pallas_triton, rules
 
 T, H, G = 200, 4, 2  # more than a tile, and no multiple of one
 STEPPED = (rules.q.time // 4 - rules.k.time // 4 < 3) & (rules.k.branch % 2 == 0)  # every kind of operator
@@ -55,6 +56,37 @@ def test_forward_and_backward_lower_for_every_width(K, V):
     assert pallas_gpu.refusal(K, V, jnp.bfloat16) is None
     assert lowered(forward(), shapes(K, V)) == FORWARD
     assert lowered(gradients(), shapes(K, V)) == GRADIENTS
+
+
+@pytest.mark.parametrize(
+    ("K", "V", "pairs"),
+    [(64, 64, 32), *(pytest.param(*x, marks=pytest.mark.slow) for x in ((128, 128, 64), (192, 128, 32)))],
+)
+def test_rotation_inside_lowers(K, V, pairs):
+    def run(arrays, at, cotangents, frequencies_3F):
+        def attend(*arrays_and_frequencies):
+            *arrays, frequencies_3F = arrays_and_frequencies
+            return pallas_gpu.attend(*arrays, at, at, rules.own_branch, 0.1, None, None, frequencies_3F)
+
+        return jax.vjp(attend, *arrays, frequencies_3F)[1](cotangents)
+
+    given = *shapes(K, V), jax.ShapeDtypeStruct((3, pairs), jnp.float32)
+    text = jax.jit(run).trace(*given).lower(lowering_platforms=("cuda",)).as_text()
+    assert not re.search(r"stablehlo.concatenate.*bf16", text)  # which would put rotated pairs together
+    assert lowered(run, given) == GRADIENTS
+
+
+@pytest.mark.parametrize("triton", [True, False])
+def test_a_step_of_decoding_is_left_to_kernels_with_few_queries(triton, monkeypatch):
+    monkeypatch.setattr(pallas_triton, "OBSTACLE", None if triton else "it has gone")
+
+    def run(arrays, at, keys):
+        q, k, v = (x[:, :16] if i == 0 else x for i, x in enumerate(arrays))
+        return pallas_gpu.attend(q, k, v, at.map(lambda x: x[:, :16]), keys, rules.own_branch, 0.1, None)
+
+    arrays, at, _ = shapes(64, 64)
+    text = jax.jit(run).trace(arrays, at, at).lower(lowering_platforms=("cuda",)).as_text()
+    assert ("triton" in text) == triton and "mosaic_gpu" not in text
 
 
 @pytest.mark.parametrize(("rule", "softcap"), [(STEPPED, None), (rules.all_branches, 30.0)])

@@ -1,8 +1,10 @@
 """A step of decoding: one query for each branch, over a prompt and the tokens of all branches."""
 
 import functools
+import math
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 import packs
@@ -13,7 +15,7 @@ from test_attend import OTHERS, Case, check_close, draw
 
 from lab import kernels
 from lab.coordinates import Coordinates
-from lab.kernels import pallas_tpu, reference, rules, split, tiled
+from lab.kernels import pallas_tpu, pallas_triton, reference, rules, split, tiled
 
 STEP = Case(T=7, S=90, rule=rules.own_branch, H=4, G=2, K=8, V=6)
 
@@ -58,18 +60,65 @@ def decoding(prefix: int, branches: int, own: int, slots: int) -> tuple[Coordina
     return queries, keys
 
 
-@pytest.mark.parametrize("implementation", ["tiled", "pallas_tpu"])  # GPU programs hold few rows, and share a cache
-@pytest.mark.parametrize(("prefix", "branches", "own"), [(8192, 64, 256), (8192, 200, 32), (4096, 3, 500)])
-def test_a_step_reads_the_shared_prefix_once(implementation, prefix, branches, own):
+def bundles(implementation: str, branches: int, slots: int, heads: int) -> int:
+    """How many blocks of queries read the keys of a group of so many heads, each for itself."""
+    if implementation == "tiled":
+        return 1
+    q_tile, _ = STEPPERS[implementation].tile_sizes(branches, slots)
+    if implementation == "pallas_tpu":
+        return heads // pallas_tpu.heads_per_tile(heads, q_tile, 128, groups=8)
+    block = pallas_triton.block_of(128, jnp.bfloat16, step=True)
+    return max(q_tile // block.rows, 1) * heads // math.gcd(heads, max(block.rows // q_tile, 1))
+
+
+STEPPERS = {"tiled": tiled, "pallas_tpu": pallas_tpu, "pallas_triton": pallas_triton}  # whose step pallas_gpu takes
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+@pytest.mark.parametrize(
+    ("implementation", "prefix", "branches", "own"),
+    [
+        *((name, *shape) for name in STEPPERS for shape in ((8192, 64, 256), (4096, 3, 500))),
+        *((name, 8192, 200, 32) for name in ("tiled", "pallas_tpu")),  # a Triton block has 64 branches at most
+    ],
+)
+def test_a_step_reads_the_shared_prefix_once(implementation, prefix, branches, own, heads):
     """Numbers of keys and values that the listed tiles hold, against those that some branch sees."""
     needed = prefix + branches * own
     queries, keys = decoding(prefix, branches, own, slots=needed + 4096)
     lists = kernels.plan_tiles(queries, keys, rules.own_branch, implementation)
     lists = getattr(lists, "by_query", lists)
-    module = {"tiled": tiled, "pallas_tpu": pallas_tpu}[implementation]
-    _, k_tile = module.tile_sizes(branches, keys.shape[1])
-    read = int(lists.total.sum()) * k_tile
+    _, k_tile = STEPPERS[implementation].tile_sizes(branches, keys.shape[1])
+    read = int(lists.total.sum()) * k_tile * bundles(implementation, branches, keys.shape[1], heads)
     assert needed <= read <= 1.3 * needed
+
+
+def made(jaxpr):
+    """(primitive, numbers) of everything that a program makes outside of its kernels."""
+    for equation in jaxpr.eqns:
+        inner = [x for x in jax.tree.leaves([*equation.params.values()], is_leaf=is_jaxpr) if is_jaxpr(x)]
+        if inner and equation.primitive.name != "pallas_call":
+            for each in inner:
+                yield from made(getattr(each, "jaxpr", each))
+        else:
+            yield from ((equation.primitive.name, x.aval.size) for x in equation.outvars)
+
+
+def is_jaxpr(x) -> bool:
+    return isinstance(x, (jax.extend.core.Jaxpr, jax.extend.core.ClosedJaxpr))
+
+
+@pytest.mark.parametrize("implementation", STEPPERS)
+def test_a_step_makes_no_copy_of_the_keys(implementation):
+    """What a step makes that is as large as the cache is the cache in another shape."""
+    B, T, S, H, G, K = 2, 16, 4096, 8, 4, 64
+    of = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)  # noqa: E731
+    at = [Coordinates(*[jax.ShapeDtypeStruct((B, n), jnp.int32)] * 4) for n in (T, S)]
+    step = lambda *arrays: kernels.attend(*arrays, rules.own_branch, implementation=implementation)  # noqa: E731
+    program = jax.make_jaxpr(step)(of(B, T, H, K), of(B, S, G, K), of(B, S, G, K), *at)
+    found = [*made(program.jaxpr)]
+    assert {name for name, size in found if size >= B * S * G * K} == {"reshape"}
+    assert ("pallas_call" in dict(found)) == (implementation != "tiled")
 
 
 @pytest.mark.parametrize("implementation", OTHERS)
@@ -101,6 +150,7 @@ def test_a_step_on_a_gpu_is_split(monkeypatch):
 
 
 def test_parts_give_every_multiprocessor_work_and_every_part_enough_keys():
-    assert split.parts(queries=64 * 8, keys=2**16) == 33
+    assert split.parts(queries=64 * 8, keys=2**16) == 32  # 33, but 32 are whole
+    assert split.parts(queries=64 * 8, keys=2**16 + 64) == 33
     assert split.parts(queries=8, keys=4096) == 8
     assert split.parts(queries=2**20, keys=2**16) == 1
