@@ -296,19 +296,6 @@ def test_defaults_are_the_scale_of_the_key_width_no_cap_and_no_lse():
     check_close(o, by_loop(case, arrays, coordinates)[0])
 
 
-def temporaries(implementation: str, T: int) -> int:
-    """Bytes of scratch memory of a forward and backward pass over one row."""
-    case = Case(T=T, S=T, rule=rules.own_branch, H=2, G=1, K=16, V=16)
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), draw(case, 0))
-    return compiled(case, implementation).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
-
-
-def test_memory_of_tiled_grows_with_the_length_not_its_square():
-    tiled, dense = ([temporaries(which, T) for T in (1024, 2048)] for which in ("tiled", "reference"))
-    assert tiled[1] < 2.2 * tiled[0]
-    assert dense[1] > 3.5 * dense[0] and dense[1] > 10 * tiled[1]
-
-
 def test_rows_whose_lists_are_long_go_a_few_at_a_time(monkeypatch):
     case = Case(rule=rules.own_branch)
     inputs = draw(case, 6, "interleaved")

@@ -4,7 +4,6 @@ import functools
 import math
 
 import jax
-import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 import packs
@@ -91,34 +90,6 @@ def test_a_step_reads_the_shared_prefix_once(implementation, prefix, branches, o
     _, k_tile = STEPPERS[implementation].tile_sizes(branches, keys.shape[1])
     read = int(lists.total.sum()) * k_tile * bundles(implementation, branches, keys.shape[1], heads)
     assert needed <= read <= 1.3 * needed
-
-
-def made(jaxpr):
-    """(primitive, numbers) of everything that a program makes outside of its kernels."""
-    for equation in jaxpr.eqns:
-        inner = [x for x in jax.tree.leaves([*equation.params.values()], is_leaf=is_jaxpr) if is_jaxpr(x)]
-        if inner and equation.primitive.name != "pallas_call":
-            for each in inner:
-                yield from made(getattr(each, "jaxpr", each))
-        else:
-            yield from ((equation.primitive.name, x.aval.size) for x in equation.outvars)
-
-
-def is_jaxpr(x) -> bool:
-    return isinstance(x, (jax.extend.core.Jaxpr, jax.extend.core.ClosedJaxpr))
-
-
-@pytest.mark.parametrize("implementation", STEPPERS)
-def test_a_step_makes_no_copy_of_the_keys(implementation):
-    """What a step makes that is as large as the cache is the cache in another shape."""
-    B, T, S, H, G, K = 2, 16, 4096, 8, 4, 64
-    of = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)  # noqa: E731
-    at = [Coordinates(*[jax.ShapeDtypeStruct((B, n), jnp.int32)] * 4) for n in (T, S)]
-    step = lambda *arrays: kernels.attend(*arrays, rules.own_branch, implementation=implementation)  # noqa: E731
-    program = jax.make_jaxpr(step)(of(B, T, H, K), of(B, S, G, K), of(B, S, G, K), *at)
-    found = [*made(program.jaxpr)]
-    assert {name for name, size in found if size >= B * S * G * K} == {"reshape"}
-    assert ("pallas_call" in dict(found)) == (implementation != "tiled")
 
 
 @pytest.mark.parametrize("implementation", OTHERS)
