@@ -118,7 +118,7 @@ def attend(
     step = is_step(T, S)
     C = H // heads_per_tile(H // G, q_tile, max(K, V), groups_at_once(G) if step else 0)
     o_NCRV, lse_NCR = _attend(
-        Static(rule, float(scale), float(softcap or 0.0), interpret, step),
+        Static(rule, float(scale), float(softcap or 0.0), interpret, step and G > 1),  # those of one group lie well
         fold_queries(q_BTHK, q_tile, C),
         key_tiles(k_BSGK, k_tile),
         key_tiles(v_BSGV, k_tile),
