@@ -37,7 +37,8 @@ def python() -> pathlib.Path:
 def test_every_width_compiles_within_memory(tpu, python):
     environment = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_PLATFORMS")}
     command = [python, ROOT / "benchmarks" / "compile_for_tpu.py", tpu]
-    made = subprocess.run(command, env=environment, capture_output=True, text=True)
+    with filelock.FileLock(ROOT / ".venv-tpu.lock"):  # one process at a time may load it
+        made = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert made.returncode == 0, made.stderr[-3000:]
     found = [json.loads(line) for line in made.stdout.splitlines()]
     assert {(each["K"], each["V"]) for each in found} == {(64, 64), (128, 128), (192, 128), (256, 256), (576, 512)}
