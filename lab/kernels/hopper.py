@@ -35,7 +35,7 @@ def add_dot(sums, a, b_s):
 
 def matrix(x_s):
     """In float32, laid out as products are."""
-    return plgpu.load(x_s, (), layout=plgpu.Layout.WGMMA).astype(jnp.float32)
+    return plgpu.layout_cast(x_s[...], plgpu.Layout.WGMMA).astype(jnp.float32)
 
 
 def by_row(x):
