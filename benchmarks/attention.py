@@ -15,6 +15,7 @@ import functools
 import json
 import os
 import pathlib
+import shutil
 import statistics
 import subprocess
 import sys
@@ -237,6 +238,8 @@ def main() -> None:
     parser.add_argument("--torch-python", default=sys.executable, help="an interpreter that has PyTorch")
     parser.add_argument("--quick", action="store_true", help="256 tokens and two rounds: does everything run?")
     flags = parser.parse_args()
+    if not shutil.which(flags.torch_python):
+        parser.error(f"--torch-python {flags.torch_python}: there is no such interpreter")
     if flags.quick:
         flags.lengths, flags.rounds = [256], 2
     torch = Torch(flags.torch_python) if has_torch(flags.torch_python) else None
