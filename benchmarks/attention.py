@@ -1,7 +1,7 @@
 """Attention of ours, of JAX and of PyTorch on the same masks: forward, and forward with backward.
 
-    python benchmarks/attention.py [--lengths 2048] [--rounds 7] [--width 64] [--heads 16] [--plot FILE.png]
-                                   [--torch-python PATH] [--quick]
+    python benchmarks/attention.py [--lengths 2048] [--rounds 7] [--width 64] [--heads 16] [--peers NAME ...]
+                                   [--plot FILE.png] [--torch-python PATH] [--quick]
 
 One row; float32 on a CPU, bfloat16 elsewhere. Every implementation that runs here, plain jnp over the whole matrix,
 jax.nn (cuDNN where it can), and PyTorch's FlexAttention and SDPA where an interpreter has it. Peers take turns; a table
@@ -147,12 +147,21 @@ def has_torch(python: str) -> bool:
     return not subprocess.run([python, "-c", "import torch"], capture_output=True).returncode
 
 
+def settle() -> None:
+    """Until this process does nothing: memory of the run before is given back after its result is there."""
+    before = -1.0
+    while time.process_time() - before > 1e-3:
+        before = time.process_time()
+        time.sleep(0.02)
+
+
 def measure(peers: dict[tuple, Callable[[], float]], rounds: int) -> tuple[dict, dict[str, str]]:
     """({(peer, pass): median seconds}, {peer: why it cannot}); peers take turns."""
     times, reasons = {key: [] for key in peers}, {}
     for _ in range(rounds):
         for key, once in peers.items():
             if key in times:
+                settle()
                 try:
                     times[key].append(once())
                 except Exception as error:
@@ -185,19 +194,20 @@ def table(name: str, text: str, at: Coordinates, flags, torch: Torch | None, mos
         np.savez(file, **{field: getattr(at, field)[0] for field in ("segment", "branch", "time", "index")})
         file.flush()
         for which in PASSES:
-            for peer, function in JAX.items():
+            for peer in [peer for peer in flags.peers if peer in JAX]:
+                function = JAX[peer]
                 try:
                     peers[peer, which] = of_jax(function, rule, at, flags.heads, flags.width, which == "both")
                 except Exception as error:
                     reasons[f"{peer} {which}"] = str(error).splitlines()[0][:160]
-            for peer in TORCH if torch else ():
+            for peer in [peer for peer in flags.peers if peer in TORCH]:
                 request = dict(rule=text, coordinates=file.name, heads=flags.heads, width=flags.width, peer=peer)
                 peers[peer, which] = functools.partial(torch.run, request | {"pass": which})
         seconds, failed = measure(peers, flags.rounds)
     best = {which: min(seconds[key] for key in seconds if key[1] == which and key[0] in OURS) for which in PASSES}
     print(f"\n{name}: T {T}, {pairs / T**2:.1%} of the pairs, {share:.1%} of the tiles\n")
     print("| peer | forward ms | x ours | of peak | both ms | x ours | of peak |\n| --- " + "| --: " * 6 + "|")
-    for peer in [*JAX, *(TORCH if torch else ())]:
+    for peer in flags.peers:
         cells = []
         for which, products in zip(PASSES, (2, 7), strict=True):  # of q k^T and p v; and five more
             found, flops = seconds.get((peer, which)), 2 * products * pairs * flags.heads * flags.width
@@ -234,15 +244,21 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help="turns of each")
     parser.add_argument("--heads", type=int, default=16)
     parser.add_argument("--width", type=int, default=64, help="of queries, keys and values")
+    parser.add_argument(
+        "--peers", nargs="+", choices=[*JAX, *TORCH], default=[*JAX, *TORCH], help="one of ours among them"
+    )
     parser.add_argument("--plot", help="where to draw the ratios")
     parser.add_argument("--torch-python", default=sys.executable, help="an interpreter that has PyTorch")
     parser.add_argument("--quick", action="store_true", help="256 tokens and two rounds: does everything run?")
     flags = parser.parse_args()
+    if not {*flags.peers} & {*OURS}:
+        parser.error(f"--peers {' '.join(flags.peers)}: have one of ours among them: {', '.join(OURS)}")
     if not shutil.which(flags.torch_python):
         parser.error(f"--torch-python {flags.torch_python}: there is no such interpreter")
     if flags.quick:
         flags.lengths, flags.rounds = [256], 2
     torch = Torch(flags.torch_python) if has_torch(flags.torch_python) else None
+    flags.peers = [peer for peer in flags.peers if torch or peer not in TORCH]
     most, found = peak(), {}
     print(f"{jax.devices()[0].device_kind}, {jnp.dtype(DTYPE).name}, peak {most / 1e12:.2f} TFLOP/s")
     print(f"{flags.heads} heads of {flags.width}" + ("" if torch else "; no PyTorch here"))
