@@ -183,8 +183,8 @@ def peak() -> float:
     return 2 * n**3 / min(seconds[1:])
 
 
-def table(name: str, text: str, at: Coordinates, flags, torch: Torch | None, most: float) -> dict[str, float]:
-    """Prints the table of a mask; returns the seconds of both passes of each peer."""
+def table(name: str, text: str, at: Coordinates, flags, torch: Torch | None, most: float) -> dict[tuple, float]:
+    """Prints the table of a mask; returns the seconds {(peer, pass): ..}."""
     rule, T = rules.parse(text), at.shape[1]
     order, share = kernels.arrange(at, [rule])
     at = at.map(lambda x: np.take_along_axis(x, order, axis=1))
@@ -217,25 +217,35 @@ def table(name: str, text: str, at: Coordinates, flags, torch: Torch | None, mos
         print(f"| {peer} | {' | '.join(cells)} |", flush=True)
     for which, why in (reasons | failed).items():
         print(f"\n{which}: {why}")
-    return {peer: found for (peer, which), found in seconds.items() if which == "both"}
+    return seconds
 
 
-def plot(path: str, found: dict[str, dict[str, float]]) -> None:
-    """Bars: how many times the fastest of ours each peer takes, forward and backward."""
+def plot(path: str, found: dict[str, dict[tuple, float]]) -> None:
+    """Bars for each pass: how many times the fastest of ours each peer takes."""
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator
 
-    figure, axes = plt.subplots(figsize=(10, 0.9 * len(found) + 1.2), layout="constrained")
-    names = sorted({peer for row in found.values() for peer in row}, key=[*JAX, *TORCH].index)
-    for i, peer in enumerate(names):
-        best = {mask: min(row[name] for name in OURS) for mask, row in found.items()}
-        lengths = [row.get(peer, np.nan) / best[mask] for mask, row in found.items()]
-        axes.barh(np.arange(len(found)) + 0.8 * i / len(names), lengths, 0.8 / len(names), label=peer, align="edge")
-    axes.set(yticks=np.arange(len(found)) + 0.4, yticklabels=[*found], xscale="log")
-    axes.set_xlabel("time of forward and backward, over that of the fastest of ours")
-    axes.axvline(1, color="black", linewidth=0.8)
-    axes.invert_yaxis()
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
+    figure, panels = plt.subplots(1, 2, figsize=(11, 0.55 * len(found) + 1.2), sharey=True, layout="constrained")
+    places = np.arange(len(found))
+    names = sorted({peer for row in found.values() for peer, _ in row}, key=[*JAX, *TORCH].index)
+    for axes, which, title in zip(panels, PASSES, ("forward", "forward and backward"), strict=True):
+        for i, peer in enumerate(names):
+            ratios = [
+                row.get((peer, which), np.nan) / min(row[name, which] for name in OURS if (name, which) in row)
+                for row in found.values()
+            ]
+            height = 0.8 / len(names)
+            axes.barh(places + height * i, np.array(ratios) - 1, height, left=1, label=peer, align="edge")
+        axes.set(title=title, xscale="log", xlabel="time over that of the fastest of ours")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("")
+        axes.axvline(1, color="black", linewidth=0.8)
+    panels[0].set(yticks=places + 0.4, yticklabels=[*found])
+    panels[0].invert_yaxis()
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(names), frameon=False)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
 
 
 def main() -> None:
