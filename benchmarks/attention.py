@@ -267,9 +267,9 @@ def main() -> None:
         parser.error(f"--torch-python {flags.torch_python}: there is no such interpreter")
     if flags.quick:
         flags.lengths, flags.rounds = [256], 2
+    most, found = peak(), {}  # before PyTorch's process begins, and takes its share
     torch = Torch(flags.torch_python) if has_torch(flags.torch_python) else None
     flags.peers = [peer for peer in flags.peers if torch or peer not in TORCH]
-    most, found = peak(), {}
     print(f"{jax.devices()[0].device_kind}, {jnp.dtype(DTYPE).name}, peak {most / 1e12:.2f} TFLOP/s")
     print(f"{flags.heads} heads of {flags.width}" + ("" if torch else "; no PyTorch here"))
     for T in flags.lengths:
