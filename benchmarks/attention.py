@@ -204,7 +204,8 @@ def table(name: str, text: str, at: Coordinates, flags, torch: Torch | None, mos
                 request = dict(rule=text, coordinates=file.name, heads=flags.heads, width=flags.width, peer=peer)
                 peers[peer, which] = functools.partial(torch.run, request | {"pass": which})
         seconds, failed = measure(peers, flags.rounds)
-    best = {which: min(seconds[key] for key in seconds if key[1] == which and key[0] in OURS) for which in PASSES}
+    of_ours = lambda which: [found for (peer, each), found in seconds.items() if each == which and peer in OURS]  # noqa: E731
+    best = {which: min(of_ours(which), default=np.nan) for which in PASSES}
     print(f"\n{name}: T {T}, {pairs / T**2:.1%} of the pairs, {share:.1%} of the tiles\n")
     print("| peer | forward ms | x ours | of peak | both ms | x ours | of peak |\n| --- " + "| --: " * 6 + "|")
     for peer in flags.peers:
@@ -231,7 +232,8 @@ def plot(path: str, found: dict[str, dict[tuple, float]]) -> None:
     for axes, which, title in zip(panels, PASSES, ("forward", "forward and backward"), strict=True):
         for i, peer in enumerate(names):
             ratios = [
-                row.get((peer, which), np.nan) / min(row[name, which] for name in OURS if (name, which) in row)
+                row.get((peer, which), np.nan)
+                / min((row[name, which] for name in OURS if (name, which) in row), default=np.nan)
                 for row in found.values()
             ]
             height = 0.8 / len(names)

@@ -39,7 +39,9 @@ CASES = [  # heads, precision, queries, keys
     (HEADS[0], "bfloat16", 2**17, 2**17),
     *((heads, "bfloat16", 64, 4096) for heads in STEPS),
     (STEPS[0], "bfloat16", 200, 4096),
-    (STEPS[0], "float32", 64, 4096),
+    (STEPS[0], "float32", 256, 4096),
+    ((32, 4, 128, 128), "bfloat16", 256, 4096),
+    ((32, 8, 256, 256), "bfloat16", 256, 4096),
 ]
 RULE = rules.own_branch & rules.window(512)
 

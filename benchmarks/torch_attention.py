@@ -36,10 +36,10 @@ def visible(rule: str, q: dict, k: dict):
 
 def check_memory(T: int) -> None:
     """Raises MemoryError where a mask of T x T, as booleans and as numbers, leaves too little."""
-    free = (
+    most = (
         torch.cuda.mem_get_info()[0] if DEVICE == "cuda" else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     )
-    if (1 + DTYPE.itemsize) * T**2 > 0.5 * free:
+    if (1 + DTYPE.itemsize) * T**2 > 0.5 * most:
         raise MemoryError(f"its mask takes {(1 + DTYPE.itemsize) * T**2 / 2**30:.0f} GiB")
 
 

@@ -176,7 +176,7 @@ def attend(
         options["interpret"] = row.platform != jax.default_backend()
     scale = K**-0.5 if scale is None else scale
     arguments = q_BTHK, k_BSGK, v_BSGV, q_coordinates, k_coordinates, rule, scale, softcap
-    parts = split.parts(B * H * T, S) if row.platform == "gpu" and is_step(T, S) else 1
+    parts = split.parts(B * H, T, S) if row.platform == "gpu" and is_step(T, S) else 1
     if parts > 1:
         options.pop("tiles", None)  # of keys that are not split
         o_BTHV, lse_BTH = split.attend(functools.partial(module.attend, **options), parts, *arguments)

@@ -89,7 +89,9 @@ def sums(*shape: int):
     return pltpu.VMEM(shape, jnp.float32)
 
 
-def call(name: str, kernel, static: Static, grid: tuple, steps: Steps, inputs, turning, outputs, scratch):
+def call(
+    name: str, kernel, static: Static, grid: tuple, steps: Steps, inputs, turning, outputs, scratch, vmem: int = VMEM
+):
     """Runs a kernel. inputs: (array, block); turning: whole arrays, or None; outputs: (like what, block)."""
     whole = [(x, pl.BlockSpec(x.shape, lambda *_: (0, 0))) for x in turning or ()]
     arrays, in_specs = zip(*inputs, *whole, strict=True)
@@ -113,7 +115,7 @@ def call(name: str, kernel, static: Static, grid: tuple, steps: Steps, inputs, t
         ),
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in made],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", *["arbitrary"] * (len(grid) - 1)), vmem_limit_bytes=VMEM
+            dimension_semantics=("parallel", *["arbitrary"] * (len(grid) - 1)), vmem_limit_bytes=vmem
         ),
         interpret=static.interpret,
     )

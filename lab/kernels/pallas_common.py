@@ -24,7 +24,6 @@ class Static(NamedTuple):
     scale: float
     softcap: float  # 0: none
     interpret: bool
-    step: bool  # of decoding
 
 
 def fields(coordinates: Coordinates, tile: int, heads: int):

@@ -23,6 +23,7 @@ from lab.kernels.mosaic_tpu import (
     KEYS,
     LANES,
     QUERIES,
+    VMEM,
     across,
     along,
     blocks,
@@ -50,6 +51,7 @@ from lab.kernels.rules import Rule, pairs_visible
 from lab.kernels.tiles import BothWays, in_line, is_step, pad_to_tiles, plan_both_ways
 
 ROWS = 1024  # of a query tile, with its heads: what fits VMEM beside 512 keys and values of 128
+STEP_VMEM = 48 * 2**20  # of a step of decoding
 STEPS = 2**16  # of a grid: three numbers for each, within the 1 MiB of SMEM
 
 
@@ -66,14 +68,25 @@ def rows_at_once(B: int, T: int, S: int) -> int:
     return max((b for b in range(1, B + 1) if B % b == 0 and b * each <= STEPS), default=0)
 
 
-def heads_per_tile(R: int, q_tile: int, width: int, groups: int = 0) -> int:
-    """How many of the R heads that share keys a query tile holds: a divisor, within VMEM for heads of this width.
-
-    groups: those that a program of a step of decoding has; it reads keys once for each bundle of heads.
-    """
+def heads_per_tile(R: int, q_tile: int, width: int) -> int:
+    """How many of the R heads that share keys a query tile holds: a divisor, within VMEM for heads of this width."""
     most = ROWS if width <= 256 else ROWS // 2
-    most = min(2, 8 // groups) * most if groups else most
     return max(f for f in range(1, R + 1) if R % f == 0 and (f == 1 or f * q_tile <= most))
+
+
+def heads_per_step(R: int, q_tile: int, k_tile: int, groups: int, K: int, V: int, itemsize: int) -> int:
+    """The same for a step of decoding of so many groups, which reads keys once for each bundle of heads.
+
+    Counted: blocks, two of each, with what the kernel keeps beside them; and what one group takes for a moment.
+    """
+    K, V = (-(-width // LANES) * LANES for width in (K, V))
+
+    def fits(f: int) -> bool:
+        kept = groups * f * q_tile * ((3 * K + 2 * V) * itemsize + 4 * V + 8 * LANES)
+        keys = 3 * groups * k_tile * (K + V) * itemsize
+        return kept + keys + 4 * f * q_tile * (3 * K + 2 * V + 3 * k_tile) <= 0.75 * STEP_VMEM
+
+    return max(f for f in range(1, R + 1) if R % f == 0 and (f == 1 or (f * q_tile <= 2 * ROWS and fits(f))))
 
 
 def groups_at_once(G: int) -> int:
@@ -115,10 +128,14 @@ def attend(
         some = lambda x: attend(*x[:5], rule, scale, softcap, x[5], frequencies_3F, interpret=interpret)  # noqa: E731
         return jax.tree.map(lambda x: x.reshape(B, *x.shape[2:]), jax.lax.map(some, row_groups))
     q_tile, k_tile = tile_sizes(T, S)
-    step = is_step(T, S)
-    C = H // heads_per_tile(H // G, q_tile, max(K, V), groups_at_once(G) if step else 0)
+    if step := is_step(T, S):
+        F = heads_per_step(H // G, q_tile, k_tile, groups_at_once(G), K, V, q_BTHK.dtype.itemsize)
+    else:
+        F = heads_per_tile(H // G, q_tile, max(K, V))
+    C = H // F
     o_NCRV, lse_NCR = _attend(
-        Static(rule, float(scale), float(softcap or 0.0), interpret, step and G > 1),  # those of one group lie well
+        Static(rule, float(scale), float(softcap or 0.0), interpret),
+        groups_at_once(G) if step and G > 1 else 0,  # those of one group lie as they should
         fold_queries(q_BTHK, q_tile, C),
         key_tiles(k_BSGK, k_tile),
         key_tiles(v_BSGV, k_tile),
@@ -130,7 +147,7 @@ def attend(
     return unfold_queries(o_NCRV, B, T, H), unfold_queries(lse_NCR[..., None], B, T, H)[..., 0]
 
 
-def _forward_kernel(own, other, flags, raw_q, k, v, q_at, k_at, turning, outputs, scratch, *, static):
+def _forward_kernel(own, other, flags, raw_q, k, v, q_at, k_at, turning, outputs, scratch, *, static, in_place):
     (o, lse), (q, o_sum, top, total) = outputs, scratch
     flag, groups = flags[pl.program_id(1)], range(len(q))
 
@@ -143,7 +160,7 @@ def _forward_kernel(own, other, flags, raw_q, k, v, q_at, k_at, turning, outputs
         total[...] = jnp.zeros_like(total)
 
     def add(masked: bool):
-        k_GkK, v_GkV = (x[...].swapaxes(0, 1) if static.step else x[...] for x in (k, v))
+        k_GkK, v_GkV = (x[...].swapaxes(0, 1) if in_place else x[...] for x in (k, v))
         seen_Rk = pairs_visible(static.rule, columns(q_at), rows(k_at)) if masked else None
         for g in groups:
             s_Rk = capped(dot(q[g], k_GkK[g], (1, 1)), static)
@@ -217,30 +234,31 @@ def _dkv_kernel(own, other, flags, q, k, v, q_at, k_at, do, lse, delta, turning,
         dv[...] = dv_sum[...].astype(dv.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(static: Static, q_NCRK, k_MkGK, v_MkGV, q_at, k_at, frequencies_3F, tiles):
-    return _forward(static, q_NCRK, k_MkGK, v_MkGV, q_at, k_at, frequencies_3F, tiles)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(static: Static, in_place: int, q_NCRK, k_MkGK, v_MkGV, q_at, k_at, frequencies_3F, tiles):
+    """in_place: of how many groups a program reads keys where they lie; 0: they are folded first."""
+    return _forward(static, in_place, q_NCRK, k_MkGK, v_MkGV, q_at, k_at, frequencies_3F, tiles)[0]
 
 
-def _forward(static: Static, q_NCRK, k_MkGK, v_MkGV, q_at, k_at, frequencies_3F, tiles: BothWays):
+def _forward(static: Static, in_place: int, q_NCRK, k_MkGK, v_MkGV, q_at, k_at, frequencies_3F, tiles: BothWays):
     N, C, R, K = q_NCRK.shape
     _, k, G, V = v_MkGV.shape
-    groups, each, steps = groups_at_once(G) if static.step else 1, C // G, in_line(tiles.by_query)
-    keys, values = (x if static.step else x.swapaxes(1, 2) for x in (k_MkGK, v_MkGV))
+    groups, each, steps = in_place or 1, C // G, in_line(tiles.by_query)
+    keys, values = (x if in_place else x.swapaxes(1, 2) for x in (k_MkGK, v_MkGV))
 
     # A place of the grid: (bundle of each of some groups, step).
     def of_heads(*shape):
         return pl.BlockSpec((None, groups, None, *shape), lambda c, s, own, *_: (own[s], c // each, c % each, 0, 0))
 
     def of_keys(*shape):
-        head = (k, groups) if static.step else (groups, k)
-        tile = lambda c, s, own, other, *_: (other[s], *((0, c // each) if static.step else (c // each, 0)), 0)  # noqa: E731
-        return pl.BlockSpec((None, *head, *shape), tile)
+        if in_place:
+            return pl.BlockSpec((None, k, groups, *shape), lambda c, s, own, other, *_: (other[s], 0, c // each, 0))
+        return pl.BlockSpec((None, groups, k, *shape), lambda c, s, own, other, *_: (other[s], c // each, 0, 0))
 
     by_group = lambda x: x.reshape(N, G, each, *x.shape[2:])  # noqa: E731
     o_NGcRV, lse_NGc1R = call(
         "attention_forward",
-        functools.partial(_forward_kernel, static=static),
+        functools.partial(_forward_kernel, static=static, in_place=in_place),
         static,
         (C // groups, steps.count),
         steps,
@@ -257,14 +275,15 @@ def _forward(static: Static, q_NCRK, k_MkGK, v_MkGV, q_at, k_at, frequencies_3F,
         scratch=(
             pltpu.VMEM((groups, R, K), q_NCRK.dtype), sums(groups, R, V), sums(groups, R, LANES), sums(groups, R, LANES)
         ),
+        vmem=STEP_VMEM if in_place else VMEM,
     )  # fmt: skip
     outputs = o_NGcRV.reshape(N, C, R, V), lse_NGc1R.reshape(N, C, R)
     return outputs, (q_NCRK, keys, values, q_at, k_at, frequencies_3F, tiles, *outputs)
 
 
-def _backward(static: Static, residuals, cotangents):
+def _backward(static: Static, in_place: int, residuals, cotangents):
     q_NCRK, *keys_and_values, q_at, k_at, frequencies_3F, tiles, o_NCRV, lse_NCR = residuals
-    k_MGkK, v_MGkV = (x.swapaxes(1, 2) if static.step else x for x in keys_and_values)
+    k_MGkK, v_MGkV = (x.swapaxes(1, 2) if in_place else x for x in keys_and_values)
     do_NCRV, dlse_NCR = cotangents
     _, C, R, K = q_NCRK.shape
     _, G, k, V = v_MGkV.shape

@@ -4,7 +4,8 @@ A program walks the list of one tile, first the tiles that hide nothing, unmaske
 query heads for the output and dq, the tiles of queries of a group of keys for dk and dv, computing each again. No two
 programs write to one place, so every sum has one order. Triton takes powers of two only: a width such as 192 is read as
 128 + 64, and tiles are cut into blocks that such widths leave room for. Keys are read where they lie. In a step of
-decoding the queries of up to 64 branches and 4 heads are one block, which reads each key once for all of them.
+decoding the queries of up to 64 branches and 4 heads (bfloat16, to width 128; else fewer) are one block, which reads
+each key once for all of them.
 
 Queries are rotated before: folding copies them, and XLA rotates as it copies. Letters as in lab.kernels.folding, with
 blocks for tiles; s is transposed for dk and dv, [k, R]. FlashAttention-2 (arXiv 2307.08691).
@@ -93,13 +94,12 @@ def attend(
     B, T, H, K = q_BTHK.shape
     S, G, V = v_BSGV.shape[1:]
     q_tile, k_tile = tile_sizes(T, S)
-    step = is_step(T, S)
-    block = block_of(max(K, V), q_BTHK.dtype, step)
+    block = block_of(max(K, V), q_BTHK.dtype, is_step(T, S))
     q_size, k_size = min(q_tile, block.rows), min(k_tile, block.keys)
     C = H // math.gcd(H // G, block.rows // q_size)
     of_query, of_key = q_tile // q_size, k_tile // k_size
     o_NCRV, lse_NCR = _attend(
-        Static(rule, float(scale), float(softcap or 0.0), interpret, step),
+        Static(rule, float(scale), float(softcap or 0.0), interpret),
         block,
         fold_queries(whole(q_BTHK, q_tile, LEAST), q_size, C),
         key_tiles(whole(k_BSGK, k_tile, LEAST), k_size),

@@ -7,19 +7,20 @@ import jax.numpy as jnp
 
 from lab.coordinates import Coordinates
 from lab.kernels.folding import whole
-from lab.kernels.tiles import pad_to_tiles
+from lab.kernels.tiles import SHARED, pad_to_tiles
 
 PROGRAMS = 264  # two for each multiprocessor of an H100
 ROWS, KEYS = 64, 512  # queries of a program, and the fewest keys that are worth one
+TILE = 64  # keys: other parts are padded, which copies them
 
 
-def parts(queries: int, keys: int) -> int:
-    """Into how many parts to split the keys of a row, for so many queries of all rows and heads.
+def parts(rows: int, T: int, S: int) -> int:
+    """Into how many parts to split the S keys of each row, for T queries of so many rows and heads.
 
-    Down to half of what would be best where that makes parts of whole KEYS: others are padded, which copies the keys.
+    Of parts, too, there are enough keys for a step of decoding.
     """
-    best = max(1, min(PROGRAMS * ROWS // queries, keys // KEYS))
-    return next((count for count in range(best, best // 2, -1) if keys % (count * KEYS) == 0), best)
+    most = max(1, min(PROGRAMS * ROWS // (rows * T), S // max(KEYS, SHARED * T)))
+    return next((count for count in range(most, 0, -1) if S % (count * TILE) == 0), most)
 
 
 def attend(

@@ -13,6 +13,7 @@ from lab.coordinates import Coordinates
 from lab.kernels.rules import Range, Rule
 
 FULL, PARTIAL, EMPTY = range(3)  # tiles in the order of a list: no pair is hidden, some may be, all are
+SHARED = 8  # keys for each query from which on reading them is what a call costs
 FIRST, LAST, ADD_FULL, ADD_PARTIAL = 1, 2, 4, 8  # what a step does: begins and ends its tile, adds another to it
 
 
@@ -29,7 +30,7 @@ class Tiles(NamedTuple):
 
 def is_step(T: int, S: int) -> bool:
     """Whether T queries over S keys are a step of decoding: one tile of queries then reads each key once for all."""
-    return T <= 256 and S > 8 * T
+    return T <= 256 and S >= SHARED * T
 
 
 def pad_to_tiles(coordinates: Coordinates, tile: int) -> Coordinates:

@@ -98,7 +98,7 @@ class Transformer(nnx.Module):
         return self.logits(x_BTD)
 
     def init_cache(self, batch: int, length: int) -> Cache:
-        """An empty cache of `length` slots a row; of a multiple of 512, nothing copies it to read it."""
+        """An empty cache of `length` slots a row: best a multiple of 512, as kernels pad others each time."""
         layers = tuple(block.mixer.init_cache(batch, length, self.compute) for block in self.blocks)
         stream = self.stream.init_cache(batch, length, self.compute)
         return Cache(layers, stream, Coordinates.padding(batch, length).map(jnp.asarray), jnp.int32(0))

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from lab.kernels import mosaic_tpu
+from lab.kernels import mosaic_tpu, pallas_tpu
 
 pytestmark = pytest.mark.slow
 
@@ -43,13 +43,14 @@ def test_every_width_compiles_within_memory(tpu, python):
     found = [json.loads(line) for line in made.stdout.splitlines()]
     assert {(each["K"], each["V"]) for each in found} == {(64, 64), (128, 128), (192, 128), (256, 256), (576, 512)}
     assert {each["dtype"] for each in found} == {"bfloat16", "float32"}
-    assert {each["queries"] for each in found} == {2048, 2**17, 64, 200}
+    assert {each["queries"] for each in found} == {2048, 2**17, 64, 200, 256}
     for each in found:
         step, backward = each["queries"] < each["keys"], {"attention_dq", "attention_dkv"}
         assert set(each["vmem"]) == {"attention_forward"} | (set() if step else backward), each
-        assert all(0 < size <= mosaic_tpu.VMEM < SMALLEST for size in each["vmem"].values()), each
+        most = pallas_tpu.STEP_VMEM if step else mosaic_tpu.VMEM
+        assert all(0 < size <= most < SMALLEST for size in each["vmem"].values()), each
         cache = each["keys"] * each["G"] * (each["K"] + each["V"]) * jnp.dtype(each["dtype"]).itemsize
-        if step and each["K"] % 128 == 0:  # keys are read where they lie; other widths XLA lays out anew on v5p
+        if step and (each["K"] % 128 == 0 or tpu != "v5p"):  # where XLA lays other widths out anew
             assert each["temporaries"] < 0.5 * cache, each
         if each["keys"] == 2**17:
             assert each["temporaries"] < 20 * cache, each  # that of scores would be thousands of times as much

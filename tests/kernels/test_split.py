@@ -1,7 +1,6 @@
 """A step of decoding: one query for each branch, over a prompt and the tokens of all branches."""
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +9,13 @@ import packs
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_attend import OTHERS, Case, check_close, draw
+from test_attend import OTHERS, Case, check_close, compiled, draw
+from test_memory import inner_programs
 
 from lab import kernels
 from lab.coordinates import Coordinates
 from lab.kernels import pallas_tpu, pallas_triton, reference, rules, split, tiled
+from lab.kernels.tiles import is_step
 
 STEP = Case(T=7, S=90, rule=rules.own_branch, H=4, G=2, K=8, V=6)
 
@@ -59,15 +60,26 @@ def decoding(prefix: int, branches: int, own: int, slots: int) -> tuple[Coordina
     return queries, keys
 
 
-def bundles(implementation: str, branches: int, slots: int, heads: int) -> int:
-    """How many blocks of queries read the keys of a group of so many heads, each for itself."""
-    if implementation == "tiled":
+def reads(implementation: str, branches: int, slots: int, heads: int) -> int:
+    """How many programs read the keys of a group of so many heads, each for some of its queries."""
+    if implementation == "tiled":  # one loop over tiles of all queries
         return 1
-    q_tile, _ = STEPPERS[implementation].tile_sizes(branches, slots)
-    if implementation == "pallas_tpu":
-        return heads // pallas_tpu.heads_per_tile(heads, q_tile, 128, groups=8)
-    block = pallas_triton.block_of(128, jnp.bfloat16, step=True)
-    return max(q_tile // block.rows, 1) * heads // math.gcd(heads, max(block.rows // q_tile, 1))
+    groups, of = 8, lambda *shape: jax.ShapeDtypeStruct((1, *shape, 128), jnp.bfloat16)
+    at = [Coordinates(*[jax.ShapeDtypeStruct((1, tokens), jnp.int32)] * 4) for tokens in (branches, slots)]
+    step = functools.partial(kernels.attend, rule=rules.own_branch, implementation=implementation)
+    arrays = of(branches, groups * heads), of(slots, groups), of(slots, groups)
+    (grid,) = grids(jax.make_jaxpr(step)(*arrays, *at).jaxpr)
+    return grid[0] if implementation == "pallas_tpu" else grid[1] // groups  # its programs have all eight groups
+
+
+def grids(jaxpr):
+    """Of the kernels of a program."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "pallas_call":
+            yield equation.params["grid_mapping"].grid
+        else:
+            for inner in inner_programs(equation):
+                yield from grids(inner)
 
 
 STEPPERS = {"tiled": tiled, "pallas_tpu": pallas_tpu, "pallas_triton": pallas_triton}  # whose step pallas_gpu takes
@@ -88,26 +100,24 @@ def test_a_step_reads_the_shared_prefix_once(implementation, prefix, branches, o
     lists = kernels.plan_tiles(queries, keys, rules.own_branch, implementation)
     lists = getattr(lists, "by_query", lists)
     _, k_tile = STEPPERS[implementation].tile_sizes(branches, keys.shape[1])
-    read = int(lists.total.sum()) * k_tile * bundles(implementation, branches, keys.shape[1], heads)
+    read = int(lists.total.sum()) * k_tile * reads(implementation, branches, keys.shape[1], heads)
     assert needed <= read <= 1.3 * needed
 
 
 @pytest.mark.parametrize("implementation", OTHERS)
-def test_a_step_gives_what_the_reference_gives(implementation):
-    case = Case(T=20, S=300, rule=rules.own_branch, H=4, G=2, K=8, V=6)
-    arrays, _, _ = draw(case, 0)
+@pytest.mark.parametrize(("H", "G"), [(4, 2), (3, 1), (32, 16)])  # of which a program of pallas_tpu has 2, 1 and 8
+def test_a_step_gives_what_the_reference_gives(H, G, implementation):
+    case = Case(T=20, S=300, rule=rules.own_branch, H=H, G=G, K=8, V=6)
+    arrays, _, cotangents = draw(case, 0)
     at = jax.tree.map(lambda x: np.repeat(x, 2, axis=0), decoding(100, 20, 8, slots=300))
-    found, expected = (
-        jax.jit(functools.partial(kernels.attend, rule=case.rule, implementation=which, return_lse=True))(*arrays, *at)
-        for which in (implementation, "reference")
-    )
+    found, expected = (compiled(case, which)(arrays, at, cotangents) for which in (implementation, "reference"))
     check_close(found, expected)
 
 
 def test_a_step_on_a_gpu_is_split(monkeypatch):
-    case = Case(T=20, S=300, rule=rules.own_branch, H=4, G=2, K=8, V=6)
+    case = Case(T=5, S=300, rule=rules.own_branch, H=4, G=2, K=8, V=6)
     arrays, _, _ = draw(case, 0)
-    at = jax.tree.map(lambda x: np.repeat(x, 2, axis=0), decoding(100, 20, 8, slots=300))
+    at = jax.tree.map(lambda x: np.repeat(x, 2, axis=0), decoding(100, 5, 32, slots=300))
     monkeypatch.setattr(split, "KEYS", 64)
     seen = []
     monkeypatch.setattr(split, "attend", lambda *given, whole=split.attend: seen.append(given[1]) or whole(*given))
@@ -121,7 +131,14 @@ def test_a_step_on_a_gpu_is_split(monkeypatch):
 
 
 def test_parts_give_every_multiprocessor_work_and_every_part_enough_keys():
-    assert split.parts(queries=64 * 8, keys=2**16) == 32  # 33, but 32 are whole
-    assert split.parts(queries=64 * 8, keys=2**16 + 64) == 33
-    assert split.parts(queries=8, keys=4096) == 8
-    assert split.parts(queries=2**20, keys=2**16) == 1
+    assert split.parts(rows=8, T=64, S=2**16) == 32  # 33 would do, but 32 have whole tiles
+    assert split.parts(rows=8, T=64, S=2**16 + 1) == 33
+    assert split.parts(rows=8, T=64, S=512 * 37) == 8
+    assert split.parts(rows=8, T=1, S=4096) == 8
+    assert split.parts(rows=2**14, T=64, S=2**16) == 1
+
+
+@given(rows=st.integers(1, 300), T=st.integers(1, 256), S=st.integers(1, 2**17))
+def test_a_part_of_a_step_is_a_step(rows, T, S):
+    parts = split.parts(rows, T, S)
+    assert parts >= 1 and (not is_step(T, S) or is_step(T, -(-S // parts)))
