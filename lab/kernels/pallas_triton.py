@@ -55,7 +55,11 @@ BLOCKS = {
 
 
 # In a step of decoding: as many rows as there are registers for, since each block reads every key it sees.
-STEP_BLOCKS = {2: {64: Block(256, 32, 8, 2), 128: Block(256, 32, 8, 1)}, 4: {64: Block(64, 32, 8, 1)}}
+STEP_BLOCKS = {
+    2: {64: Block(256, 32, 8, 2), 128: Block(256, 32, 8, 1), 192: Block(128, 32, 8, 1), 256: Block(128, 16, 8, 1),
+        math.inf: Block(32, 16, 8, 1)},
+    4: {64: Block(64, 32, 8, 1)},
+}  # fmt: skip
 
 
 def block_of(width: int, dtype, step: bool) -> Block:
