@@ -194,15 +194,15 @@ def table(name: str, text: str, at: Coordinates, flags, torch: Torch | None, mos
         np.savez(file, **{field: getattr(at, field)[0] for field in ("segment", "branch", "time", "index")})
         file.flush()
         for which in PASSES:
-            for peer in [peer for peer in flags.peers if peer in JAX]:
-                function = JAX[peer]
+            for peer in flags.peers:
+                if peer in TORCH:
+                    request = dict(rule=text, coordinates=file.name, heads=flags.heads, width=flags.width, peer=peer)
+                    peers[peer, which] = functools.partial(torch.run, request | {"pass": which})
+                    continue
                 try:
-                    peers[peer, which] = of_jax(function, rule, at, flags.heads, flags.width, which == "both")
+                    peers[peer, which] = of_jax(JAX[peer], rule, at, flags.heads, flags.width, which == "both")
                 except Exception as error:
                     reasons[f"{peer} {which}"] = str(error).splitlines()[0][:160]
-            for peer in [peer for peer in flags.peers if peer in TORCH]:
-                request = dict(rule=text, coordinates=file.name, heads=flags.heads, width=flags.width, peer=peer)
-                peers[peer, which] = functools.partial(torch.run, request | {"pass": which})
         seconds, failed = measure(peers, flags.rounds)
     of_ours = lambda which: [found for (peer, each), found in seconds.items() if each == which and peer in OURS]  # noqa: E731
     best = {which: min(of_ours(which), default=np.nan) for which in PASSES}

@@ -7,13 +7,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from lab.coordinates import Coordinates
 from lab.kernels.rules import Rule
 
-ANGLED = np.array([3, 1, 2])  # of the four rows of coordinates: index, branch and time, as frequencies have them
 MASKED = -1e30  # not -inf: a tile may hide every key of a query, and inf - inf is nan
 
 
@@ -61,3 +59,18 @@ def of_rows(o_NCRV, lse_NCR, do_NCRV, dlse_NCR):
     saw_NCR = lse_NCR > -jnp.inf
     delta_NCR = (o_NCRV.astype(jnp.float32) * do_NCRV.astype(jnp.float32)).sum(-1) - jnp.where(saw_NCR, dlse_NCR, 0)
     return jnp.where(saw_NCR, lse_NCR, jnp.inf), delta_NCR  # rows that saw nothing: every probability is 0
+
+
+def frequency_gradients(q, dq, q_at, frequencies_3F, heads: int):
+    """Of the frequencies that queries [N, .., K] rotate by [3, F], from theirs; None without frequencies.
+
+    With its angle a pair (a, b) moves by (-b, a), however far it is turned. heads: the axis of these; q_at: the four
+    coordinates of tokens or rows, [N, 4, n].
+    """
+    if frequencies_3F is None:
+        return None
+    F = frequencies_3F.shape[1]
+    (a, b), (da, db) = ((x[..., -2 * F : -F].astype(jnp.float32), x[..., -F:].astype(jnp.float32)) for x in (q, dq))
+    of_angles_NnF = (a * db - b * da).sum(heads)
+    _, branch, time, index = (q_at[:, i].astype(jnp.float32) for i in range(4))
+    return jnp.einsum("nrf,inr->if", of_angles_NnF, jnp.stack([index, branch, time]), precision="highest")

@@ -24,8 +24,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from lab.coordinates import Coordinates
 from lab.kernels import hopper, pallas_triton, tiled
 from lab.kernels.folding import whole
-from lab.kernels.pallas_common import ANGLED, MASKED
-from lab.kernels.rotary import pair_gradients, rotate, rotation
+from lab.kernels.pallas_common import MASKED, frequency_gradients
+from lab.kernels.rotary import rotate, rotation
 from lab.kernels.rules import Rule, pairs_visible
 from lab.kernels.tiles import BothWays, is_step, pad_to_tiles, plan_both_ways
 
@@ -324,11 +324,7 @@ def _backward(static: Static, residuals, cotangents):
         own=(_tile(k_BSGK, k), _tile(v_BSGV, k), _coordinates(k)),
         streamed=(_tile(q_BTHK, q), *of_queries),
     )
-    if not turning:
-        return dq_BTHK, dk_BSGK, dv_BSGV, None, None, None, None
-    of_pairs_BTF = pair_gradients(q_BTHK, dq_BTHK, frequencies_3F.shape[1]).sum(2)
-    at_B3T = q_at[:, ANGLED].astype(jnp.float32)
-    of_frequencies_3F = jnp.einsum("btf,bit->if", of_pairs_BTF, at_B3T, precision="highest")
+    of_frequencies_3F = frequency_gradients(q_BTHK, dq_BTHK, q_at, frequencies_3F, heads=2)
     return dq_BTHK, dk_BSGK, dv_BSGV, None, None, of_frequencies_3F, None
 
 

@@ -36,17 +36,16 @@ from lab.kernels.mosaic_tpu import (
     turns,
 )
 from lab.kernels.pallas_common import (
-    ANGLED,
     MASKED,
     Static,
     capped,
     dot,
     fields,
+    frequency_gradients,
     of_rows,
     probabilities,
     score_gradients,
 )
-from lab.kernels.rotary import pair_gradients
 from lab.kernels.rules import Rule, pairs_visible
 from lab.kernels.tiles import BothWays, in_line, is_step, pad_to_tiles, plan_both_ways
 
@@ -323,11 +322,7 @@ def _backward(static: Static, in_place: int, residuals, cotangents):
         outputs=((k_MGkK, of_keys(k, K)), (v_MGkV, of_keys(k, V))),
         scratch=(sums(k, K), sums(k, V)),
     )
-    of_frequencies_3F = None
-    if frequencies_3F is not None:
-        of_pairs_NRF = pair_gradients(q_NCRK, dq_NCRK, frequencies_3F.shape[1]).sum(1)
-        at_N3R = q_at[:, ANGLED].astype(jnp.float32)
-        of_frequencies_3F = jnp.einsum("nrf,nir->if", of_pairs_NRF, at_N3R, precision="highest")
+    of_frequencies_3F = frequency_gradients(q_NCRK, dq_NCRK, q_at, frequencies_3F, heads=1)
     return dq_NCRK, dk_MGkK.swapaxes(1, 2), dv_MGkV.swapaxes(1, 2), None, None, of_frequencies_3F, None
 
 

@@ -18,12 +18,6 @@ def rotation(coordinates: Coordinates, frequencies_3F) -> tuple[jax.Array, jax.A
     return jnp.cos(angle), jnp.sin(angle)
 
 
-def pair_gradients(x, dx, F: int):
-    """Gradient [.., F] of the angle of each pair (a, b) of x [.., K], from that of x: a db - b da, at any angle."""
-    (a, b), (da, db) = ((y[..., -2 * F : -F].astype(jnp.float32), y[..., -F:].astype(jnp.float32)) for y in (x, dx))
-    return a * db - b * da
-
-
 def rotate(x_BTHK: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax.Array:
     """The last R dimensions with each pair (p, p + R/2) of them turned by its angle."""
     cos, sin = (r.astype(x_BTHK.dtype) for r in rotation)
