@@ -20,7 +20,7 @@ v, o rotate (configs/published/vo_rope.csv): QK 2.712, QKVO 2.719, K 2.769, VO 2
 
 from lab.config import base
 from lab.errors import choose
-from lab.study.cells import chain, matched, named
+from lab.study.define.cells import chain, matched, named
 
 BASELINE = "MLA"
 SUBSETS = ("none", "Q", "K", "V", "O", "QK", "QV", "QO", "KV", "KO", "VO", "QKV", "QKO", "QVO", "KVO", "QKVO")
@@ -37,22 +37,22 @@ class Sizes:
     def gqa(self, groups: int, width: int, rope: int = 0, heads: int = 1):
         """An attention shape: groups, K, rotated dims (0: all), and how many times the heads."""
         return (
-            ("model.heads", heads * self.heads),
-            ("model.kv_heads", groups),
-            ("model.head_dim", width // self.divide),
-            ("model.rotary.dim", rope // self.divide),
+            ("model.mixer.heads", heads * self.heads),
+            ("model.mixer.kv_heads", groups),
+            ("model.mixer.head_dim", width // self.divide),
+            ("model.position.dim", rope // self.divide),
         )
 
     def shared(self, mixer: str, groups: int, width: int, heads: int = 1):
-        return ("model.mixer", mixer), *self.gqa(groups, width, 64, heads)
+        return ("model.mixer.name", mixer), *self.gqa(groups, width, 64, heads)
 
     def mla(self, width: int, values: int, latents: int = 1):
         """MLA of K = width with 64 rotated dims; several latents make it GLA, at the same cache."""
-        latent = ("model.latent", 512 // latents // self.divide), ("model.v_head_dim", values // self.divide)
-        return ("model.mixer", "mla"), *self.gqa(latents, width, 64), *latent
+        latent = ("model.mixer.latent", 512 // latents // self.divide), ("model.mixer.v_head_dim", values // self.divide)
+        return ("model.mixer.name", "mla"), *self.gqa(latents, width, 64), *latent
 
     def low_rank(self):
-        return ("model.q_rank", self.lora), ("model.o_rank", self.lora)
+        return ("model.mixer.q_rank", self.lora), ("model.mixer.o_rank", self.lora)
 
 
 def series(s: Sizes) -> dict:
@@ -86,8 +86,8 @@ def doubled(s: Sizes) -> dict:
 def narrowed(s: Sizes) -> dict:
     """Of part VI: a narrower feed-forward, for equal parameters."""
     return {
-        "GQA1-256 MLP 4096": (*s.gqa(1, 256), ("model.ffn", s.narrow)),
-        "GQA2-(192+64)-S2 MLP 4096": (*s.shared("s2", 2, 256), ("model.ffn", s.narrow)),
+        "GQA1-256 MLP 4096": (*s.gqa(1, 256), ("model.feedforward.width", s.narrow)),
+        "GQA2-(192+64)-S2 MLP 4096": (*s.shared("s2", 2, 256), ("model.feedforward.width", s.narrow)),
     }
 
 
@@ -96,23 +96,23 @@ def beyond(s: Sizes) -> dict:
     gqa = s.gqa(2, 128)
     return {
         "GQA2-128": gqa,
-        "output gate": (*gqa, ("model.output_gate", True)),
-        "sink": (*gqa, ("model.sink", True)),
-        "QK-norm": (*gqa, ("model.qk_norm", True)),
-        "soft-cap 30": (*gqa, ("model.softcap", 30.0)),
+        "output gate": (*gqa, ("model.mixer.output_gate", True)),
+        "sink": (*gqa, ("model.mixer.sink", True)),
+        "QK-norm": (*gqa, ("model.mixer.qk_norm", True)),
+        "soft-cap 30": (*gqa, ("model.mixer.softcap", 30.0)),
         "MLA": s.mla(192, 128),
         "GLA2": s.mla(192, 128, latents=2),
         "GTA4": s.shared("gta", 4, 128),
-        "DIFF V2": (("model.mixer", "differential"), *gqa),
-        "forgetting": (("model.mixer", "forgetting"), *gqa),
-        "delta 1 : GQA 1": (*gqa, ("model.pattern", ((("mixer", "delta"),), ()))),
-        "delta": (("model.mixer", "delta"), *gqa),
+        "DIFF V2": (("model.mixer.name", "differential"), *gqa),
+        "forgetting": (("model.mixer.name", "forgetting"), *gqa),
+        "delta 1 : GQA 1": (*gqa, ("model.pattern", ((("mixer.name", "delta"),), ()))),
+        "delta": (("model.mixer.name", "delta"), *(pair for pair in gqa if pair[0] != "model.mixer.kv_heads")),
     }
 
 
 def factorial(s: Sizes) -> dict:
     """All four cache 512 numbers and have equal parameters."""
-    full = ("model.rotary.dim", 0)
+    full = ("model.position.dim", 0)
     return {
         "separate, full": s.gqa(1, 256),
         "separate, partial": s.gqa(1, 256, 64),
@@ -199,7 +199,7 @@ def part_flops(config, s: Sizes) -> None:
     others = {name: pairs for name, pairs in (series(s) | doubled(s)).items() if name not in without}
     config.study.cells = chain(
         named(BASELINE, *series(s)[BASELINE]),
-        matched(cells(others), to=BASELINE, on="train_flops", by="model.ffn"),
+        matched(cells(others), to=BASELINE, on="train_flops", by="model.feedforward.width"),
     )
     config.study.baseline = (("variant", BASELINE),)
     guess(config.study, without=tuple(narrowed(s)))
@@ -227,7 +227,7 @@ def part_factorial(config, s: Sizes) -> None:
 def part_rotate(config, s: Sizes) -> None:
     study = config.study
     study.question = "Which of queries, keys, values and output should rotate?"
-    study.cells = cells({name: (*s.gqa(s.heads, 128), ("model.rotate", name.lower())) for name in SUBSETS})
+    study.cells = cells({name: (*s.gqa(s.heads, 128), ("model.mixer.rotate", name.lower())) for name in SUBSETS})
     study.baseline = (("variant", "QK"),)
     study.published = "configs/published/vo_rope.csv"
     study.sections = ("series", "curves")
@@ -245,7 +245,7 @@ def part_beyond_flops(config, s: Sizes) -> None:
     part_beyond(config, s)
     variants = beyond(s)
     first = named("GQA2-128", *variants.pop("GQA2-128"))
-    config.study.cells = chain(first, matched(cells(variants), to="GQA2-128", on="train_flops", by="model.ffn"))
+    config.study.cells = chain(first, matched(cells(variants), to="GQA2-128", on="train_flops", by="model.feedforward.width"))
 
 
 PARTS = {
@@ -260,21 +260,21 @@ PARTS = {
 
 def cpu(config) -> Sizes:
     """2 layers of width 128 on bytes of Python's own sources; heads of 16 for the published 128."""
-    config.model.update(dict(dim=128, layers=2, ffn=341))
-    config.data.update(dict(text_length=128, rows=8))
+    config.model.update(dict(dim=128, layers=2))
+    config.model.feedforward.width = 341
     config.train.update(dict(steps=200, learning_rate=5e-3, final_learning_rate=5e-4, warmup=20))
-    config.evaluate.update(dict(texts=512, rows=16))
     config.study.seeds = 4
     return Sizes(128, 8, 8)
 
 
 def gpu(config) -> Sizes:
     """1024 wide, 12 layers, on Python's own sources."""
-    config.model.update(dict(dim=1024, layers=12, ffn=2728, vocabulary=6400, compute="bfloat16", scan=True))
+    config.model.update(dict(dim=1024, layers=12, vocabulary=6400, compute="bfloat16"))
+    config.model.feedforward.width = 2728
+    config.run.scan = True
     config.data.update(dict(tokenizer="bpe:6400", text_length=1024, rows=16))
     config.train.update(dict(steps=1000, learning_rate=2e-3, final_learning_rate=2e-4, warmup=100))
-    config.evaluate.update(dict(texts=512, rows=16))
-    config.checkpoint.every = 500
+    config.run.checkpoint.every = 500
     config.study.seeds = 3
     return Sizes(1024, 16, 2)
 
@@ -282,11 +282,13 @@ def gpu(config) -> Sizes:
 def paper(config) -> Sizes:
     """The published sizes: 16,000 steps of 256 texts of 4096 tokens; bring the texts."""
     gpu(config)
-    config.model.update(dict(dim=2048, ffn=5456, vocabulary=159_619, remat="dots"))
+    config.model.update(dict(dim=2048, vocabulary=159_619))
+    config.model.feedforward.width = 5456
+    config.run.remat = "dots"
     config.data.update(dict(corpus="jsonl", tokenizer="bpe:159619", text_length=4096, rows=256, texts=4_096_000))
     config.train.update(dict(steps=16_000, warmup=1000))
-    config.evaluate.update(dict(texts=4096, rows=32))
-    config.checkpoint.every = 1000
+    config.evaluate.loss.update(dict(texts=4096, rows=32))
+    config.run.checkpoint.every = 1000
     config.study.seeds = 1
     return Sizes(2048, 16, 1)
 
@@ -311,10 +313,6 @@ def get_config(scale: str = "cpu"):
     study.name = "attention_ablation"
     study.question = "Which part of MLA makes it good: wide heads, shared keys and values, or partial RoPE?"
     study.labels = (("name", "variant"),)
-    config.data.texts_per_row = config.evaluate.texts_per_row = 1
-    config.evaluate.branches, config.data.draw = (1,), "fixed1"
-    config.model.rule = "causal"
-    config.model.rotary.update(dict(theta=1e4, ratio=0.0))  # ordinary RoPE
     config.train.optimizer = "muon"
     config.train.muon.per_head = "qkv"
     SCALES[choose("the scale of configs/attention_ablation.py", scale, SCALES)](config)

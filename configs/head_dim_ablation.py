@@ -13,20 +13,20 @@ best for all three, and 16 heads of 64 are best among them (2.82, against 2.96 a
 (2.67).
 """
 
-from lab.config import base
+from lab.config import base, branches
 from lab.errors import choose
-from lab.study.cells import chain, named, product, vary
+from lab.study.define.cells import chain, named, product, vary
 
 RATIOS = (0.0, 0.25, 0.5, 0.75, 1.0)
 DRAWS = ("fixed1", "1-15")
 
 
 def get_config(scale: str = "cpu"):
-    config = base()
+    config = branches(base())
     study = config.study
     study.name = "head_dim_ablation"
     study.question = "Does the best share of rotary pairs for the branch move with the width of a head?"
-    study.labels = (("name", "head"), ("model.rotary.ratio", "rope_ratio"), ("data.draw", "train_branch"))
+    study.labels = (("name", "head"), ("model.position.ratio", "rope_ratio"), ("data.draw", "train_branch"))
     study.sections = ("branches", "curves")
     study.published = "configs/published/head_dim_1024.csv"
     SCALES[choose("the scale of configs/head_dim_ablation.py", scale, SCALES)](config)
@@ -35,45 +35,53 @@ def get_config(scale: str = "cpu"):
 
 def cells(dim: int, heads: tuple[int, ...]):
     """Every head shape at every ratio and draw."""
-    shapes = chain(*(
-        named(f"h{h}", ("model.heads", h), ("model.kv_heads", h // 4), ("model.head_dim", dim // h)) for h in heads
-    ))  # fmt: skip
-    return product(shapes, vary("model.rotary.ratio", RATIOS), vary("data.draw", DRAWS))
+    shapes = (
+        (("model.mixer.heads", h), ("model.mixer.kv_heads", h // 4), ("model.mixer.head_dim", dim // h)) for h in heads
+    )
+    shapes = chain(*(named(f"h{h}", *shape) for h, shape in zip(heads, shapes, strict=True)))
+    return product(shapes, vary("model.position.ratio", RATIOS), vary("data.draw", DRAWS))
 
 
 def cpu(config) -> None:
     """2 layers of width 256 on bytes of Python's own sources: 16, 8 or 4 rotary pairs a head."""
-    config.model.update(dict(dim=256, layers=2, ffn=512))
+    config.model.update(dict(dim=256, layers=2))
+    config.model.feedforward.width = 512
     config.study.cells = cells(256, (8, 16, 32))
     config.train.steps = 200
 
 
 def gpu(config) -> None:
     """512 wide, 8 layers, on Python's own sources."""
-    config.model.update(dict(dim=512, layers=8, ffn=1408, vocabulary=6400, compute="bfloat16", scan=True))
+    config.model.update(dict(dim=512, layers=8, vocabulary=6400, compute="bfloat16"))
+    config.model.feedforward.width = 1408
+    config.run.scan = True
     config.study.cells = cells(512, (8, 16, 32))
     config.data.update(dict(tokenizer="bpe:6400", text_length=256, texts_per_row=16, rows=4))
     config.train.update(dict(steps=1000, learning_rate=1e-3, final_learning_rate=1e-4, warmup=50))
-    config.evaluate.update(dict(texts=768, texts_per_row=192, rows=4))
-    config.checkpoint.every = 500
+    config.evaluate.loss.update(dict(texts=768, texts_per_row=192, rows=4))
+    config.run.checkpoint.every = 500
 
 
 def paper(config) -> None:
     """The published setting; bring its data: 1,024,000 training and 200,000 validation texts."""
     gpu(config)
-    config.model.update(dict(dim=1024, layers=24, ffn=2752, remat="dots"))
+    config.model.update(dict(dim=1024, layers=24))
+    config.model.feedforward.width = 2752
+    config.run.remat = "dots"
     config.study.cells = cells(1024, (8, 16, 32))
     config.data.update(dict(corpus="jsonl", long_texts="truncate", texts=1_024_000))
     config.train.update(dict(steps=16_000, learning_rate=5.5e-4, final_learning_rate=5e-5, warmup=0))
-    config.train.update(dict(b2=0.999, decay="all"))
-    config.evaluate.texts = 192 * 1040
-    config.checkpoint.every = 1000
+    config.train.decay = "all"
+    config.train.adamw.b2 = 0.999
+    config.evaluate.loss.texts = 192 * 1040
+    config.run.checkpoint.every = 1000
 
 
 def billion(config) -> None:
     """1B parameters: heads of 128, 64 or 32; a batch of 16k tokens wants 8 devices, or microbatches."""
     paper(config)
-    config.model.update(dict(dim=2048, layers=22, ffn=5504))
+    config.model.update(dict(dim=2048, layers=22))
+    config.model.feedforward.width = 5504
     config.study.cells = cells(2048, (16, 32, 64))
 
 

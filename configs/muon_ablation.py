@@ -16,7 +16,7 @@ one of the matrices that are split.
 
 from lab.config import base
 from lab.errors import choose
-from lab.study.cells import chain, named
+from lab.study.define.cells import chain, named
 
 RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 ADAMW, WHOLE, HEADS, W_O = "AdamW", "Muon", "Muon, heads", "Muon, heads and W_O"
@@ -50,7 +50,7 @@ def get_config(scale: str = "cpu"):
             (("single", "keller-jordan - moonlight", 1), ("single", "mup - moonlight", 1)),
         ),
     )
-    whole_rows(config)
+    config.train.final_learning_rate = 0.0  # from wherever it is tuned to
     SCALES[choose("the scale of configs/muon_ablation.py", scale, SCALES)](config)
     study.tune = (("train.learning_rate", RATES),)
     study.cells = cells(config.model.dim, config.train.weight_decay)
@@ -59,15 +59,6 @@ def get_config(scale: str = "cpu"):
 
 def contrast(name: str, plus: str, minus: str):
     return name, (("optimizer", plus),), (("optimizer", minus),)
-
-
-def whole_rows(config) -> None:
-    """One text a row, seen causally under ordinary RoPE, and a rate that falls to zero from wherever it is tuned to."""
-    config.data.update(dict(texts_per_row=1, draw="fixed1"))
-    config.evaluate.update(dict(texts_per_row=1, branches=(1,)))
-    config.model.rule = "causal"
-    config.model.rotary.update(dict(theta=1e4, ratio=0.0))
-    config.train.final_learning_rate = 0.0
 
 
 def cells(dim: int, decay: float):
@@ -94,22 +85,25 @@ def muon(name: str, *pairs: tuple[str, object]):
 
 def cpu(config) -> None:
     """2 layers of width 64 on bytes of Python's own sources, 300 steps of 8 rows of 128 bytes."""
-    config.model.update(dict(dim=64, layers=2, heads=4, kv_heads=2, head_dim=16, ffn=176))
-    config.model.implementation = "reference"  # rows this short gain nothing from tiles
-    config.data.update(dict(text_length=128, rows=8))
-    config.evaluate.update(dict(texts=512, rows=64))
-    config.train.steps = config.checkpoint.every = 300
+    config.model.update(dict(dim=64, layers=2))
+    config.model.mixer.update(dict(heads=4, kv_heads=2, head_dim=16))
+    config.model.feedforward.width = 176
+    config.run.implementation = "reference"  # rows this short gain nothing from tiles
+    config.evaluate.loss.rows = 64
+    config.train.steps = config.run.checkpoint.every = 300
 
 
 def gpu(config) -> None:
     """512 wide, 8 layers, on Python's own sources: 1,000 steps of 16k tokens, about five epochs."""
-    config.model.update(dict(dim=512, layers=8, heads=8, kv_heads=2, head_dim=64, ffn=1408, vocabulary=6400))
-    config.model.update(dict(compute="bfloat16", scan=True))
+    config.model.update(dict(dim=512, layers=8, vocabulary=6400, compute="bfloat16"))
+    config.model.mixer.update(dict(heads=8, kv_heads=2, head_dim=64))
+    config.model.feedforward.width = 1408
+    config.run.scan = True
     config.data.update(dict(tokenizer="bpe:6400", text_length=512, rows=32))
     config.train.update(dict(steps=1000, warmup=50))
     set_decay(config, 0.1)
-    config.evaluate.update(dict(texts=1024, rows=32))
-    config.checkpoint.every = 500
+    config.evaluate.loss.update(dict(texts=1024, rows=32))
+    config.run.checkpoint.every = 500
 
 
 def paper(config) -> None:
@@ -118,12 +112,14 @@ def paper(config) -> None:
     The source states neither rate, decay nor data. Its embeddings hold 326.9M numbers: 159.6k tokens, if tied.
     """
     gpu(config)
-    config.model.update(dict(dim=2048, layers=12, heads=16, kv_heads=16, head_dim=128, ffn=5456, vocabulary=159_616))
-    config.model.remat = "dots"
+    config.model.update(dict(dim=2048, layers=12, vocabulary=159_616))
+    config.model.mixer.update(dict(heads=16, kv_heads=16, head_dim=128))
+    config.model.feedforward.width = 5456
+    config.run.remat = "dots"
     config.data.update(dict(corpus="jsonl", tokenizer="bpe:159616", text_length=4096, rows=256, texts=4_096_000))
     config.train.update(dict(steps=16_000, warmup=1000))
-    config.evaluate.update(dict(texts=4096, rows=32))
-    config.checkpoint.every = 1000
+    config.evaluate.loss.update(dict(texts=4096, rows=32))
+    config.run.checkpoint.every = 1000
 
 
 def set_decay(config, decay: float) -> None:

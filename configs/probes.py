@@ -13,7 +13,8 @@ asks for depth that grows with the number of moves (arXiv 2404.08819).
 
 from lab.config import base
 from lab.errors import choose
-from lab.study.cells import chain, named, product, vary
+from lab.evaluate.asks import ask
+from lab.study.define.cells import chain, named, product, vary
 
 
 def get_config(scale: str = "cpu"):
@@ -22,11 +23,7 @@ def get_config(scale: str = "cpu"):
     study.name = "probes"
     study.question = "Which abilities need a second layer, and which a view of the whole row?"
     study.labels = (("data.corpus", "probe"), ("name", "model"))
-    study.condition = "difficulty"
     study.sections = ("accuracy", "curves")
-    config.data.texts_per_row = config.evaluate.texts_per_row = 1
-    config.model.rule = "causal"
-    config.model.rotary.update(dict(theta=1e4, ratio=0.0))  # ordinary RoPE
     SCALES[choose("the scale of configs/probes.py", scale, SCALES)](config)
     return config
 
@@ -42,24 +39,29 @@ def cells(probes: tuple[str, ...], narrow: str):
 def cpu(config) -> None:
     """2 layers of width 64, rows of 48 tokens. Windows of 4 see 6 tokens back through two layers."""
     config.study.cells = cells(("induction", "mqar", "needle"), "window(4)")
-    config.model.update(dict(dim=64, layers=2, heads=2, kv_heads=2, head_dim=32, ffn=128, vocabulary=34))
-    config.model.implementation = "reference"  # rows this short gain nothing from tiles
+    config.model.update(dict(dim=64, layers=2, vocabulary=34))
+    config.model.mixer.update(dict(heads=2, kv_heads=2, head_dim=32))
+    config.model.feedforward.width = 128
+    config.run.implementation = "reference"  # rows this short gain nothing from tiles
     config.data.update(dict(text_length=48, rows=64))
     config.data.probe.difficulty = "4-12"
     config.train.update(dict(steps=400, learning_rate=3e-3, final_learning_rate=3e-4, warmup=50))
-    config.evaluate.update(dict(difficulties=(4, 8, 12), texts=256, rows=64))
-    config.checkpoint.every = 200
+    config.evaluate.loss = ask("difficulty", difficulties=(4, 8, 12), texts=256, rows=64)
+    config.run.checkpoint.every = 200
 
 
 def gpu(config) -> None:
     """4 layers of width 256, rows of 512 tokens, difficulties up to 128. Windows of 16 see 60 tokens back."""
     config.study.cells = cells(("copy", "induction", "mqar", "needle", "state"), "window(16)")
-    config.model.update(dict(dim=256, layers=4, heads=4, kv_heads=4, head_dim=64, ffn=704, vocabulary=258))
-    config.data.update(dict(text_length=512, rows=64, workers=4))
+    config.model.update(dict(dim=256, layers=4))
+    config.model.mixer.update(dict(heads=4, kv_heads=4, head_dim=64))
+    config.model.feedforward.width = 704
+    config.data.update(dict(text_length=512, rows=64))
+    config.run.workers = 4
     config.data.probe.update(dict(difficulty="4-128", symbols=256))
     config.train.update(dict(steps=10_000, learning_rate=1e-3, final_learning_rate=1e-4, warmup=500))
-    config.evaluate.update(dict(difficulties=(4, 8, 16, 32, 64, 128), texts=1024, rows=64))
-    config.checkpoint.every = 1000
+    config.evaluate.loss = ask("difficulty", difficulties=(4, 8, 16, 32, 64, 128), texts=1024, rows=64)
+    config.run.checkpoint.every = 1000
 
 
 SCALES = {"cpu": cpu, "gpu": gpu}

@@ -29,7 +29,7 @@ from typing import NamedTuple
 
 from lab.config import base
 from lab.errors import choose
-from lab.study.cells import chain, named, product, vary
+from lab.study.define.cells import chain, named, product, vary
 
 BASELINE, HALVED = "baseline", "temperature 2"
 POST = ("v1m1", "v1m2", "v1m4", "v1m5", "v1m6", "v1m7")  # summed the stream after the residual in the source
@@ -186,7 +186,7 @@ def cell(config, method: str, source: bool = False):
         fields["input"] = "normed"
     pairs = [(f"model.stream.{field}", value) for field, value in fields.items()]
     if method == HALVED:
-        pairs.append(("model.softmax_scale", 0.5 * model.head_dim**-0.5))
+        pairs.append(("model.mixer.softmax_scale", 0.5 * model.mixer.head_dim**-0.5))
     name = "plain" if method in (BASELINE, HALVED) else method
     return named(method, ("model.stream.name", name), *pairs)
 
@@ -249,18 +249,20 @@ def add_source(config, part: Part) -> None:
 
 def cpu(config, part: Part) -> None:
     """4 layers of 64 on bytes of Python's own sources."""
-    config.model.update(dict(dim=64, layers=4, heads=4, kv_heads=2, head_dim=16, ffn=128))
-    config.data.update(dict(text_length=128, rows=8))
+    config.model.update(dict(dim=64, layers=4))
+    config.model.mixer.update(dict(heads=4, kv_heads=2, head_dim=16))
+    config.model.feedforward.width = 128
     config.train.update(dict(steps=200, learning_rate=5e-3, final_learning_rate=5e-4, warmup=20))
-    config.evaluate.update(dict(texts=512, rows=16))
-    config.checkpoint.every = 50  # TensorBoard has a point of each mixing weight at every checkpoint
+    config.run.checkpoint.every = 50  # TensorBoard has a point of each mixing weight at every checkpoint
     config.study.seeds = part.seeds
     set_part(config, part)
 
 
 def published_model(config) -> None:
-    shape = dict(dim=512, layers=8, heads=8, kv_heads=4, head_dim=64, ffn=1024, vocabulary=32_000, tied=False)
-    config.model.update(dict(**shape, compute="bfloat16", remat="dots"))
+    config.model.update(dict(dim=512, layers=8, vocabulary=32_000, tied=False, compute="bfloat16"))
+    config.model.mixer.update(dict(heads=8, kv_heads=4, head_dim=64))
+    config.model.feedforward.width = 1024
+    config.run.remat = "dots"
     config.data.tokenizer = "bpe:32000"
 
 
@@ -269,8 +271,8 @@ def gpu(config, part: Part) -> None:
     published_model(config)
     config.data.update(dict(text_length=1024, rows=8))
     config.train.update(dict(steps=2000, learning_rate=1e-3, final_learning_rate=1e-4, warmup=100))
-    config.evaluate.update(dict(texts=512, rows=8))
-    config.checkpoint.every = 500
+    config.evaluate.loss.rows = 8
+    config.run.checkpoint.every = 500
     config.study.seeds = 5 if part is CONFIRM else 3
     set_part(config, part)
 
@@ -280,8 +282,8 @@ def paper(config, part: Part) -> None:
     published_model(config)
     config.data.update(dict(corpus="jsonl", text_length=2048, rows=2, texts=68_000))
     config.train.update(dict(steps=170_000, learning_rate=3e-4, final_learning_rate=0.0, warmup=1000))
-    config.evaluate.update(dict(texts=96, rows=2))
-    config.checkpoint.every = 5000
+    config.evaluate.loss.update(dict(texts=96, rows=2))
+    config.run.checkpoint.every = 5000
     config.study.seeds = 3 if part is CONFIRM else 1
     set_part(config, part)
     if part.published:
@@ -298,10 +300,6 @@ SCALES = {
 def get_config(scale: str = "cpu"):
     config = base()
     config.study.labels = (("name", "method"),)
-    config.data.texts_per_row = config.evaluate.texts_per_row = 1
-    config.evaluate.branches, config.data.draw = (1,), "fixed1"
-    config.model.rule = "causal"
-    config.model.rotary.update(dict(theta=1e4, ratio=0.0))  # ordinary RoPE
     config.train.weight_decay = 0.1
     set_up, part = SCALES[choose("the scale of configs/residual_ablation.py", scale, SCALES)]
     set_up(config, PARTS[part])

@@ -2,6 +2,6 @@
 
 from lab.data.dataset import Data
 from lab.data.pipeline import Batch
-from lab.data.sources import check, conditions, evaluation_batches, nominal_coordinates, open, train_batches
+from lab.data.sources import DATA, check, nominal_coordinates, open, train_batches
 
-__all__ = ["Batch", "Data", "check", "conditions", "evaluation_batches", "nominal_coordinates", "open", "train_batches"]
+__all__ = ["DATA", "Batch", "Data", "check", "nominal_coordinates", "open", "train_batches"]

@@ -1,56 +1,38 @@
-"""Checks of config.data and config.evaluate that need no corpus, so that plan can make them before anything runs."""
+"""Checks of data and asks that need no corpus, so that plan can make them before anything runs."""
 
 import math
 from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
-from lab.data import corpora, tokenizers
-from lab.data.packing import ALIGNMENTS, PROMPTS, parse_draw, prompts_of_group
-from lab.data.texts import LONG_TEXTS
-from lab.errors import UserError, choose
-
-
-def check(config: ConfigDict) -> None:
-    """Raises UserError for the first field that cannot work."""
-    check_training(config)
-    check_evaluation(config, config.evaluate.branches)
+from lab.data import tokenizers
+from lab.data.packing import parse_draw, prompts_of_group
+from lab.errors import UserError
 
 
 def check_training(config: ConfigDict) -> None:
-    """The fields of config.data, and the seed."""
-    data = config.data
-    choose("data.corpus", data.corpus, corpora.CORPORA)
-    choose("data.long_texts", data.long_texts, LONG_TEXTS)
-    choose("data.align", data.align, ALIGNMENTS)
-    choose("data.prompt", data.prompt, PROMPTS)
-    tokenizers.check(data.tokenizer)
-    at_least("seed", config.seed, 0)
-    for field, least in dict(text_length=2, texts=0, texts_per_row=1, rows=1, slots=0, workers=0).items():
-        at_least(f"data.{field}", data[field], least)
-    _check_draw(data)
+    """What the fields of config.data must have to do with each other."""
+    tokenizers.check(config.data.tokenizer)
+    _check_draw(config.data)
 
 
-def check_evaluation(config: ConfigDict, branch_counts: Sequence[int]) -> None:
-    """The sizes of config.evaluate: every branch count fills its groups, and the texts fill every call."""
-    evaluate = config.evaluate
+def check_branches(config: ConfigDict, ask: ConfigDict, field: str, branch_counts: Sequence[int]) -> None:
+    """The sizes of an ask by branches, called `field`: every count fills its groups, and the texts fill every call."""
     if not branch_counts:
-        raise UserError("evaluate.branches is empty; choose at least one number of branches, such as (1, 2, 4)")
-    for field in ("texts", "texts_per_row", "rows"):
-        at_least(f"evaluate.{field}", evaluate[field], 1)
+        raise UserError(f"{field}.branches is empty; choose at least one number of branches, such as (1, 2, 4)")
     for branches in branch_counts:
-        at_least("evaluate.branches", branches, 1)
+        at_least(f"{field}.branches", branches, 1)
     sizes = [branches + prompts_of_group(config.data.prompt) for branches in branch_counts]
-    if any(evaluate.texts_per_row % size for size in sizes):
+    if any(ask.texts_per_row % size for size in sizes):
         raise UserError(
-            f"evaluate.texts_per_row = {evaluate.texts_per_row} does not hold whole groups of every one of "
+            f"{field}.texts_per_row = {ask.texts_per_row} does not hold whole groups of every one of "
             f"the branch counts {tuple(branch_counts)}; choose a multiple of {math.lcm(*sizes)}"
         )
-    call = evaluate.texts_per_row * evaluate.rows
-    if evaluate.texts % call:
+    call = ask.texts_per_row * ask.rows
+    if ask.texts % call:
         raise UserError(
-            f"evaluate.texts = {evaluate.texts} is not a multiple of texts_per_row x rows = "
-            f"{evaluate.texts_per_row} x {evaluate.rows}; the next is {-(-evaluate.texts // call) * call}"
+            f"{field}.texts = {ask.texts} is not a multiple of texts_per_row x rows = "
+            f"{ask.texts_per_row} x {ask.rows}; the next is {-(-ask.texts // call) * call}"
         )
 
 

@@ -13,9 +13,17 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from lab.data import cache
+from lab.data import cache, packing
 from lab.errors import UserError, choose
+from lab.options import Option
 
+OPTIONS = {
+    "tokenizer": Option("bytes", "bytes, bpe:<size>, or the path of a tokenizer.json"),
+    "long_texts": Option(
+        "split", "what becomes of a document over text_length", choices=("split", "truncate", "refuse")
+    ),
+    "texts": Option(0, "training texts: the first so many; 0: all", least=0),
+}
 VALIDATION_SHARE = 0.05
 _BLOCKS = 20  # one block in so many of a single file is validation: the same share
 _NOT_SOURCES = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
@@ -48,7 +56,7 @@ class Corpus:
 
 def open(data: ConfigDict) -> Corpus:
     """The corpus that `config.data` names. Raises UserError if it is unknown or nothing is found."""
-    return CORPORA[choose("data.corpus", data.corpus, CORPORA)](data)
+    return CORPORA[choose("data.corpus", data.corpus, CORPORA)].open(data)
 
 
 def stdlib(data: ConfigDict) -> Corpus:
@@ -104,8 +112,23 @@ def huggingface(data: ConfigDict) -> Corpus:
     )
 
 
-BROUGHT = dict(files=files, jsonl=jsonl, parquet=parquet, huggingface=huggingface)  # these read data.path
-CORPORA = dict(stdlib=stdlib, **BROUGHT)
+class Kind(NamedTuple):
+    """A row of the table: how a corpus is opened, of config.data, and what that reads."""
+
+    open: Callable[[ConfigDict], Corpus]
+    options: Mapping[str, Option]
+
+
+TEXTS = packing.OPTIONS | OPTIONS  # what every corpus reads
+PATH = {"path": Option("", "globs joined by commas, or a dataset's name")}
+FIELD = {"field": Option("text", "of a JSON line, a parquet column, a dataset")}
+CORPORA = {
+    "stdlib": Kind(stdlib, TEXTS),
+    "files": Kind(files, TEXTS | PATH),
+    "jsonl": Kind(jsonl, TEXTS | PATH | FIELD),
+    "parquet": Kind(parquet, TEXTS | PATH | FIELD),
+    "huggingface": Kind(huggingface, TEXTS | PATH | FIELD),
+}
 
 
 def _stdlib_names(root: Path) -> Iterator[str]:

@@ -5,14 +5,15 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from lab.data import cache, corpora, texts, tokenizers
-from lab.data.checks import check
+from lab.data.checks import check_training
 from lab.data.texts import Texts
 from lab.data.tokenizers import Tokenizer
 from lab.errors import UserError
 
 
 class Data(NamedTuple):
-    """fingerprint: of the tokens of both splits and of the tokenizer, the same on every machine.
+    """fingerprint: of the training texts' tokens and of the tokenizer; validation_fingerprint: likewise. Both are the
+    same on every machine.
 
     A probe has no texts: its rows are made from numbers alone.
     """
@@ -21,6 +22,7 @@ class Data(NamedTuple):
     validation: Texts | None
     tokenizer: Tokenizer
     fingerprint: str
+    validation_fingerprint: str
 
 
 def open(config: ConfigDict) -> Data:
@@ -29,11 +31,11 @@ def open(config: ConfigDict) -> Data:
     Raises UserError for a field that cannot work, a corpus that is empty or too small, and a tokenizer larger than
     config.model.vocabulary.
     """
-    check(config)
-    data = config.data
-    if data.texts and data.corpus in corpora.BROUGHT and not data.path:
+    check_training(config)
+    data, validation_texts = config.data, max(ask.texts for ask in config.evaluate.values())
+    if data.texts and "path" in corpora.CORPORA[data.corpus].options and not data.path:
         raise UserError(
-            f"data.path is empty: this config reads {data.texts} training and {config.evaluate.texts} validation texts "
+            f"data.path is empty: this config reads {data.texts} training and {validation_texts} validation texts "
             f"from corpus {data.corpus}; name its files there (--config.data.path=...), or set data.texts lower"
         )
     corpus = corpora.open(data)
@@ -44,19 +46,20 @@ def open(config: ConfigDict) -> Data:
             f"{config.model.vocabulary}; raise it to at least {tokenizer.size}"
         )
     # A capped stream stops early; its validation texts are then as many as evaluation reads, whatever the cap.
-    most = (data.texts, config.evaluate.texts) if corpus.streamed and data.texts else (None, None)
+    most = (data.texts, validation_texts) if corpus.streamed and data.texts else (None, None)
     entry = texts.prepare(corpus, tokenizer, data.text_length, data.long_texts, most)
     meta = texts.read_meta(entry)
     _check_enough(config, corpus.searched, meta)
     train, validation = Texts(entry, "train", data.texts), Texts(entry, "validation")
-    fingerprint = cache.digest(
-        meta["train"]["digest"], len(train), meta["validation"]["digest"], data.text_length, tokenizer.fingerprint
+    trained, held_out = (
+        cache.digest(meta[split]["digest"], len(kept), data.text_length, tokenizer.fingerprint)
+        for split, kept in (("train", train), ("validation", validation))
     )
-    return Data(train, validation, tokenizer, fingerprint)
+    return Data(train, validation, tokenizer, trained, held_out)
 
 
 def _check_enough(config: ConfigDict, searched: str, meta: dict) -> None:
-    data, evaluate = config.data, config.evaluate
+    data = config.data
     found = {split: meta[split]["texts"] for split in ("train", "validation")}
     if not any(found.values()):
         raise UserError(f"the corpus {searched} is empty: no text of at least 2 tokens")
@@ -71,8 +74,9 @@ def _check_enough(config: ConfigDict, searched: str, meta: dict) -> None:
             f"the corpus {searched} gives {found['train']} training texts (data.texts = {data.texts}), fewer than "
             f"one step of data.rows x texts_per_row = {data.rows} x {data.texts_per_row}"
         )
-    if found["validation"] < evaluate.texts:
-        raise UserError(
-            f"the corpus {searched} gives {found['validation']} validation texts, fewer than "
-            f"evaluate.texts = {evaluate.texts}"
-        )
+    for name, ask in config.evaluate.items():
+        if found["validation"] < ask.texts:
+            raise UserError(
+                f"the corpus {searched} gives {found['validation']} validation texts, fewer than "
+                f"evaluate.{name}.texts = {ask.texts}"
+            )

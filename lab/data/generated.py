@@ -17,41 +17,13 @@ from lab.data.tokenizers import Symbols
 from lab.errors import UserError
 
 _TRAINING, _EVALUATION = 0, 1  # the first number of a row's seed: no row of one is drawn as one of the other
-MOST_OBJECTS = 6  # 720 permutations
 
 
 def check(config: ConfigDict) -> None:
-    """Raises UserError for the first field that cannot work."""
-    data, evaluate = config.data, config.evaluate
-    for room, field in ((data, "data.texts_per_row"), (evaluate, "evaluate.texts_per_row")):
-        if room.texts_per_row != 1:
-            raise UserError(f"{field} = {room.texts_per_row}: a row of the probe {data.corpus} is one text; choose 1")
-    for field, value, least in (
-        ("seed", config.seed, 0),
-        ("data.text_length", data.text_length, 2),
-        ("data.rows", data.rows, 1),
-        ("data.workers", data.workers, 0),
-        ("data.probe.symbols", data.probe.symbols, 2),
-        ("data.probe.objects", data.probe.objects, 2),
-        ("evaluate.rows", evaluate.rows, 1),
-        ("evaluate.texts", evaluate.texts, 1),
-    ):
-        at_least(field, value, least)
-    if data.probe.objects > MOST_OBJECTS:
-        raise UserError(f"data.probe.objects = {data.probe.objects} is too many; choose 2 to {MOST_OBJECTS}")
-    if evaluate.texts % evaluate.rows:
-        upper = -(-evaluate.texts // evaluate.rows) * evaluate.rows
-        raise UserError(
-            f"evaluate.texts = {evaluate.texts} is not a multiple of evaluate.rows = {evaluate.rows}; "
-            f"the next is {upper}"
-        )
-    if not evaluate.difficulties:
-        raise UserError("evaluate.difficulties is empty; choose at least one difficulty, as (2, 4, 8)")
-    low, high = parse_draw(data.probe.difficulty, "data.probe.difficulty")
-    for difficulty in (low, high):
+    """Raises UserError for the first field of config.data that cannot work with the others."""
+    data = config.data
+    for difficulty in parse_draw(data.probe.difficulty, "data.probe.difficulty"):
         _check_difficulty(config, "data.probe.difficulty", difficulty)
-    for difficulty in evaluate.difficulties:
-        _check_difficulty(config, "evaluate.difficulties", difficulty)
     ids = FIRST + PROBES[data.corpus].alphabet(settings_of(data))
     if ids > config.model.vocabulary:
         raise UserError(
@@ -60,11 +32,25 @@ def check(config: ConfigDict) -> None:
         )
 
 
+def check_difficulties(config: ConfigDict, ask: ConfigDict, field: str) -> None:
+    """The same of an ask by difficulty, called `field`."""
+    if ask.texts % ask.rows:
+        upper = -(-ask.texts // ask.rows) * ask.rows
+        raise UserError(
+            f"{field}.texts = {ask.texts} is not a multiple of {field}.rows = {ask.rows}; the next is {upper}"
+        )
+    if not ask.difficulties:
+        raise UserError(f"{field}.difficulties is empty; choose at least one difficulty, as (2, 4, 8)")
+    for difficulty in ask.difficulties:
+        _check_difficulty(config, f"{field}.difficulties", difficulty)
+
+
 def open(config: ConfigDict) -> Data:
     """No texts, and a tokenizer that writes ids as numbers. Raises UserError for a field that cannot work."""
     check(config)
     tokenizer = Symbols(config.model.vocabulary)
-    return Data(None, None, tokenizer, cache.digest("probe", config.data.corpus, tokenizer.fingerprint))
+    fingerprint = cache.digest("probe", config.data.corpus, tokenizer.fingerprint)
+    return Data(None, None, tokenizer, fingerprint, fingerprint)
 
 
 def train_batches(
@@ -77,21 +63,20 @@ def train_batches(
     check(config)
     local = rows_of_process("data.rows", config.data.rows, process_index, process_count)
     make = _Steps(config, local)
-    return prefetched(grain.MapDataset.range(start, config.train.steps).map(make), config.data.workers)
+    return prefetched(grain.MapDataset.range(start, config.train.steps).map(make), config.run.workers)
 
 
 def evaluation_batches(
-    config: ConfigDict, texts: None, difficulty: int, *, process_index: int = 0, process_count: int = 1
+    config: ConfigDict, ask: ConfigDict, texts: None, difficulty: int, *, process_index: int = 0, process_count: int = 1
 ) -> Iterator[Batch]:
-    """Batches [evaluate.rows, text_length] of one difficulty, the same for every cell and seed. Raises UserError."""
+    """Batches [ask.rows, text_length] of one difficulty, the same for every cell and seed. Raises UserError."""
     check(config)
-    _check_difficulty(config, "evaluate.difficulties", difficulty)
-    data, evaluate = config.data, config.evaluate
-    local = rows_of_process("evaluate.rows", evaluate.rows, process_index, process_count)
-    probe, settings = PROBES[data.corpus], settings_of(data)
+    _check_difficulty(config, "difficulty", difficulty)
+    local = rows_of_process("rows of an ask", ask.rows, process_index, process_count)
+    probe, settings = PROBES[config.data.corpus], settings_of(config.data)
 
     def batches() -> Iterator[Batch]:
-        for first in range(0, evaluate.texts, evaluate.rows):
+        for first in range(0, ask.texts, ask.rows):
             rngs = [np.random.default_rng((_EVALUATION, 0, difficulty, first + row)) for row in local]
             yield _batch([padded_row(probe, rng, difficulty, settings) for rng in rngs])
 

@@ -9,9 +9,22 @@ import numpy as np
 
 from lab.coordinates import Coordinates
 from lab.errors import UserError
+from lab.options import Option
 
 ALIGNMENTS = ("left", "right")
 PROMPTS = ("none", "first")
+OF_ROWS = {  # of every kind of data
+    "text_length": Option(128, "tokens of a text at most; of a probe, of a row", least=2),
+    "rows": Option(8, "of a training step, over all devices and hosts", least=1),
+}
+OPTIONS = OF_ROWS | {
+    "texts_per_row": Option(1, "texts of a training row", least=1),
+    "draw": Option("fixed1", "branches of a group: fixedN or LOW-HIGH"),
+    "stagger": Option(False, "each branch starts later by a random offset"),
+    "align": Option("left", "which ends of the branches of a group stand together", choices=ALIGNMENTS),
+    "slots": Option(0, "0: branches take the numbers 1, 2, ...; S: a random subset of 1..S", least=0),
+    "prompt": Option("none", "first: the first text of a group is its shared prompt", choices=PROMPTS),
+}
 
 
 class Row(NamedTuple):

@@ -16,7 +16,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from lab.coordinates import Coordinates
-from lab.data.checks import check_evaluation, check_training, rows_of_process
+from lab.data.checks import check_branches, check_training, rows_of_process
 from lab.data.packing import Layout, Row, parse_draw
 from lab.errors import UserError
 
@@ -57,24 +57,29 @@ def train_batches(
     """
     check_training(config)
     pack = _Steps(config, texts, process_index, process_count)
-    return prefetched(grain.MapDataset.range(start, config.train.steps).map(pack), config.data.workers)
+    return prefetched(grain.MapDataset.range(start, config.train.steps).map(pack), config.run.workers)
 
 
 def evaluation_batches(
-    config: ConfigDict, texts: Sequence[np.ndarray], branches: int, *, process_index: int = 0, process_count: int = 1
+    config: ConfigDict,
+    ask: ConfigDict,
+    texts: Sequence[np.ndarray],
+    branches: int,
+    *,
+    process_index: int = 0,
+    process_count: int = 1,
 ) -> Iterator[Batch]:
-    """Batches [evaluate.rows, evaluate.texts_per_row * text_length] of groups of exactly `branches` branches.
+    """Batches [ask.rows, ask.texts_per_row * text_length] of groups of exactly `branches` branches.
 
-    The texts are the first evaluate.texts of one permutation, the same for every cell, seed and number of branches.
+    The texts are the first ask.texts of one permutation, the same for every cell, seed and number of branches.
     Raises UserError for sizes that do not divide and for too few texts.
     """
     check_training(config)
-    check_evaluation(config, (branches,))
-    evaluate = config.evaluate
-    if len(texts) < evaluate.texts:
-        raise UserError(f"there are {len(texts)} validation texts, fewer than evaluate.texts = {evaluate.texts}")
-    local = rows_of_process("evaluate.rows", evaluate.rows, process_index, process_count)
-    return _evaluation_calls(config, texts, evaluation_layout(config, branches), local)
+    check_branches(config, ask, "an ask", (branches,))
+    if len(texts) < ask.texts:
+        raise UserError(f"there are {len(texts)} validation texts, fewer than the {ask.texts} that are asked for")
+    local = rows_of_process("rows of an ask", ask.rows, process_index, process_count)
+    return _evaluation_calls(ask, texts, evaluation_layout(config, ask, branches), local)
 
 
 def nominal_coordinates(config: ConfigDict, rows: int) -> Coordinates:
@@ -102,11 +107,10 @@ def training_layout(config: ConfigDict) -> Layout:
     )
 
 
-def evaluation_layout(config: ConfigDict, branches: int) -> Layout:
+def evaluation_layout(config: ConfigDict, ask: ConfigDict, branches: int) -> Layout:
     """The layout of an evaluation row: a fixed number of branches, in the first slots, without staggering."""
-    texts = config.evaluate.texts_per_row
-    length = texts * config.data.text_length
-    fixed = dict(texts=texts, length=length, low=branches, high=branches, stagger=False, slots=0)
+    length = ask.texts_per_row * config.data.text_length
+    fixed = dict(texts=ask.texts_per_row, length=length, low=branches, high=branches, stagger=False, slots=0)
     return dataclasses.replace(training_layout(config), **fixed)
 
 
@@ -161,11 +165,11 @@ def _follow_parent(index: int, count: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _evaluation_calls(config: ConfigDict, texts, layout: Layout, local: range) -> Iterator[Batch]:
+def _evaluation_calls(ask: ConfigDict, texts, layout: Layout, local: range) -> Iterator[Batch]:
     n = layout.texts
     order = _permutation(len(texts), _EVALUATION_SEED)
     rng = np.random.default_rng(_EVALUATION_SEED)  # nothing is random in this layout
-    for first in range(0, config.evaluate.texts // n, config.evaluate.rows):
+    for first in range(0, ask.texts // n, ask.rows):
         rows = (range((first + row) * n, (first + row + 1) * n) for row in local)
         yield _stacked([layout.row([texts[order[i]] for i in row], rng) for row in rows])
 

@@ -6,13 +6,23 @@ Ids are 0 blank, 1 the mark that asks, and 2, 3, ... the symbols. A label stands
 import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
 
+from lab.data.packing import OF_ROWS
+from lab.options import Option
+
 BLANK, MARK, FIRST = 0, 1, 2  # FIRST: the id of symbol 0
 _POWER = 0.01  # of the gaps between a pair and its query, as in the published task
+
+
+OPTIONS = OF_ROWS | {
+    "probe.difficulty": Option("2-8", "of training rows: fixedN or LOW-HIGH (pairs, symbols, moves or tokens)"),
+}
+SYMBOLS = {"probe.symbols": Option(32, "in the alphabet", least=2)}
+OBJECTS = {"probe.objects": Option(5, "that the permutations move: 5 is S5, 2 parity", least=2, most=6)}
 
 
 class Settings(NamedTuple):
@@ -36,6 +46,7 @@ class Probe(NamedTuple):
     symbols: Callable[[int], int]
     alphabet: Callable[[Settings], int] = lambda settings: settings.symbols
     easiest: int = 1
+    options: Mapping[str, Option] = OPTIONS | SYMBOLS
 
 
 def mqar(rng, difficulty: int, settings: Settings):
@@ -105,6 +116,7 @@ PROBES = {
         tokens=lambda moves: moves,
         symbols=lambda moves: 2,
         alphabet=lambda settings: math.factorial(settings.objects),
+        options=OPTIONS | OBJECTS,
     ),
     "needle": Probe(needle, tokens=lambda distance: distance + 1, symbols=lambda distance: 4),
 }

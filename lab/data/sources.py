@@ -12,6 +12,7 @@ from lab.data.dataset import Data
 from lab.data.pipeline import Batch, Info
 from lab.data.probes import PROBES
 from lab.errors import choose
+from lab.options import Part, Room, leaves
 
 
 class Source(NamedTuple):
@@ -19,28 +20,13 @@ class Source(NamedTuple):
 
     check: Callable
     open: Callable
-    conditions: Callable
     train_batches: Callable
-    evaluation_batches: Callable
     nominal_coordinates: Callable
 
 
-TEXTS = Source(
-    checks.check,
-    dataset.open,
-    lambda config: config.evaluate.branches,
-    pipeline.train_batches,
-    pipeline.evaluation_batches,
-    pipeline.nominal_coordinates,
-)
-PROBE = Source(
-    generated.check,
-    generated.open,
-    lambda config: config.evaluate.difficulties,
-    generated.train_batches,
-    generated.evaluation_batches,
-    generated.nominal_coordinates,
-)
+TEXTS = Source(checks.check_training, dataset.open, pipeline.train_batches, pipeline.nominal_coordinates)
+PROBE = Source(generated.check, generated.open, generated.train_batches, generated.nominal_coordinates)
+DATA = Room({}, (Part("corpus", CORPORA | PROBES, "stdlib", "where texts come from, or a probe", at=""),))
 SOURCES = dict.fromkeys(CORPORA, TEXTS) | dict.fromkeys(PROBES, PROBE)
 
 
@@ -50,7 +36,9 @@ def source(config: ConfigDict) -> Source:
 
 
 def check(config: ConfigDict) -> None:
-    """Raises UserError for the first field of config.data and config.evaluate that cannot work."""
+    """Raises UserError for the first field of config.data that cannot work."""
+    choose("data.corpus", config.data.corpus, SOURCES)
+    DATA.check(leaves(config.data), "data.")
     source(config).check(config)
 
 
@@ -59,19 +47,9 @@ def open(config: ConfigDict) -> Data:
     return source(config).open(config)
 
 
-def conditions(config: ConfigDict) -> tuple[int, ...]:
-    """What a cell is evaluated under, one after another: numbers of branches, or difficulties."""
-    return source(config).conditions(config)
-
-
 def train_batches(config: ConfigDict, texts, **options) -> Iterator[tuple[Batch, Info]]:
     """Batches of steps start .. train.steps - 1. Options: start, process_index, process_count."""
     return source(config).train_batches(config, texts, **options)
-
-
-def evaluation_batches(config: ConfigDict, texts, condition: int, **options) -> Iterator[Batch]:
-    """Batches of one condition, of one shape for all conditions. Options: process_index, process_count."""
-    return source(config).evaluation_batches(config, texts, condition, **options)
 
 
 def nominal_coordinates(config: ConfigDict, rows: int) -> Coordinates:

@@ -16,7 +16,6 @@ from lab.data.corpora import Corpus, Document
 from lab.data.tokenizers import Tokenizer
 from lab.errors import UserError
 
-LONG_TEXTS = ("split", "truncate", "refuse")
 _FORMAT = 1  # of an entry's files; a change makes new entries
 _LEAST = 2  # tokens: a shorter text has nothing to predict
 _CHUNK_CHARACTERS = 2**20

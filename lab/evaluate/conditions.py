@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from lab import data as lab_data
+from lab.evaluate import asks
 from lab.model import mesh as lab_mesh
 from lab.model.arrangement import Arrangement
 from lab.train import compiled
@@ -16,7 +16,7 @@ from lab.train.loop import Stopped
 
 
 class Condition(NamedTuple):
-    """What was found under one of `lab.data.conditions`; means over all labelled tokens."""
+    """What was found under one condition of an ask; means over all labelled tokens."""
 
     value: int
     loss: float  # nats per token
@@ -35,17 +35,19 @@ def evaluate(
     on_condition: Callable[[list[Condition]], None],
     stop: Callable[[], bool],
 ):
-    """([[Condition of each member] for every one of `lab.data.conditions`], the executable).
+    """([[Condition of each member] for every one of the ask's conditions], the executable).
 
     One program serves them all. `model` is a stack where members > 1; seconds are those of all members together.
     """
     hosts = dict(process_index=jax.process_index(), process_count=jax.process_count())
-    conditions, run, arrange = [], None, Arrangement(config.model)
+    conditions, run, arrange = [], None, Arrangement(config.model, config.run)
+    asked = config.evaluate[asks.LOSS]
+    batches_of = asks.ASKS[asked.kind].batches
     make = compiled.evaluation_steps if members > 1 else compiled.evaluation_step
-    for value in lab_data.conditions(config):
+    for value in asks.conditions(asked):
         sums = np.zeros((3, members))  # nats, right answers and tokens; float64 on the host
         begun = time.perf_counter()
-        for batch in lab_data.evaluation_batches(config, texts, value, **hosts):
+        for batch in batches_of(config, asked, texts, value, **hosts):
             placed = lab_mesh.place(arrange(batch)[0], mesh)
             if run is None:
                 run = make(model, placed, mesh)

@@ -2,17 +2,19 @@
 
 import jax
 
-from lab.model import transformer
+from lab.model import spec
+from lab.model.execution import Execution
 from lab.model.transformer import Transformer
 
 
-def build(model, key: jax.Array) -> Transformer:
-    """The model that `config.model` describes, with weights drawn from `key`. Raises UserError for a bad config."""
-    transformer.check(model)
-    return Transformer(model, key)
+def build(model, key: jax.Array, run=None) -> Transformer:
+    """The model that `config.model` describes, with weights drawn from `key`, to run as `config.run` says (None: the
+    defaults). Raises UserError for a bad config."""
+    spec.check(model)
+    return Transformer(model, key, Execution.of(run))
 
 
-def abstract(model) -> Transformer:
+def abstract(model, run=None) -> Transformer:
     """The same without weights: shapes only, at no cost."""
-    transformer.check(model)
-    return jax.eval_shape(lambda: Transformer(model, jax.random.key(0)))
+    spec.check(model)
+    return jax.eval_shape(lambda: Transformer(model, jax.random.key(0), Execution.of(run)))

@@ -6,17 +6,17 @@ import numpy as np
 from lab import kernels
 from lab.kernels import rules
 from lab.model.mixers import MIXERS
-from lab.model.transformer import layer_specs
+from lab.model.spec import layer_specs
 
 
 class Arrangement:
     """Puts the tokens of each row where the rules of a model leave the fewest tiles of attention to compute."""
 
-    def __init__(self, model):
+    def __init__(self, model, run):
         specs = layer_specs(model)
         self._rules = [rules.parse(spec.rule) for spec in specs]
-        self._free = not any(MIXERS[spec.mixer].in_order for spec in specs)
-        self._implementation = model.implementation
+        self._free = not any(MIXERS[spec.mixer.name].in_order for spec in specs)
+        self._implementation = run.implementation
 
     def __call__(self, batch):
         """(the batch of [B, T] arrays with its `coordinates`, rearranged; the share of tiles that are computed)"""

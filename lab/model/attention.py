@@ -16,10 +16,9 @@ from lab.coordinates import Coordinates
 from lab.errors import UserError, choose
 from lab.kernels.rotary import rotate
 from lab.kernels.rules import Rule
-from lab.model import mesh, parameter, position
-from lab.model.norm import RMSNorm
+from lab.model import mesh, norm, parameter, position
+from lab.options import Option
 
-OPTIONS = ("output_gate", "sink", "qk_norm")  # model fields that add one thing to any softmax mixer that allows it
 Kept = tuple[jax.Array, ...]  # what a token keeps, arrays [B, S, groups, width]
 
 
@@ -27,85 +26,104 @@ class View(NamedTuple):
     """What every layer of one spec shares in a call: who sees whom, and the rotation of the new tokens."""
 
     rotation: tuple[jax.Array, jax.Array]
-    frequencies: jax.Array  # that it is made of [3, R / 2]
+    frequencies: jax.Array | None  # that it is made of [3, R / 2]; None: queries have rotated already
     queries: Coordinates
     keys: Coordinates
     tiles: Any  # what kernels.plan_tiles gave
     start: jax.Array | None  # the cache slot of the first new token; None without a cache
+    implementation: str  # of attention
+
+    def of_rotated(self) -> "View":
+        """The same for queries that have rotated already."""
+        return self._replace(frequencies=None)
 
 
 class Softmax(nnx.Module):
-    """What softmax mixers share. No biases; queries and output may be of low rank (model.q_rank, model.o_rank).
+    """What softmax mixers share. No biases; queries and output may be of low rank (mixer.q_rank, mixer.o_rank).
 
     Options: the output gate (arXiv 2505.06708, G1: elementwise, after attention), a learned sink in the softmax's
     denominator (gpt-oss, arXiv 2508.10925), RMSNorm of queries and keys before they rotate (arXiv 2302.05442).
     """
 
+    options: ClassVar[dict[str, Option]] = {
+        "heads": Option(4, "query heads", least=1),
+        "kv_heads": Option(1, "groups of key and value heads", least=1),
+        "head_dim": Option(24, "width of queries and keys", least=1),
+        "v_head_dim": Option(0, "width of values; 0: head_dim", least=0),
+        "q_rank": Option(0, "of a low-rank query projection; 0: full", least=0),
+        "o_rank": Option(0, "of a low-rank output projection; 0: full", least=0),
+        "rotate": Option("auto", "which of q, k, v, o rotate, as in qkvo; none; or auto: what the mixer means"),
+        "softmax_scale": Option(0.0, "of the scores; 0: head_dim^-1/2", least=0),
+        "softcap": Option(0.0, "scores s become c tanh(s / c); 0: none", least=0),
+        "output_gate": Option(False, "gates the output, elementwise, after attention"),
+        "sink": Option(False, "a learned score in the softmax's denominator, for each head"),
+        "qk_norm": Option(False, "norms queries and keys before they rotate"),
+    }
     rules: ClassVar[tuple[str, ...] | None] = None  # the mask rules that it supports; None: every one
     in_order: ClassVar[bool] = False  # whether tokens must come in the order of their row
+    attends: ClassVar[bool] = True  # whether it has a use for tile lists
     rotates: ClassVar[str] = "qkvo"  # the projections that may rotate
-    rotates_unasked: ClassVar[str] = "qk"  # those that do where model.rotate is "auto"
-    refuses: ClassVar[tuple[str, ...]] = ()  # the fields that it has no place for
-    rotates_late: ClassVar[bool] = True  # whether `attend` takes queries that are not rotated yet
+    rotates_unasked: ClassVar[str] = "qk"  # those that do where mixer.rotate is "auto"
     heads_each: ClassVar[int] = 1  # attention maps for each head of the output
-    reads_latent: ClassVar[bool] = False  # whether model.latent is its cache
-    norms_query_latent: ClassVar[bool] = False
 
     def __init__(self, model, rule: Rule, key: jax.Array):
         q, _, _, o = jax.random.split(key, 4)
         q_down, o_up, gate = further_keys(key, 3)
-        D, H = model.dim, model.heads
+        options = model.mixer
+        D, H = model.dim, options.heads
         K, V = self.widths(model)
-        self.heads, self.kv_heads, self.head_dim, self.v_head_dim = self.heads_each * H, model.kv_heads, K, V
+        self.heads, self.kv_heads, self.head_dim, self.v_head_dim = self.heads_each * H, options.kv_heads, K, V
         self.rotary_dim, self.rotate = position.rotary_dim(model), self.rotated(model)
-        self.q_down = parameter.matrix(q_down, (D, model.q_rank), ("embed", "rank")) if model.q_rank else None
-        has_norm = model.q_rank and self.norms_query_latent and model.latent_norm
-        self.q_latent_norm = RMSNorm(model.q_rank, model.norm_eps) if has_norm else None
+        q_rank, o_rank, gain = options.q_rank, options.o_rank, (2 * model.layers) ** -0.5
+        self.q_down = parameter.matrix(q_down, (D, q_rank), ("embed", "rank")) if q_rank else None
+        self.q_latent_norm = self.norm_of_query_latent(model) if q_rank else None
         self.q = parameter.matrix(
-            q, (model.q_rank or D, self.heads, K), ("rank" if model.q_rank else "embed", "heads", "head_dim")
+            q, (q_rank or D, self.heads, K), ("rank" if q_rank else "embed", "heads", "head_dim")
         )
-        gain = (2 * model.layers) ** -0.5
         self.o = parameter.matrix(
             o,
-            (H, V, model.o_rank or D),
-            ("heads", "head_dim", "rank" if model.o_rank else "embed"),
+            (H, V, o_rank or D),
+            ("heads", "head_dim", "rank" if o_rank else "embed"),
             inputs=2,
-            gain=1.0 if model.o_rank else gain,
+            gain=1.0 if o_rank else gain,
         )
-        self.o_up = parameter.matrix(o_up, (model.o_rank, D), ("rank", "embed"), gain=gain) if model.o_rank else None
+        self.o_up = parameter.matrix(o_up, (o_rank, D), ("rank", "embed"), gain=gain) if o_rank else None
         self.output_gate = (
-            parameter.matrix(gate, (D, H, V), ("embed", "heads", "head_dim")) if model.output_gate else None
+            parameter.matrix(gate, (D, H, V), ("embed", "heads", "head_dim")) if options.output_gate else None
         )
-        self.sink = parameter.bias(self.heads, "heads") if model.sink else None
-        self.q_norm, self.k_norm = (RMSNorm(K, model.norm_eps) if model.qk_norm else None for _ in range(2))
+        self.sink = parameter.bias(self.heads, "heads") if options.sink else None
+        self.q_norm, self.k_norm = (norm.make(model, K) if options.qk_norm else None for _ in range(2))
         self.rule = rule
-        self.scale = model.softmax_scale or K**-0.5
-        self.softcap = model.softcap
-        self.implementation = model.implementation
+        self.scale = options.softmax_scale or K**-0.5
+        self.softcap = options.softcap
+
+    @staticmethod
+    def norm_of_query_latent(model) -> nnx.Module | None:
+        """The norm of queries of low rank, where the mixer has one."""
+        return None
 
     @staticmethod
     def widths(model) -> tuple[int, int]:
         """(K, V) of a head."""
-        return model.head_dim, model.v_head_dim or model.head_dim
+        return model.mixer.head_dim, model.mixer.v_head_dim or model.mixer.head_dim
 
     @classmethod
     def rotated(cls, model) -> str:
         """The projections that rotate, some of the letters q, k, v, o."""
-        return {"auto": cls.rotates_unasked, "none": ""}.get(model.rotate, model.rotate)
+        asked = model.mixer.rotate
+        return {"auto": cls.rotates_unasked, "none": ""}.get(asked, asked)
 
     @classmethod
     def check(cls, model) -> None:
         """Refuses what the mixer cannot be, naming the field and the valid choices."""
-        if model.heads % model.kv_heads:
-            valid = [g for g in range(1, model.heads + 1) if model.heads % g == 0]
+        heads, groups = model.mixer.heads, model.mixer.kv_heads
+        if heads % groups:
+            valid = [g for g in range(1, heads + 1) if heads % g == 0]
             raise UserError(
-                f"model.heads = {model.heads} is not divisible by model.kv_heads = {model.kv_heads}; "
-                f"choose model.kv_heads among: {', '.join(map(str, valid))}"
+                f"model.mixer.heads = {heads} is not divisible by model.mixer.kv_heads = {groups}; "
+                f"choose model.mixer.kv_heads among: {', '.join(map(str, valid))}"
             )
-        for field in ("q_rank", "o_rank", "v_head_dim", "softmax_scale"):
-            if model[field] < 0:
-                raise UserError(f"model.{field} = {model[field]} must be positive, or 0 for none of its own")
-        check_fields(cls, model)
+        check_rule(cls, model)
         check_rotated(cls, model)
 
     @property
@@ -134,17 +152,17 @@ class Softmax(nnx.Module):
         return tuple(jnp.zeros((*stack, batch, length, *shape), dtype) for shape in self.cached)
 
     def turned(self, name: str, x_BTHK, rotation):
-        """Queries, keys or values, rotated if model.rotate has their letter; rotation None: they are to be later."""
-        return rotate(x_BTHK, rotation) if name in self.rotate and rotation else x_BTHK
+        """Queries, keys or values, rotated if mixer.rotate has their letter."""
+        return rotate(x_BTHK, rotation) if name in self.rotate else x_BTHK
 
-    def queries(self, x_BTD, rotation):
-        """Rotated queries [B, T, H, K]."""
+    def queries(self, x_BTD):
+        """Queries [B, T, H, K], not rotated yet."""
         if self.q_down is not None:
             x_BTD = x_BTD @ self.q_down[...].astype(x_BTD.dtype)
         if self.q_latent_norm is not None:
             x_BTD = self.q_latent_norm(x_BTD)
         q_BTHK = heads(x_BTD, self.q)
-        return self.turned("q", q_BTHK if self.q_norm is None else self.q_norm(q_BTHK), rotation)
+        return q_BTHK if self.q_norm is None else self.q_norm(q_BTHK)
 
     def keep(self, x_BTD, rotation) -> Kept:
         """What tokens keep of themselves."""
@@ -165,12 +183,9 @@ class Softmax(nnx.Module):
         cache = tuple(append(old, x, view.start) for old, x in zip(cache, new, strict=True))
         return cache, cache
 
-    def attend(self, q_BTHK, kept: Kept, view: View, decoding: bool, late: bool = False):
-        """What each query draws from what was kept [B, T, H, V], and its log normaliser [B, T, H].
-
-        late: queries come unrotated, and are rotated as the kernel reads them.
-        """
-        return attend_over_mesh(q_BTHK, *self.read(kept), view, self, late=late)
+    def attend(self, q_BTHK, kept: Kept, view: View, decoding: bool):
+        """What each query draws from what was kept [B, T, H, V], and its log normaliser [B, T, H]."""
+        return attend_over_mesh(q_BTHK, *self.read(kept), view, self)
 
     def merge(self, o_BTHV, x_BTD):
         """The heads of the output from those that attended."""
@@ -189,22 +204,20 @@ class Softmax(nnx.Module):
         y_BTD = jnp.einsum("bthk,hkd->btd", o_BTHV, self.o[...].astype(o_BTHV.dtype))
         return y_BTD if self.o_up is None else y_BTD @ self.o_up[...].astype(y_BTD.dtype)
 
-    def project(self, x_BTD, view: View, cache: Kept | None, late: bool = False) -> tuple[jax.Array, Kept, Kept | None]:
-        """Queries (late: not rotated yet), what every token that may be seen has kept, and the new cache."""
-        return self.queries(x_BTD, None if late else view.rotation), *self.remember(x_BTD, view, cache)
+    def project(self, x_BTD, view: View, cache: Kept | None) -> tuple[jax.Array, Kept, Kept | None]:
+        """Queries, not rotated yet, what every token that may be seen has kept, and the new cache."""
+        return self.queries(x_BTD), *self.remember(x_BTD, view, cache)
 
     def __call__(self, x_BTD: jax.Array, view: View, cache: Kept | None = None) -> tuple[jax.Array, Kept | None]:
-        late = cache is None and self.rotates_late and "q" in self.rotate
-        late = late and kernels.rotates(self.implementation, view.keys.shape[1])
-        q_BTHK, kept, cache = self.project(x_BTD, view, cache, late)
-        o_BTHV, lse_BTH = self.attend(q_BTHK, kept, view, decoding=cache is not None, late=late)
+        q_BTHK, kept, cache = self.project(x_BTD, view, cache)
+        o_BTHV, lse_BTH = self.attend(q_BTHK, kept, view, decoding=cache is not None)
         return self.output(o_BTHV, lse_BTH, x_BTD, view.rotation), cache
 
 
 class Attention(Softmax):
     """H query heads over G key-value heads: MHA at G = H, MQA at 1, GQA between (arXiv 2305.13245).
 
-    model.rotary.dim < head_dim rotates only the end of each head (partial RoPE); model.rotate says which of q, k, v, o
+    position.dim < head_dim rotates only the end of each head (partial RoPE); mixer.rotate says which of q, k, v, o
     rotate, o by the inverse (VO-RoPE, kexue.fm/archives/10862).
     """
 
@@ -233,33 +246,23 @@ def further_keys(key: jax.Array, count: int, after: int = 0) -> list[jax.Array]:
     return [jax.random.fold_in(key, 4 + after + i) for i in range(count)]
 
 
-def check_fields(mixer, model) -> None:
-    """Refuses the fields that a mixer has no place for, and the rules that it does not support."""
-    if model.latent and not mixer.reads_latent:
-        raise UserError(
-            f"model.latent = {model.latent}: model.mixer = {model.mixer!r} has none; choose 0, or the mixer 'mla'"
-        )
-    for field in mixer.refuses:
-        if model[field]:
-            raise UserError(
-                f"model.{field} = {model[field]!r}: model.mixer = {model.mixer!r} has no place for it; "
-                f"choose {type(model[field])()!r}"
-            )
+def check_rule(mixer, model) -> None:
+    """Refuses the rules that a mixer does not support."""
     if mixer.rules:
-        choose(f"model.rule of model.mixer = {model.mixer!r}", model.rule, mixer.rules)
+        choose(f"model.rule of model.mixer.name = {model.mixer.name!r}", model.rule, mixer.rules)
 
 
 def check_rotated(mixer: type[Softmax], model) -> None:
-    """Refuses a model.rotate that is no subset of what the mixer can rotate, and rotations wider than the values."""
+    """Refuses a mixer.rotate that is no subset of what the mixer can rotate, and rotations wider than the values."""
     letters = mixer.rotated(model)
     if not {*letters} <= {*mixer.rotates} or len({*letters}) < len(letters):
         raise UserError(
-            f"model.rotate = {model.rotate!r}: model.mixer = {model.mixer!r} rotates auto, none, or letters of "
-            f"{mixer.rotates!r}"
+            f"model.mixer.rotate = {model.mixer.rotate!r}: model.mixer.name = {model.mixer.name!r} rotates auto, none, "
+            f"or letters of {mixer.rotates!r}"
         )
     R, V = position.rotary_dim(model), mixer.widths(model)[1]
     if {*letters} & {*"vo"} and R > V:
-        raise UserError(f"model.rotary.dim = {R} does not fit into values of width {V}; choose an even one up to {V}")
+        raise UserError(f"model.position.dim = {R} does not fit into values of width {V}; choose an even one up to {V}")
 
 
 def heads(x_BTD, weight: nnx.Param):
@@ -273,13 +276,15 @@ def append(old, new, start):
     return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, 1)
 
 
-def attend_over_mesh(
-    q_BTHK, k_BSGK, v_BSGV, view: View, mixer: Softmax, scale: float | None = None, late: bool = False
-):
+def attend_over_mesh(q_BTHK, k_BSGK, v_BSGV, view: View, mixer: Softmax, scale: float | None = None):
     """`kernels.attend` with rows, heads and queries over the mesh; every device gathers the keys of its rows.
 
-    Returns (o_BTHV, lse_BTH). A single head is every device's own. scale: None for the mixer's. late: see `attend`.
+    Queries rotate here, or as a kernel that can reads them. Returns (o_BTHV, lse_BTH). A single head is every device's
+    own. scale: None for the mixer's.
     """
+    frequencies = view.frequencies if "q" in mixer.rotate else None
+    if frequencies is not None and (view.start is not None or not kernels.rotates(view.implementation, k_BSGK.shape[1])):
+        q_BTHK, frequencies = rotate(q_BTHK, view.rotation), None
     tensor = mesh.current().get("tensor", 1)
     H, G = q_BTHK.shape[2], k_BSGK.shape[2]
     over_heads = "tensor" if H > 1 else None
@@ -300,7 +305,7 @@ def attend_over_mesh(
             mixer.rule,
             scale=mixer.scale if scale is None else scale,
             softcap=mixer.softcap,
-            implementation=mixer.implementation,
+            implementation=view.implementation,
             tiles=tiles,
             return_lse=True,
             frequencies_3F=frequencies_3F,
@@ -311,7 +316,7 @@ def attend_over_mesh(
     )  # fmt: skip
     specs = (queries, shared, shared, tokens, P(mesh.BATCH), tokens, P())
     return mesh.per_device(attend, specs, (queries, queries))(
-        q_BTHK, k_BSGK, v_BSGV, view.queries, view.keys, view.tiles, view.frequencies if late else None
+        q_BTHK, k_BSGK, v_BSGV, view.queries, view.keys, view.tiles, frequencies
     )
 
 

@@ -8,9 +8,8 @@ from flax import nnx
 
 from lab.errors import UserError
 from lab.kernels.rules import Rule
-from lab.model import mesh, parameter
-from lab.model.attention import View, check_fields, further_keys, heads
-from lab.model.norm import RMSNorm
+from lab.model import mesh, norm, parameter
+from lab.model.attention import Softmax, View, check_rule, further_keys, heads
 
 CHUNK = 64  # tokens that one step of the scan over a row takes
 
@@ -30,41 +29,32 @@ class GatedDelta(nnx.Module):
     segments one after another, each in the order of its index; the state starts anew with each.
     """
 
+    options: ClassVar[dict] = {name: Softmax.options[name] for name in ("heads", "head_dim", "v_head_dim")}
     rules: ClassVar[tuple[str, ...]] = ("causal",)
-    refuses: ClassVar[tuple[str, ...]] = (
-        "output_gate", "sink", "qk_norm", "softcap", "softmax_scale", "q_rank", "o_rank"
-    )  # fmt: skip
-    reads_latent: ClassVar[bool] = False
     in_order: ClassVar[bool] = True  # a token needs the one before it: a row cannot be cut over mesh.context
+    attends: ClassVar[bool] = False
 
     def __init__(self, model, rule: Rule, key: jax.Array):
         q, k, v, o = jax.random.split(key, 4)
         gate, alpha, beta = further_keys(key, 3)
-        D, H, K = model.dim, model.heads, model.head_dim
-        V = model.v_head_dim or K
+        D, H, K = model.dim, model.mixer.heads, model.mixer.head_dim
+        V = model.mixer.v_head_dim or K
         axes = ("embed", "heads", "head_dim")
         self.q, self.k = (parameter.matrix(x, (D, H, K), axes) for x in (q, k))
         self.v, self.output_gate = (parameter.matrix(x, (D, H, V), axes) for x in (v, gate))
         self.alpha, self.beta = (parameter.matrix(x, (D, H), ("embed", "heads")) for x in (alpha, beta))
         self.alpha_log = parameter.bias(H, "heads")
         self.alpha_bias = parameter.bias(H, "heads", value=-4.0)  # alpha = 0.98: forgetting is learned
-        self.norm = RMSNorm(V, model.norm_eps)
+        self.norm = norm.make(model, V)
         self.o = parameter.matrix(
             o, (H, V, D), ("heads", "head_dim", "embed"), inputs=2, gain=(2 * model.layers) ** -0.5
         )
         self.heads, self.head_dim, self.v_head_dim = H, K, V
-        self.rule, self.implementation = rule, "reference"  # no tile list is of use
+        self.rule = rule
 
     @classmethod
     def check(cls, model) -> None:
-        check_fields(cls, model)
-        if model.rotate not in ("auto", "none"):
-            raise UserError(
-                f"model.rotate = {model.rotate!r}: nothing rotates in model.mixer = {model.mixer!r}; choose none"
-            )
-        if model.head_dim < 1 or model.v_head_dim < 0:
-            shown = f"model.head_dim = {model.head_dim} and model.v_head_dim = {model.v_head_dim}"
-            raise UserError(f"{shown} must be at least 1; model.v_head_dim = 0 is model.head_dim")
+        check_rule(cls, model)
 
     cached: ClassVar[tuple] = ()
     work_per_key: ClassVar[int] = 0
@@ -88,7 +78,7 @@ class GatedDelta(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array, view: View, cache: State | None = None) -> tuple[jax.Array, State | None]:
         if mesh.current().get("context", 1) > 1:
-            raise UserError("mesh.context must be 1 where a layer runs along the row, as model.mixer = 'delta' does")
+            raise UserError("run.mesh.context must be 1 where a layer runs along the row, as model.mixer.name = 'delta' does")
         wide = jnp.promote_types(x_BTD.dtype, jnp.float32)
         start = self.init_cache(x_BTD.shape[0], 0, x_BTD.dtype) if cache is None else cache
         q_BTHK, k_BTHK = (unit(jax.nn.silu(heads(x_BTD, w).astype(wide))) for w in (self.q, self.k))

@@ -16,7 +16,7 @@ class Differential(Attention):
     def __init__(self, model, rule: Rule, key: jax.Array):
         super().__init__(model, rule, key)
         self.subtracted = parameter.matrix(
-            further_keys(key, 1, after=3)[0], (model.dim, model.heads), ("embed", "heads")
+            further_keys(key, 1, after=3)[0], (model.dim, model.mixer.heads), ("embed", "heads")
         )
 
     def merge(self, o_BTHV, x_BTD):

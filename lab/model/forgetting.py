@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from lab.kernels.rules import Rule
 from lab.model import parameter
 from lab.model.attention import Attention, Kept, View, append, attend_over_mesh, further_keys
+from lab.options import without
 
 PARTS = 3  # dimensions in which one F rides
 
@@ -17,14 +18,13 @@ class Forgetting(Attention):
     out F_i: each key needs -F_j alone, which rides in more dimensions of it, a few for each query head of its group.
     """
 
+    options = without(Attention.options, "softcap")  # it would cap what is forgotten
     rules = ("causal", "all_branches", "own_branch")  # transitive: a window is not
-    refuses = ("softcap",)  # it would cap what is forgotten
-    rotates_late = False  # its queries grow by the dimensions that carry F
 
     def __init__(self, model, rule: Rule, key: jax.Array):
         super().__init__(model, rule, key)
-        self.forget = parameter.matrix(further_keys(key, 1, after=3)[0], (model.dim, model.heads), ("embed", "heads"))
-        self.forget_bias = parameter.bias(model.heads, "heads", value=4.0)  # f = 0.98: forgetting is learned
+        self.forget = parameter.matrix(further_keys(key, 1, after=3)[0], (model.dim, model.mixer.heads), ("embed", "heads"))
+        self.forget_bias = parameter.bias(model.mixer.heads, "heads", value=4.0)  # f = 0.98: forgetting is learned
 
     @property
     def cached(self):
@@ -61,10 +61,12 @@ class Forgetting(Attention):
         log_f_BS1H = log_f_BSH1.swapaxes(2, 3)
         q_BT11 = jnp.zeros((*view.queries.shape, 1, 1), log_f_BS1H.dtype)
         k_BS11 = jnp.zeros((*log_f_BS1H.shape[:2], 1, 1), log_f_BS1H.dtype)
-        mean_BT1H, count_BT1 = attend_over_mesh(q_BT11, k_BS11, log_f_BS1H, view, self, scale=1.0)
+        mean_BT1H, count_BT1 = attend_over_mesh(q_BT11, k_BS11, log_f_BS1H, view.of_rotated(), self, scale=1.0)
         return (mean_BT1H * jnp.exp(count_BT1)[..., None]).swapaxes(2, 3)
 
-    def attend(self, q_BTHK, kept: Kept, view: View, decoding: bool, late: bool = False):
+    def attend(self, q_BTHK, kept: Kept, view: View, decoding: bool):
+        if view.frequencies is not None:  # before queries grow by the dimensions that carry F
+            q_BTHK, view = self.turned("q", q_BTHK, view.rotation), view.of_rotated()
         k_BSGK, v_BSGV, _, total_BSH1 = kept
         B, S, G, _ = k_BSGK.shape
         R = self.heads // G

@@ -5,40 +5,46 @@ import jax.numpy as jnp
 
 from lab.errors import UserError
 from lab.kernels.rules import Rule
-from lab.model import parameter
+from lab.model import norm, parameter
 from lab.model.attention import Kept, Softmax, View, attend_over_mesh, further_keys, heads
-from lab.model.norm import RMSNorm
 from lab.model.position import rotary_dim
+from lab.options import Option, without
+
+LATENT_NORM = {"latent_norm": Option(True, "norms the latents")}
 
 
 class LatentAttention(Softmax):
-    """Keys and values are read from a latent c of model.latent numbers, and one rotated key that all heads share.
+    """Keys and values are read from a latent c of mixer.latent numbers, and one rotated key that all heads share.
 
-    [k_nope ; v] = c [W_UK ; W_UV], k = [k_nope ; R_j k_rope]. model.kv_heads latents, each of H / G heads: 1 is MLA,
-    more is GLA. c is RMS-normed with model.latent_norm, and so is the query's latent where model.q_rank gives it one.
+    [k_nope ; v] = c [W_UK ; W_UV], k = [k_nope ; R_j k_rope]. mixer.kv_heads latents, each of H / G heads: 1 is MLA,
+    more is GLA. c is normed with mixer.latent_norm, and so is the query's latent where mixer.q_rank gives it one.
     Decoding uses the absorbed form: q_nope W_UK^T scores the latents themselves.
     """
 
+    options = (
+        without(Softmax.options, "qk_norm") | LATENT_NORM | {"latent": Option(0, "numbers of a latent, cached", least=1)}
+    )
     rotates = "qk"
-    refuses = ("qk_norm",)
-    reads_latent = True
-    norms_query_latent = True
 
     def __init__(self, model, rule: Rule, key: jax.Array):
         super().__init__(model, rule, key)
         _, k, v, _ = jax.random.split(key, 4)
         kv_down, rope = further_keys(key, 2, after=3)
-        D, H, G, C, N = model.dim, model.heads, model.kv_heads, model.latent, self.head_dim - self.rotary_dim
+        D, H, G, C = model.dim, model.mixer.heads, model.mixer.kv_heads, model.mixer.latent
+        N = self.head_dim - self.rotary_dim
         self.kv_down = parameter.matrix(kv_down, (D, G, C), ("embed", "kv_heads", "latent"))
         self.rope = parameter.matrix(rope, (D, 1, self.rotary_dim), ("embed", "shared", "head_dim"))
-        self.latent, self.latent_norm = C, RMSNorm(C, model.norm_eps) if model.latent_norm else None
+        self.latent, self.latent_norm = C, norm.make(model, C) if model.mixer.latent_norm else None
         self.up_k = parameter.matrix(k, (C, H, N), ("latent", "heads", "head_dim"))
         self.up_v = parameter.matrix(v, (C, H, self.v_head_dim), ("latent", "heads", "head_dim"))
+
+    @staticmethod
+    def norm_of_query_latent(model):
+        return norm.make(model, model.mixer.q_rank) if model.mixer.latent_norm else None
 
     @classmethod
     def check(cls, model) -> None:
         super().check(model)
-        check_latent(model)
         check_unrotated(model)
 
     @property
@@ -58,8 +64,8 @@ class LatentAttention(Softmax):
         shared_BSHR = jnp.broadcast_to(k_BS1R, (*k_BSHN.shape[:3], self.rotary_dim))
         return jnp.concatenate([k_BSHN, shared_BSHR], -1), v_BSHV
 
-    def attend(self, q_BTHK, kept: Kept, view: View, decoding: bool, late: bool = False):
-        return self.absorbed(q_BTHK, *kept, view) if decoding else super().attend(q_BTHK, kept, view, decoding, late)
+    def attend(self, q_BTHK, kept: Kept, view: View, decoding: bool):
+        return self.absorbed(q_BTHK, *kept, view) if decoding else super().attend(q_BTHK, kept, view, decoding)
 
     def absorbed(self, q_BTHK, c_BSGC, k_BS1R, view: View):
         """(q_nope W_UK^T) c + q_rope k_rope, over values c, and W_UV after: no key of its own for any head."""
@@ -77,18 +83,11 @@ class LatentAttention(Softmax):
         return jnp.einsum("bsgc,cgrn->bsgrn", c_BSGC, up_CGRN).reshape(*c_BSGC.shape[:2], H, N)
 
 
-def check_latent(model) -> None:
-    """Refuses a latent of nothing."""
-    if model.latent < 1:
-        raise UserError(
-            f"model.latent = {model.latent} must be at least 1: it is what model.mixer = {model.mixer!r} caches"
-        )
-
-
 def check_unrotated(model) -> None:
     """Refuses a head that rotates as a whole, in mixers that split it."""
-    if rotary_dim(model) >= model.head_dim:
+    head_dim = model.mixer.head_dim
+    if rotary_dim(model) >= head_dim:
         raise UserError(
-            f"model.rotary.dim = {model.rotary.dim} leaves none of model.head_dim = {model.head_dim} unrotated, which "
-            f"model.mixer = {model.mixer!r} needs; choose an even number of 2 to {(model.head_dim - 1) // 2 * 2}"
+            f"model.position.dim = {model.position.dim} leaves none of model.mixer.head_dim = {head_dim} unrotated, which "
+            f"model.mixer.name = {model.mixer.name!r} needs; choose an even number of 2 to {(head_dim - 1) // 2 * 2}"
         )

@@ -8,14 +8,18 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lab.errors import UserError
+from lab.options import Option
 
 AXES = ("data", "fsdp", "tensor", "context")
+OPTIONS = {
+    axis: Option(-1 if axis == "data" else 1, f"devices along {axis}; -1: what is left of them", least=-1) for axis in AXES
+}
 BATCH = ("data", "fsdp")  # rows; tokens lie over context, heads over tensor
 TOKENS = P(BATCH, "context")  # of an array [B, T]
 
 
 def make(config) -> Mesh:
-    """The mesh that `config.mesh` describes over all devices of all hosts; one axis may be -1: what is left."""
+    """The mesh that `config.run.mesh` describes over all devices of all hosts; one axis may be -1: what is left."""
     sizes = [config[axis] for axis in AXES]
     devices = jax.device_count()
     known = [size for size in sizes if size != -1]
@@ -23,7 +27,7 @@ def make(config) -> Mesh:
     if len(known) < len(sizes) - 1 or min(wanted) < 1 or math.prod(wanted) != devices:
         shown = ", ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))
         raise UserError(
-            f"mesh ({shown}) does not cover {devices} devices; their product must be {devices}, one may be -1"
+            f"run.mesh ({shown}) does not cover {devices} devices; their product must be {devices}, one may be -1"
         )
     return jax.make_mesh(tuple(wanted), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
@@ -32,9 +36,9 @@ def check_rows(mesh: Mesh, name: str, rows: int, tokens: int) -> None:
     """Refuses a batch that does not divide over the mesh."""
     over_rows, over_tokens = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["context"]
     if rows % over_rows:
-        raise UserError(f"{name} = {rows} does not divide over mesh data x fsdp = {over_rows}; choose a multiple of it")
+        raise UserError(f"{name} = {rows} does not divide over run.mesh data x fsdp = {over_rows}; choose a multiple of it")
     if tokens % over_tokens:
-        raise UserError(f"rows of {tokens} tokens do not divide over mesh.context = {over_tokens}; choose a divisor")
+        raise UserError(f"rows of {tokens} tokens do not divide over run.mesh.context = {over_tokens}; choose a divisor")
 
 
 def place(batch, mesh: Mesh):

@@ -1,4 +1,4 @@
-"""The mixers by name: what model.mixer, or an entry of model.pattern, may say."""
+"""The mixers by name: what model.mixer.name, or an entry of model.pattern, may say."""
 
 from lab.model.attention import Attention
 from lab.model.delta import GatedDelta

@@ -8,23 +8,23 @@ import jax.numpy as jnp
 
 from lab.errors import UserError
 from lab.kernels.rules import Rule
-from lab.model import parameter
+from lab.model import norm, parameter
 from lab.model.attention import Kept, Softmax, further_keys, heads
-from lab.model.latent import check_unrotated
-from lab.model.norm import RMSNorm
+from lab.model.latent import LATENT_NORM, check_unrotated
 from lab.model.position import rotary_dim
+from lab.options import without
 
 
 class PartlyShared(Softmax):
     """S1: k = [c ; R_j r], v = [c ; e] with e of V - N numbers of its own."""
 
-    refuses = ("qk_norm",)
+    options = without(Softmax.options, "qk_norm")
     rope_of_all_groups = False  # whether the groups share one rotated key
 
     def __init__(self, model, rule: Rule, key: jax.Array):
         super().__init__(model, rule, key)
         _, c, e, _ = jax.random.split(key, 4)
-        D, G, R, axes = model.dim, model.kv_heads, self.rotary_dim, ("embed", "kv_heads", "head_dim")
+        D, G, R, axes = model.dim, self.kv_heads, self.rotary_dim, ("embed", "kv_heads", "head_dim")
         N = self.head_dim - R
         one, its_axes = (1, ("embed", "shared", "head_dim")) if self.rope_of_all_groups else (G, axes)
         self.c = parameter.matrix(c, (D, G, N), axes)
@@ -35,14 +35,14 @@ class PartlyShared(Softmax):
     def check(cls, model) -> None:
         super().check(model)
         check_unrotated(model)
-        shared, (_, V) = model.head_dim - rotary_dim(model), cls.widths(model)
+        shared, (_, V) = model.mixer.head_dim - rotary_dim(model), cls.widths(model)
         if shared >= V:
             raise UserError(
-                f"model.v_head_dim = {model.v_head_dim} must be above {shared}, the numbers that values share with "
-                f"keys in model.mixer = {model.mixer!r}; or 0 for model.head_dim"
+                f"model.mixer.v_head_dim = {model.mixer.v_head_dim} must be above {shared}, the numbers that values share "
+                f"with keys in model.mixer.name = {model.mixer.name!r}; or 0 for model.mixer.head_dim"
             )
         if "v" in cls.rotated(model) and V - shared < rotary_dim(model):
-            raise UserError(f"model.rotate = {model.rotate!r} would rotate what keys share; leave out v")
+            raise UserError(f"model.mixer.rotate = {model.mixer.rotate!r} would rotate what keys share; leave out v")
 
     @property
     def cached(self):
@@ -69,20 +69,20 @@ class GroupedTied(PartlyShared):
 class FullyShared(Softmax):
     """S2: k = v = [c ; R_j r]. The output's last R numbers are rotated back (VO-RoPE), so that they are relative."""
 
+    options = without(Softmax.options, "v_head_dim")
     rotates_unasked = "qkvo"
-    refuses = ("v_head_dim",)
 
     def __init__(self, model, rule: Rule, key: jax.Array):
         super().__init__(model, rule, key)
         k = jax.random.split(key, 4)[1]
-        self.kv = parameter.matrix(k, (model.dim, model.kv_heads, self.head_dim), ("embed", "kv_heads", "head_dim"))
+        self.kv = parameter.matrix(k, (model.dim, self.kv_heads, self.head_dim), ("embed", "kv_heads", "head_dim"))
 
     @classmethod
     def check(cls, model) -> None:
         super().check(model)
         if ("k" in cls.rotated(model)) != ("v" in cls.rotated(model)):
             raise UserError(
-                f"model.rotate = {model.rotate!r}: keys are the values in model.mixer = {model.mixer!r}; "
+                f"model.mixer.rotate = {model.mixer.rotate!r}: keys are the values in model.mixer.name = {model.mixer.name!r}; "
                 "have both k and v in it, or neither"
             )
 
@@ -101,24 +101,24 @@ class FullyShared(Softmax):
 class LatentShared(Softmax):
     """S3: k = [c ; R_j r], v = c: MLA as it decodes, without the low rank of its queries and output.
 
-    c is RMS-normed with model.latent_norm. Holding W_UK and W_UV of an MLA inside its W_Q and W_O, at that MLA's
-    model.softmax_scale, it computes the same.
+    c is normed with mixer.latent_norm. Holding W_UK and W_UV of an MLA inside its W_Q and W_O, at that MLA's
+    mixer.softmax_scale, it computes the same.
     """
 
+    options = without(Softmax.options, "v_head_dim", "qk_norm") | LATENT_NORM
     rotates = "qk"
-    refuses = ("v_head_dim", "qk_norm")
 
     def __init__(self, model, rule: Rule, key: jax.Array):
         super().__init__(model, rule, key)
         c = jax.random.split(key, 4)[1]
-        D, G, N, R = model.dim, model.kv_heads, self.v_head_dim, self.rotary_dim
+        D, G, N, R = model.dim, self.kv_heads, self.v_head_dim, self.rotary_dim
         self.c = parameter.matrix(c, (D, G, N), ("embed", "kv_heads", "latent"))
         self.rope = parameter.matrix(further_keys(key, 1, after=3)[0], (D, G, R), ("embed", "kv_heads", "head_dim"))
-        self.latent_norm = RMSNorm(N, model.norm_eps) if model.latent_norm else None
+        self.latent_norm = norm.make(model, N) if model.mixer.latent_norm else None
 
     @staticmethod
     def widths(model) -> tuple[int, int]:
-        return model.head_dim, model.head_dim - rotary_dim(model)
+        return model.mixer.head_dim, model.mixer.head_dim - rotary_dim(model)
 
     @classmethod
     def check(cls, model) -> None:

@@ -14,26 +14,17 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lab import kernels
 from lab.coordinates import Coordinates
-from lab.errors import UserError, choose
 from lab.kernels import rules
-from lab.model import mesh, parameter, position, streams
-from lab.model.attention import OPTIONS, View, plan_tiles_over_mesh
-from lab.model.feedforward import SwiGLU
+from lab.model import mesh, norm, parameter, position
+from lab.model.attention import View, plan_tiles_over_mesh
+from lab.model.execution import Execution, rematerialised
+from lab.model.feedforward import FEEDFORWARDS
 from lab.model.mixers import MIXERS
-from lab.model.norm import RMSNorm
+from lab.model.placement import PLACEMENTS
+from lab.model.position import POSITIONS
+from lab.model.spec import layer_specs
 from lab.model.streams import STREAMS
-
-REMAT = {
-    "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
-PATTERN_FIELDS = (
-    "mixer", "rule", "rotate", "latent", "softcap", *OPTIONS,
-    "rotary.dim", "rotary.theta", "rotary.ratio", "rotary.stride", "rotary.unselected",
-)  # fmt: skip
 
 
 class Cache(NamedTuple):
@@ -46,35 +37,43 @@ class Cache(NamedTuple):
 
 
 class Block(nnx.Module):
-    """The sublayers of a layer, each after its norm, and what the stream gives every layer alike."""
+    """A layer: two sublayers, each in its placement of norms, and what the stream gives every layer alike."""
 
     def __init__(self, spec, key: jax.Array, m: jax.Array):
         mixer, feedforward = jax.random.split(key)
-        self.mixer_norm = RMSNorm(spec.dim, spec.norm_eps)
-        self.mixer = MIXERS[spec.mixer](spec, rules.parse(spec.rule), mixer)
-        self.feedforward_norm = RMSNorm(spec.dim, spec.norm_eps)
-        self.feedforward = SwiGLU(spec, feedforward)
+        self.around_mixer = PLACEMENTS[spec.placement.name](spec)
+        self.mixer = MIXERS[spec.mixer.name](spec, rules.parse(spec.rule), mixer)
+        self.around_feedforward = PLACEMENTS[spec.placement.name](spec)
+        self.feedforward = FEEDFORWARDS[spec.feedforward.name](spec, feedforward)
         self.stream = STREAMS[spec.stream.name].of_layer(spec, jax.random.fold_in(key, 2), m)
 
+    def __call__(self, x_BTD, view: View, cache=None):
+        """The plain residual layer, and the new cache. Other streams combine `mix` and `feed` otherwise."""
+        mixed_BTD, cache = self.mix(x_BTD, view, cache)
+        h_BTD = x_BTD + mixed_BTD
+        return h_BTD + self.feed(h_BTD), cache
+
     def mix(self, x_BTD, view: View, cache=None):
-        """mixer(norm(x)), and the new cache."""
-        mixed_BTD, cache = self.mixer(self.mixer_norm(x_BTD), view, cache)
-        return mesh.constrain(mixed_BTD), cache
+        """mixer(norm(x)), with norms where the placement has them, and the new cache."""
+        mixed_BTD, cache = self.mixer(self.around_mixer.before(x_BTD), view, cache)
+        return mesh.constrain(self.around_mixer.after(mixed_BTD)), cache
 
     def feed(self, x_BTD):
-        """feedforward(norm(x))"""
-        return mesh.constrain(self.feedforward(self.feedforward_norm(x_BTD)))
+        """feedforward(norm(x)), likewise."""
+        fed_BTD = self.feedforward(self.around_feedforward.before(x_BTD))
+        return mesh.constrain(self.around_feedforward.after(fed_BTD))
 
 
 class Transformer(nnx.Module):
     """tokens [B, T] -> logits [B, T, C]. Made by `lab.model.build`."""
 
-    def __init__(self, model, key: jax.Array):
+    def __init__(self, model, key: jax.Array, execution: Execution):
         embedding, head, *layers = jax.random.split(key, 2 + model.layers)
         specs = layer_specs(model)
         shape = model.vocabulary, model.dim
         self.embedding = parameter.embedding(embedding, shape)
-        self.branch_code = position.FourierCode(model) if model.position == "fourier" else None
+        codes = [POSITIONS[spec.position.name].code for spec in specs]
+        self.code = next((code(model) for code in codes if code), None)
         self.rotary = nnx.List([position.Rotary(spec) for spec in specs])
         self.blocks = nnx.List(
             [
@@ -85,10 +84,10 @@ class Transformer(nnx.Module):
             ]
         )
         self.stream = STREAMS[model.stream.name](model, jax.random.fold_in(key, 2 + model.layers))
-        self.norm = RMSNorm(model.dim, model.norm_eps)
+        self.norm = norm.make(model, model.dim)
         self.head = None if model.tied else parameter.embedding(head, shape)
         self.compute = jnp.dtype(model.compute)
-        self.layers, self.scan, self.remat = model.layers, model.scan, model.remat
+        self.layers, self.execution = model.layers, execution
 
     def __call__(self, tokens_BT: jax.Array, coordinates: Coordinates | None = None) -> jax.Array:
         """Logits [B, T, C], float32. coordinates None: one causal segment per row."""
@@ -116,17 +115,20 @@ class Transformer(nnx.Module):
 
     def embed(self, tokens_BT, coordinates: Coordinates):
         x_BTD = self.embedding[...][tokens_BT]
-        if self.branch_code is not None:
-            x_BTD = x_BTD + self.branch_code(coordinates)
+        if self.code is not None:
+            x_BTD = x_BTD + self.code(coordinates)
         return mesh.constrain(x_BTD.astype(self.compute))
 
     def views(self, queries: Coordinates, keys: Coordinates, start=None) -> list[View]:
         """What each entry of the layer pattern sees; tile lists are made once per distinct rule."""
-        needed = [(block.mixer.rule, block.mixer.implementation) for block in self.blocks]
-        tiles = {rule: plan_tiles_over_mesh(queries, keys, *rule) for rule in dict.fromkeys(needed)}
+        mixers, implementation = [block.mixer for block in self.blocks], self.execution.implementation
+        needed = dict.fromkeys(mixer.rule for mixer in mixers if mixer.attends)
+        tiles = {rule: plan_tiles_over_mesh(queries, keys, rule, implementation) for rule in needed}
         return [
-            View(rotary(queries), rotary.frequencies[...], queries, keys, tiles[rule], start)
-            for rotary, rule in zip(self.rotary, needed, strict=True)
+            View(
+                rotary(queries), rotary.frequencies[...], queries, keys, tiles.get(mixer.rule), start, implementation
+            )
+            for rotary, mixer in zip(self.rotary, mixers, strict=True)
         ]
 
     def run_layers(self, x_BTD, views: list[View], caches: tuple | None = None):
@@ -142,14 +144,14 @@ class Transformer(nnx.Module):
             """One pass over (some of) the entries of the pattern, from layer `first` on."""
             new, (first, entries) = [], inputs
             for p, (view, (block, cache)) in enumerate(zip(views, entries, strict=False)):
-                layer = rematerialised(functools.partial(type(self.stream).layer, m=first + p), self.remat)
+                layer = rematerialised(functools.partial(type(self.stream).layer, m=first + p), self.execution.remat)
                 state, cache = layer(self.stream, state, block, view, cache)
                 new.append(cache)
             return state, tuple(new)
 
         entries = tuple(zip(self.blocks, of_layers, strict=True))
         full, left = divmod(self.layers, P)
-        if self.scan and full > 1:
+        if self.execution.scan and full > 1:
             repeats = jax.tree.map(lambda w: w[:full], entries)
             state, new = jax.lax.scan(run_period, state, (P * jnp.arange(full), repeats))
             periods = [(full * P, jax.tree.map(lambda w: w[full], entries[:left]))] if left else []
@@ -171,11 +173,6 @@ class Transformer(nnx.Module):
         return jnp.einsum("btd,cd->btc", x_BTD, weight_CD[...].astype(x_BTD.dtype), preferred_element_type=wide)
 
 
-def rematerialised(function, policy: str):
-    """`function`, keeping for the backward pass everything (none), matrix products (dots), or its inputs (full)."""
-    return function if policy == "none" else jax.checkpoint(function, policy=REMAT[policy])
-
-
 def unstack(tree, n: int) -> list:
     """The n slices of a stacked pytree. lax.split, because its gradient is one concatenation."""
     parts = jax.tree.map(lambda w: [part[0] for part in jax.lax.split(w, (1,) * n)], tree)
@@ -191,39 +188,3 @@ def restack(scanned, rows: list, entries: int) -> tuple:
         parts += [jax.tree.map(lambda x: x[None], row[p]) for row in rows if p < len(row)]
         stacked.append(jax.tree.map(lambda *x: jnp.concatenate(x), *parts))
     return tuple(stacked)
-
-
-def layer_specs(model) -> list:
-    """The model config as each entry of the layer pattern has it."""
-    specs = []
-    for entry in model.pattern:
-        spec = model.copy_and_resolve_references()
-        for field, value in entry:
-            choose("a field of model.pattern", field, PATTERN_FIELDS)
-            *path, name = field.split(".")
-            try:
-                functools.reduce(lambda node, part: node[part], path, spec)[name] = value
-            except TypeError:
-                raise UserError(f"model.pattern sets {field} = {value!r}, which is of another type") from None
-        specs.append(spec)
-    return specs
-
-
-def check(model) -> None:
-    """Refuses a model config that means nothing, naming the value and the valid choices."""
-    for field in ("dim", "layers", "heads", "kv_heads", "ffn", "vocabulary"):
-        if model[field] < 1:
-            raise UserError(f"model.{field} = {model[field]} must be at least 1")
-    choose("model.compute", model.compute, ("float32", "bfloat16"))
-    choose("model.remat", model.remat, REMAT)
-    if not 1 <= len(model.pattern) <= model.layers:
-        raise UserError(
-            f"model.pattern has {len(model.pattern)} entries for model.layers = {model.layers}; choose 1 to that many"
-        )
-    for spec in layer_specs(model):
-        choose("model.mixer", spec.mixer, MIXERS)
-        rules.parse(spec.rule)
-        kernels.resolve(spec.implementation)
-        position.check(spec)
-        MIXERS[spec.mixer].check(spec)
-    streams.check(model, [spec.mixer for spec in layer_specs(model)])

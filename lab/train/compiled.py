@@ -17,14 +17,14 @@ _evaluate_many = jax.jit(step.evaluation_steps)
 _executables = {}
 
 
-def initial_state(model_config, program: Program, mesh: Mesh, seed: int) -> State:
+def initial_state(config, program: Program, mesh: Mesh) -> State:
     """A fresh state, every array laid over the mesh as its declaration says.
 
     Weights and tables are made apart: cells that differ in tables share the program that draws their weights.
     """
 
     def parts(key):
-        state = step.initial_state(lab_model.build(model_config, key), program)
+        state = step.initial_state(lab_model.build(config.model, key, config.run), program)
         structure, trainable, rest = parameter.split(state.model)
         return structure, (trainable, state.optimizer), rest
 
@@ -34,7 +34,7 @@ def initial_state(model_config, program: Program, mesh: Mesh, seed: int) -> Stat
 
         return jax.jit(initial, out_shardings=parameter.shardings(jax.eval_shape(initial, key), mesh))(key)
 
-    key = jax.random.key(seed)
+    key = jax.random.key(config.model_seed)
     with jax.set_mesh(mesh):
         trainable, optimizer = made(1)
         return State(nnx.merge(jax.eval_shape(parts, key)[0], trainable, made(2)), optimizer)

@@ -102,7 +102,7 @@ def train(
         pending = metrics, step, numbers, sent
         steps, tokens = steps + 1, tokens + sum(of.tokens for of in sent)
         stopping, last = stop(step), step + 1 == config.train.steps
-        if stopping or last or (step + 1) % config.checkpoint.every == 0:
+        if stopping or last or (step + 1) % config.run.checkpoint.every == 0:
             settle()  # a checkpoint is worth keeping only if its step was finite
             position = Position(step + 1, (step + 1) * texts_per_step)
             checkpoints.save(position, state)

@@ -9,6 +9,7 @@ from optax import contrib
 
 from lab.errors import UserError, choose
 from lab.model import parameter
+from lab.options import Option
 
 JORDAN = (3.4445, -4.7750, 2.0315)
 FINE = (2.0, -1.5, 0.5)  # leaves singular values of one where they are
@@ -25,6 +26,18 @@ SCALINGS = {
     "keller-jordan": lambda d_in, d_out: math.sqrt(max(1, d_out / d_in)),
     "mup": lambda d_in, d_out: math.sqrt(d_out / d_in),
 }
+
+
+OPTIONS = {
+    "momentum": Option(0.95, "of the gradients of matrices", least=0, below=1),
+    "scaling": Option("moonlight", "of updates by the shape of a matrix", choices=tuple(SCALINGS)),
+    "steps": Option("5", "of Newton-Schulz", choices=tuple(STEPS)),
+    "per_head": Option("none", "weights whose heads are matrices of their own; all: W_O too",
+                       choices=tuple(parameter.PER_HEAD)),
+    "on": Option((), "names of the matrices that it takes, as q, o, gate; empty: all", kind=tuple[str, ...]),
+    "adam_rate": Option(1.0, "AdamW's learning rate on the rest, in units of learning_rate", least=0),
+    "adam_decay": Option(0.01, "AdamW's weight decay on the rest", least=0),
+}  # fmt: skip
 
 
 def orthogonalised(momentum, scaling: str, steps: str, per_head: str, on: tuple[str, ...]):
@@ -51,15 +64,6 @@ def groups(trainable, on: tuple[str, ...]):
     is_dimensions = lambda x: x is None or isinstance(x, contrib.MuonDimensionNumbers)  # noqa: E731
     group = lambda x: "adamw" if x is None else "muon"  # noqa: E731
     return jax.tree.map(group, parameter.muon_dimensions(trainable, on=on), is_leaf=is_dimensions)
-
-
-def check(settings) -> None:
-    """Refuses settings of config.train.muon that mean nothing for any model."""
-    choose("train.muon.scaling", settings.scaling, SCALINGS)
-    choose("train.muon.steps", settings.steps, STEPS)
-    choose("train.muon.per_head", settings.per_head, parameter.PER_HEAD)
-    if not 0 <= settings.momentum < 1:
-        raise UserError(f"train.muon.momentum = {settings.momentum} must be at least 0 and below 1")
 
 
 def check_names(on: tuple[str, ...], trainable) -> None:

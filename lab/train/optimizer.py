@@ -1,68 +1,81 @@
 """The optimizer from optax, with every number a value of the call: cells that differ in numbers share a program."""
 
+import functools
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
 import optax
 
 from lab import model as lab_model
-from lab.errors import UserError, choose
+from lab.errors import UserError
 from lab.model import parameter
+from lab.options import Option, Part, Room, leaves
 from lab.train import muon as lab_muon
 
-
-class Numbers(NamedTuple):
-    """What a study may vary without another program; float32 scalars, given to every call of the step."""
-
-    learning_rate: np.float32
-    weight_decay: np.float32
-    b1: np.float32
-    b2: np.float32
-    eps: np.float32
-    clip: np.float32
-    z_loss: np.float32
-    momentum: np.float32  # this and the next two: of Muon
-    adam_rate: np.float32
-    adam_decay: np.float32
+Numbers = dict  # {dotted name below config.train: float32}: what a study may vary without another program
 
 
-def adamw(numbers: Numbers, decay_mask) -> optax.GradientTransformation:
+class Optimizer(NamedTuple):
+    """make(numbers, static, decay_mask): `numbers` are the values of a call, `static` what is compiled in, both those
+    of `options`, and of other optimizers what `reads` names. A number is an option whose default is a float."""
+
+    make: Callable[[Numbers, Mapping[str, object], object], optax.GradientTransformation]
+    options: Mapping[str, Option]
+    reads: tuple[str, ...] = ()
+
+
+def adamw(numbers: Numbers, static, decay_mask) -> optax.GradientTransformation:
     """AdamW (arXiv 1711.05101)."""
+    b1, b2, eps = (numbers[f"adamw.{name}"] for name in ADAMW)
     return optax.adamw(
-        numbers.learning_rate, numbers.b1, numbers.b2, numbers.eps, weight_decay=numbers.weight_decay, mask=decay_mask
+        numbers["learning_rate"], b1, b2, eps, weight_decay=numbers["weight_decay"], mask=decay_mask
     )
 
 
-def muon(numbers: Numbers, decay_mask, scaling="moonlight", steps="5", per_head="none", on=()):
+def muon(numbers: Numbers, static, decay_mask) -> optax.GradientTransformation:
     """Muon on matrices (arXiv 2502.16982), and AdamW with a rate and a decay of its own on the rest.
 
     Of optax's parts: in optax.contrib.muon that AdamW has Nesterov momentum, decays norms, and shares Muon's eps.
     """
+    scaling, steps, per_head, on = (static[f"muon.{name}"] for name in ("scaling", "steps", "per_head", "on"))
     matrices = optax.chain(
-        lab_muon.orthogonalised(numbers.momentum, scaling, steps, per_head, on),
-        optax.add_decayed_weights(numbers.weight_decay, decay_mask),
-        optax.scale_by_learning_rate(numbers.learning_rate),
+        lab_muon.orthogonalised(numbers["muon.momentum"], scaling, steps, per_head, on),
+        optax.add_decayed_weights(numbers["weight_decay"], decay_mask),
+        optax.scale_by_learning_rate(numbers["learning_rate"]),
     )
-    rate = numbers.learning_rate * numbers.adam_rate
-    rest = adamw(numbers._replace(learning_rate=rate, weight_decay=numbers.adam_decay), decay_mask)
+    rate = numbers["learning_rate"] * numbers["muon.adam_rate"]
+    rest = adamw(
+        numbers | {"learning_rate": rate, "weight_decay": numbers["muon.adam_decay"]}, static, decay_mask
+    )
     return optax.partition({"muon": matrices, "adamw": rest}, lambda tree: lab_muon.groups(tree, on))
 
 
-OPTIMIZERS = {"adamw": adamw, "muon": muon}
+ADAMW = {
+    "b1": Option(0.9, "decay of the mean of gradients", least=0, below=1),
+    "b2": Option(0.95, "decay of the mean of their squares", least=0, below=1),
+    "eps": Option(1e-8, "added to the root of that", above=0),
+}
+OPTIMIZERS = {
+    "adamw": Optimizer(adamw, ADAMW),
+    "muon": Optimizer(muon, lab_muon.OPTIONS, reads=tuple(f"adamw.{name}" for name in ADAMW)),
+}
 
-# The fields of config.train.<optimizer> that are compiled in: further arguments of the optimizer, in this order.
-OPTIONS = {"adamw": (), "muon": ("scaling", "steps", "per_head", "on")}
 
-
-def options(train) -> tuple:
-    """What is compiled into the optimizer that a config names, beside its name."""
-    return tuple(train[train.optimizer][field] for field in OPTIONS[train.optimizer])
-
-
-def transformation(name: str, decay: str, numbers: Numbers, trainable, options=()) -> optax.GradientTransformation:
+def transformation(
+    name: str, decay: str, numbers: Numbers, trainable, static: tuple[tuple[str, object], ...] = ()
+) -> optax.GradientTransformation:
     """Clipping by the global norm, then the optimizer that a config names."""
     mask = parameter.decay_mask(trainable, everything=decay == "all")
-    return optax.chain(optax.clip_by_global_norm(numbers.clip), OPTIMIZERS[name](numbers, mask, *options))
+    chosen = OPTIMIZERS[name].make(numbers, dict(static), mask)
+    return optax.chain(optax.clip_by_global_norm(numbers["clip"]), chosen)
+
+
+class Schedule(NamedTuple):
+    """make(config.train, steps after the warm-up): what follows the warm-up."""
+
+    make: Callable[..., optax.Schedule]
+    options: Mapping[str, Option] = {}
 
 
 def wsd(train, left: int) -> optax.Schedule:
@@ -79,47 +92,78 @@ def cosine(train, left: int) -> optax.Schedule:
     return optax.cosine_decay_schedule(peak, left, alpha=final / peak if peak else 0.0)
 
 
-# What follows the warm-up, over the `left` steps that remain.
+FALLING = {"final_learning_rate": Option(3e-4, "of the last step", least=0)}
+COOLDOWN = {"cooldown": Option(0.2, "share of the steps that the rate spends falling", least=0, most=1)}
 SCHEDULES = {
-    "constant": lambda train, left: optax.constant_schedule(train.learning_rate),
-    "cosine": cosine,
-    "linear": lambda train, left: optax.linear_schedule(train.learning_rate, train.final_learning_rate, left),
-    "wsd": wsd,
+    "constant": Schedule(lambda train, left: optax.constant_schedule(train.learning_rate)),
+    "cosine": Schedule(cosine, FALLING),
+    "linear": Schedule(
+        lambda train, left: optax.linear_schedule(train.learning_rate, train.final_learning_rate, left), FALLING
+    ),
+    "wsd": Schedule(wsd, FALLING | COOLDOWN),
 }
+OWN = {
+    "steps": Option(250, "updates", least=1),
+    "learning_rate": Option(3e-3, "at the end of the warm-up", least=0),
+    "warmup": Option(30, "steps over which the rate rises", least=0),
+    "weight_decay": Option(0.01, "of what decays, in units of the rate", least=0),
+    "decay": Option("declared", "what decays; declared: not norms, biases, scales", choices=("declared", "all")),
+    "clip": Option(1.0, "of the global gradient norm; inf: none", above=0, infinite=True),
+    "z_loss": Option(0.0, "weight of log^2 Z in the objective", least=0),
+}
+TRAIN = Room(
+    OWN,
+    (
+        Part("optimizer", OPTIMIZERS, "adamw", "what makes an update of a gradient", at="{}."),
+        Part("schedule", SCHEDULES, "cosine", "the learning rate after the warm-up", at=""),
+    ),
+)
+OF_EVERY = ("learning_rate", "weight_decay", "clip", "z_loss")  # the numbers that every optimizer is given
+
+
+@functools.cache
+def _of_optimizer(name: str) -> tuple[dict[str, Option], dict[str, Option]]:
+    """(numbers, what is compiled in): the options of an optimizer by their names below config.train."""
+    declared = TRAIN.declared()
+    every = {option: declared[option] for option in declared if option in TRAIN.parts[0].options(name)}
+    every |= {option: declared[option] for option in OPTIMIZERS[name].reads}
+    is_number = lambda option: isinstance(option.default, float)  # noqa: E731
+    numbers = {option: one for option, one in every.items() if is_number(one)}
+    return numbers, {option: one for option, one in every.items() if not is_number(one)}
+
+
+def static_options(train) -> tuple[tuple[str, object], ...]:
+    """What is compiled into the optimizer that a config names, beside its name."""
+    values = leaves(train)
+    return tuple((name, values[name]) for name in _of_optimizer(train.optimizer)[1])
+
+
+def ones(optimizer: str) -> Numbers:
+    """Numbers of the shape that an optimizer is given: the structure of its state does not depend on them."""
+    return dict.fromkeys((*OF_EVERY, *_of_optimizer(optimizer)[0]), 1.0)
 
 
 def schedule(train) -> np.ndarray:
     """The learning rate of every step, float32 [steps]: linear warm-up, then the schedule that a config names."""
     warmup = train.warmup
-    chosen = SCHEDULES[choose("train.schedule", train.schedule, SCHEDULES)](train, max(train.steps - warmup, 1))
+    chosen = SCHEDULES[train.schedule].make(train, max(train.steps - warmup, 1))
     # A step's rate is the schedule at its end of the warm-up: the first step moves.
     rising = lambda step: train.learning_rate * (step + 1) / max(warmup, 1)  # noqa: E731
     return np.asarray(optax.join_schedules([rising, chosen], [warmup])(np.arange(train.steps)), np.float32)
 
 
-def numbers_by_step(train):
+def numbers_by_step(train) -> Callable[[int], Numbers]:
     """A function step -> Numbers, evaluated on the host."""
-    rates = schedule(train)
-    settings = {**train.muon, **train}
-    fixed = [np.float32(settings[name]) for name in Numbers._fields[1:]]
-    return lambda step: Numbers(rates[step], *fixed)
+    rates, values = schedule(train), leaves(train)
+    fixed = {name: np.float32(values[name]) for name in ones(train.optimizer)}
+    return lambda step: fixed | {"learning_rate": rates[step]}
 
 
 def check(train) -> None:
     """Refuses training settings that mean nothing."""
-    choose("train.optimizer", train.optimizer, OPTIMIZERS)
-    choose("train.schedule", train.schedule, SCHEDULES)
-    choose("train.decay", train.decay, ("declared", "all"))
-    for field in ("steps", "microbatches"):
-        if train[field] < 1:
-            raise UserError(f"train.{field} = {train[field]} must be at least 1")
-    if not 0 <= train.warmup <= train.steps:
+    TRAIN.check(leaves(train), "train.")
+    if train.warmup > train.steps:
         raise UserError(f"train.warmup = {train.warmup} must lie in 0..train.steps = {train.steps}")
-    if not 0 <= train.cooldown <= 1:
-        raise UserError(f"train.cooldown = {train.cooldown} is a share of the steps: choose a value in 0..1")
-    if not train.clip > 0:
-        raise UserError(f"train.clip = {train.clip} must be positive; inf clips nothing")
-    lab_muon.check(train.muon)
 
 
 def check_parameters(train, model) -> None:

@@ -20,13 +20,14 @@ class Program:
 
     optimizer: str
     decay: str
-    microbatches: int
-    options: tuple = ()  # of the optimizer
+    microbatches: int = 1
+    options: tuple[tuple[str, object], ...] = ()  # of the optimizer
 
     @classmethod
-    def of(cls, train) -> "Program":
-        """That of a config's training settings."""
-        return cls(train.optimizer, train.decay, train.microbatches, optimizer.options(train))
+    def of(cls, config) -> "Program":
+        """That of a config's training and run settings."""
+        train = config.train
+        return cls(train.optimizer, train.decay, config.run.microbatches, optimizer.static_options(train))
 
 
 class State(NamedTuple):
@@ -45,8 +46,7 @@ class Metrics(NamedTuple):
 
 def initial_state(model, program: Program) -> State:
     trainable = parameter.split(model)[1]
-    ones = Numbers(*[1.0] * len(Numbers._fields))  # the state's structure does not depend on them
-    return State(model, _transformation(program, ones, trainable).init(trainable))
+    return State(model, _transformation(program, optimizer.ones(program.optimizer), trainable).init(trainable))
 
 
 def _transformation(program: Program, numbers: Numbers, trainable):
@@ -91,7 +91,7 @@ def accumulated_gradient(model, batch: Batch, z_loss, microbatches: int):
 
 def train_step(state: State, numbers: Numbers, batch: Batch, program: Program) -> tuple[State, Metrics]:
     """One update. `program` is static, `state` is donated."""
-    loss, grads = accumulated_gradient(state.model, batch, numbers.z_loss, program.microbatches)
+    loss, grads = accumulated_gradient(state.model, batch, numbers["z_loss"], program.microbatches)
     structure, trainable, rest = parameter.split(state.model)
     updates, optimizer_state = _transformation(program, numbers, trainable).update(grads, state.optimizer, trainable)
     model = nnx.merge(structure, optax.apply_updates(trainable, updates), rest)

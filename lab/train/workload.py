@@ -54,8 +54,8 @@ class Workload:
     def __init__(self, members: Sequence[Member]):
         self.members = list(members)
         self.config = self.members[0].config
-        self._program = Program.of(self.config.train)
-        self._arrange = Arrangement(self.config.model)
+        self._program = Program.of(self.config)
+        self._arrange = Arrangement(self.config.model, self.config.run)
         self._numbers = [optimizer.numbers_by_step(member.config.train) for member in self.members]
 
     @property
@@ -63,9 +63,7 @@ class Workload:
         return len(self.members) > 1
 
     def initial_state(self, mesh: Mesh) -> State:
-        states = [
-            compiled.initial_state(m.config.model, self._program, mesh, m.config.model_seed) for m in self.members
-        ]
+        states = [compiled.initial_state(member.config, self._program, mesh) for member in self.members]
         return compiled.stacked(states, mesh) if self.vmapped else states[0]
 
     def batches(self, start: int) -> Iterator[tuple[Batch, list[Sent]]]:
@@ -87,7 +85,7 @@ class Workload:
 
     def records(self, step: int, metrics: Metrics, numbers: Numbers, sent: list[Sent]) -> list[Record]:
         """What is known of a step of each member; waits for it."""
-        loss, grad_norm, rate = (np.reshape(x, -1).tolist() for x in (*jax.device_get(metrics), numbers.learning_rate))
+        loss, grad_norm, rate = (np.reshape(x, -1).tolist() for x in (*jax.device_get(metrics), numbers["learning_rate"]))
         return [
             Record(step, loss[i], grad_norm[i], rate[i], of.fill, of.tokens, of.text_hash, of.tiles)
             for i, of in enumerate(sent)

@@ -30,69 +30,50 @@ STREAMS = {
     "lime": LayerIntegratedMemory,
     "unet": UNet,
 }
-OPTIONS = {"accumulate": ("raw", "post"), "input": ("raw", "normed")}  # the first is what every other stream has
-SIZES = {  # what a stream that reads one must be given; 0 for the others
-    "length": "the tokens of a row",
-    "copies": "how many of the stream, such as 4",
-    "rank": "how many numbers, such as model.dim / 16",
-    "blocks": "a divisor of model.layers",
-}
 
 
-def check(model, mixers: list[str]) -> None:
-    """Refuses a stream that means nothing, or not on this model. mixers: of each entry of the layer pattern."""
-    name = choose("model.stream.name", model.stream.name, STREAMS)
+def check(model, specs: list) -> None:
+    """Refuses a stream that means nothing on this model. specs: of each entry of the layer pattern."""
+    name = model.stream.name
     stream, named = STREAMS[name], f"model.stream.name = {name!r}"
-    check_fields(model, stream, named)
     if model.layers < stream.needs:
         raise UserError(
             f"model.layers = {model.layers}: {named} combines layers with earlier ones; choose at least {stream.needs} "
             "layers, or the stream 'plain'"
         )
-    if stream.grows and model.scan:
-        raise UserError(
-            f"model.scan = True: {named} has a state that grows with the layers, which cannot be scanned; choose "
-            "model.scan = False"
-        )
-    check_mixers(stream, named, mixers)
+    for spec in specs:
+        if stream.mixers is not None:
+            choose(f"model.mixer.name under {named}", spec.mixer.name, stream.mixers)
+        if stream.placements is not None:
+            choose(f"model.placement.name under {named}", spec.placement.name, stream.placements)
+    if stream.mixers is not None and stream.grows:
+        check_alike(specs, named)
     stream.check(model)
 
 
-def check_fields(model, stream: type[Stream], named: str) -> None:
-    """Refuses fields that are missing or unknown, and those that are set and nothing reads."""
-    for field, choices in OPTIONS.items():
-        choose(f"model.stream.{field}", model.stream[field], choices)
-        if field not in stream.fields and model.stream[field] != choices[0]:
+def check_alike(specs: list, named: str) -> None:
+    """Refuses layers whose heads a stream cannot combine."""
+    for field in ("name", "heads", "kv_heads", "head_dim", "v_head_dim"):
+        values = list(dict.fromkeys(spec.mixer[field] for spec in specs))
+        if len(values) > 1:
             raise UserError(
-                f"model.stream.{field} = {model.stream[field]!r} means nothing to {named}; choose {choices[0]!r}, or "
-                f"one of: {', '.join(name for name in STREAMS if field in STREAMS[name].fields)}"
+                f"model.pattern has the values {', '.join(map(str, values))} of mixer.{field}: {named} combines heads "
+                "of different layers; choose one for all entries"
             )
-    for field, meaning in SIZES.items():
-        if field in stream.fields and model.stream[field] < 1:
-            raise UserError(f"model.stream.{field} = {model.stream[field]}: {named} needs it; choose {meaning}")
-        if field not in stream.fields and model.stream[field]:
-            raise UserError(f"model.stream.{field} = {model.stream[field]} means nothing to {named}; choose 0")
-    for field in stream.refuses:
-        if model[field]:
-            raise UserError(f"model.{field} = {model[field]!r}: {named} has no place for it; choose 0")
 
 
-def check_mixers(stream: type[Stream], named: str, mixers: list[str]) -> None:
-    """Refuses mixers that a stream cannot look into, and those whose heads differ from layer to layer."""
-    if stream.mixers is None:
-        return
-    for mixer in mixers:
-        choose(f"model.mixer under {named}", mixer, stream.mixers)
-    if stream.grows and len(set(mixers)) > 1:
+def check_scan(model, run) -> None:
+    """Refuses to scan over layers where the state of the stream grows with them."""
+    if run.scan and STREAMS[model.stream.name].grows:
         raise UserError(
-            f"model.pattern has the mixers {', '.join(dict.fromkeys(mixers))}: {named} combines heads of different "
-            "layers; choose one mixer for all entries"
+            f"run.scan = True: model.stream.name = {model.stream.name!r} has a state that grows with the layers, which "
+            "cannot be scanned; choose run.scan = False"
         )
 
 
 def check_rows(model, field: str, tokens: int) -> None:
     """Refuses rows that are longer than a stream has weights for; `field`: what makes them as long."""
-    if "length" in STREAMS[model.stream.name].fields and tokens > model.stream.length:
+    if "length" in STREAMS[model.stream.name].options and tokens > model.stream.length:
         raise UserError(
             f"{field} makes rows of {tokens} tokens: model.stream.name = {model.stream.name!r} has weights for "
             f"model.stream.length = {model.stream.length}; choose shorter rows, or that length"

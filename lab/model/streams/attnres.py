@@ -12,6 +12,7 @@ from lab.errors import UserError
 from lab.model import parameter
 from lab.model.norm import rms_normed
 from lab.model.streams.stream import Stream
+from lab.options import Option
 
 
 class State(NamedTuple):
@@ -28,11 +29,12 @@ class AttnRes(Stream):
     """
 
     grows = True
+    reads = ("norm.eps",)
 
     def __init__(self, model, key: jax.Array):
         super().__init__(model, key)
         self.size = self.sublayers_of_block(model)
-        self.w, self.eps = parameter.mixing((2 * model.layers, model.dim)), model.norm_eps
+        self.w, self.eps = parameter.mixing((2 * model.layers, model.dim)), model.norm.eps
 
     @staticmethod
     def sublayers_of_block(model) -> int:
@@ -73,7 +75,7 @@ class AttnRes(Stream):
 class BlockAttnRes(AttnRes):
     """y_i are sums over blocks of layers, the last that of the block at work (section 3.2)."""
 
-    fields = ("blocks",)
+    options = {"blocks": Option(0, "sums that layers are cut into: a divisor of model.layers", least=1)}
 
     @staticmethod
     def sublayers_of_block(model) -> int:

@@ -34,7 +34,7 @@ class DenseFormer(Stream):
         return State(x_BTD, (x_BTD,))
 
     def layer(self, state: State, block, view, cache, *, m):
-        y_BTD, cache = super().layer(state.x, block, view, cache, m=m)
+        y_BTD, cache = block(state.x, view, cache)
         y = *state.y, y_BTD
         return State(weighted_sum(self.alpha[m][...], y), y), cache
 

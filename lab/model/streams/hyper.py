@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lab.model import parameter
-from lab.model.norm import RMSNorm
+from lab.model import norm, parameter
 from lab.model.streams.stream import Stream
+from lab.options import Option
 
 
 class Hyper(nnx.Module):
@@ -21,7 +21,7 @@ class Hyper(nnx.Module):
 
     def __init__(self, model, s: jax.Array, key: jax.Array):
         N = model.stream.copies
-        self.norm = RMSNorm(model.dim, model.norm_eps)
+        self.norm = norm.make(model, model.dim)
         self.A = parameter.mixing_start(jnp.concatenate([jax.nn.one_hot(s % N, N)[:, None], jnp.eye(N)], axis=1))
         self.b = parameter.mixing((N,), 1.0)
         self.w_a, self.w_b = parameter.mixing((model.dim, N + 1)), parameter.mixing((model.dim, 1))
@@ -43,7 +43,7 @@ class Constrained(nnx.Module):
 
     def __init__(self, model, s: jax.Array, key: jax.Array):
         N = model.stream.copies
-        self.norm = RMSNorm(N * model.dim, model.norm_eps)
+        self.norm = norm.make(model, N * model.dim)
         self.w = parameter.mixing_matrix(key, (N * model.dim, N * (N + 2)))
         self.a = parameter.mixing((3,), 0.01)
         self.b_pre = parameter.mixing_start(8.0 * jax.nn.one_hot(s % N, N) - 4.0)
@@ -83,7 +83,7 @@ class Connections(nnx.Module):
 class HyperConnections(Stream):
     """The dynamic form. The state is [B, T, N, D], its copies alike at the start and summed at the end."""
 
-    fields = ("copies",)
+    options = {"copies": Option(0, "of the stream, such as 4", least=1)}
     connection = Hyper
 
     def __init__(self, model, key: jax.Array):

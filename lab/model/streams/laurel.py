@@ -5,6 +5,7 @@ from flax import nnx
 
 from lab.model import parameter
 from lab.model.streams.stream import Stream
+from lab.options import Option
 
 
 class Augmented(nnx.Module):
@@ -31,7 +32,7 @@ class Residuals(nnx.Module):
 class Laurel(Stream):
     """Both sublayers have an augmented residual of their own."""
 
-    fields = ("rank",)
+    options = {"rank": Option(0, "of what is added to the residual, such as model.dim / 16", least=1)}
 
     @staticmethod
     def of_layer(model, key, m):

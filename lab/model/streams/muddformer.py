@@ -31,7 +31,7 @@ class DynamicWeights(nnx.Module):
     """
 
     def __init__(self, model, ways: int, outputs: int, key: jax.Array):
-        size, self.eps = ways * outputs, model.norm_eps
+        size, self.eps = ways * outputs, model.norm.eps
         self.w1 = parameter.mixing_matrix(key, (model.dim, size), spread=model.dim**-0.5)
         self.w2 = parameter.mixing((size, size))
         self.a = parameter.mixing_start(jnp.tile(jnp.eye(outputs)[-1], (ways, 1)))
@@ -45,12 +45,13 @@ class DynamicWeights(nnx.Module):
 class MUDDFormer(Stream):
     """y_(m+1) = layer_m(X^Q, X^K, X^V, X^R) with X^R as the residual; X^w = sum_(j<=m+1) A^w_mj y_j for the next layer.
 
-    Layer 0 reads the embedding in all ways, and the head one average. The three inputs of attention share its norm.
+    Layer 0 reads the embedding in all ways, and the head one average. The three inputs of attention share its placement.
     """
 
     grows = True
     needs = 2
     mixers = ("attention", "differential")
+    reads = ("norm.eps",)
 
     def __init__(self, model, key: jax.Array):
         super().__init__(model, key)
@@ -83,9 +84,9 @@ class MUDDFormer(Stream):
 
 def attention(x: Inputs, block, view, cache):
     """Attention of separate inputs, each normed, and the new cache. Gates and the like read the input of queries."""
-    mixer, normed = block.mixer, Inputs(*(block.mixer_norm(x_BTD) for x_BTD in x))
-    q_BTHK = mixer.queries(normed.query, view.rotation)
+    mixer, normed = block.mixer, Inputs(*(block.around_mixer.before(x_BTD) for x_BTD in x))
+    q_BTHK = mixer.queries(normed.query)
     new = mixer.keys(normed.key, view.rotation), mixer.values(normed.value, view.rotation)
     kept, cache = mixer.store(new, view, cache)
     o_BTHV, lse_BTH = mixer.attend(q_BTHK, kept, view, decoding=cache is not None)
-    return mixer.output(o_BTHV, lse_BTH, normed.query, view.rotation), cache
+    return block.around_mixer.after(mixer.output(o_BTHV, lse_BTH, normed.query, view.rotation)), cache

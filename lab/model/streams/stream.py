@@ -6,9 +6,12 @@ import jax
 import numpy as np
 from flax import nnx
 
+from lab.options import Option
+
 
 class Stream(nnx.Module):
-    """How outputs of sublayers are combined. Layer m of 0..L-1 is `block`: mix(x) is Attn(n1(x)), feed(h) MLP(n2(h)).
+    """How outputs of sublayers are combined. Layer m of 0..L-1 is `block`: mix(x) is Attn(n1(x)), feed(h) MLP(n2(h)),
+    and block(x) the plain residual layer. Which norms n1, n2 there are is the placement's to say.
 
     A state of fixed size may be scanned over layers, m is then traced; one that grows is not, and m is an int. This is
     the plain residual; a stream says where it differs. What layers have alike lives in their blocks (`of_layer`), the
@@ -18,8 +21,10 @@ class Stream(nnx.Module):
     grows: ClassVar[bool] = False  # whether the state grows with the layers
     needs: ClassVar[int] = 1  # layers, to mean anything
     mixers: ClassVar[tuple[str, ...] | None] = None  # those that it can look into; None: it need not
-    fields: ClassVar[tuple[str, ...]] = ()  # of model.stream, beside the name, that it reads
-    refuses: ClassVar[tuple[str, ...]] = ()  # fields of model that it has no place for
+    placements: ClassVar[tuple[str, ...] | None] = None  # those under which it means something; None: every one
+    options: ClassVar[dict[str, Option]] = {}
+    reads: ClassVar[tuple[str, ...]] = ()  # further options of the model that it reads
+    replaces: ClassVar[tuple[str, ...]] = ()  # those that mean nothing beside it
 
     def __init__(self, model, key: jax.Array):
         self.name = model.stream.name
@@ -43,9 +48,7 @@ class Stream(nnx.Module):
 
     def layer(self, x_BTD, block, view, cache, *, m):
         """The state after layer m, and the new cache of the layer."""
-        a_BTD, cache = block.mix(x_BTD, view, cache)
-        h_BTD = x_BTD + a_BTD
-        return h_BTD + block.feed(h_BTD), cache
+        return block(x_BTD, view, cache)
 
     def finish(self, x_BTD) -> tuple[jax.Array, tuple]:
         """What the head reads, and the new cache of the stream."""

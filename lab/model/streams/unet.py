@@ -33,7 +33,7 @@ class UNet(Stream):
         first, mirrored = m < self.layers // 2, self.layers - 1 - m
         if not first and mirrored < len(skips):
             x_BTD = (x_BTD + self.s[mirrored] * skips[mirrored]).astype(x_BTD.dtype)
-        x_BTD, cache = super().layer(x_BTD, block, view, cache, m=m)
+        x_BTD, cache = block(x_BTD, view, cache)
         return State(x_BTD, (*skips, x_BTD) if first else skips), cache
 
     def finish(self, state: State):

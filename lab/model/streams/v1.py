@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from lab.model.streams.stream import Stream
+from lab.options import Option
 
 
 class Method(NamedTuple):
@@ -42,7 +43,11 @@ class RunningSums(Stream):
     """METHODS, with raw outputs accumulated, or the stream after each site (h_i for a_i, x_(i+1) for f_i)."""
 
     needs = 2
-    fields = ("accumulate",)
+    options = {
+        "accumulate": Option(
+            "raw", "what is summed: outputs of sublayers, or the stream after them", choices=("raw", "post")
+        )
+    }
 
     def __init__(self, model, key: jax.Array):
         super().__init__(model, key)

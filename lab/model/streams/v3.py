@@ -70,7 +70,7 @@ class Replay(Stream):
 
     def __init__(self, model, key: jax.Array):
         super().__init__(model, key)
-        self.layers, self.values = model.layers, (model.kv_heads, model.v_head_dim or model.head_dim)
+        self.layers, self.values = model.layers, (model.mixer.kv_heads, model.mixer.v_head_dim or model.mixer.head_dim)
         self.weights = SoftmaxWeights(model.layers) if METHODS[self.name].learns else None
 
     def init_cache(self, batch: int, length: int, dtype) -> tuple:
@@ -121,11 +121,12 @@ class Replay(Stream):
 
 def attention(x_BTD, block, view: View, cache) -> tuple[jax.Array, Layer, tuple | None]:
     """a_m, what replays of this layer will need, and its new cache."""
-    mixer, normed_BTD = block.mixer, block.mixer_norm(x_BTD)
+    mixer, normed_BTD = block.mixer, block.around_mixer.before(x_BTD)
     q_BTHK, kept, cache = mixer.project(normed_BTD, view, cache)
-    o_BTHV, lse_BTH = mixer.attend(q_BTHK, kept, view, decoding=cache is not None)
-    a_BTD = mixer.output(o_BTHV, lse_BTH, normed_BTD, view.rotation)
-    return a_BTD, Layer(block, view, q_BTHK, mixer.read(kept)[0]), cache
+    q_BTHK, turned = mixer.turned("q", q_BTHK, view.rotation), view.of_rotated()  # since replays attend with it again
+    o_BTHV, lse_BTH = mixer.attend(q_BTHK, kept, turned, decoding=cache is not None)
+    a_BTD = block.around_mixer.after(mixer.output(o_BTHV, lse_BTH, normed_BTD, view.rotation))
+    return a_BTD, Layer(block, turned, q_BTHK, mixer.read(kept)[0]), cache
 
 
 def over_tensor(x_BSGK):
@@ -136,7 +137,7 @@ def over_tensor(x_BSGK):
 
 def replayed_attention(x_BTD, past: tuple[Layer, ...], cache: tuple | None, view: View) -> tuple[list, tuple | None]:
     """a~_(m,i) for every earlier layer i, and the new cache. Layers of one rule and cap are heads of one call."""
-    normed = [layer.block.mixer_norm(x_BTD) for layer in past]
+    normed = [layer.block.around_mixer.before(x_BTD) for layer in past]
     values = [layer.block.mixer.values(n, layer.view.rotation) for layer, n in zip(past, normed, strict=True)]
     if cache is not None:
         m = len(past)
@@ -151,5 +152,6 @@ def replayed_attention(x_BTD, past: tuple[Layer, ...], cache: tuple | None, view
         v_BSXV = jnp.concatenate([over_tensor(values[i]) for i in places], axis=2)
         attended = attend_over_mesh(q_BTXK, k_BSXK, v_BSXV, one.view, one.block.mixer)
         for i, *found in zip(places, *(jnp.split(x, len(places), axis=2) for x in attended), strict=True):
-            outputs[i] = past[i].block.mixer.output(*found, normed[i], past[i].view.rotation)
+            a_BTD = past[i].block.mixer.output(*found, normed[i], past[i].view.rotation)
+            outputs[i] = past[i].block.around_mixer.after(a_BTD)
     return [outputs[i] for i in range(len(past))], cache

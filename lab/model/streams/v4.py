@@ -33,8 +33,8 @@ class SummedScores(Stream):
 
     def __init__(self, model, key: jax.Array):
         super().__init__(model, key)
-        self.layers, self.d = model.layers, model.head_dim
-        self.scale = model.softmax_scale or self.d**-0.5
+        self.layers, self.d = model.layers, model.mixer.head_dim
+        self.scale = model.mixer.softmax_scale or self.d**-0.5
 
     def init_cache(self, batch: int, length: int, dtype) -> tuple:
         return ((),) * self.layers
@@ -44,14 +44,16 @@ class SummedScores(Stream):
 
     def layer(self, state: State, block, view: View, cache, *, m):
         x_BTD, past, kept = state
-        mixer, normed_BTD = block.mixer, block.mixer_norm(x_BTD)
+        mixer, normed_BTD = block.mixer, block.around_mixer.before(x_BTD)
         q_BTHK, seen, cache = mixer.project(normed_BTD, view, cache)
+        q_BTHK = mixer.turned("q", q_BTHK, view.rotation)
         k_BSGK, v_BSGV = mixer.read(seen)
         past = *past, (q_BTHK, k_BSGK)
         on_keys, kept = self.on_keys(m, x_BTD, normed_BTD, view, kept)
         on_queries = self.on_queries(m, x_BTD, normed_BTD, view)
         o_BTHV, lse_BTH = self.attend(m, past, v_BSGV, on_queries, on_keys, view, mixer)
-        h_BTD = x_BTD + mixer.output(o_BTHV, lse_BTH, normed_BTD, view.rotation)
+        a_BTD = mixer.output(o_BTHV, lse_BTH, normed_BTD, view.rotation)
+        h_BTD = x_BTD + block.around_mixer.after(a_BTD)
         return State(h_BTD + block.feed(h_BTD), past, kept), cache
 
     def c(self, m: int):
@@ -70,7 +72,7 @@ class SummedScores(Stream):
         """softmax(Z_m) v [B, T, H, V], and its log normaliser."""
         q_BTHX = jnp.concatenate([scaled(q, c) for (q, _), c in zip(past, on_queries, strict=True)], axis=-1)
         k_BSGX = jnp.concatenate([scaled(k, c) for (_, k), c in zip(past, on_keys, strict=True)], axis=-1)
-        return attend_over_mesh(q_BTHX, k_BSGX, v_BSGV, view, mixer, scale=1.0)
+        return attend_over_mesh(q_BTHX, k_BSGX, v_BSGV, view.of_rotated(), mixer, scale=1.0)
 
     def finish(self, state: State):
         return state.x, state.cache or ()
@@ -111,7 +113,7 @@ class Learned(SummedScores):
 class LearnedPowers(Learned):
     """Method 4: c = d^-a_m M^-b_m."""
 
-    refuses = ("softmax_scale",)
+    replaces = ("mixer.softmax_scale",)
 
     def __init__(self, model, key: jax.Array):
         super().__init__(model, key)
@@ -136,7 +138,7 @@ class LearnedDivisors(Learned):
 class LearnedDivisorsAndPowers(Learned):
     """Method 6: c = 1 / (a_mi d^b_mi), a = exp(log_a) > 0."""
 
-    refuses = ("softmax_scale",)
+    replaces = ("mixer.softmax_scale",)
 
     def __init__(self, model, key: jax.Array):
         super().__init__(model, key)
@@ -149,7 +151,7 @@ class LearnedDivisorsAndPowers(Learned):
 class LearnedTemperatures(Learned):
     """Method 7: c = 1 / a_mi, a = exp(log_a) > 0, sqrt d at the start."""
 
-    refuses = ("softmax_scale",)
+    replaces = ("mixer.softmax_scale",)
 
     def __init__(self, model, key: jax.Array):
         super().__init__(model, key)

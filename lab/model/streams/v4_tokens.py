@@ -10,17 +10,22 @@ from flax import nnx
 
 from lab.errors import UserError
 from lab.kernels import reference
-from lab.model import parameter
+from lab.model import norm, parameter
 from lab.model.attention import View, append
-from lab.model.norm import RMSNorm
 from lab.model.streams.stream import Stream
 from lab.model.streams.v4 import SummedScores, scaled
+from lab.options import Option
+
+LENGTH = {"length": Option(0, "tokens of a row at most: a weight for each position", least=1)}
+INPUT = {
+    "input": Option("raw", "what of a layer's input the weights are inferred from", choices=("raw", "normed"))
+}
 
 
 class Positional(SummedScores):
     """What 1A, 1B and 1C share: log weights for positions, zero at the start, and so a longest row."""
 
-    fields = ("length",)
+    options = LENGTH
     axes = 1  # a weight for a token; 2: for a query and a key
 
     def __init__(self, model, key: jax.Array):
@@ -72,7 +77,7 @@ class InferredWeights(nnx.Module):
 
     def __init__(self, model, M: int, key: jax.Array):
         one, two = jax.random.split(key)
-        self.norm = RMSNorm(model.dim, model.norm_eps)
+        self.norm = norm.make(model, model.dim)
         self.w1 = parameter.mixing_matrix(one, (model.dim, M))
         self.w2 = parameter.mixing_matrix(two, (M, M))
         self.bias = parameter.mixing((M,))
@@ -86,7 +91,7 @@ class InferredWeights(nnx.Module):
 class Inferred(SummedScores):
     """What 1D and 1E share: weights inferred from the input of the layer, as it is or normed."""
 
-    fields = ("input",)
+    options = INPUT
 
     def __init__(self, model, key: jax.Array):
         super().__init__(model, key)
@@ -138,11 +143,13 @@ class WeighedQueries(Stream):
     mixers = (*SummedScores.mixers, "forgetting")
 
     def layer(self, x_BTD, block, view: View, cache, *, m):
-        mixer, normed_BTD = block.mixer, block.mixer_norm(x_BTD)
+        mixer, normed_BTD = block.mixer, block.around_mixer.before(x_BTD)
         q_BTHK, kept, cache = mixer.project(normed_BTD, view, cache)
+        q_BTHK = mixer.turned("q", q_BTHK, view.rotation)
         w_BT = self.log_weights(block.stream, x_BTD, normed_BTD, view)
-        o_BTHV, lse_BTH = mixer.attend(scaled(q_BTHK, jnp.exp(w_BT)), kept, view, decoding=cache is not None)
-        h_BTD = x_BTD + mixer.output(o_BTHV, lse_BTH, normed_BTD, view.rotation)
+        q_BTHK = scaled(q_BTHK, jnp.exp(w_BT))
+        o_BTHV, lse_BTH = mixer.attend(q_BTHK, kept, view.of_rotated(), decoding=cache is not None)
+        h_BTD = x_BTD + block.around_mixer.after(mixer.output(o_BTHV, lse_BTH, normed_BTD, view.rotation))
         return h_BTD + block.feed(h_BTD), cache
 
     def log_weights(self, of_layer, x_BTD, normed_BTD, view: View):
@@ -171,7 +178,7 @@ class Temperature(WeighedQueries):
 class OwnPositions(WeighedQueries):
     """C: e^(w_m[t]) / sqrt d for the query at t."""
 
-    fields = ("length",)
+    options = LENGTH
 
     def __init__(self, model, key: jax.Array):
         super().__init__(model, key)
@@ -192,7 +199,7 @@ class OwnPositions(WeighedQueries):
 class OwnInferred(WeighedQueries):
     """D: e^(A_m[b,t]) / sqrt d for the query at t."""
 
-    fields = ("input",)
+    options = INPUT
 
     def __init__(self, model, key: jax.Array):
         super().__init__(model, key)

@@ -1,0 +1,99 @@
+"""What can be asked of a model, by kind: conditions along an axis, and batches of rows for each of them."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
+
+from ml_collections import ConfigDict
+
+from lab.data import Batch, checks, generated, pipeline
+from lab.data.corpora import CORPORA
+from lab.data.probes import PROBES
+from lab.errors import UserError, choose
+from lab.options import Option, Part, Room, leaves, nested
+
+
+class Kind(NamedTuple):
+    """A row of the table.
+
+    column: what results call its axis. corpora: the data that it asks about. conditions: the field with the values of
+    the axis. check(config, ask, its field); batches(config, ask, texts, condition, process_index=, process_count=).
+    version: of what is done with the outputs on the host; a change asks anew.
+    """
+
+    column: str
+    corpora: tuple[str, ...]
+    conditions: str
+    options: Mapping[str, Option]
+    check: Callable[[ConfigDict, ConfigDict, str], None]
+    batches: Callable[..., Iterator[Batch]]
+    version: int = 1
+
+
+SIZES = {
+    "texts": Option(512, "validation texts, or rows of a probe", least=1),
+    "rows": Option(16, "of one call, over all devices and hosts", least=1),
+}
+BRANCHES = SIZES | {
+    "branches": Option((1,), "numbers of branches", kind=tuple[int, ...]),
+    "texts_per_row": Option(1, "a multiple of every number of branches, so that it fills its groups", least=1),
+}
+DIFFICULTIES = SIZES | {"difficulties": Option((2, 4, 8), "of the rows of a probe", kind=tuple[int, ...])}
+ASKS = {
+    "branches": Kind(
+        "eval_branch",
+        tuple(CORPORA),
+        "branches",
+        BRANCHES,
+        lambda config, ask, field: checks.check_branches(config, ask, field, ask.branches),
+        pipeline.evaluation_batches,
+    ),
+    "difficulty": Kind(
+        "difficulty",
+        tuple(PROBES),
+        "difficulties",
+        DIFFICULTIES,
+        generated.check_difficulties,
+        generated.evaluation_batches,
+    ),
+}
+ASK = Room(
+    {
+        "model": Option(
+            (), "(field of the model, value), ...: laid over the model", kind=tuple[tuple[str, object], ...]
+        )
+    },
+    (Part("kind", ASKS, "branches", "what is asked", at=""),),
+)
+LOSS = "loss"  # the ask that every study has: its axis is that of results.csv, and judges cells
+
+
+def ask(kind: str = "branches", **fields) -> ConfigDict:
+    """An ask for config.evaluate, the rest of its fields at their defaults."""
+    made = nested({name: option.default for name, option in ASK.declared().items()})
+    made.kind = kind
+    for name, value in fields.items():
+        choose("a field of an ask", name, ASK.declared())
+        made[name] = value
+    return made
+
+
+def check(config: ConfigDict) -> None:
+    """Raises UserError for the first field of config.evaluate that cannot work."""
+    if LOSS not in config.evaluate:
+        raise UserError(f"config.evaluate has no ask named {LOSS!r}; it has: {', '.join(config.evaluate) or 'none'}")
+    for name, asked in config.evaluate.items():
+        field = f"evaluate.{name}"
+        ASK.check(leaves(asked), f"{field}.")
+        kind = ASKS[asked.kind]
+        if config.data.corpus not in kind.corpora:
+            fitting = [other for other in ASKS if config.data.corpus in ASKS[other].corpora]
+            raise UserError(
+                f"{field}.kind = {asked.kind!r} asks nothing of data.corpus = {config.data.corpus!r}; choose "
+                f"{' | '.join(map(repr, fitting))}"
+            )
+        kind.check(config, asked, field)
+
+
+def conditions(asked: ConfigDict) -> tuple:
+    """The values of its axis."""
+    return asked[ASKS[asked.kind].conditions]

@@ -1,0 +1,41 @@
+"""How a model runs, which changes nothing of what it computes but rounding: config.run.{implementation, scan, remat}."""
+
+from typing import NamedTuple
+
+import jax
+
+from lab import kernels
+from lab.options import Option
+
+REMAT = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+OPTIONS = {
+    "implementation": Option("auto", "of attention", choices=("auto", *kernels.IMPLEMENTATIONS)),
+    "scan": Option(False, "lax.scan over layers: fast to compile; unrolled: fast on a CPU"),
+    "remat": Option("none", "what the backward pass computes again", choices=tuple(REMAT)),
+}
+
+
+class Execution(NamedTuple):
+    """Hashable, since a model is compiled for it."""
+
+    implementation: str
+    scan: bool
+    remat: str
+
+    @classmethod
+    def of(cls, run=None) -> "Execution":
+        """That of config.run; None: the defaults. Raises UserError for an implementation that cannot run here."""
+        chosen = cls(*(OPTIONS[name].default if run is None else run[name] for name in cls._fields))
+        for name, value in chosen._asdict().items():
+            OPTIONS[name].check(f"run.{name}", value)
+        kernels.resolve(chosen.implementation)
+        return chosen
+
+
+def rematerialised(function, policy: str):
+    """`function`, keeping for the backward pass everything (none), matrix products (dots), or its inputs (full)."""
+    return function if policy == "none" else jax.checkpoint(function, policy=REMAT[policy])

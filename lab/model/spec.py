@@ -1,0 +1,77 @@
+"""What config.model may say: its own options, and the parts that a layer has one of."""
+
+from lab.errors import UserError, choose
+from lab.kernels import rules
+from lab.model import position, streams
+from lab.model.feedforward import FEEDFORWARDS
+from lab.model.mixers import MIXERS
+from lab.model.norm import NORMS
+from lab.model.placement import PLACEMENTS
+from lab.model.position import POSITIONS
+from lab.model.streams import STREAMS
+from lab.options import Option, Part, Room, leaves, set_field
+
+OWN = {
+    "dim": Option(96, "width of the residual stream", least=1),
+    "layers": Option(3, "layers", least=1),
+    "vocabulary": Option(258, "token ids", least=1),
+    "tied": Option(True, "the head reads the embedding of tokens"),
+    "rule": Option("causal", "who sees whom: names of lab.kernels.rules joined by & and |"),
+    "pattern": Option(((),), "layer specs that repeat, each of (field of a layer's part, value) laid over the model's",
+                      kind=tuple[tuple[tuple[str, object], ...], ...]),
+    "compute": Option("float32", "of activations; weights stay float32", choices=("float32", "bfloat16")),
+}  # fmt: skip
+
+
+def _part(name: str, table, default: str, meaning: str) -> Part:
+    return Part(f"{name}.name", table, default, meaning, at=f"{name}.")
+
+
+LAYER = (  # the parts of a layer, which the layers of a pattern may have different
+    _part("mixer", MIXERS, "attention", "how tokens look at each other"),
+    _part("feedforward", FEEDFORWARDS, "swiglu", "what every token goes through by itself"),
+    _part("norm", NORMS, "rms", "what norms do"),
+    _part("placement", PLACEMENTS, "pre", "where norms stand around a sublayer"),
+    _part("position", POSITIONS, "rope2d", "how the position of a token enters"),
+)
+MODEL = Room(OWN, (*LAYER, _part("stream", STREAMS, "plain", "how the outputs of layers are combined")))
+OF_LAYERS = ("rule", *Room({}, LAYER).declared())  # what an entry of the pattern may set
+
+
+def layer_specs(model) -> list:
+    """The model config as each entry of the layer pattern has it. Raises UserError for what an entry cannot set."""
+    OWN["pattern"].check("model.pattern", model.pattern)
+    specs = []
+    for entry in model.pattern:
+        specs.append(model.copy_and_resolve_references())
+        for field, value in entry:
+            choose("a field of model.pattern", field, OF_LAYERS)
+            try:
+                set_field(specs[-1], field, value)
+            except TypeError:
+                raise UserError(f"model.pattern sets {field} = {value!r}, which is of another type") from None
+    return specs
+
+
+def check(model) -> None:
+    """Refuses a model config that means nothing, naming the value and the valid choices."""
+    specs = layer_specs(model)
+    if not 1 <= len(specs) <= model.layers:
+        raise UserError(
+            f"model.pattern has {len(specs)} entries for model.layers = {model.layers}; choose 1 to that many"
+        )
+    declared, values = MODEL.declared(), [leaves(spec) for spec in specs]
+    read = [MODEL.read(of_layer, "model.") for of_layer in values]
+    for field, value in leaves(model).items():
+        if value != declared[field].default and not any(field in of_layer for of_layer in read):
+            raise MODEL.unread(leaves(model), field, "model.")
+    for spec, entry, of_layer, fields in zip(specs, model.pattern, values, read, strict=True):
+        for field, _ in entry:
+            if field not in fields:
+                raise MODEL.unread(of_layer, field, "model.")
+        for field in fields:
+            declared[field].check(f"model.{field}", of_layer[field])
+        rules.parse(spec.rule)
+        position.check(spec)
+        MIXERS[spec.mixer.name].check(spec)
+    streams.check(model, specs)

@@ -1,0 +1,32 @@
+"""What config.study may say."""
+
+from lab.options import Option, Room
+
+STUDY = Room({
+    "name": Option("", "a word for the study"),
+    "question": Option("", "what it asks"),
+    "cells": Option((), "made by lab.study.define.cells: product, chain, zipped, named",
+                    kind=tuple[tuple[tuple[str, object], ...], ...]),
+    "labels": Option((), "(field, short label), ...: columns and axes, in the order tables use",
+                     kind=tuple[tuple[str, str], ...]),
+    "groups": Option((), "(title, values of a label), ...: panels of the learning curves, by what they show",
+                     kind=tuple[tuple[str, tuple[object, ...]], ...]),
+    "sections": Option(("curves",), "parts of the report: a name, or (name, label, ...)",
+                       kind=tuple[str | tuple[str, ...], ...]),
+    "published": Option("", "a csv of published numbers, relative to the repository"),
+    "seeds": Option(1, "of every cell", least=1),
+    "length": Option("steps", "what cells train alike, by train.steps of each", choices=("steps", "tokens", "flops")),
+    "judged": Option((), "conditions of the ask named loss whose mean judges a cell; empty: all",
+                     kind=tuple[object, ...]),
+    "baseline": Option((), "(label, value), ...: cells are compared with the one that has these instead of theirs",
+                       kind=tuple[tuple[str, object], ...]),
+    "contrasts": Option((), "(name, plus, minus) or (name, a, b, c, d), each side (label, value or values), ...",
+                        kind=tuple[tuple[object, ...], ...]),
+    "hypotheses": Option((), "(claim, ((single | crossed | aligned, name of a contrast, -1 | 1), ...)), ...",
+                         kind=tuple[tuple[str, tuple[tuple[str, str, int], ...]], ...]),
+    "tune": Option((), "(field, values), ...: each cell is tuned on this grid first",
+                   kind=tuple[tuple[str, tuple[object, ...]], ...]),
+    "tune_seed": Option(1000, "of the trials; cells are judged on seed, seed + 1, ...", least=0),
+    "vmap": Option("none", "runs of one program that are trained as one vmapped program",
+                   choices=("none", "seeds", "numbers")),
+})  # fmt: skip
