@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 from ml_collections import ConfigDict
 
-from lab.config import leaves, set_field
+from lab.options import leaves, set_field
 from lab.errors import UserError, choose
 
 EPILOG = """any field of the config can be set: --config.train.steps=50 --config.model.rotary.unselected=time

@@ -44,6 +44,12 @@ def base() -> ConfigDict:
     return config.lock()
 
 
+def check_seeds(config: ConfigDict) -> None:
+    """Raises UserError for a seed that is none."""
+    for name, option in SEEDS.items():
+        option.check(name, config[name])
+
+
 def branches(config: ConfigDict) -> ConfigDict:
     """The config, set to what the studies of parallel branches have alike: interleaved texts under 2D RoPE."""
     config.model.rule = "all_branches"

@@ -9,7 +9,7 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
@@ -190,3 +190,8 @@ def set_field(config: ConfigDict, name: str, value) -> None:
 def tuples(value):
     """A value with the tuples that JSON has made lists of."""
     return tuple(tuples(item) for item in value) if isinstance(value, list | tuple) else value
+
+
+def names_of(pairs: Iterable[tuple[str, Any]]) -> list[str]:
+    """The fields of (field, value) pairs."""
+    return [name for name, _ in pairs]

@@ -94,6 +94,11 @@ def check(config: ConfigDict) -> None:
         kind.check(config, asked, field)
 
 
+def column(config: ConfigDict) -> str:
+    """What results call the axis of the ask named loss."""
+    return ASKS[config.evaluate[LOSS].kind].column
+
+
 def conditions(asked: ConfigDict) -> tuple:
     """The values of its axis."""
     return asked[ASKS[asked.kind].conditions]

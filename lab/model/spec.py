@@ -53,6 +53,11 @@ def layer_specs(model) -> list:
     return specs
 
 
+def read_by_layers(model) -> list[set[str]]:
+    """The options that each entry of the pattern reads, those of the whole model among them."""
+    return [MODEL.read(leaves(spec), "model.") for spec in layer_specs(model)]
+
+
 def check(model) -> None:
     """Refuses a model config that means nothing, naming the value and the valid choices."""
     specs = layer_specs(model)
@@ -60,8 +65,7 @@ def check(model) -> None:
         raise UserError(
             f"model.pattern has {len(specs)} entries for model.layers = {model.layers}; choose 1 to that many"
         )
-    declared, values = MODEL.declared(), [leaves(spec) for spec in specs]
-    read = [MODEL.read(of_layer, "model.") for of_layer in values]
+    declared, values, read = MODEL.declared(), [leaves(spec) for spec in specs], read_by_layers(model)
     for field, value in leaves(model).items():
         if value != declared[field].default and not any(field in of_layer for of_layer in read):
             raise MODEL.unread(leaves(model), field, "model.")

@@ -41,9 +41,9 @@ class Block(nnx.Module):
 
     def __init__(self, spec, key: jax.Array, m: jax.Array):
         mixer, feedforward = jax.random.split(key)
-        self.around_mixer = PLACEMENTS[spec.placement.name](spec)
+        self.mixer_placement = PLACEMENTS[spec.placement.name](spec)
         self.mixer = MIXERS[spec.mixer.name](spec, rules.parse(spec.rule), mixer)
-        self.around_feedforward = PLACEMENTS[spec.placement.name](spec)
+        self.feedforward_placement = PLACEMENTS[spec.placement.name](spec)
         self.feedforward = FEEDFORWARDS[spec.feedforward.name](spec, feedforward)
         self.stream = STREAMS[spec.stream.name].of_layer(spec, jax.random.fold_in(key, 2), m)
 
@@ -55,13 +55,13 @@ class Block(nnx.Module):
 
     def mix(self, x_BTD, view: View, cache=None):
         """mixer(norm(x)), with norms where the placement has them, and the new cache."""
-        mixed_BTD, cache = self.mixer(self.around_mixer.before(x_BTD), view, cache)
-        return mesh.constrain(self.around_mixer.after(mixed_BTD)), cache
+        mixed_BTD, cache = self.mixer(self.mixer_placement.before(x_BTD), view, cache)
+        return mesh.constrain(self.mixer_placement.after(mixed_BTD)), cache
 
     def feed(self, x_BTD):
         """feedforward(norm(x)), likewise."""
-        fed_BTD = self.feedforward(self.around_feedforward.before(x_BTD))
-        return mesh.constrain(self.around_feedforward.after(fed_BTD))
+        fed_BTD = self.feedforward(self.feedforward_placement.before(x_BTD))
+        return mesh.constrain(self.feedforward_placement.after(fed_BTD))
 
 
 class Transformer(nnx.Module):

@@ -37,13 +37,13 @@ class LayerIntegratedMemory(Stream):
 
     def layer(self, state: State, block, view, cache, *, m):
         mixer, x_BTD = block.mixer, state.inputs[-1]
-        normed = [block.around_mixer.before(y) for y in state.inputs]
+        normed = [block.mixer_placement.before(y) for y in state.inputs]
         memory = normed[0] if m == 0 else mixture(self.weights(m), normed)
         kept, cache = mixer.store(mixer.keep(memory, view.rotation), view, cache)
         q_BTHK = mixer.queries(normed[-1])
         o_BTHV, lse_BTH = mixer.attend(q_BTHK, kept, view, decoding=cache is not None)
         a_BTD = mixer.output(o_BTHV, lse_BTH, normed[-1], view.rotation)
-        h_BTD = x_BTD + block.around_mixer.after(a_BTD)
+        h_BTD = x_BTD + block.mixer_placement.after(a_BTD)
         return State((*state.inputs, h_BTD + block.feed(h_BTD))), cache
 
     def finish(self, state: State):

@@ -84,9 +84,9 @@ class MUDDFormer(Stream):
 
 def attention(x: Inputs, block, view, cache):
     """Attention of separate inputs, each normed, and the new cache. Gates and the like read the input of queries."""
-    mixer, normed = block.mixer, Inputs(*(block.around_mixer.before(x_BTD) for x_BTD in x))
+    mixer, normed = block.mixer, Inputs(*(block.mixer_placement.before(x_BTD) for x_BTD in x))
     q_BTHK = mixer.queries(normed.query)
     new = mixer.keys(normed.key, view.rotation), mixer.values(normed.value, view.rotation)
     kept, cache = mixer.store(new, view, cache)
     o_BTHV, lse_BTH = mixer.attend(q_BTHK, kept, view, decoding=cache is not None)
-    return block.around_mixer.after(mixer.output(o_BTHV, lse_BTH, normed.query, view.rotation)), cache
+    return block.mixer_placement.after(mixer.output(o_BTHV, lse_BTH, normed.query, view.rotation)), cache

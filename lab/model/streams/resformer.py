@@ -32,7 +32,7 @@ class ValueResidual(Stream):
 
     def layer(self, state: State, block, view, cache, *, m):
         x_BTD, first_BSGV = state
-        mixer, normed_BTD = block.mixer, block.around_mixer.before(x_BTD)
+        mixer, normed_BTD = block.mixer, block.mixer_placement.before(x_BTD)
         q_BTHK, (k_BSGK, v_BSGV), cache = mixer.project(normed_BTD, view, cache)
         if m == 0:
             first_BSGV = v_BSGV
@@ -41,7 +41,7 @@ class ValueResidual(Stream):
             v_BSGV = (from_first * first_BSGV + own * v_BSGV).astype(v_BSGV.dtype)
         o_BTHV, lse_BTH = mixer.attend(q_BTHK, (k_BSGK, v_BSGV), view, decoding=cache is not None)
         a_BTD = mixer.output(o_BTHV, lse_BTH, normed_BTD, view.rotation)
-        h_BTD = x_BTD + block.around_mixer.after(a_BTD)
+        h_BTD = x_BTD + block.mixer_placement.after(a_BTD)
         return State(h_BTD + block.feed(h_BTD), first_BSGV), cache
 
     def finish(self, state: State):

@@ -121,11 +121,11 @@ class Replay(Stream):
 
 def attention(x_BTD, block, view: View, cache) -> tuple[jax.Array, Layer, tuple | None]:
     """a_m, what replays of this layer will need, and its new cache."""
-    mixer, normed_BTD = block.mixer, block.around_mixer.before(x_BTD)
+    mixer, normed_BTD = block.mixer, block.mixer_placement.before(x_BTD)
     q_BTHK, kept, cache = mixer.project(normed_BTD, view, cache)
     q_BTHK, turned = mixer.turned("q", q_BTHK, view.rotation), view.of_rotated()  # since replays attend with it again
     o_BTHV, lse_BTH = mixer.attend(q_BTHK, kept, turned, decoding=cache is not None)
-    a_BTD = block.around_mixer.after(mixer.output(o_BTHV, lse_BTH, normed_BTD, view.rotation))
+    a_BTD = block.mixer_placement.after(mixer.output(o_BTHV, lse_BTH, normed_BTD, view.rotation))
     return a_BTD, Layer(block, turned, q_BTHK, mixer.read(kept)[0]), cache
 
 
@@ -137,7 +137,7 @@ def over_tensor(x_BSGK):
 
 def replayed_attention(x_BTD, past: tuple[Layer, ...], cache: tuple | None, view: View) -> tuple[list, tuple | None]:
     """a~_(m,i) for every earlier layer i, and the new cache. Layers of one rule and cap are heads of one call."""
-    normed = [layer.block.around_mixer.before(x_BTD) for layer in past]
+    normed = [layer.block.mixer_placement.before(x_BTD) for layer in past]
     values = [layer.block.mixer.values(n, layer.view.rotation) for layer, n in zip(past, normed, strict=True)]
     if cache is not None:
         m = len(past)
@@ -153,5 +153,5 @@ def replayed_attention(x_BTD, past: tuple[Layer, ...], cache: tuple | None, view
         attended = attend_over_mesh(q_BTXK, k_BSXK, v_BSXV, one.view, one.block.mixer)
         for i, *found in zip(places, *(jnp.split(x, len(places), axis=2) for x in attended), strict=True):
             a_BTD = past[i].block.mixer.output(*found, normed[i], past[i].view.rotation)
-            outputs[i] = past[i].block.around_mixer.after(a_BTD)
+            outputs[i] = past[i].block.mixer_placement.after(a_BTD)
     return [outputs[i] for i in range(len(past))], cache

@@ -44,7 +44,7 @@ class SummedScores(Stream):
 
     def layer(self, state: State, block, view: View, cache, *, m):
         x_BTD, past, kept = state
-        mixer, normed_BTD = block.mixer, block.around_mixer.before(x_BTD)
+        mixer, normed_BTD = block.mixer, block.mixer_placement.before(x_BTD)
         q_BTHK, seen, cache = mixer.project(normed_BTD, view, cache)
         q_BTHK = mixer.turned("q", q_BTHK, view.rotation)
         k_BSGK, v_BSGV = mixer.read(seen)
@@ -53,7 +53,7 @@ class SummedScores(Stream):
         on_queries = self.on_queries(m, x_BTD, normed_BTD, view)
         o_BTHV, lse_BTH = self.attend(m, past, v_BSGV, on_queries, on_keys, view, mixer)
         a_BTD = mixer.output(o_BTHV, lse_BTH, normed_BTD, view.rotation)
-        h_BTD = x_BTD + block.around_mixer.after(a_BTD)
+        h_BTD = x_BTD + block.mixer_placement.after(a_BTD)
         return State(h_BTD + block.feed(h_BTD), past, kept), cache
 
     def c(self, m: int):

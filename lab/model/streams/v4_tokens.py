@@ -143,13 +143,13 @@ class WeighedQueries(Stream):
     mixers = (*SummedScores.mixers, "forgetting")
 
     def layer(self, x_BTD, block, view: View, cache, *, m):
-        mixer, normed_BTD = block.mixer, block.around_mixer.before(x_BTD)
+        mixer, normed_BTD = block.mixer, block.mixer_placement.before(x_BTD)
         q_BTHK, kept, cache = mixer.project(normed_BTD, view, cache)
         q_BTHK = mixer.turned("q", q_BTHK, view.rotation)
         w_BT = self.log_weights(block.stream, x_BTD, normed_BTD, view)
         q_BTHK = scaled(q_BTHK, jnp.exp(w_BT))
         o_BTHV, lse_BTH = mixer.attend(q_BTHK, kept, view.of_rotated(), decoding=cache is not None)
-        h_BTD = x_BTD + block.around_mixer.after(mixer.output(o_BTHV, lse_BTH, normed_BTD, view.rotation))
+        h_BTD = x_BTD + block.mixer_placement.after(mixer.output(o_BTHV, lse_BTH, normed_BTD, view.rotation))
         return h_BTD + block.feed(h_BTD), cache
 
     def log_weights(self, of_layer, x_BTD, normed_BTD, view: View):

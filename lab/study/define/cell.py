@@ -8,11 +8,11 @@ import pathlib
 
 from ml_collections import ConfigDict
 
-from lab.config import leaves
+from lab.options import leaves
 from lab.errors import choose
 from lab.study.define.cells import NAME, Override
 
-ELSEWHERE = ("path", "workers")  # of config.data: the texts themselves are in its fingerprint, wherever they lie
+ELSEWHERE = ("path",)  # of config.data: the texts themselves are in its fingerprint, wherever they lie
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -32,7 +32,7 @@ class Cell:
     @functools.cached_property
     def identity(self) -> dict:
         """The part of the config that a result depends on; the data seed names the run within the cell."""
-        rooms = ("model", "data", "train", "evaluate", "mesh")
+        rooms = ("model", "data", "train", "evaluate")
         seeds = {"model_seed_offset": self.config.model_seed - self.config.seed}
         found = {room: json.loads(self.config[room].to_json_best_effort()) for room in rooms}
         for field in ELSEWHERE:

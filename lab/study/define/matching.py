@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from lab.config import leaves, set_field
+from lab.options import leaves, set_field
 from lab.errors import UserError, choose
 from lab.model import abstract, accounting
 from lab.study.define.cell import Cell

@@ -4,15 +4,19 @@ import hashlib
 
 import jax
 
+from lab import config as lab_config
 from lab import data as lab_data
 from lab.errors import UserError, choose
+from lab.evaluate import asks
 from lab.kernels import rules
-from lab.model import abstract, accounting, position, streams, transformer
+from lab.model import abstract, accounting, position, streams
+from lab.model import spec as lab_spec
+from lab.model.mixers import MIXERS
+from lab.options import leaves
 from lab.study.define import contrasts
 from lab.study.define.cell import Cell
 from lab.train import optimizer, step
 
-VMAP = ("none", "seeds", "numbers")  # what is trained as one vmapped program
 DEVICES = (1, 2, 4, 8)  # over which tensor parallelism would lay a cache
 TOKENS_COUNTED = 32_768  # of training rows over which visible keys are averaged
 
@@ -20,31 +24,34 @@ TOKENS_COUNTED = 32_768  # of training rows over which visible keys are averaged
 def check(cell: Cell) -> None:
     """Refuses a cell that cannot run, naming the field: everything that shows before the data is read."""
     config = cell.config
-    transformer.check(config.model)
-    _check_mesh(config)
+    lab_config.check_seeds(config)
+    lab_spec.check(config.model)
     optimizer.check(config.train)
     optimizer.check_parameters(config.train, config.model)
     lab_data.check(config)
-    for room in ("data", "evaluate"):
-        tokens = config[room].texts_per_row * config.data.text_length
-        streams.check_rows(config.model, f"{room}.texts_per_row x data.text_length", tokens)
-    if config.data.rows % config.train.microbatches:
+    asks.check(config)
+    check_run(config)
+    rows = {"data": config.data} | {f"evaluate.{name}": ask for name, ask in config.evaluate.items()}
+    for field, room in rows.items():
+        tokens = room.texts_per_row * config.data.text_length
+        streams.check_rows(config.model, f"{field}.texts_per_row x data.text_length", tokens)
+
+
+def check_run(config) -> None:
+    """Refuses a way to run that the model or the batch cannot be run in."""
+    run = config.run
+    lab_config.RUN.check(leaves(run), "run.")
+    streams.check_scan(config.model, run)
+    if config.data.rows % run.microbatches:
         raise UserError(
-            f"train.microbatches = {config.train.microbatches} does not divide data.rows = {config.data.rows}; "
-            "choose a divisor"
+            f"run.microbatches = {run.microbatches} does not divide data.rows = {config.data.rows}; choose a divisor"
         )
-    for field in ("checkpoint.every", "checkpoint.keep", "log.every"):
-        room, name = field.split(".")
-        if config[room][name] < 1:
-            raise UserError(f"{field} = {config[room][name]} must be at least 1")
-
-
-def _check_mesh(config) -> None:
-    in_order = [s.mixer for s in transformer.layer_specs(config.model) if transformer.MIXERS[s.mixer].in_order]
-    if in_order and config.mesh.context != 1:
+    names = [spec.mixer.name for spec in lab_spec.layer_specs(config.model)]
+    in_order = [name for name in names if MIXERS[name].in_order]
+    if in_order and run.mesh.context != 1:
         raise UserError(
-            f"mesh.context = {config.mesh.context} would cut the rows that model.mixer = {in_order[0]!r} runs along; "
-            "choose 1"
+            f"run.mesh.context = {run.mesh.context} would cut the rows that model.mixer.name = {in_order[0]!r} runs "
+            "along; choose 1"
         )
 
 
@@ -53,12 +60,9 @@ def check_study(study) -> None:
     from lab.study import results  # slow to import: they draw
     from lab.study.report import sections
 
-    for field in ("name", "condition"):
-        if not study[field]:
-            raise UserError(f"study.{field} is empty; choose a word for it")
-    if study.seeds < 1:
-        raise UserError(f"study.seeds = {study.seeds} must be at least 1")
-    choose("study.vmap", study.vmap, VMAP)
+    lab_config.ROOMS["study"].check(leaves(study), "study.")
+    if not study.name:
+        raise UserError("study.name is empty; choose a word for it")
     for name in study.sections:
         choose("study.sections", name, sections.SECTIONS)
     if study.published and not (results.REPOSITORY / study.published).is_file():
@@ -76,7 +80,7 @@ def check_groups(study, cells: list[Cell]) -> None:
 def describe(cell: Cell) -> dict:
     """A row of the plan."""
     config = cell.config
-    model = abstract(config.model)
+    model = abstract(config.model, config.run)
     visible = [visible_keys(block.mixer.rule, config) for block in model.blocks]
     rotary = {f"pairs_{name}": count for name, count in rotary_pairs(config.model).items()}
     return {
@@ -90,7 +94,7 @@ def describe(cell: Cell) -> dict:
         "state_per_layer": accounting.state_per_layer(model),
         "tokens": nominal_tokens(config),
         "executable": executable(config, model),
-        "head_dim": config.model.head_dim,
+        "head_dim": config.model.mixer.head_dim,
         **rotary,
         "match": list(cell.matches),
         "length": cell.length,
@@ -99,13 +103,13 @@ def describe(cell: Cell) -> dict:
 
 def rotary_pairs(model) -> dict[str, int]:
     """How many rotary pairs of a head carry the branch, the time and the index: the most of any layer."""
-    counted = [position.pair_counts(spec) for spec in transformer.layer_specs(model) if rotates(spec)]
+    counted = [position.pair_counts(spec) for spec in lab_spec.layer_specs(model) if rotates(spec)]
     return {name: max((pairs[name] for pairs in counted), default=0) for name in ("branch", "time", "index")}
 
 
 def rotates(spec) -> bool:
     """Whether queries or keys of a layer rotate."""
-    mixer = transformer.MIXERS[spec.mixer]
+    mixer = MIXERS[spec.mixer.name]
     return hasattr(mixer, "rotated") and bool({*"qk"} & {*mixer.rotated(spec)})
 
 
@@ -140,15 +144,15 @@ def visible_keys(rule: rules.Rule, config) -> float:
 
 def program(config) -> str:
     """`executable` of a config."""
-    return executable(config, abstract(config.model))
+    return executable(config, abstract(config.model, config.run))
 
 
 def executable(config, model) -> str:
     """Names the training program: cells of one name share one compilation. What `lab.train.compiled` shares by."""
-    program = step.Program.of(config.train)
+    program = step.Program.of(config)
     leaves, structure = jax.tree.flatten(model)
     shape = config.data.rows, config.data.texts_per_row * config.data.text_length
-    text = repr((str(structure), [(x.shape, str(x.dtype)) for x in leaves], program, shape, dict(config.mesh)))
+    text = repr((str(structure), [(x.shape, str(x.dtype)) for x in leaves], program, shape, dict(config.run.mesh)))
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
@@ -158,5 +162,5 @@ def table(config, cells: list[Cell]) -> list[dict]:
     check_groups(config.study, cells)
     for cell in cells:
         check(cell)
-    contrasts.check(config.study, {cell.name: cell.labels for cell in cells}, lab_data.conditions(config))
+    contrasts.check(config.study, {cell.name: cell.labels for cell in cells}, asks.conditions(config.evaluate.loss))
     return [describe(cell) for cell in cells]

@@ -5,10 +5,14 @@ import re
 
 from ml_collections import ConfigDict
 
-from lab.config import leaves, set_field
+from lab import config as lab_config
 from lab.errors import UserError, choose
+from lab.model import spec as lab_spec
+from lab.options import leaves, names_of, set_field
 from lab.study.define import cell
 from lab.study.define.cells import MATCH, NAME, Override
+
+READ = ("model", "data", "train")  # the rooms of which a cell reads what its entries read
 
 
 def resolve(config: ConfigDict, overridden: tuple[str, ...] = ()) -> list[cell.Cell]:
@@ -24,7 +28,9 @@ def resolve(config: ConfigDict, overridden: tuple[str, ...] = ()) -> list[cell.C
             raise UserError(
                 f"--config.{field}: the study {config.study.name!r} varies it; leave it out, or edit the study's cells"
             )
-    cells = [cell.make(config.study, override, _changed(config, override)) for override in overrides]
+    configs = [_changed(config, override) for override in overrides]
+    _forget_unread(config, overrides, configs)
+    cells = [cell.make(config.study, *pair) for pair in zip(overrides, configs, strict=True)]
     if config.study.length != "steps" or any(field == MATCH for override in overrides for field, _ in override):
         solutions = matching.solve(config.study, cells, overrides)
         cells = [cell.make(config.study, o, *solution) for o, solution in zip(overrides, solutions, strict=True)]
@@ -51,9 +57,40 @@ def _changed(config: ConfigDict, override: Override) -> ConfigDict:
     for field, value in override:
         if field not in (NAME, MATCH):
             choose("a field of study.cells", field, fields)
+            if field.startswith("run."):
+                raise UserError(
+                    f"the study varies {field}: how a cell runs is no part of what it is, so two cells would share "
+                    f"their results; set it for all with --config.{field}=..."
+                )
             try:
                 set_field(changed, field, value)
             except TypeError:
                 kind = type(fields[field]).__name__
                 raise UserError(f"a cell of the study sets {field} = {value!r}, which is no {kind}") from None
     return changed
+
+
+def _forget_unread(config: ConfigDict, overrides: tuple[Override, ...], configs: list[ConfigDict]) -> None:
+    """Gives back their defaults to the fields of each cell that nothing of it reads, if another cell reads them.
+
+    So a study may set for all cells what only some have a use for. Raises UserError for a field that a cell sets
+    itself and does not read, and for one that the study sets and no cell reads.
+    """
+    declared = {name: lab_config.ROOMS[name].declared() for name in READ}
+    read = [{name: _read(changed, name) for name in READ} for changed in configs]
+    for name in READ:
+        every = set().union(*(of_cell[name] for of_cell in read))
+        for override, changed, of_cell in zip(overrides, configs, read, strict=True):
+            for field, value in leaves(changed[name]).items():
+                own = f"{name}.{field}" in names_of(override)
+                if field in of_cell[name] or value == declared[name][field].default or (not own and field not in every):
+                    continue  # fields that no cell reads are refused where a cell is checked
+                if own:
+                    raise lab_config.ROOMS[name].unread(leaves(changed[name]), field, f"{name}.")
+                set_field(changed[name], field, declared[name][field].default)
+
+
+def _read(config: ConfigDict, name: str) -> set[str]:
+    if name == "model":
+        return set().union(*lab_spec.read_by_layers(config.model))
+    return lab_config.ROOMS[name].read(leaves(config[name]), f"{name}.")

@@ -8,8 +8,9 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from lab.config import leaves, set_field
+from lab.options import leaves, set_field
 from lab.errors import UserError, choose
+from lab.evaluate import asks
 from lab.study.define.cell import Cell
 from lab.study.results import judged_loss
 from lab.study.run.runs import Run, cell_directory, runs_of
@@ -91,5 +92,5 @@ def score(run: Run) -> float | None:
     if (run.directory / "failure.json").exists():
         return math.inf
     study = run.cell.config.study
-    loss = judged_loss(run.directory / "result.json", study.condition, study.judged)
+    loss = judged_loss(run.directory / "result.json", asks.column(run.cell.config), study.judged)
     return math.inf if loss is not None and math.isnan(loss) else loss

@@ -3,6 +3,7 @@
 import json
 import time
 
+from lab.evaluate import asks
 from lab.evaluate.conditions import Condition
 from lab.study.report.layout import panel_rows
 from lab.study.results import write_atomically
@@ -19,7 +20,7 @@ class Meter:
         self._display, self._every = display, every
         self._name = unit[0].name + (f" and {len(unit) - 1} more, vmapped" if len(unit) > 1 else "")
         self._steps = unit[0].cell.config.train.steps
-        self._label = unit[0].cell.config.study.condition
+        self._label = asks.column(unit[0].cell.config)
         self._tokens, self._since = 0, time.perf_counter()
 
     def start(self, step: int) -> None:
@@ -84,7 +85,7 @@ class Log:
             write_atomically(self._run.directory / "mixing.csv", learned.table(weights))
             image = figures.png(figures.weight_maps(panel_rows(weights)))
             self._board.image("mixing", image, "Weight of what layer i gave (column) in layer m (row)")
-        label = self._run.cell.config.study.condition
+        label = asks.column(self._run.cell.config)
         metrics = {
             f"eval/{name}_{label}_{c[label]}": c[field]
             for name, field in (("loss_nats", "loss"), ("accuracy_share", "accuracy"))

@@ -11,7 +11,7 @@ import jax
 from ml_collections import ConfigDict
 
 from lab import kernels, runtime
-from lab.evaluate import conditions
+from lab.evaluate import asks, conditions
 from lab.model import mesh as lab_mesh
 from lab.model import parameter
 from lab.study.run import weights as learned
@@ -27,7 +27,7 @@ from lab.train.workload import Member, Record, Workload
 def make(unit: Unit, display: Display, stop: Callable[[int], bool]) -> list[str]:
     """Trains and evaluates the runs of a unit; returns a line about each."""
     configs = [run.cell.seeded(run.seed) for run in unit]
-    config, mesh = configs[0], lab_mesh.make(configs[0].mesh)
+    config, mesh = configs[0], lab_mesh.make(configs[0].run.mesh)
     writes = jax.process_index() == 0
     logs = [Log(run, writes) for run in unit]
     for run in unit:
@@ -35,7 +35,7 @@ def make(unit: Unit, display: Display, stop: Callable[[int], bool]) -> list[str]
             (run.directory / "failure.json").unlink(missing_ok=True)
             write_json(run.directory.parent / "config.json", run.cell.described())
             run.data.tokenizer.save(run.directory.parent)
-    meter = Meter(display, unit, config.log.every)
+    meter = Meter(display, unit, config.run.log.every)
 
     def on_start(step: int) -> None:
         meter.start(step)
@@ -51,7 +51,7 @@ def make(unit: Unit, display: Display, stop: Callable[[int], bool]) -> list[str]
         for log, weights in zip(logs, learned.of_members(state.model.stream, len(unit)), strict=True):
             log.weights(step, weights)
 
-    checkpoints = Checkpoints(_checkpoint_directory(unit), config.checkpoint.keep)
+    checkpoints = Checkpoints(_checkpoint_directory(unit), config.run.checkpoint.keep)
     workload = Workload([Member(c, run.data.train) for c, run in zip(configs, unit, strict=True)])
     try:
         callbacks = dict(on_start=on_start, on_step=on_step, on_checkpoint=on_checkpoint, stop=stop)
@@ -78,7 +78,7 @@ def make(unit: Unit, display: Display, stop: Callable[[int], bool]) -> list[str]
         shutil.rmtree(_checkpoint_directory(unit).parent)
         with contextlib.suppress(OSError):  # another stack is there
             _checkpoint_directory(unit).parents[1].rmdir()
-    return [_told(trained, config.study.condition, condition) for condition in found[0]]
+    return [_told(trained, asks.column(config), condition) for condition in found[0]]
 
 
 def _checkpoint_directory(unit: Unit) -> pathlib.Path:
@@ -92,7 +92,7 @@ def _checkpoint_directory(unit: Unit) -> pathlib.Path:
 def _keep_members(unit: Unit, states, config: ConfigDict) -> None:
     """The last checkpoint of each member of a stack, as a solo run leaves it."""
     for i, run in enumerate(unit):
-        checkpoints = Checkpoints(run.directory / "checkpoints", config.checkpoint.keep)
+        checkpoints = Checkpoints(run.directory / "checkpoints", config.run.checkpoint.keep)
         texts = config.train.steps * config.data.rows * config.data.texts_per_row
         checkpoints.save(Position(config.train.steps, texts), compiled.unstacked(states, i))
         checkpoints.wait()
@@ -110,10 +110,10 @@ def _told(trained: loop.Trained, label: str, condition: conditions.Condition) ->
 
 
 def _result(run: Run, config: ConfigDict, mesh, trained: loop.Trained, found, executable, members: int) -> dict:
-    label = config.study.condition
+    label = asks.column(config)
     lines = [json.loads(line) for line in (run.directory / "metrics.jsonl").read_text().splitlines()]
     hashes = "".join(line["text_hash"] for line in lines)
-    texts_per_second = lambda c: members * config.evaluate.texts * config.data.text_length / c.seconds  # noqa: E731
+    texts_per_second = lambda c: members * config.evaluate.loss.texts * config.data.text_length / c.seconds  # noqa: E731
     peak = runtime.peak_bytes(executable)
     return {
         "cell": run.cell.name,
@@ -134,7 +134,7 @@ def _result(run: Run, config: ConfigDict, mesh, trained: loop.Trained, found, ex
             ),
         ],
         "environment": runtime.environment(mesh)
-        | {"implementation": kernels.resolve(config.model.implementation), "vmapped": members > 1 and members},
+        | {"implementation": kernels.resolve(config.run.implementation), "vmapped": members > 1 and members},
         "text_hash": hashlib.sha256(hashes.encode()).hexdigest()[:16],
     }  # fmt: skip
 

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from lab import data as lab_data
 from lab.errors import UserError
+from lab.evaluate import asks
 from lab.model import mesh as lab_mesh
 from lab.study.define import contrasts, plan
 from lab.study.define.cell import Cell
@@ -45,7 +46,7 @@ def _open_data(cells: list[Cell]) -> list[lab_data.Data]:
     """The data of each cell; cells that read the same share it."""
     opened: dict[tuple, lab_data.Data] = {}
     keys = [
-        (*(c.config.data[f] for f in CORPUS_FIELDS), c.config.model.vocabulary, c.config.evaluate.texts) for c in cells
+        (*(c.config.data[f] for f in CORPUS_FIELDS), c.config.model.vocabulary, max(ask.texts for ask in c.config.evaluate.values())) for c in cells
     ]
     for key, cell in zip(keys, cells, strict=True):
         if key not in opened:
@@ -116,7 +117,7 @@ def write_plan(
         "study": study.name,
         "question": study.question,
         "labels": [list(pair) for pair in study.labels],
-        "condition": study.condition,
+        "condition": asks.column(config),
         "sections": list(study.sections),
         "published": study.published,
         "command": command,
@@ -145,10 +146,11 @@ def note_look(workdir: pathlib.Path) -> None:
 def check_devices(runs: list[Run]) -> None:
     """Refuses cells whose mesh or batches do not fit the devices at hand."""
     for config in (run.cell.config for run in runs):
-        mesh, length = lab_mesh.make(config.mesh), config.data.text_length
-        rows = config.data.rows // config.train.microbatches
-        lab_mesh.check_rows(mesh, "data.rows / train.microbatches", rows, config.data.texts_per_row * length)
-        lab_mesh.check_rows(mesh, "evaluate.rows", config.evaluate.rows, config.evaluate.texts_per_row * length)
+        mesh, length = lab_mesh.make(config.run.mesh), config.data.text_length
+        rows = config.data.rows // config.run.microbatches
+        lab_mesh.check_rows(mesh, "data.rows / run.microbatches", rows, config.data.texts_per_row * length)
+        for name, ask in config.evaluate.items():
+            lab_mesh.check_rows(mesh, f"evaluate.{name}.rows", ask.rows, ask.texts_per_row * length)
 
 
 def check_hosts_agree(runs: list[Run]) -> None:
