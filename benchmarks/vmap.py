@@ -51,9 +51,9 @@ def main() -> None:
 
     from lab import data
     from lab.model import mesh as lab_mesh
-    from lab.study import cells
+    from lab.study.define import resolve
 
-    config = cells.resolve(config)[-1].config
+    config = resolve.resolve(config)[-1].config
     mesh, texts = lab_mesh.make(config.mesh), data.open(config).train
     peers = {members: stepper(config, texts, mesh, members) for members in (1, flags.members)}
     times = {members: [] for members in peers}

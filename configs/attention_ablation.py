@@ -20,7 +20,7 @@ v, o rotate (configs/published/vo_rope.csv): QK 2.712, QKVO 2.719, K 2.769, VO 2
 
 from lab.config import base
 from lab.errors import choose
-from lab.study.cells import chain, matched, named
+from lab.study.define.cells import chain, matched, named
 
 BASELINE = "MLA"
 SUBSETS = ("none", "Q", "K", "V", "O", "QK", "QV", "QO", "KV", "KO", "VO", "QKV", "QKO", "QVO", "KVO", "QKVO")

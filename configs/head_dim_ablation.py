@@ -15,7 +15,7 @@ best for all three, and 16 heads of 64 are best among them (2.82, against 2.96 a
 
 from lab.config import base
 from lab.errors import choose
-from lab.study.cells import chain, named, product, vary
+from lab.study.define.cells import chain, named, product, vary
 
 RATIOS = (0.0, 0.25, 0.5, 0.75, 1.0)
 DRAWS = ("fixed1", "1-15")

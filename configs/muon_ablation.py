@@ -16,7 +16,7 @@ one of the matrices that are split.
 
 from lab.config import base
 from lab.errors import choose
-from lab.study.cells import chain, named
+from lab.study.define.cells import chain, named
 
 RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 ADAMW, WHOLE, HEADS, W_O = "AdamW", "Muon", "Muon, heads", "Muon, heads and W_O"

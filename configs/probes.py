@@ -13,7 +13,7 @@ asks for depth that grows with the number of moves (arXiv 2404.08819).
 
 from lab.config import base
 from lab.errors import choose
-from lab.study.cells import chain, named, product, vary
+from lab.study.define.cells import chain, named, product, vary
 
 
 def get_config(scale: str = "cpu"):

@@ -29,7 +29,7 @@ from typing import NamedTuple
 
 from lab.config import base
 from lab.errors import choose
-from lab.study.cells import chain, named, product, vary
+from lab.study.define.cells import chain, named, product, vary
 
 BASELINE, HALVED = "baseline", "temperature 2"
 POST = ("v1m1", "v1m2", "v1m4", "v1m5", "v1m6", "v1m7")  # summed the stream after the residual in the source

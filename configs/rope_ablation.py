@@ -14,7 +14,7 @@ ratio fails at any other count.
 
 from lab.config import base
 from lab.errors import choose
-from lab.study.cells import product, vary
+from lab.study.define.cells import product, vary
 
 RATIOS = (0.0, 0.25, 0.5, 0.75, 1.0)
 DRAWS = ("fixed1", "1-15")

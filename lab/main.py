@@ -36,20 +36,22 @@ def main(argv: list[str]) -> int:
     import jax
 
     from lab import report
-    from lab.study import cells as study_cells
-    from lab.study import plan, run, runs, tuning
-    from lab.study.progress import Display
+    from lab.study.define import plan, resolve, tuning
+    from lab.study.define.cell import Cell
+    from lab.study.run import runs
+    from lab.study.run import study as run
+    from lab.study.run.progress import Display
     from lab.train.loop import Stopped
 
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax tells every save, and twice what it raises
     counts = runtime.CompileCounts()
-    cells = study_cells.resolve(config, overridden)
+    cells = resolve.resolve(config, overridden)
     workdir = flags.workdir or pathlib.Path("runs") / config.study.name
-    share = study_cells.share(flags.cells)
+    share = resolve.share(flags.cells)
     names = {cell.name for cell in cells[share]}
     first = jax.process_index() == 0
 
-    def planned(cells: list[study_cells.Cell]) -> list[runs.Run]:
+    def planned(cells: list[Cell]) -> list[runs.Run]:
         """Plans the cells, writes the plan down, and gives this program's share of their runs."""
         rows = plan.table(config, cells)
         every = runs.runs_of(cells, range(config.seed, config.seed + config.study.seeds), workdir)

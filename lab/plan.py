@@ -43,10 +43,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
     flags, config, overridden = command.parse(parser, argv)
 
-    from lab.study import cells as study_cells
-    from lab.study import plan
+    from lab.study.define import plan, resolve
 
-    rows = plan.table(config, study_cells.resolve(config, overridden))
+    rows = plan.table(config, resolve.resolve(config, overridden))
     if flags.json:
         print(json.dumps({"study": config.study.name, "question": config.study.question, "cells": rows}, indent=1))
         return
@@ -93,7 +92,7 @@ def _listed(names: list[str]) -> str:
 
 def _matches(rows: list[dict]) -> Iterator[str]:
     """A line for everything that was solved, with how far off it stayed."""
-    from lab.study import matching
+    from lab.study.define import matching
 
     for row in rows:
         for match in [*row["match"], *filter(None, [row["length"]])]:

@@ -19,7 +19,8 @@ def rebuild(directory: str | Path) -> list[Path]:
     study = results.collect(directory)
     written = results.write_csv(study)
     # Drawing is imported late: matplotlib and scipy take longer to load than everything above takes to run.
-    from lab.study import evidence, page, sections, tensorboard
+    from lab.study.judge import evidence
+    from lab.study.report import page, sections, tensorboard
 
     findings = evidence.find(study)
     if findings:
@@ -34,7 +35,7 @@ def rebuild(directory: str | Path) -> list[Path]:
 def compare(directories: list[str], output: str | Path) -> list[Path]:
     """Writes the pages of a comparison of studies into the directory `output`; returns their paths."""
     studies = [results.collect(directory) for directory in directories]
-    from lab.study import compare, page
+    from lab.study.report import compare, page
 
     return page.write(Path(output), compare.TITLE, compare.sections(studies), name="comparison")
 

@@ -20,7 +20,7 @@ _STUDY = """\
 \"\"\"Does a tiny study run?\"\"\"
 
 from lab.config import base
-from lab.study.cells import chain, named, product, vary
+from lab.study.define.cells import chain, named, product, vary
 
 
 def get_config():

@@ -233,7 +233,7 @@ def test_what_a_kill_left_of_a_plan_does_not_bar_the_directory(told, tmp_path, s
     work = tmp_path / "work"
     work.mkdir()
     (work / ".plan.json.123").write_text('{"study": "ti')
-    monkeypatch.setattr("lab.study.run.run_study", lambda runs, **settings: exec("raise KeyboardInterrupt"))
+    monkeypatch.setattr("lab.study.run.study.run_study", lambda runs, **settings: exec("raise KeyboardInterrupt"))
     code, _, err = told(main, f"--config={study}", *DOUBLED, f"--workdir={work}")
     assert code == 130 and "interrupted; run the same command again" in err
     assert json.loads((work / "plan.json").read_text())["study"] == "tiny"

@@ -13,8 +13,8 @@ from lab import data as lab_data
 from lab.command import load_config
 from lab.errors import UserError
 from lab.model.streams import STREAMS
-from lab.study import plan
-from lab.study.cells import resolve
+from lab.study.define import plan
+from lab.study.define.resolve import resolve
 
 CONFIGS = sorted((commands.REPOSITORY / "configs").glob("*.py"))
 RATIOS = {0.0, 0.25, 0.5, 0.75, 1.0}

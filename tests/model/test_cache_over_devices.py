@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from lab import model as lab_model
 from lab.model import accounting
-from lab.study import plan
+from lab.study.define import plan
 
 POWERS = st.sampled_from((1, 2, 4, 8))
 ARRAYS = st.lists(st.tuples(POWERS, st.integers(1, 600)), min_size=1, max_size=3)

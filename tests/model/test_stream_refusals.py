@@ -9,7 +9,7 @@ from lab import model as lab_model
 from lab.errors import UserError
 from lab.model import streams
 from lab.model.streams import STREAMS
-from lab.study import cells, plan
+from lab.study.define import plan, resolve
 
 NAMES = [name for name in STREAMS if name[0] == "v" or name == "temperature"]
 
@@ -67,7 +67,7 @@ def test_longer_rows_than_trained_are_refused(name):
 @pytest.mark.parametrize("room", ["data", "evaluate"])
 def test_a_study_of_longer_rows_than_trained_is_refused_before_it_runs(room):
     made = tiny.config(**variants.stream("v4m1B", model__stream__length=24))
-    plan.check(*cells.resolve(made))
+    plan.check(*resolve.resolve(made))
     made[room].update(texts_per_row=8)
     with pytest.raises(UserError, match=rf"{room}.texts_per_row x data.text_length makes rows of 48 tokens"):
-        plan.check(*cells.resolve(made))
+        plan.check(*resolve.resolve(made))

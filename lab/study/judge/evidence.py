@@ -1,0 +1,148 @@
+"""The comparisons of a study with their statistics, and what they say of its hypotheses."""
+
+import csv
+import dataclasses
+import io
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from lab.study.define.contrasts import SIGNS, Contrast, Settings, baselines, select, settings
+from lab.study.judge import pairing, statistics
+from lab.study.judge.pairing import Differences, Scores
+from lab.study.judge.residuals import COSTS, Residuals, residuals
+from lab.study.judge.statistics import LEVEL, Estimate
+from lab.study.results import Study, write_atomically
+
+COLUMNS = (
+    "kind", "name", "against", "n", "difference", "deviation", "t_low", "t_high", "bootstrap_low", "bootstrap_high",
+    "p", "p_holm", "detectable", "verdict", "seeds", "refused", *(cost.column for cost in COSTS.values()),
+)  # fmt: skip
+UNKNOWN = "cannot tell"
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """`name` less `against`, over the seeds that both have: below 0, `name` has the lower loss."""
+
+    kind: str  # baseline | contrast | study
+    name: str
+    against: str
+    differences: Differences
+    estimate: Estimate
+    residuals: Residuals  # by how much `name` costs more
+    adjusted: float | None = None  # p after Holm's correction over the comparisons of the study
+
+    @property
+    def verdict(self) -> str:
+        """better | worse | cannot tell, and where too few seeds are the reason, that reason."""
+        if self.adjusted is None:
+            return f"{UNKNOWN} ({'one seed' if self.estimate.n else 'no pair'})"
+        if self.adjusted >= LEVEL:
+            return UNKNOWN
+        return "better" if self.estimate.mean < 0 else "worse"
+
+
+@dataclasses.dataclass(frozen=True)
+class Evidence:
+    """What one contrast says of a claim that expects its sign."""
+
+    claim: str
+    layer: str
+    comparison: Comparison
+    sign: int
+
+    @property
+    def outcome(self) -> str:
+        """supported | contradicted | cannot tell."""
+        found = {"better": -1, "worse": 1}.get(self.comparison.verdict, 0)
+        return UNKNOWN if not found else "supported" if found == self.sign else "contradicted"
+
+
+@dataclasses.dataclass(frozen=True)
+class Findings:
+    settings: Settings
+    scores: Scores
+    baselines: dict[str, str]  # {cell: the cell it is compared with}
+    comparisons: list[Comparison]  # with the baseline in the plan's order, then the contrasts
+    evidence: list[Evidence]
+
+    def of_kind(self, kind: str) -> list[Comparison]:
+        return [comparison for comparison in self.comparisons if comparison.kind == kind]
+
+
+def find(study: Study) -> Findings | None:
+    """None of a study that names neither a baseline nor a contrast."""
+    asked = settings(study.plan["config"].get("study", {}))
+    if not asked:
+        return None
+    scores = pairing.scores(study, asked.judged)
+    cells = {cell["name"]: cell["labels"] for cell in study.plan["cells"]}
+    against = baselines(cells, asked.baseline)
+    sides = [("baseline", name, other, ([name], [other])) for name, other in against.items()]
+    for contrast in asked.contrasts:
+        sides.append(("contrast", contrast.name, _against(contrast), [select(cells, side) for side in contrast.sides]))
+    planned = {cell["name"]: cell for cell in study.plan["cells"]}
+    found = [_compare(*names, its, scores, planned) for *names, its in sides]
+    comparisons = corrected(found)
+    named = {comparison.name: comparison for comparison in comparisons if comparison.kind == "contrast"}
+    evidence = [
+        Evidence(hypothesis.claim, layer, named[name], sign)
+        for hypothesis in asked.hypotheses
+        for layer, name, sign in hypothesis.expected
+    ]
+    return Findings(asked, scores, against, comparisons, evidence)
+
+
+def compare(kind: str, name: str, against: str, differences: Differences, costs: Residuals) -> Comparison:
+    """A comparison that stands alone, before correction."""
+    return Comparison(kind, name, against, differences, statistics.estimate(list(differences.kept.values())), costs)
+
+
+def corrected(comparisons: list[Comparison]) -> list[Comparison]:
+    """The same, as one family of tests."""
+    adjusted = statistics.holm([comparison.estimate.p for comparison in comparisons])
+    return [dataclasses.replace(one, adjusted=p) for one, p in zip(comparisons, adjusted, strict=True)]
+
+
+def overall(outcomes: Iterable[str]) -> str:
+    """Of several contrasts: what all of them say, and contradicted as soon as one is and none supports."""
+    outcomes = set(outcomes)
+    if outcomes == {"supported"}:
+        return "supported"
+    return "contradicted" if "contradicted" in outcomes and "supported" not in outcomes else UNKNOWN
+
+
+def write_csv(path: Path, comparisons: list[Comparison]) -> Path:
+    """One row for each comparison; seeds that were paired and refused are joined by spaces."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    writer.writerows(_row(one) for one in comparisons)
+    return write_atomically(path, text.getvalue().encode())
+
+
+def _row(one: Comparison) -> list:
+    known, missing = one.estimate, (None, None)
+    intervals = *(known.t_interval or missing), *(known.bootstrap_interval or missing)
+    tests = known.p, one.adjusted, known.detectable, one.verdict
+    seeds = (" ".join(map(str, found)) for found in (one.differences.kept, one.differences.refused))
+    costs = ("" if math.isnan(value) else value for value in one.residuals.values())
+    return [one.kind, one.name, one.against, known.n, known.mean, known.deviation, *intervals, *tests, *seeds, *costs]
+
+
+def _compare(kind: str, name: str, against: str, sides, scores: Scores, planned: Mapping[str, dict]) -> Comparison:
+    found = [[scores[cell] for cell in side] for side in sides]
+    costs = residuals([[planned[cell] for cell in side] for side in sides])
+    return compare(kind, name, against, pairing.differences(found, SIGNS[len(sides)]), costs)
+
+
+def _against(contrast: Contrast) -> str:
+    plus, minus, *rest = (
+        ", ".join(f"{label} {_values(value)}" for label, value in side) or "all cells" for side in contrast.sides
+    )
+    return f"({plus}) - ({minus})" if not rest else f"[({plus}) - ({minus})] - [({rest[0]}) - ({rest[1]})]"
+
+
+def _values(value) -> str:
+    return " | ".join(map(str, value)) if isinstance(value, tuple) else str(value)

@@ -1,0 +1,124 @@
+"""Loss against what a cell costs, by condition, and what each cell changes of its baseline."""
+
+import math
+from collections.abc import Mapping
+
+from lab.study.judge.evidence import Findings
+from lab.study.judge.residuals import COSTS, MEANINGS, beside
+from lab.study.report import figures, tables
+from lab.study.report.layout import arrange, cell_label, differences, line_label, number, short
+from lab.study.report.page import Block, Chart, Heading, Table, Text
+from lab.study.report.tables import Losses
+from lab.study.results import Study
+
+NOISE = 1.1  # evaluation times that differ by less are the same
+
+
+def pareto(study: Study, findings: Findings) -> list[Block]:
+    """Judged loss against the costs of the plan and evaluation time, where the cells differ in them."""
+    found = {name: [score.loss for score in by_seed.values()] for name, by_seed in findings.scores.items() if by_seed}
+    losses = {name: sum(values) / len(values) for name, values in found.items()}
+    numbers = {name: str(place) for place, name in enumerate(losses, 1)}
+    panels = {}
+    for title, costs in _costs(study, findings).items():
+        points = {name: (costs[name], loss) for name, loss in losses.items() if math.isfinite(costs[name] + loss)}
+        known = [cost for cost, _ in points.values()]
+        if known and max(known) > min(known) * (NOISE if "seconds" in title else 1):
+            panels[title] = points
+    if not panels:
+        return []
+    drawn = {title: {numbers[name]: point for name, point in points.items()} for title, points in panels.items()}
+    rows = [
+        [numbers[name], name, number(loss, 4), *(_cost(title, points, name) for title, points in panels.items())]
+        for name, loss in losses.items()
+    ]
+    caption = "Judged loss against what a cell costs, by the number of the cell; joined: the cells not beaten in both."
+    table = Table(
+        ["point", "cell", "loss", *panels], rows, "Bold: no cell is better in one of the two and no worse in the other"
+    )
+    return [Chart("pareto", figures.png(figures.pareto(drawn)), caption), table, common(study)]
+
+
+def common(study: Study) -> Text:
+    """What all cells cost alike, and what costs are, for a section whose tables show the costs that differ."""
+    return Text(f"{beside(study).common} {MEANINGS}".strip())
+
+
+def overview(study: Study) -> list[Block]:
+    """What the cells cost, for a part of the report whose tables are not by cell."""
+    costs = beside(study)
+    rows = [[*map(str, key), *shown] for key, shown in costs.cells.items()]
+    table = [Table([*study.labels, *costs.columns], rows)] if costs.columns else []
+    return [Heading("What the cells cost"), common(study), *table]
+
+
+def _cost(title: str, points: Mapping[str, tuple[float, float]], name: str) -> str:
+    if name not in points:
+        return "—"
+    shown = COSTS[title].show(points[name][0]) if title in COSTS else short(points[name][0])
+    return shown if figures.beaten(*points[name], points.values()) else f"**{shown}**"
+
+
+def by_condition(study: Study) -> list[Block]:
+    """Mean losses with their deviations over seeds, the published ones beside them, and the same as a figure."""
+    ours, errors, theirs = tables.losses(study), tables.deviations(study), tables.published(study)
+    every = list(dict.fromkeys(condition for curve in ours.values() for condition in curve))
+    if not every:
+        return []
+    best = {count: min(curve[count] for curve in ours.values() if count in curve) for count in every}
+    costs, rows = beside(study), []
+    for key, curve in ours.items():
+        shown = [_loss(curve.get(count), errors[key].get(count), best[count]) for count in every]
+        rows.append([*map(str, key), "ours", *shown, *costs.cells[key]])
+        if key in theirs:
+            known = [number(theirs[key].get(count), 4) for count in every]
+            rows.append([*map(str, key), "published", *known, *["—"] * len(costs.columns)])
+    caption = (
+        f"Loss (nats per token) by {study.condition}: mean ± standard deviation over seeds; bold: the best of ours."
+    )
+    table = Table([*study.labels, "source", *map(str, every), *costs.columns], rows, caption)
+    return [*_condition_figure(study, ours, errors, every), table, common(study)]
+
+
+def config_differences(study: Study, findings: Findings) -> list[Block]:
+    """The fields of each cell that its baseline has otherwise; those of the layout of texts among them by name."""
+    configs = {cell["name"]: study.config(cell) for cell in study.plan["cells"]}
+    rows = []
+    for name, other in findings.baselines.items():
+        changed = differences(configs[name], configs[other])
+        layout = ", ".join(field for field in changed if field.startswith("data."))
+        shown = "; ".join(f"{field}: {theirs} -> {ours}" for field, (ours, theirs) in changed.items())
+        rows.append([name, shown or "nothing", layout or "no"])
+    caption = (
+        "What a cell changes of its baseline's config. Pairs may differ in the layout of texts, never in the texts."
+    )
+    return [Table(["cell", "changes", "differs in layout"], rows, caption)] if rows else []
+
+
+def _costs(study: Study, findings: Findings) -> dict[str, dict[str, float]]:
+    """{what it costs: {cell: how much}}."""
+    cells = study.plan["cells"]
+    frame = study.timings[study.timings["phase"] == "eval"]
+    if findings.settings.judged:
+        frame = frame[frame[study.condition].isin(findings.settings.judged)]
+    seconds = frame.assign(seconds=frame["seconds"].astype(float)).groupby(["cell", "seed"])["seconds"].sum()
+    each = {
+        cell["name"]: float(seconds.get(cell["name"]).mean()) if cell["name"] in seconds else math.nan for cell in cells
+    }
+    planned = {title: {cell["name"]: cost.of(cell) for cell in cells} for title, cost in COSTS.items()}
+    return planned | {"evaluation seconds": each}
+
+
+def _condition_figure(study: Study, ours: Losses, errors: Losses, every: list) -> list[Block]:
+    if len(every) < 2 or not all(isinstance(count, (int, float)) and count > 0 for count in every):
+        return []
+    line = line_label(study)
+    bars = {title: panel for row in arrange(study, errors, line) for title, panel in row.items()}
+    image = figures.png(figures.by_condition(arrange(study, ours, line), bars, study.condition, {}))
+    caption = f"Loss by {study.condition}, one line for each {line or cell_label(study, next(iter(ours)))}."
+    return [Chart("loss_by_condition", image, caption)]
+
+
+def _loss(loss: float | None, deviation: float | None, best: float) -> str:
+    text = number(loss, 4) + (f" ± {deviation:.4f}" if deviation is not None else "")
+    return f"**{text}**" if loss == best else text

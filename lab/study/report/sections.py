@@ -1,0 +1,209 @@
+"""The parts of a report by name. A new study adds a function here or in a module of its own, and a row of SECTIONS."""
+
+import math
+from collections.abc import Sequence
+
+from lab.errors import choose
+from lab.study.judge.evidence import Findings
+from lab.study.report import accuracy, branches, costs, figures, mixing, series, trials, verdicts
+from lab.study.report.layout import arrange, grouped, line_label, number, run_label, short, whole
+from lab.study.report.page import Block, Chart, Code, Section, Table, Text
+from lab.study.results import Study
+
+MEBIBYTE = 2**20
+
+
+def question(study: Study) -> list[Block]:
+    """What was asked, and how much of the answer is there; opens every report."""
+    return [Text(study.plan["question"]), Text(_progress(study))]
+
+
+def runs(study: Study) -> list[Block]:
+    """What each cell is and cost, what failed, where it ran and how to do it again."""
+    return [*_cells(study), *_failures(study), *_evaluation_speed(study), *_environment(study), *_commands(study)]
+
+
+def curves(study: Study) -> list[Block]:
+    """Learning curves: a colour for each value of one label, a panel for each combination of the others, or for each
+    group of study.groups in it."""
+    found: dict = {}
+    for run in study.runs:
+        if run.metrics:
+            points = {line["step"]: line["loss"] for line in run.metrics}
+            found.setdefault(study.key(run.cell), []).append(points)
+    if not found:
+        return [Text("No step has been logged yet.")]
+    name = line_label(study)
+    caption = (
+        f"Training loss, one line for each {name or 'run'}: the centred mean of 1/25 of the logged values; "
+        "faint, the values themselves, or the range of these means over seeds; on the right, its perplexity. "
+        "The first tenth of the steps may rise above the panel."
+    )
+    groups = study.plan["config"].get("study", {}).get("groups", ())
+    image = figures.png(figures.learning_curves(grouped(arrange(study, found, name), groups)))
+    return [Chart("learning_curves", image, caption)]
+
+
+SECTIONS = {
+    "accuracy": ("Accuracy", accuracy.section),
+    "branches": ("Branches", branches.section),
+    "curves": ("Learning curves", curves),
+    "mixing": ("Mixing weights", mixing.section),
+    "series": ("The published series", series.section),
+}
+
+
+def make(study: Study, findings: Findings | None) -> list[Section]:
+    """The parts of the report, those that the plan names among them; `findings` of a study that compares its cells put
+    the verdicts first. Raises UserError for a name that is not in SECTIONS."""
+    wanted = {name: SECTIONS[choose("study.sections", name, SECTIONS)] for name in study.plan["sections"]}
+    if findings is None:
+        named = [Section(title, function(study)) for title, function in wanted.values()]
+        return [Section("Overview", question(study) + runs(study)), *_if_any("Tuning", trials.section(study)), *named]
+    named = [Section(title, function(study)) for name, (title, function) in wanted.items() if name != "curves"]
+    found = [
+        Section("Verdicts", question(study) + verdicts.verdicts(study, findings)),
+        Section("Evidence", verdicts.evidence(findings) if findings.evidence else []),
+        Section("Learning curves", curves(study) + verdicts.through_training(study, findings)),
+        Section("Loss by condition", [] if "branches" in wanted else costs.by_condition(study)),
+        Section("Loss by cost", costs.pareto(study, findings)),
+        *named,
+        Section("Tuning", trials.section(study)),
+        Section("Runs", costs.config_differences(study, findings) + runs(study)),
+    ]
+    return [section for section in found if section.blocks]
+
+
+def _if_any(title: str, blocks: list[Block]) -> list[Section]:
+    return [Section(title, blocks)] if blocks else []
+
+
+def _progress(study: Study) -> str:
+    states = [run.status for run in study.runs]
+    counted = {state: states.count(state) for state in ("done", "failed", "pending")}
+    runs = "cell" if all(len(cell["seeds"]) == 1 for cell in study.plan["cells"]) else "run"
+    text = f"**{counted['done']} of {len(states)} {runs}s done**"
+    text += "".join(f", {counted[state]} {state}" for state in ("failed", "pending") if counted[state])
+    executables = len({cell["executable"] for cell in study.plan["cells"]})
+    return f"{text}. The study needs {executables} training executable{'s' if executables > 1 else ''}."
+
+
+def _cells(study: Study) -> list[Block]:
+    planned = {
+        "parameters": lambda cell: f"{cell['parameters']:,}",
+        "parameters besides embeddings": lambda cell: f"{cell['parameters_non_embedding']:,}",
+        "FLOPs/token": lambda cell: short(cell["train_flops_per_token"]),
+        "cache per token and layer": lambda cell: whole(cell["cache_per_token_per_layer"]),
+        "attention work": lambda cell: whole(cell.get("attention_work", math.nan)),
+        "state per row and layer": lambda cell: whole(cell.get("state_per_layer", 0)),
+        "training tokens": lambda cell: f"{cell['tokens']:,}",
+        "executable": lambda cell: f"`{cell['executable']}`",
+    }
+    cells = study.plan["cells"]
+    if not any(cell.get("state_per_layer") for cell in cells):
+        del planned["state per row and layer"]
+    common = {name: show(cells[0]) for name, show in planned.items() if len({show(cell) for cell in cells}) == 1}
+    differing = {name: show for name, show in planned.items() if name not in common}
+    measured = ("train s", "tokens/s", "outside the step", "peak MiB")
+    rows = [
+        [
+            *map(str, study.key(cell)),
+            _status(study, cell),
+            *(show(cell) for show in differing.values()),
+            *_training_cost(study, cell),
+        ]
+        for cell in cells
+    ]
+    table = Table([*study.labels, "status", *differing, *measured], rows, "Cells; times are means over seeds.")
+    return [*([Text(_shared(common))] if common else []), table]
+
+
+def _shared(common: dict[str, str]) -> str:
+    return "The same for every cell: " + "; ".join(f"{name}: {value}" for name, value in common.items()) + "."
+
+
+def _status(study: Study, cell: dict) -> str:
+    runs = [run for run in study.runs if run.cell is cell]
+    if len(runs) > 1:
+        return f"{sum(run.status == 'done' for run in runs)} of {len(runs)} done"
+    started = runs[0].status == "pending" and runs[0].metrics
+    return f"at step {runs[0].metrics[-1]['step']}" if started else runs[0].status
+
+
+def _training_cost(study: Study, cell: dict) -> list[str]:
+    frame = study.timings
+    train = frame[(frame["cell"] == cell["name"]) & (frame["phase"] == "train")]
+    seconds, speed, outside, peak = (
+        train[name].astype(float).mean() for name in ("seconds", "tokens_per_second", "overhead_share", "peak_bytes")
+    )
+    share = "—" if math.isnan(outside) else f"{100 * outside:.1f}%"
+    return [number(seconds, 1), number(speed, 0), share, number(peak / MEBIBYTE, 0)]
+
+
+def _failures(study: Study) -> list[Block]:
+    rows = [
+        [run_label(study, run), str(run.failure.get("step", "—")), str(run.failure["reason"])]
+        for run in study.runs
+        if run.status == "failed"
+    ]
+    return [Table(["run", "step", "reason"], rows, "**Failed.** `--retry-failed` runs these again.")] * bool(rows)
+
+
+def _evaluation_speed(study: Study) -> list[Block]:
+    frame = study.timings[study.timings["phase"] == "eval"]
+    if frame.empty:
+        return []
+    measured = ["seconds", "tokens_per_second", "peak_bytes"]
+    means = frame[[study.condition, *measured]].astype(float).groupby(study.condition).mean()
+    rows = [
+        [
+            f"{count:g}",
+            number(row["seconds"], 2),
+            number(row["tokens_per_second"], 0),
+            number(row["peak_bytes"] / MEBIBYTE, 0),
+        ]
+        for count, row in means.iterrows()
+    ]
+    caption = "Evaluation cost by condition, mean over runs; each cell's own is in timings.csv"
+    return [Table([study.condition, "seconds", "tokens/s", "peak MiB"], rows, caption, folded=True)]
+
+
+def _environment(study: Study) -> list[Block]:
+    results = [run.result for run in study.runs if run.result]
+    environments = _distinct([result["environment"] for result in results])
+    if not environments:
+        return []
+    fields = list(dict.fromkeys(field for environment in environments for field in environment))
+    rows = [[field, *(str(environment.get(field, "—")) for environment in environments)] for field in fields]
+    columns = [
+        "environment",
+        *(["value"] if len(environments) == 1 else [str(i + 1) for i in range(len(environments))]),
+    ]
+    mixed = "**The runs were made in different environments**, so their losses may differ by more than the variants do."
+    notes = [Text(mixed)] if len(environments) > 1 else []
+    return [*notes, Text(_texts(study)), Table(columns, rows, "Environment", folded=len(environments) == 1)]
+
+
+def _texts(study: Study) -> str:
+    """Cells are comparable where they read the same texts in the same order, seed by seed."""
+    hashes: dict = {}
+    for run in study.runs:
+        if run.result:
+            hashes.setdefault(run.seed, set()).add(run.result["text_hash"])
+    if any(len(found) > 1 for found in hashes.values()):
+        return "**Cells of one seed read different training texts**: their losses are not paired."
+    shown = ", ".join(f"`{found[:12]}`" for found in _distinct([next(iter(found)) for found in hashes.values()]))
+    return f"All finished cells of a seed read the same training texts in the same order (hash {shown})."
+
+
+def _commands(study: Study) -> list[Block]:
+    lines = [
+        study.plan["command"],
+        f"python -m lab.report {study.directory}",
+        f"launch/tensorboard.sh {study.directory}",
+    ]
+    return [Text("To run it, to rebuild this page, and to follow the curves:"), Code("\n".join(lines))]
+
+
+def _distinct(items: Sequence) -> list:
+    return [item for place, item in enumerate(items) if item not in items[:place]]

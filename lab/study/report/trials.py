@@ -1,0 +1,77 @@
+"""The part of a report that shows how cells were tuned: each cell's loss over the grid, and what tuning gained it."""
+
+import math
+
+from lab.study.judge import residuals
+from lab.study.report import costs, figures
+from lab.study.report.layout import arrange, describe, leaves, line_label, number
+from lab.study.report.page import Block, Chart, Table, Text
+from lab.study.results import Study, judged_loss
+
+
+def section(study: Study) -> list[Block]:
+    """Nothing for a study that tunes nothing."""
+    trials = study.plan.get("tuning", [])
+    if not trials:
+        return []
+    seed = trials[0]["seed"]
+    blocks: list[Block] = [
+        Text(
+            f"Every cell was tried at every point of one grid, with the same budget, on seed {seed}; it is judged on "
+            "other seeds, at its best point. A best point on the edge of the grid may lie beyond it."
+        )
+    ]
+    fields = list(trials[0]["values"])
+    if len(fields) == 1:
+        curves = {study.key(cell): _curve(study, _of(trials, cell), fields[0]) for cell in study.plan["cells"]}
+        if drawn := {key: curve for key, curve in curves.items() if curve}:
+            image = figures.png(figures.by_label(arrange(study, drawn, line_label(study)), fields[0]))
+            blocks.append(Chart("tuning", image, f"Judged loss of each cell against {fields[0]}, seed {seed}."))
+    beside = residuals.beside(study)
+    rows = [
+        [*_row(study, cell, _of(trials, cell), fields), *beside.cells[study.key(cell)]] for cell in study.plan["cells"]
+    ]
+    columns = [*study.labels, "best", "edge of the grid", "loss tuned", "loss untuned", "gain", *beside.columns]
+    caption = f"On seed {seed}. Untuned: the config's own values, where the grid has them."
+    return [*blocks, costs.common(study), Table(columns, rows, caption, sortable=True)]
+
+
+def _of(trials: list[dict], cell: dict) -> list[dict]:
+    return [trial for trial in trials if trial["cell"] == cell["name"]]
+
+
+def _loss(study: Study, trial: dict) -> float:
+    """The judged loss of a trial; nan where it failed or is still to be made."""
+    result = study.directory / trial["directory"] / f"seed-{trial['seed']}" / "result.json"
+    loss = judged_loss(result, study.condition, study.plan["config"]["study"]["judged"])
+    return math.nan if loss is None else loss
+
+
+def _curve(study: Study, trials: list[dict], field: str) -> dict:
+    losses = {trial["values"][field]: _loss(study, trial) for trial in trials}
+    return {value: loss for value, loss in losses.items() if math.isfinite(loss)}
+
+
+def _row(study: Study, cell: dict, trials: list[dict], fields: list[str]) -> list[str]:
+    losses = [(loss, trial["values"]) for trial in trials if math.isfinite(loss := _loss(study, trial))]
+    labels = list(map(str, study.key(cell)))
+    if not losses:
+        return [*labels, *["—"] * 5]
+    tuned, values = min(losses, key=lambda pair: pair[0])
+    own = {field: leaves(study.plan["config"])[field] for field in fields}
+    untuned = next((loss for loss, tried in losses if tried == own), math.nan)
+    edges = [field for field in fields if _on_edge(values[field], [trial["values"][field] for trial in trials])]
+    return [
+        *labels,
+        describe(values),
+        f"**{', '.join(edges)}**" if edges else "no",
+        number(tuned, 4),
+        number(untuned, 4),
+        number(untuned - tuned, 4),
+    ]
+
+
+def _on_edge(value, tried: list) -> bool:
+    """Whether a number is the smallest or the largest that was tried; names have no edge."""
+    numeric = all(isinstance(v, int | float) and not isinstance(v, bool) for v in tried)
+    return numeric and value in (min(tried), max(tried))

@@ -1,0 +1,200 @@
+"""The parts of a report that judge: verdicts with intervals, evidence for hypotheses, differences through training."""
+
+from collections.abc import Iterable, Mapping
+
+from lab.study.judge.evidence import UNKNOWN, Comparison, Evidence, Findings, overall
+from lab.study.judge.residuals import AGAINST, BETWEEN, COSTS, MEANINGS, relative, shown
+from lab.study.judge.statistics import LEAST_RESAMPLED, Interval
+from lab.study.judge.trends import EARLY, END, reading, trend
+from lab.study.report import figures
+from lab.study.report.layout import describe, number, panel_rows, run_label
+from lab.study.report.page import Block, Chart, Table, Text
+from lab.study.results import Study
+
+JUDGED = ["verdict", "difference", "95% interval"]
+DETAILS = ["p (Holm)", "detectable", "bootstrap 95%"]  # last, so that costs are seen without scrolling
+OF_CONTRAST = ["contrast", "expected", "difference", "95% interval", *COSTS]
+NONE = ["—"] * len(OF_CONTRAST)  # where a row is about several contrasts
+EXPLAINED = (
+    "Difference: mean over seeds of the paired differences, in nats per token; below 0 is better. 95% interval: "
+    "Student t; bootstrap: studentised; both of one comparison by itself. p: paired t-test, corrected (Holm) over all "
+    "comparisons of the study; below 0.05 there is a verdict, so that an interval without 0 may still tell nothing. "
+    "Detectable: the difference that this many seeds of this spread find 4 times in 5, uncorrected."
+)
+
+
+def verdicts(study: Study, findings: Findings) -> list[Block]:
+    """Every cell against its baseline, every contrast, and what limits them."""
+    blocks: list[Block] = [Text(note) for note in _notes(study, findings)]
+    against = {one.name: one for one in findings.of_kind("baseline")}
+    rows = [
+        [
+            *map(str, study.key(cell)),
+            _loss(findings, cell["name"]),
+            *_judged(findings, cell["name"], against),
+            *_costs(cell, against),
+            str(len(findings.scores[cell["name"]])),
+            *(details(against[cell["name"]]) if cell["name"] in against else ["—"] * len(DETAILS)),
+        ]
+        for cell in study.plan["cells"]
+    ]
+    if against:
+        columns = [*study.labels, "loss", *JUDGED, *COSTS, "seeds", *DETAILS]
+        caption = (
+            f"Every cell against the one with {describe(dict(findings.settings.baseline))} and otherwise its labels. "
+            f"{AGAINST}"
+        )
+        blocks.append(Table(columns, rows, caption, sortable=True))
+    if contrasts := findings.of_kind("contrast"):
+        rows = [
+            [one.name, *judged(one), *relative(one.residuals), str(one.estimate.n), *details(one), one.against]
+            for one in contrasts
+        ]
+        columns = ["contrast", *JUDGED, *COSTS, "seeds", *DETAILS, "compares"]
+        blocks.append(Table(columns, rows, f"Contrasts. {BETWEEN}", sortable=True))
+    return [*blocks, Text(EXPLAINED), Text(MEANINGS), *_effects(study, findings), *refusals(findings.comparisons)]
+
+
+def judged(comparison: Comparison) -> list[str]:
+    """The cells of the columns JUDGED."""
+    known, verdict = comparison.estimate, comparison.verdict
+    strong = verdict if verdict.startswith(UNKNOWN) else f"**{verdict}**"
+    return [strong, signed(known.mean), interval(known.t_interval)]
+
+
+def details(comparison: Comparison) -> list[str]:
+    """The cells of the columns DETAILS."""
+    known = comparison.estimate
+    return [_p(comparison.adjusted), number(known.detectable, 4), interval(known.bootstrap_interval)]
+
+
+def evidence(findings: Findings) -> list[Block]:
+    """One row for each claim and layer, and for each contrast that bears on it."""
+    rows = []
+    for claim, found in _grouped(findings.evidence, lambda one: one.claim).items():
+        rows.append([f"**{claim}**", f"**{overall(one.outcome for one in found)}**", "all", *NONE])
+        for layer, ones in _grouped(found, lambda one: one.layer).items():
+            if len(ones) > 1:
+                rows.append(["", overall(one.outcome for one in ones), layer, *NONE])
+            rows += [["", one.outcome, layer, *_contrast(one)] for one in ones]
+    caption = (
+        "A contrast supports a claim if it has the expected sign and a Holm-corrected p below 0.05, and contradicts it "
+        "if it has the other sign. A claim is supported where all of its contrasts support it, contradicted where one "
+        f"contradicts it and none supports it. {BETWEEN}"
+    )
+    return [Table(["claim", "evidence", "layer", *OF_CONTRAST], rows, caption)]
+
+
+def through_training(study: Study, findings: Findings) -> list[Block]:
+    """Paired differences of the training loss against tokens seen."""
+    labels = {cell["name"]: describe(cell["labels"]) for cell in study.plan["cells"]}
+    found = {one.name: trend(findings, one) for one in findings.of_kind("baseline")}
+    found = {labels[name]: curve for name, curve in found.items() if curve}
+    if not found:
+        return []
+    rows = [[name, reading(curve)] for name, curve in found.items()]
+    caption = (
+        "Training loss less the baseline's at the same step, mean over seeds, with a pointwise 95% interval (Student "
+        "t, each point by itself): below 0 is better."
+    )
+    note = (
+        f"Told if the mean over the last {100 * END:.0f}% of training has an interval without 0, and since when the "
+        f"mean has stayed on that side: within the first {100 * EARLY:.0f}% is through training."
+    )
+    chart = Chart("paired_differences", figures.png(figures.trends(panel_rows(found))), caption)
+    return [chart, Table(["cell", "training loss against its baseline"], rows, note)]
+
+
+def refusals(comparisons: Iterable[Comparison]) -> list[Block]:
+    """The pairs that were not made, and the field in which their runs differ."""
+    rows = [
+        [one.name, one.against, str(seed), reason]
+        for one in comparisons
+        for seed, reason in one.differences.refused.items()
+    ]
+    caption = "**Refused pairs**: these runs differ in more than what is studied, and count in no difference above."
+    return [Table(["compared", "with", "seed", "differs in"], rows, caption)] if rows else []
+
+
+def signed(value: float | None) -> str:
+    return "—" if value is None else f"{value:+.4f}"
+
+
+def interval(bounds: Interval | None) -> str:
+    return "—" if bounds is None else f"[{signed(bounds[0])}, {signed(bounds[1])}]"
+
+
+def _notes(study: Study, findings: Findings) -> Iterable[str]:
+    judged = findings.settings.judged
+    which = f"{study.condition} {', '.join(map(str, judged))}" if judged else f"all values of {study.condition}"
+    yield f"A cell is judged by its mean loss over {which}."
+    looks = [look["seeds"] for look in study.plan.get("looks", [])]
+    if len(set(looks)) > 1:
+        shown = ", then ".join(map(str, dict.fromkeys(looks)))
+        yield f"**Seeds were added after a look at the results** ({shown}): no p-value is corrected for that."
+    if open_runs := sum(run.status != "done" for run in study.runs):
+        yield f"**Provisional**: {open_runs} of {len(study.runs)} runs are not done."
+    failed = [run_label(study, run) for run in study.runs if run.status == "failed"]
+    if failed:
+        yield f"**Failed runs are in no difference**, which flatters their cells: {'; '.join(failed)}."
+    counts = {one.estimate.n for one in findings.comparisons}
+    if 1 in counts:
+        yield (
+            "**One seed gives no interval**: how far a loss moves by chance shows only between seeds. Ask for more "
+            "with `--config.study.seeds=5`; runs that are done are kept."
+        )
+    if any(1 < n < LEAST_RESAMPLED for n in counts):
+        yield f"A bootstrap interval needs {LEAST_RESAMPLED} seeds: fewer have resamples without any spread."
+    alone = [
+        cell["name"]
+        for cell in study.plan["cells"]
+        if findings.baselines and cell["name"] not in {*findings.baselines, *findings.baselines.values()}
+    ]
+    if alone:
+        yield f"Without a baseline, and so not compared: {', '.join(alone)}."
+
+
+def _loss(findings: Findings, name: str) -> str:
+    losses = [score.loss for score in findings.scores[name].values()]
+    return number(sum(losses) / len(losses) if losses else None, 4)
+
+
+def _judged(findings: Findings, cell: str, against: Mapping[str, Comparison]) -> list[str]:
+    if cell in against:
+        return judged(against[cell])
+    return ["baseline" if cell in findings.baselines.values() else "—", "—", "—"]
+
+
+def _costs(cell: Mapping, against: Mapping[str, Comparison]) -> list[str]:
+    """What a cell costs, and where it is compared how much more that is."""
+    if cell["name"] not in against:
+        return list(shown(cell).values())
+    more = relative(against[cell["name"]].residuals)
+    return [text if text == "—" else f"{text} ({by})" for text, by in zip(shown(cell).values(), more, strict=True)]
+
+
+def _effects(study: Study, findings: Findings) -> list[Block]:
+    labels = {cell["name"]: describe(cell["labels"]) for cell in study.plan["cells"]}
+    named = [(labels.get(one.name, one.name), one) for one in findings.comparisons if one.estimate.n]
+    if not named:
+        return []
+    caption = "Differences with their 95% intervals (Student t): blue is better, orange worse, grey cannot be told."
+    return [Chart("effects", figures.png(figures.effects(named)), caption)]
+
+
+def _contrast(one: Evidence) -> list[str]:
+    known = one.comparison.estimate
+    expected = "below 0" if one.sign < 0 else "above 0"
+    costs = relative(one.comparison.residuals)
+    return [one.comparison.name, expected, signed(known.mean), interval(known.t_interval), *costs]
+
+
+def _grouped(ones: Iterable[Evidence], key) -> dict[str, list[Evidence]]:
+    groups: dict = {}
+    for one in ones:
+        groups.setdefault(key(one), []).append(one)
+    return groups
+
+
+def _p(value: float | None) -> str:
+    return "—" if value is None else "<0.0001" if value < 1e-4 else f"{value:.4f}"

@@ -1,0 +1,98 @@
+"""What a run tells: metrics.jsonl, TensorBoard and the display while it runs, mixing.csv at its end."""
+
+import json
+import time
+
+from lab.evaluate.conditions import Condition
+from lab.study.report.layout import panel_rows
+from lab.study.results import write_atomically
+from lab.study.run import weights as learned
+from lab.study.run.progress import Display
+from lab.study.run.runs import Run, Unit
+from lab.train.workload import Record
+
+
+class Meter:
+    """Feeds the display: of a stack, its first member's loss and the throughput of all."""
+
+    def __init__(self, display: Display, unit: Unit, every: int):
+        self._display, self._every = display, every
+        self._name = unit[0].name + (f" and {len(unit) - 1} more, vmapped" if len(unit) > 1 else "")
+        self._steps = unit[0].cell.config.train.steps
+        self._label = unit[0].cell.config.study.condition
+        self._tokens, self._since = 0, time.perf_counter()
+
+    def start(self, step: int) -> None:
+        self._display.start_run(self._name, step, self._steps)
+        self._since = time.perf_counter()
+
+    def step(self, records: list[Record]) -> float | None:
+        """Tokens per second since the last time it was told; None in between."""
+        self._tokens += sum(record.tokens for record in records)
+        if (records[0].step + 1) % self._every:
+            return None
+        now = time.perf_counter()
+        rate, self._since, self._tokens = self._tokens / (now - self._since), now, 0
+        self._display.step(records[0].step, records[0].loss, rate)
+        return rate
+
+    def condition(self, conditions: list[Condition]) -> None:
+        self._display.condition(self._label, conditions[0].value, conditions[0].loss)
+
+
+class Log:
+    """What a run writes beside its result: metrics.jsonl, TensorBoard, and at its end mixing.csv."""
+
+    def __init__(self, run: Run, writes: bool):
+        self._run, self._writes = run, writes
+        self._path = run.directory / "metrics.jsonl"
+        self._file = self._board = None
+
+    def start(self, step: int) -> None:
+        """Steps that are made again are logged again: what an earlier attempt logged from here on goes."""
+        if self._writes:
+            from lab.study.report import tensorboard  # slow to import, and only one host needs it
+
+            kept = self._path.read_text().splitlines(keepends=True)[:step] if self._path.exists() else []
+            write_atomically(self._path, "".join(kept).encode())
+            self._file = self._path.open("a", buffering=1)  # a checkpoint must never outlive the lines before it
+            self._board = tensorboard.Writer(self._run.directory / "tensorboard")
+            config, baseline = (cell and cell.described() for cell in (self._run.cell, self._run.baseline))
+            self._board.text("config", tensorboard.describe(config, baseline))
+
+    def step(self, record: Record, rate: float | None) -> None:
+        if self._writes:
+            self._file.write(json.dumps(record._asdict()) + "\n")
+        if self._writes and rate is not None:
+            self._board.scalars(record.step, {
+                "train/loss_nats": record.loss, "train/grad_norm": record.grad_norm,
+                "train/learning_rate": record.learning_rate, "train/fill_share": record.fill,
+                "train/tile_share": record.tiles,
+                "train/tokens_per_second": rate,
+            })  # fmt: skip
+
+    def weights(self, step: int, weights: learned.Weights) -> None:
+        """The weights that layers have learned for each other by now: a curve for each."""
+        if self._writes and weights:
+            self._board.scalars(step, learned.scalars(weights))
+
+    def finish(self, result: dict, weights: learned.Weights) -> None:
+        """The weights that it has learned for layers, and the run among the others, in the HPARAMS tab."""
+        if weights:
+            from lab.study.report import figures  # which loads matplotlib
+
+            write_atomically(self._run.directory / "mixing.csv", learned.table(weights))
+            image = figures.png(figures.weight_maps(panel_rows(weights)))
+            self._board.image("mixing", image, "Weight of what layer i gave (column) in layer m (row)")
+        label = self._run.cell.config.study.condition
+        metrics = {
+            f"eval/{name}_{label}_{c[label]}": c[field]
+            for name, field in (("loss_nats", "loss"), ("accuracy_share", "accuracy"))
+            for c in result["conditions"]
+        }
+        self._board.hparams(result["labels"] | {"seed": self._run.seed}, metrics)
+
+    def close(self) -> None:
+        if self._writes and self._file:
+            self._file.close()
+            self._board.close()

@@ -1,0 +1,151 @@
+"""Makes one run of a study, or several as one vmapped program: trains, evaluates, and writes down the result."""
+
+import contextlib
+import hashlib
+import json
+import pathlib
+import shutil
+from collections.abc import Callable
+
+import jax
+from ml_collections import ConfigDict
+
+from lab import kernels, runtime
+from lab.evaluate import conditions
+from lab.model import mesh as lab_mesh
+from lab.model import parameter
+from lab.study.run import weights as learned
+from lab.study.run.log import Log, Meter
+from lab.study.run.progress import Display
+from lab.study.run.runs import Run, Unit, write_json
+from lab.train import compiled, loop
+from lab.train.checkpoint import Checkpoints, Position
+from lab.train.step import State
+from lab.train.workload import Member, Record, Workload
+
+
+def make(unit: Unit, display: Display, stop: Callable[[int], bool]) -> list[str]:
+    """Trains and evaluates the runs of a unit; returns a line about each."""
+    configs = [run.cell.seeded(run.seed) for run in unit]
+    config, mesh = configs[0], lab_mesh.make(configs[0].mesh)
+    writes = jax.process_index() == 0
+    logs = [Log(run, writes) for run in unit]
+    for run in unit:
+        if writes:
+            (run.directory / "failure.json").unlink(missing_ok=True)
+            write_json(run.directory.parent / "config.json", run.cell.described())
+            run.data.tokenizer.save(run.directory.parent)
+    meter = Meter(display, unit, config.log.every)
+
+    def on_start(step: int) -> None:
+        meter.start(step)
+        for log in logs:
+            log.start(step)
+
+    def on_step(records: list[Record]) -> None:
+        rate = meter.step(records)
+        for log, record in zip(logs, records, strict=True):
+            log.step(record, rate)
+
+    def on_checkpoint(step: int, state: State) -> None:
+        for log, weights in zip(logs, learned.of_members(state.model.stream, len(unit)), strict=True):
+            log.weights(step, weights)
+
+    checkpoints = Checkpoints(_checkpoint_directory(unit), config.checkpoint.keep)
+    workload = Workload([Member(c, run.data.train) for c, run in zip(configs, unit, strict=True)])
+    try:
+        callbacks = dict(on_start=on_start, on_step=on_step, on_checkpoint=on_checkpoint, stop=stop)
+        trained = loop.train(workload, checkpoints, mesh, **callbacks)
+        found, executable = conditions.evaluate(
+            config, trained.state.model, unit[0].data.validation, mesh, members=len(unit),
+            on_condition=meter.condition, stop=lambda: stop(config.train.steps),
+        )  # fmt: skip
+        weights = learned.of_members(trained.state.model.stream, len(unit))
+        if workload.vmapped:
+            _keep_members(unit, trained.state, config)
+        if writes:
+            for i, (run, log) in enumerate(zip(unit, logs, strict=True)):
+                result = _result(
+                    run, configs[i], mesh, trained, [members[i] for members in found], executable, len(unit)
+                )
+                log.finish(result, weights[i])
+                write_json(run.directory / "result.json", result)
+    finally:
+        checkpoints.close()
+        for log in logs:
+            log.close()
+    if workload.vmapped and writes:
+        shutil.rmtree(_checkpoint_directory(unit).parent)
+        with contextlib.suppress(OSError):  # another stack is there
+            _checkpoint_directory(unit).parents[1].rmdir()
+    return [_told(trained, config.study.condition, condition) for condition in found[0]]
+
+
+def _checkpoint_directory(unit: Unit) -> pathlib.Path:
+    """A run's own; of a stack, one beside the cells, named by its members, until each has its own."""
+    if len(unit) == 1:
+        return unit[0].directory / "checkpoints"
+    members = hashlib.sha256(json.dumps([(run.fingerprint, run.seed) for run in unit]).encode()).hexdigest()[:12]
+    return unit[0].directory.parents[2] / "stacks" / members / "checkpoints"
+
+
+def _keep_members(unit: Unit, states, config: ConfigDict) -> None:
+    """The last checkpoint of each member of a stack, as a solo run leaves it."""
+    for i, run in enumerate(unit):
+        checkpoints = Checkpoints(run.directory / "checkpoints", config.checkpoint.keep)
+        texts = config.train.steps * config.data.rows * config.data.texts_per_row
+        checkpoints.save(Position(config.train.steps, texts), compiled.unstacked(states, i))
+        checkpoints.wait()
+        checkpoints.close()
+
+
+def _told(trained: loop.Trained, label: str, condition: conditions.Condition) -> str:
+    text = f"loss {condition.loss:.3f}, accuracy {condition.accuracy:.1%} at {label} {condition.value}"
+    if trained.steps:
+        text += (
+            f", {trained.tokens / trained.seconds:,.0f} tokens/s, {trained.outside / trained.seconds:.1%} of "
+            f"{trained.seconds:.1f} s outside the compiled step"
+        )
+    return text
+
+
+def _result(run: Run, config: ConfigDict, mesh, trained: loop.Trained, found, executable, members: int) -> dict:
+    label = config.study.condition
+    lines = [json.loads(line) for line in (run.directory / "metrics.jsonl").read_text().splitlines()]
+    hashes = "".join(line["text_hash"] for line in lines)
+    texts_per_second = lambda c: members * config.evaluate.texts * config.data.text_length / c.seconds  # noqa: E731
+    peak = runtime.peak_bytes(executable)
+    return {
+        "cell": run.cell.name,
+        "fingerprint": run.fingerprint,
+        "seed": run.seed,
+        "labels": run.cell.labels,
+        "parameters": parameter.count(trained.state.model) // members,
+        "tokens": sum(line["tokens"] for line in lines),
+        "conditions": [
+            {label: c.value, "loss": c.loss, "accuracy": c.accuracy, "tokens": c.tokens} for c in found
+        ],
+        "timings": [
+            _train_timing(trained),
+            *(
+                {"phase": "eval", label: c.value, "seconds": c.seconds, "tokens_per_second": texts_per_second(c),
+                 "peak_bytes": peak}
+                for c in found
+            ),
+        ],
+        "environment": runtime.environment(mesh)
+        | {"implementation": kernels.resolve(config.model.implementation), "vmapped": members > 1 and members},
+        "text_hash": hashlib.sha256(hashes.encode()).hexdigest()[:16],
+    }  # fmt: skip
+
+
+def _train_timing(trained: loop.Trained) -> dict:
+    """Of the steps made by the process that finished the run; a resumed run has made some before."""
+    return {
+        "phase": "train",
+        "seconds": trained.seconds,
+        "steps": trained.steps,
+        "tokens_per_second": trained.tokens / trained.seconds if trained.steps else None,
+        "peak_bytes": runtime.peak_bytes(trained.executable) if trained.executable else None,
+        "overhead_share": trained.outside / trained.seconds if trained.steps else None,
+    }

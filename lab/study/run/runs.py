@@ -1,0 +1,163 @@
+"""The runs of a study: every seed of every cell, where each leaves its files, and what is trained at once."""
+
+import hashlib
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+
+from lab import data as lab_data
+from lab.errors import UserError
+from lab.model import mesh as lab_mesh
+from lab.study.define import contrasts, plan
+from lab.study.define.cell import Cell
+from lab.study.results import write_atomically
+
+
+class Run(NamedTuple):
+    """One seed of a cell, and where it leaves its files."""
+
+    cell: Cell
+    seed: int
+    fingerprint: str
+    data: lab_data.Data
+    directory: pathlib.Path
+    baseline: Cell | None = None  # what the study compares it with
+    note: str = ""  # what tells a trial from the other runs of its cell
+
+    @property
+    def name(self) -> str:
+        return f"{self.cell.name} seed {self.seed}" + (f" ({self.note})" if self.note else "")
+
+
+Unit = tuple[Run, ...]  # trained by one program
+
+
+CORPUS_FIELDS = ("corpus", "path", "field", "tokenizer", "text_length", "long_texts", "texts")
+
+
+def _open_data(cells: list[Cell]) -> list[lab_data.Data]:
+    """The data of each cell; cells that read the same share it."""
+    opened: dict[tuple, lab_data.Data] = {}
+    keys = [
+        (*(c.config.data[f] for f in CORPUS_FIELDS), c.config.model.vocabulary, c.config.evaluate.texts) for c in cells
+    ]
+    for key, cell in zip(keys, cells, strict=True):
+        if key not in opened:
+            opened[key] = lab_data.open(cell.config)
+    return [opened[key] for key in keys]
+
+
+def runs_of(cells: list[Cell], seeds: Sequence[int], workdir: pathlib.Path) -> list[Run]:
+    """Every cell with every seed, in the order of the cells."""
+    by_name = {cell.name: cell for cell in cells}
+    pairs = contrasts.settings(cells[0].config.study).baseline if cells else ()
+    against = contrasts.baselines({name: cell.labels for name, cell in by_name.items()}, pairs)
+    runs = []
+    for cell, data in zip(cells, _open_data(cells), strict=True):
+        fingerprint = cell.fingerprint(data.fingerprint)
+        for seed in seeds:
+            directory = workdir / cell_directory(cell, fingerprint) / f"seed-{seed}"
+            runs.append(Run(cell, seed, fingerprint, data, directory, by_name.get(against.get(cell.name))))
+    return runs
+
+
+def cell_directory(cell: Cell, fingerprint: str) -> str:
+    return f"cells/{cell.name.replace('/', '_')}-{fingerprint}"
+
+
+def units_of(runs: list[Run], vmap: str) -> list[Unit]:
+    """What is trained at once: a run, or (study.vmap) the seeds of a cell or the cells of a seed."""
+    if vmap == "none":
+        return [(run,) for run in runs]
+    units: dict[tuple, list[Run]] = {}
+    for run in runs:
+        config = run.cell.config
+        alike = run.fingerprint if vmap == "seeds" else (run.seed, config.train.steps, plan.program(config))
+        units.setdefault(alike, []).append(run)
+    return [tuple(unit) for unit in units.values()]
+
+
+def write_plan(
+    workdir: pathlib.Path, config: ConfigDict, rows: list[dict], runs: list[Run], tuning: list[dict], command: str
+) -> None:
+    """plan.json: what the study is, for the report and for whoever finds the directory. Refuses another study's."""
+    path = workdir / "plan.json"
+    looks = []
+    if path.exists():
+        there = json.loads(path.read_text())
+        looks = there.get("looks", [])
+        if there["study"] != config.study.name:
+            raise UserError(
+                f"--workdir={workdir} holds the study {there['study']!r}, not {config.study.name!r}; "
+                "choose another directory"
+            )
+    elif workdir.exists() and any(not entry.name.startswith(".plan.json.") for entry in workdir.iterdir()):
+        raise UserError(f"--workdir={workdir} holds other files and no study; choose an empty or new directory")
+    of_cell: dict[str, list[Run]] = {}
+    for run in runs:
+        of_cell.setdefault(run.cell.name, []).append(run)
+    cells = [
+        row
+        | {
+            "fingerprint": of_cell[row["name"]][0].fingerprint,
+            "directory": cell_directory(of_cell[row["name"]][0].cell, of_cell[row["name"]][0].fingerprint),
+            "seeds": [run.seed for run in of_cell[row["name"]]],
+        }
+        for row in rows
+    ]
+    study = config.study
+    plan = {
+        "study": study.name,
+        "question": study.question,
+        "labels": [list(pair) for pair in study.labels],
+        "condition": study.condition,
+        "sections": list(study.sections),
+        "published": study.published,
+        "command": command,
+        "config": json.loads(config.to_json_best_effort()),
+        "tuning": tuning,
+        "looks": looks,
+        "cells": cells,
+    }
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_json(path, plan)
+
+
+def note_look(workdir: pathlib.Path) -> None:
+    """Adds to plan.json that the whole study was there to be read, with its number of seeds, unless the last look did.
+
+    Seeds that are added after a look are not what was planned; the report says so.
+    """
+    path = workdir / "plan.json"
+    plan = json.loads(path.read_text())
+    look = {"seeds": plan["config"]["study"]["seeds"]}
+    places = [workdir / cell["directory"] / f"seed-{seed}" for cell in plan["cells"] for seed in cell["seeds"]]
+    if all((place / "result.json").exists() for place in places) and plan["looks"][-1:] != [look]:
+        write_json(path, plan | {"looks": [*plan["looks"], look]})
+
+
+def check_devices(runs: list[Run]) -> None:
+    """Refuses cells whose mesh or batches do not fit the devices at hand."""
+    for config in (run.cell.config for run in runs):
+        mesh, length = lab_mesh.make(config.mesh), config.data.text_length
+        rows = config.data.rows // config.train.microbatches
+        lab_mesh.check_rows(mesh, "data.rows / train.microbatches", rows, config.data.texts_per_row * length)
+        lab_mesh.check_rows(mesh, "evaluate.rows", config.evaluate.rows, config.evaluate.texts_per_row * length)
+
+
+def check_hosts_agree(runs: list[Run]) -> None:
+    """Stops hosts that hold other code, data or configs: they would silently train something else, or wait forever."""
+    text = json.dumps([(run.name, run.fingerprint, run.cell.config.to_json_best_effort()) for run in runs])
+    ours = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
+    if jax.process_count() > 1 and len(np.unique(multihost_utils.process_allgather(ours), axis=0)) > 1:
+        raise UserError("the hosts differ in config, data or code; give each the same command and the same files")
+
+
+def write_json(path: pathlib.Path, value) -> None:
+    write_atomically(path, (json.dumps(value, indent=1) + "\n").encode())

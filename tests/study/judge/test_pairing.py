@@ -1,0 +1,110 @@
+"""Which runs may be subtracted, and which are refused by the field in which they differ."""
+
+import json
+import math
+
+import pytest
+from studies import write, write_study
+
+from lab.study import results
+from lab.study.judge import pairing
+
+PAIR = {"rope_ratio": [0.0, 1.0]}
+
+
+def loss(labels, count):
+    return 2.0 - labels["rope_ratio"] + 0.001 * count
+
+
+def changed(directory, change, cell=0, seed=1):
+    """Rewrites one result of a study of two cells and three seeds; returns the differences of the two."""
+    write_study(directory, PAIR, loss=loss, counts=(1, 16), seeds=3)
+    place = results.collect(directory).plan["cells"][cell]["directory"]
+    path = directory / place / f"seed-{seed}" / "result.json"
+    result = json.loads(path.read_text())
+    change(result)
+    write(path, result)
+    return differences(directory)
+
+
+def differences(directory, judged=()):
+    found = pairing.scores(results.collect(directory), judged)
+    baseline, other = found.values()
+    return pairing.differences([[other], [baseline]], (1, -1))
+
+
+def test_scores_are_means_over_the_judged_conditions(tmp_path):
+    study = results.collect(write_study(tmp_path, PAIR, loss=loss, counts=(1, 16), seeds=2))
+    every, one = (pairing.scores(study, judged)["rope_ratio=0.0"][1] for judged in ((), (16,)))
+    assert every.loss == pytest.approx(2.0 + 0.001 * 8.5 + 0.01) and every.conditions == (1, 16)
+    assert one.loss == pytest.approx(2.016 + 0.01)
+
+
+def test_pairs_of_a_seed_are_subtracted(tmp_path):
+    found = changed(tmp_path, lambda result: None)
+    assert found.kept == pytest.approx({0: -1.0, 1: -1.0, 2: -1.0}) and not found.refused
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("platform", "gpu"), ("devices", 4), ("implementation", "reference"), ("vmapped", True), ("text_hash", "ab" * 32)],
+)
+def test_runs_that_differ_in_more_are_refused_by_field(tmp_path, field, value):
+    def change(result):
+        where = result if field in result else result["environment"]
+        where[field] = value
+
+    found = changed(tmp_path, change)
+    assert set(found.kept) == {0, 2} and found.refused[1].startswith(f"{field}: ") and str(value) in found.refused[1]
+
+
+def test_a_result_without_a_hash_is_not_taken_on_trust(tmp_path):
+    write_study(tmp_path, PAIR, loss=loss, counts=(1,))
+    for path in tmp_path.glob("cells/*/seed-0/result.json"):
+        write(path, {name: value for name, value in json.loads(path.read_text()).items() if name != "text_hash"})
+    assert "text_hash" in differences(tmp_path).refused[0]
+
+
+def test_losses_that_are_not_finite_are_refused(tmp_path):
+    found = changed(tmp_path, lambda result: result["conditions"][0].update(loss=math.inf))
+    assert "loss of rope_ratio=0.0 is inf" in found.refused[1] and set(found.kept) == {0, 2}
+
+
+def test_runs_evaluated_otherwise_are_refused(tmp_path):
+    found = changed(tmp_path, lambda result: result["conditions"].pop())
+    assert found.refused[1].startswith("conditions: ")
+
+
+def test_conditions_that_no_run_has_give_no_score(tmp_path):
+    write_study(tmp_path, PAIR, loss=loss, counts=(1,), seeds=2)
+    assert set(differences(tmp_path, judged=(7,)).refused) == {0, 1}
+
+
+def test_unfinished_seeds_are_neither_kept_nor_refused(tmp_path):
+    write_study(tmp_path, PAIR, loss=loss, counts=(1,), seeds=3, skip={("rope_ratio=1.0", 2)})
+    found = differences(tmp_path)
+    assert set(found.kept) == {0, 1} and not found.refused
+
+
+@pytest.mark.parametrize("order", ["same", "other"])
+def test_a_longer_run_is_paired_if_it_begins_with_the_same_texts(tmp_path, order):
+    found = changed(tmp_path, lambda result: result.update(text_hash="cd" * 32))
+    assert 1 in found.refused
+    place = results.collect(tmp_path).plan["cells"][0]["directory"]
+    path = tmp_path / place / "seed-1" / "metrics.jsonl"
+    lines = path.read_text().splitlines()
+    shorter = (
+        lines[:10] if order == "same" else [lines[0].replace('"text_hash": "a"', '"text_hash": "b"'), *lines[1:10]]
+    )
+    assert order == "same" or shorter[0] != lines[0]
+    path.write_text("\n".join(shorter) + "\n")
+    assert (1 in differences(tmp_path).kept) == (order == "same")
+
+
+def test_sides_of_several_cells_are_averaged_and_crossed(tmp_path):
+    values = {"head": ["h8", "h16"], "rope_ratio": [0.0, 1.0]}
+    table = {("h8", 0.0): 1.0, ("h8", 1.0): 1.5, ("h16", 0.0): 2.0, ("h16", 1.0): 4.0}
+    write_study(tmp_path, values, loss=lambda labels, count: table[tuple(labels.values())], counts=(1,), seeds=2)
+    a, b, c, d = pairing.scores(results.collect(tmp_path), ()).values()
+    assert pairing.differences([[c, d], [a, b]], (1, -1)).kept == pytest.approx({0: 1.75, 1: 1.75})
+    assert pairing.differences([[d], [c], [b], [a]], (1, -1, -1, 1)).kept == pytest.approx({0: 1.5, 1: 1.5})
