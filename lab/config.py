@@ -16,7 +16,7 @@ def base() -> ConfigDict:
                 labels=(),  # ((field, short label), ...) for columns and axes, in the order tables use
                 condition="eval_branch",  # the label of what cells are evaluated under
                 groups=(),  # ((title, (value of a label, ...)), ...): panels of the learning curves, by what they show
-                sections=("curves",),  # parts of the report, by name: lab.study.report.sections
+                sections=("curves",),  # names, or (name, label, ...): lab.study.report.sections
                 published="",  # a csv of published numbers, relative to the repository
                 seeds=1,
                 length="steps",  # steps | tokens | flops: what cells train alike, by train.steps of each

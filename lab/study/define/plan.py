@@ -10,6 +10,7 @@ from lab.kernels import rules
 from lab.model import abstract, accounting, position, streams, transformer
 from lab.study.define import contrasts
 from lab.study.define.cell import Cell
+from lab.study.results import REPOSITORY
 from lab.train import optimizer, step
 
 VMAP = ("none", "seeds", "numbers")  # what is trained as one vmapped program
@@ -50,18 +51,13 @@ def _check_mesh(config) -> None:
 
 def check_study(study) -> None:
     """Refuses what would show only once cells are run, or in the report."""
-    from lab.study import results  # slow to import: they draw
-    from lab.study.report import sections
-
     for field in ("name", "condition"):
         if not study[field]:
             raise UserError(f"study.{field} is empty; choose a word for it")
     if study.seeds < 1:
         raise UserError(f"study.seeds = {study.seeds} must be at least 1")
     choose("study.vmap", study.vmap, VMAP)
-    for name in study.sections:
-        choose("study.sections", name, sections.SECTIONS)
-    if study.published and not (results.REPOSITORY / study.published).is_file():
+    if study.published and not (REPOSITORY / study.published).is_file():
         raise UserError(f"study.published = {study.published!r}: there is no such file in the repository")
 
 

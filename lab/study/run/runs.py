@@ -14,9 +14,9 @@ from ml_collections import ConfigDict
 from lab import data as lab_data
 from lab.errors import UserError
 from lab.model import mesh as lab_mesh
+from lab.storage import write_json
 from lab.study.define import contrasts, plan
 from lab.study.define.cell import Cell
-from lab.study.results import write_atomically
 
 
 class Run(NamedTuple):
@@ -157,7 +157,3 @@ def check_hosts_agree(runs: list[Run]) -> None:
     ours = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
     if jax.process_count() > 1 and len(np.unique(multihost_utils.process_allgather(ours), axis=0)) > 1:
         raise UserError("the hosts differ in config, data or code; give each the same command and the same files")
-
-
-def write_json(path: pathlib.Path, value) -> None:
-    write_atomically(path, (json.dumps(value, indent=1) + "\n").encode())
