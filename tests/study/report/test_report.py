@@ -222,7 +222,7 @@ def test_a_study_of_other_labels_has_an_overview_and_curves(tmp_path):
 
 def test_branches_section_refuses_a_study_without_its_labels(tmp_path):
     write_study(tmp_path, {"head": ["h8"]}, loss=lambda labels, count: 2.0)
-    with pytest.raises(UserError, match="needs the label 'rope_ratio'"):
+    with pytest.raises(UserError, match="a label of the section 'branches' = 'rope_ratio' is unknown"):
         report.rebuild(tmp_path)
 
 
