@@ -125,7 +125,7 @@ def _convert(text: str, old):
     if isinstance(old, tuple):
         text = text.strip().removesuffix(",")
         value = tuple(ast.literal_eval(text if text.startswith(("(", "[")) else f"({text},)"))
-        if not all(isinstance(item, type(old[0])) for item in value if old):
+        if old and not all(isinstance(item, tuple(map(type, old))) for item in value):
             raise ValueError
         return value
     return text
