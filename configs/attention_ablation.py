@@ -48,7 +48,10 @@ class Sizes:
 
     def mla(self, width: int, values: int, latents: int = 1):
         """MLA of K = width with 64 rotated dims; several latents make it GLA, at the same cache."""
-        latent = ("model.mixer.latent", 512 // latents // self.divide), ("model.mixer.v_head_dim", values // self.divide)
+        latent = (
+            ("model.mixer.latent", 512 // latents // self.divide),
+            ("model.mixer.v_head_dim", values // self.divide),
+        )
         return ("model.mixer.name", "mla"), *self.gqa(latents, width, 64), *latent
 
     def low_rank(self):
@@ -245,7 +248,9 @@ def part_beyond_flops(config, s: Sizes) -> None:
     part_beyond(config, s)
     variants = beyond(s)
     first = named("GQA2-128", *variants.pop("GQA2-128"))
-    config.study.cells = chain(first, matched(cells(variants), to="GQA2-128", on="train_flops", by="model.feedforward.width"))
+    config.study.cells = chain(
+        first, matched(cells(variants), to="GQA2-128", on="train_flops", by="model.feedforward.width")
+    )
 
 
 PARTS = {

@@ -27,7 +27,7 @@ def get_config(scale: str = "cpu"):
     study.name = "head_dim_ablation"
     study.question = "Does the best share of rotary pairs for the branch move with the width of a head?"
     study.labels = (("name", "head"), ("model.position.ratio", "rope_ratio"), ("data.draw", "train_branch"))
-    study.sections = ("branches", "curves")
+    study.sections = (("branches", "rope_ratio", "train_branch", "head"), "curves")
     study.published = "configs/published/head_dim_1024.csv"
     SCALES[choose("the scale of configs/head_dim_ablation.py", scale, SCALES)](config)
     return config

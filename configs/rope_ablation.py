@@ -27,7 +27,7 @@ def get_config(scale: str = "cpu"):
     study.question = "Which share of the rotary pairs should tell parallel branches apart?"
     study.cells = product(vary("model.position.ratio", RATIOS), vary("data.draw", DRAWS))
     study.labels = (("model.position.ratio", "rope_ratio"), ("data.draw", "train_branch"))
-    study.sections = ("branches", "curves")
+    study.sections = (("branches", "rope_ratio", "train_branch"), "curves")
     study.published = "configs/published/branches_512.csv"
     SCALES[choose("the scale of configs/rope_ablation.py", scale, SCALES)](config)
     return config

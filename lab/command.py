@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 
 from ml_collections import ConfigDict
 
-from lab.options import leaves, set_field
 from lab.errors import UserError, choose
+from lab.options import leaves, set_field
 
 EPILOG = """any field of the config can be set: --config.train.steps=50 --config.model.rotary.unselected=time
 a config takes a scale after a colon:  --config=configs/rope_ablation.py:gpu"""
@@ -125,7 +125,7 @@ def _convert(text: str, old):
     if isinstance(old, tuple):
         text = text.strip().removesuffix(",")
         value = tuple(ast.literal_eval(text if text.startswith(("(", "[")) else f"({text},)"))
-        if not all(isinstance(item, type(old[0])) for item in value if old):
+        if old and not all(isinstance(item, tuple(map(type, old))) for item in value):
             raise ValueError
         return value
     return text

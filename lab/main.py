@@ -23,6 +23,26 @@ STOPPED = 75  # EX_TEMPFAIL: schedulers requeue it
 REPORTING = 0.05  # share of the time that reports may take while runs go on
 
 
+class Reporter:
+    """Rebuilds the report of a directory, after runs for at most a share REPORTING of the time."""
+
+    def __init__(self, workdir: pathlib.Path, writes: bool):
+        self._workdir, self._writes = workdir, writes
+        self._due = 0.0
+
+    def after_run(self) -> None:
+        if time.monotonic() >= self._due:
+            self.rebuild()
+
+    def rebuild(self) -> None:
+        if self._writes:
+            from lab import report
+
+            begun = time.monotonic()
+            report.rebuild(self._workdir)
+            self._due = time.monotonic() + (time.monotonic() - begun) / REPORTING
+
+
 def main(argv: list[str]) -> int:
     parser = command.parser(__doc__)
     parser.add_argument("--workdir", type=pathlib.Path, help="where the study's files go (default: runs/<study>)")
@@ -35,9 +55,8 @@ def main(argv: list[str]) -> int:
 
     import jax
 
-    from lab import report
-    from lab.study.define import plan, resolve, tuning
-    from lab.study.define.cell import Cell
+    from lab.study.define import resolve
+    from lab.study.open import open
     from lab.study.run import runs
     from lab.study.run import study as run
     from lab.study.run.progress import Display
@@ -45,56 +64,33 @@ def main(argv: list[str]) -> int:
 
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax tells every save, and twice what it raises
     counts = runtime.CompileCounts()
-    cells = resolve.resolve(config, overridden)
-    workdir = flags.workdir or pathlib.Path("runs") / config.study.name
-    share = resolve.share(flags.cells)
-    names = {cell.name for cell in cells[share]}
+    study = open(config, overridden, flags.workdir)
+    names = {cell.name for cell in study.cells[resolve.share(flags.cells)]}
+    workdir, line = study.workdir, shlex.join(["python", "-m", "lab.main", *argv])
     first = jax.process_index() == 0
-
-    def planned(cells: list[Cell]) -> list[runs.Run]:
-        """Plans the cells, writes the plan down, and gives this program's share of their runs."""
-        rows = plan.table(config, cells)
-        every = runs.runs_of(cells, range(config.seed, config.seed + config.study.seeds), workdir)
-        runs.check_devices(every)
-        runs.check_hosts_agree(every)
-        if first:
-            line = shlex.join(["python", "-m", "lab.main", *argv])
-            runs.write_plan(workdir, config, rows, every, [trial.describe() for trial in trials], line)
-        return [r for r in every if r.cell.name in names]
-
-    due = 0.0
-
-    def rewrite_report(now: bool = False) -> None:
-        """After a run, but for at most a share REPORTING of the time."""
-        nonlocal due
-        if first and (now or time.monotonic() >= due):
-            begun = time.monotonic()
-            report.rebuild(workdir)
-            due = time.monotonic() + (time.monotonic() - begun) / REPORTING
-
-    trials = tuning.trials(config, cells, workdir)
-    ours = planned(tuning.tuned(cells, trials))
-    tried = [trial.run for trial in trials if trial.cell in names]
+    reporter = Reporter(workdir, writes=first)
+    tried = [trial.run for trial in study.trials if trial.cell in names]
+    ours = [each for each in study.planned(line) if each.cell.name in names]
     stop = runtime.stop_requests()
     with Display(len(tried) + len(ours), quiet=not first) as display:
         devices = f"{jax.device_count()} {jax.devices()[0].platform} devices"
         display.say(f"{config.study.name}: {len(tried) + len(ours)} runs on {devices}, in {workdir}")
         make = functools.partial(
-            run.run_study, display=display, stop=stop, after_run=rewrite_report, retry_failed=flags.retry_failed
+            run.run_study, display=display, stop=stop, after_run=reporter.after_run, retry_failed=flags.retry_failed
         )
         try:
             tuning_summary = make(runs.units_of(tried, config.study.vmap))
             if tried:
-                ours = planned(tuning.tuned(cells, trials))
+                ours = [each for each in study.planned(line) if each.cell.name in names]
             summary = make(runs.units_of(ours, config.study.vmap))
         except Stopped as stopped:
-            rewrite_report(now=True)
+            reporter.rebuild()
             display.say(f"stopped and saved at {stopped}; run the same command again to go on")
             return STOPPED
         if first:
             runs.note_look(workdir)
         display.say(f"compiled: {counts}, for {tuning_summary.new + summary.new} new runs")
-        rewrite_report(now=True)
+        reporter.rebuild()
         display.say(f"{summary.done} of {len(ours)} runs done, {summary.failed} failed; open {workdir / 'report.html'}")
     return 1 if summary.failed else 0
 

@@ -39,7 +39,9 @@ class Option:
         """Raises UserError, naming the value and the valid ones."""
         kind = self.kind or type(self.default)
         if not fits(value, kind):
-            raise UserError(f"{name} = {value!r} is no {spelled(kind)}: {self.meaning}; the default is {self.default!r}")
+            raise UserError(
+                f"{name} = {value!r} is no {spelled(kind)}: {self.meaning}; the default is {self.default!r}"
+            )
         if self.choices is not None:
             choose(name, value, self.choices)
         if isinstance(value, float) and (math.isnan(value) or (math.isinf(value) and not self.infinite)):

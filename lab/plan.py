@@ -43,9 +43,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
     flags, config, overridden = command.parse(parser, argv)
 
-    from lab.study.define import plan, resolve
+    from lab.study.open import open
 
-    rows = plan.table(config, resolve.resolve(config, overridden))
+    rows = open(config, overridden).rows
     if flags.json:
         print(json.dumps({"study": config.study.name, "question": config.study.question, "cells": rows}, indent=1))
         return

@@ -50,7 +50,7 @@ def write_study(
     corpus: pathlib.Path,
     cells: str = CELLS,
     labels=LABELS,
-    sections=("branches", "curves"),
+    sections=(("branches", "rope_ratio", "train_branch"), "curves"),
     steps: int = STEPS,
 ) -> pathlib.Path:
     """A config file; `cells` is the expression that makes them."""

@@ -23,6 +23,11 @@ def plausible(labels, count):
     return 2.30 - 0.28 * ratio + (1.2 - 1.1 * ratio) * wide**0.6 + 0.002 * len(labels)
 
 
+def branches(values):
+    """The section of that name, with the labels that it needs."""
+    return ("branches", "rope_ratio", "train_branch", *["head"] * ("head" in values))
+
+
 def write_study(
     directory,
     values=RATIOS,
@@ -30,7 +35,7 @@ def write_study(
     counts=COUNTS,
     seeds=1,
     published="",
-    sections=("branches", "curves"),
+    sections=None,
     skip=(),
     study=None,
     noise=by_seed,
@@ -45,7 +50,7 @@ def write_study(
         "question": "Which share of the rotary frequencies should carry the branch?",
         "labels": [[FIELDS[label], label] for label in values],
         "condition": "eval_branch",
-        "sections": list(sections),
+        "sections": [branches(values), "curves"] if sections is None else list(sections),
         "published": published,
         "command": "python -m lab.main --config=configs/rope_ablation.py",
         "config": _config({"rope_ratio": 1.0, "train_branch": "1-15"}) | {"study": study or {}},

@@ -45,7 +45,7 @@ def test_every_scale_plans(path, scale):
     assert [row["name"] for row in rows] == [cell.name for cell in cells]
     for cell, row in zip(cells, rows, strict=True):
         model, data, train = cell.config.model, cell.config.data, cell.config.train
-        if "branches" in config.study.sections:
+        if "rope_ratio" in dict(config.study.labels).values():
             assert model.heads * model.head_dim == model.dim and model.heads == 4 * model.kv_heads
         matrices, vectors = closed_forms.parameters(model)
         assert row["parameters"] == matrices + vectors
@@ -270,7 +270,7 @@ def test_the_published_setting_is_refused_without_its_data(path):
     config = load_config(f"{path}:paper")
     epochs = {"residual_ablation": 5}.get(path.stem, 1)
     assert epochs * config.data.texts == config.train.steps * config.data.rows * config.data.texts_per_row
-    if "branches" in config.study.sections:
+    if "rope_ratio" in dict(config.study.labels).values():
         assert config.data.texts == 1_024_000 and 190_000 < config.evaluate.texts <= 200_000
     with pytest.raises(
         UserError, match=f"{config.data.texts} training and {config.evaluate.texts} validation texts"

@@ -23,13 +23,19 @@ BELOW = {
     "errors": set(),
     "config": {"errors"},
     "runtime": {"errors"},
-    "data": {"coordinates", "errors"},
+    "storage": {"errors"},
+    "data": {"coordinates", "errors", "storage"},
     "kernels": {"coordinates", "errors"},
     "model": {"coordinates", "errors", "kernels"},
     "train": {"coordinates", "errors", "kernels", "model", "data"},
     "evaluate": {"coordinates", "errors", "kernels", "model", "data", "train"},
-    "study": {"coordinates", "errors", "config", "runtime", "kernels", "model", "data", "train", "evaluate"},
+    "study": {"coordinates", "errors", "config", "runtime", "storage", "kernels", "model", "data", "train", "evaluate"},
 }
+
+# Of lab/study, in this order: none imports a later one, not in a function either.
+STUDY = ("numbers", "results", "define", "judge", "report", "run", "open")
+# Where no two classes have one name; the other rooms are to follow.
+NAMED_ONCE = {"study", "__init__", *(path.stem for path in (REPOSITORY / "lab").glob("*.py"))}
 
 
 def shipped() -> list[pathlib.Path]:
@@ -85,6 +91,44 @@ def test_imports_run_one_way(name):
     for path in files:
         rooms = {module.split(".")[1] for module in imported(path) if module.startswith("lab.")}
         assert rooms <= BELOW[name] | {name}, f"{path.relative_to(REPOSITORY)} imports {rooms - BELOW[name] - {name}}"
+
+
+def place(module: str) -> int | None:
+    """Of a module of lab.study, or of a name in it, in the order of its rooms; None outside of it."""
+    parts = module.split(".")
+    return STUDY.index(parts[2]) if parts[:2] == ["lab", "study"] and len(parts) > 2 else None
+
+
+def test_the_rooms_of_a_study_import_one_way():
+    folder = REPOSITORY / "lab" / "study"
+    told = re.search(r"^Imports run one way: (.+?)\.", (folder / "__init__.py").read_text(), re.M)
+    assert tuple(told[1].split(", ")) == STUDY
+    files = [path for path in folder.rglob("*.py") if path != folder / "__init__.py"]
+    assert {path.relative_to(folder).with_suffix("").parts[0] for path in files} == {*STUDY}
+    for path in files:
+        own = STUDY.index(path.relative_to(folder).with_suffix("").parts[0])
+        for module in imported(path):
+            assert (place(module) or 0) <= own, f"{path.relative_to(REPOSITORY)} imports {module}"
+
+
+def class_names(path: pathlib.Path) -> list[str]:
+    """Classes, and types at the top of a file that are named like them: Block = Heading | Text."""
+    tree = ast.parse(path.read_text())
+    found = [node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    for node in tree.body:
+        targets = node.targets if isinstance(node, ast.Assign) else []
+        found += [t.id for t in targets if isinstance(t, ast.Name) and re.fullmatch(r"([A-Z][a-z0-9]+)+", t.id)]
+    return found
+
+
+def test_no_two_classes_have_one_name():
+    places: dict[str, list[str]] = {}
+    for path in SOURCES:
+        if room(path) in NAMED_ONCE:
+            for name in class_names(path):
+                places.setdefault(name, []).append(path.relative_to(REPOSITORY).as_posix())
+    assert places.keys() >= {"Study", "Results", "Run", "Block"}
+    assert not {name: files for name, files in places.items() if len(files) > 1}
 
 
 def test_every_room_has_its_place():

@@ -33,7 +33,7 @@ def publishing(entry: Path) -> Iterator[Path]:
     Two processes may build one entry at once: the first to finish wins, the other's copy is dropped.
     """
     entry.parent.mkdir(parents=True, exist_ok=True)
-    building = _beside(entry)
+    building = entry.parent / f".building-{secrets.token_hex(8)}"
     building.mkdir()
     try:
         yield building
@@ -46,17 +46,6 @@ def publishing(entry: Path) -> Iterator[Path]:
         shutil.rmtree(building, ignore_errors=True)
 
 
-def write(path: Path, text: str) -> None:
-    """Writes a small file in one move."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = _beside(path)
-    try:
-        draft.write_text(text, "utf-8")
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
-
-
 @contextlib.contextmanager
 def explained() -> Iterator[None]:
     """Turns a full or forbidden disk into a UserError that says which directory to move."""
@@ -64,7 +53,3 @@ def explained() -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"cannot fill the cache {root()}: {error}; set LAB_CACHE to a directory with room") from error
-
-
-def _beside(entry: Path) -> Path:
-    return entry.parent / f".building-{secrets.token_hex(8)}"

@@ -14,6 +14,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from lab.data import cache
 from lab.data.corpora import Corpus
 from lab.errors import UserError
+from lab.storage import write_atomically
 
 FILE = "tokenizer.json"
 _EOS = "<|endoftext|>"
@@ -62,7 +63,7 @@ class Bytes:
         return bytes(i for i in map(int, ids) if i < 256).decode("utf-8", "replace")
 
     def save(self, directory: Path) -> None:
-        cache.write(Path(directory) / FILE, _BYTES)
+        write_atomically(Path(directory) / FILE, _BYTES.encode())
 
 
 class Symbols:
@@ -84,7 +85,7 @@ class Symbols:
         return " ".join(str(int(i)) for i in ids)
 
     def save(self, directory: Path) -> None:
-        cache.write(Path(directory) / FILE, json.dumps({"lab": "symbols", "size": self.size}))
+        write_atomically(Path(directory) / FILE, json.dumps({"lab": "symbols", "size": self.size}).encode())
 
 
 class Json:
@@ -111,7 +112,7 @@ class Json:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
 
     def save(self, directory: Path) -> None:
-        cache.write(Path(directory) / FILE, self._text)
+        write_atomically(Path(directory) / FILE, self._text.encode())
 
 
 def open(data: ConfigDict, corpus: Corpus) -> Tokenizer:
@@ -160,7 +161,7 @@ def _trained(corpus: Corpus, size: int) -> Json:
     entry = cache.root() / "tokenizers" / f"bpe-{size}-{corpus.fingerprint}.json"
     if not entry.is_file():
         with cache.explained():
-            cache.write(entry, _train(_training_texts(corpus), size))
+            write_atomically(entry, _train(_training_texts(corpus), size).encode())
     return _from_file(entry)
 
 

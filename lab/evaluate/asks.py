@@ -57,11 +57,7 @@ ASKS = {
     ),
 }
 ASK = Room(
-    {
-        "model": Option(
-            (), "(field of the model, value), ...: laid over the model", kind=tuple[tuple[str, object], ...]
-        )
-    },
+    {"model": Option((), "(field of the model, value), ...: laid over the model", kind=tuple[tuple[str, object], ...])},
     (Part("kind", ASKS, "branches", "what is asked", at=""),),
 )
 LOSS = "loss"  # the ask that every study has: its axis is that of results.csv, and judges cells

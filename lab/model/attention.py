@@ -77,9 +77,7 @@ class Softmax(nnx.Module):
         q_rank, o_rank, gain = options.q_rank, options.o_rank, (2 * model.layers) ** -0.5
         self.q_down = parameter.matrix(q_down, (D, q_rank), ("embed", "rank")) if q_rank else None
         self.q_latent_norm = self.norm_of_query_latent(model) if q_rank else None
-        self.q = parameter.matrix(
-            q, (q_rank or D, self.heads, K), ("rank" if q_rank else "embed", "heads", "head_dim")
-        )
+        self.q = parameter.matrix(q, (q_rank or D, self.heads, K), ("rank" if q_rank else "embed", "heads", "head_dim"))
         self.o = parameter.matrix(
             o,
             (H, V, o_rank or D),
@@ -283,7 +281,9 @@ def attend_over_mesh(q_BTHK, k_BSGK, v_BSGV, view: View, mixer: Softmax, scale: 
     own. scale: None for the mixer's.
     """
     frequencies = view.frequencies if "q" in mixer.rotate else None
-    if frequencies is not None and (view.start is not None or not kernels.rotates(view.implementation, k_BSGK.shape[1])):
+    if frequencies is not None and (
+        view.start is not None or not kernels.rotates(view.implementation, k_BSGK.shape[1])
+    ):
         q_BTHK, frequencies = rotate(q_BTHK, view.rotation), None
     tensor = mesh.current().get("tensor", 1)
     H, G = q_BTHK.shape[2], k_BSGK.shape[2]

@@ -78,7 +78,9 @@ class GatedDelta(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array, view: View, cache: State | None = None) -> tuple[jax.Array, State | None]:
         if mesh.current().get("context", 1) > 1:
-            raise UserError("run.mesh.context must be 1 where a layer runs along the row, as model.mixer.name = 'delta' does")
+            raise UserError(
+                "run.mesh.context must be 1 where a layer runs along the row, as model.mixer.name = 'delta' does"
+            )
         wide = jnp.promote_types(x_BTD.dtype, jnp.float32)
         start = self.init_cache(x_BTD.shape[0], 0, x_BTD.dtype) if cache is None else cache
         q_BTHK, k_BTHK = (unit(jax.nn.silu(heads(x_BTD, w).astype(wide))) for w in (self.q, self.k))

@@ -23,7 +23,9 @@ class Forgetting(Attention):
 
     def __init__(self, model, rule: Rule, key: jax.Array):
         super().__init__(model, rule, key)
-        self.forget = parameter.matrix(further_keys(key, 1, after=3)[0], (model.dim, model.mixer.heads), ("embed", "heads"))
+        self.forget = parameter.matrix(
+            further_keys(key, 1, after=3)[0], (model.dim, model.mixer.heads), ("embed", "heads")
+        )
         self.forget_bias = parameter.bias(model.mixer.heads, "heads", value=4.0)  # f = 0.98: forgetting is learned
 
     @property

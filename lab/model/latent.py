@@ -22,7 +22,9 @@ class LatentAttention(Softmax):
     """
 
     options = (
-        without(Softmax.options, "qk_norm") | LATENT_NORM | {"latent": Option(0, "numbers of a latent, cached", least=1)}
+        without(Softmax.options, "qk_norm")
+        | LATENT_NORM
+        | {"latent": Option(0, "numbers of a latent, cached", least=1)}
     )
     rotates = "qk"
 

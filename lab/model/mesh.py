@@ -12,7 +12,8 @@ from lab.options import Option
 
 AXES = ("data", "fsdp", "tensor", "context")
 OPTIONS = {
-    axis: Option(-1 if axis == "data" else 1, f"devices along {axis}; -1: what is left of them", least=-1) for axis in AXES
+    axis: Option(-1 if axis == "data" else 1, f"devices along {axis}; -1: what is left of them", least=-1)
+    for axis in AXES
 }
 BATCH = ("data", "fsdp")  # rows; tokens lie over context, heads over tensor
 TOKENS = P(BATCH, "context")  # of an array [B, T]
@@ -36,9 +37,13 @@ def check_rows(mesh: Mesh, name: str, rows: int, tokens: int) -> None:
     """Refuses a batch that does not divide over the mesh."""
     over_rows, over_tokens = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["context"]
     if rows % over_rows:
-        raise UserError(f"{name} = {rows} does not divide over run.mesh data x fsdp = {over_rows}; choose a multiple of it")
+        raise UserError(
+            f"{name} = {rows} does not divide over run.mesh data x fsdp = {over_rows}; choose a multiple of it"
+        )
     if tokens % over_tokens:
-        raise UserError(f"rows of {tokens} tokens do not divide over run.mesh.context = {over_tokens}; choose a divisor")
+        raise UserError(
+            f"rows of {tokens} tokens do not divide over run.mesh.context = {over_tokens}; choose a divisor"
+        )
 
 
 def place(batch, mesh: Mesh):

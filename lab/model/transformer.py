@@ -125,9 +125,7 @@ class Transformer(nnx.Module):
         needed = dict.fromkeys(mixer.rule for mixer in mixers if mixer.attends)
         tiles = {rule: plan_tiles_over_mesh(queries, keys, rule, implementation) for rule in needed}
         return [
-            View(
-                rotary(queries), rotary.frequencies[...], queries, keys, tiles.get(mixer.rule), start, implementation
-            )
+            View(rotary(queries), rotary.frequencies[...], queries, keys, tiles.get(mixer.rule), start, implementation)
             for rotary, mixer in zip(self.rotary, mixers, strict=True)
         ]
 

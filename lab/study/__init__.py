@@ -1,4 +1,5 @@
-"""Studies: what is compared (define), making it (run), what it shows (judge), and telling that (report).
+"""Studies: what is compared (define), what it shows (judge), telling that (report), and making the runs (run).
 
-Imports run one way: define, results, judge, report, run.
+Imports run one way: numbers, results, define, judge, report, run, open.
+`results` reads what a study has left so far, `numbers` writes numbers; `open` is where commands come in.
 """

@@ -6,21 +6,22 @@ import functools
 import io
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
 
 from lab.errors import UserError
+from lab.storage import read_json, write_atomically
 
 REPOSITORY = Path(__file__).parents[2]
 TIMINGS = ("seconds", "tokens_per_second", "peak_bytes", "overhead_share")
+EMBEDDING = "embedding"  # in the column of_layer: no layer gave it
 MIXING = ("name", "layer", "of_layer", "weight")
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class Outcome:
     """One seed of one cell. `result` and `failure` are None where their files are missing; `metrics` may be empty."""
 
     cell: dict
@@ -36,12 +37,12 @@ class Run:
 
 
 @dataclasses.dataclass(frozen=True)
-class Study:
+class Results:
     """A plan and its runs, in the plan's order. Frames have the short labels of the plan as columns."""
 
     directory: Path
     plan: dict
-    runs: list[Run]
+    runs: list[Outcome]
 
     @property
     def labels(self) -> list[str]:
@@ -97,17 +98,17 @@ class Study:
         return pd.read_csv(path, keep_default_na=False, na_values=[""])  # a variant may be called None
 
 
-def collect(directory: str | Path) -> Study:
+def collect(directory: str | Path) -> Results:
     """Reads runs/<study>, finished or not. Raises UserError where it is not the directory of a study."""
     directory = Path(directory)
     if not (directory / "plan.json").exists():
         raise UserError(f"{directory} has no plan.json: give the directory of a study, such as runs/rope_ablation")
     plan = read_json(directory / "plan.json")
     runs = [_run(directory, cell, seed) for cell in plan["cells"] for seed in cell["seeds"]]
-    return Study(directory, plan, runs)
+    return Results(directory, plan, runs)
 
 
-def write_csv(study: Study) -> list[Path]:
+def write_csv(study: Results) -> list[Path]:
     """Writes results.csv, the same bytes whenever the losses are the same, timings.csv, and mixing.csv where a run has
     learned weights of layers; returns their paths."""
     results = [row for run in study.runs for row in _result_rows(study, run)]
@@ -131,35 +132,18 @@ def judged_loss(result: Path, condition: str, judged: Sequence) -> float | None:
     return sum(losses) / len(losses)
 
 
-def write_atomically(path: Path, content: bytes) -> Path:
-    """A reader, or a run killed here, finds the old file or the new one, never half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
-    return path
-
-
-def identity(study: Study, run: Run) -> dict:
+def identity(study: Results, run: Outcome) -> dict:
     """The columns that say which run a row belongs to."""
     labels = dict(zip(study.labels, study.key(run.cell), strict=True))
     return {"cell": run.cell["name"], **labels, "seed": run.seed}
 
 
-def read_json(path: Path) -> dict:
-    """Raises UserError where the file is not JSON."""
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
-
-
-def _run(directory: Path, cell: dict, seed: int) -> Run:
+def _run(directory: Path, cell: dict, seed: int) -> Outcome:
     place = directory / cell["directory"] / f"seed-{seed}"
     result, failure = (
         read_json(place / name) if (place / name).exists() else None for name in ("result.json", "failure.json")
     )
-    return Run(cell, seed, result, failure, _metrics(place / "metrics.jsonl"))
+    return Outcome(cell, seed, result, failure, _metrics(place / "metrics.jsonl"))
 
 
 def _metrics(path: Path) -> list[dict]:
@@ -174,7 +158,7 @@ def _metrics(path: Path) -> list[dict]:
     return [steps[step] for step in sorted(steps)]
 
 
-def _result_rows(study: Study, run: Run) -> list[dict]:
+def _result_rows(study: Results, run: Outcome) -> list[dict]:
     if not run.result:
         return []
     known = identity(study, run)
@@ -195,7 +179,7 @@ def _perplexity(loss: float) -> float:
         return math.inf
 
 
-def _timing_rows(study: Study, run: Run) -> list[dict]:
+def _timing_rows(study: Results, run: Outcome) -> list[dict]:
     if not run.result:
         return []
     known = identity(study, run)
@@ -203,7 +187,7 @@ def _timing_rows(study: Study, run: Run) -> list[dict]:
     return [known | {name: entry.get(name) for name in measured} for entry in run.result["timings"]]
 
 
-def _mixing_rows(study: Study, run: Run) -> list[dict]:
+def _mixing_rows(study: Results, run: Outcome) -> list[dict]:
     path = study.directory / run.cell["directory"] / f"seed-{run.seed}" / "mixing.csv"
     if not run.result or not path.exists():
         return []

@@ -28,9 +28,7 @@ class Optimizer(NamedTuple):
 def adamw(numbers: Numbers, static, decay_mask) -> optax.GradientTransformation:
     """AdamW (arXiv 1711.05101)."""
     b1, b2, eps = (numbers[f"adamw.{name}"] for name in ADAMW)
-    return optax.adamw(
-        numbers["learning_rate"], b1, b2, eps, weight_decay=numbers["weight_decay"], mask=decay_mask
-    )
+    return optax.adamw(numbers["learning_rate"], b1, b2, eps, weight_decay=numbers["weight_decay"], mask=decay_mask)
 
 
 def muon(numbers: Numbers, static, decay_mask) -> optax.GradientTransformation:
@@ -45,9 +43,7 @@ def muon(numbers: Numbers, static, decay_mask) -> optax.GradientTransformation:
         optax.scale_by_learning_rate(numbers["learning_rate"]),
     )
     rate = numbers["learning_rate"] * numbers["muon.adam_rate"]
-    rest = adamw(
-        numbers | {"learning_rate": rate, "weight_decay": numbers["muon.adam_decay"]}, static, decay_mask
-    )
+    rest = adamw(numbers | {"learning_rate": rate, "weight_decay": numbers["muon.adam_decay"]}, static, decay_mask)
     return optax.partition({"muon": matrices, "adamw": rest}, lambda tree: lab_muon.groups(tree, on))
 
 

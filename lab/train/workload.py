@@ -85,7 +85,9 @@ class Workload:
 
     def records(self, step: int, metrics: Metrics, numbers: Numbers, sent: list[Sent]) -> list[Record]:
         """What is known of a step of each member; waits for it."""
-        loss, grad_norm, rate = (np.reshape(x, -1).tolist() for x in (*jax.device_get(metrics), numbers["learning_rate"]))
+        loss, grad_norm, rate = (
+            np.reshape(x, -1).tolist() for x in (*jax.device_get(metrics), numbers["learning_rate"])
+        )
         return [
             Record(step, loss[i], grad_norm[i], rate[i], of.fill, of.tokens, of.text_hash, of.tiles)
             for i, of in enumerate(sent)

@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 from studies import HEADS, plausible, write, write_metrics, write_run, write_study
 
+from lab import storage
 from lab.errors import UserError
 from lab.study import results
 
@@ -103,14 +104,14 @@ def test_bad_directories_are_refused_in_one_line(tmp_path):
 
 
 def test_atomic_write_leaves_the_old_file_when_writing_fails(tmp_path, monkeypatch):
-    path = results.write_atomically(tmp_path / "a" / "page.md", b"old")
+    path = storage.write_atomically(tmp_path / "a" / "page.md", b"old")
 
     def full(source, target):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(results.os, "replace", full)
+    monkeypatch.setattr(storage.os, "replace", full)
     with pytest.raises(OSError, match="No space"):
-        results.write_atomically(path, b"new")
+        storage.write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
 
 

@@ -17,9 +17,7 @@ from lab.model.streams.v4 import SummedScores, scaled
 from lab.options import Option
 
 LENGTH = {"length": Option(0, "tokens of a row at most: a weight for each position", least=1)}
-INPUT = {
-    "input": Option("raw", "what of a layer's input the weights are inferred from", choices=("raw", "normed"))
-}
+INPUT = {"input": Option("raw", "what of a layer's input the weights are inferred from", choices=("raw", "normed"))}
 
 
 class Positional(SummedScores):

@@ -8,8 +8,8 @@ import pathlib
 
 from ml_collections import ConfigDict
 
-from lab.options import leaves
 from lab.errors import choose
+from lab.options import leaves
 from lab.study.define.cells import NAME, Override
 
 ELSEWHERE = ("path",)  # of config.data: the texts themselves are in its fingerprint, wherever they lie

@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from lab.options import leaves, set_field
 from lab.errors import UserError, choose
 from lab.model import abstract, accounting
+from lab.options import leaves, set_field
 from lab.study.define.cell import Cell
 from lab.study.define.cells import MATCH, NAME, Override
 from lab.study.define.plan import nominal_tokens, visible_keys

@@ -15,6 +15,7 @@ from lab.model.mixers import MIXERS
 from lab.options import leaves
 from lab.study.define import contrasts
 from lab.study.define.cell import Cell
+from lab.study.results import REPOSITORY
 from lab.train import optimizer, step
 
 DEVICES = (1, 2, 4, 8)  # over which tensor parallelism would lay a cache
@@ -57,15 +58,10 @@ def check_run(config) -> None:
 
 def check_study(study) -> None:
     """Refuses what would show only once cells are run, or in the report."""
-    from lab.study import results  # slow to import: they draw
-    from lab.study.report import sections
-
     lab_config.ROOMS["study"].check(leaves(study), "study.")
     if not study.name:
         raise UserError("study.name is empty; choose a word for it")
-    for name in study.sections:
-        choose("study.sections", name, sections.SECTIONS)
-    if study.published and not (results.REPOSITORY / study.published).is_file():
+    if study.published and not (REPOSITORY / study.published).is_file():
         raise UserError(f"study.published = {study.published!r}: there is no such file in the repository")
 
 

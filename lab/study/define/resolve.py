@@ -9,7 +9,7 @@ from lab import config as lab_config
 from lab.errors import UserError, choose
 from lab.model import spec as lab_spec
 from lab.options import leaves, names_of, set_field
-from lab.study.define import cell
+from lab.study.define import cell, matching
 from lab.study.define.cells import MATCH, NAME, Override
 
 READ = ("model", "data", "train")  # the rooms of which a cell reads what its entries read

@@ -7,12 +7,13 @@ import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from lab.storage import write_atomically
 from lab.study.define.contrasts import SIGNS, Contrast, Settings, baselines, select, settings
 from lab.study.judge import pairing, statistics
 from lab.study.judge.pairing import Differences, Scores
 from lab.study.judge.residuals import COSTS, Residuals, residuals
 from lab.study.judge.statistics import LEVEL, Estimate
-from lab.study.results import Study, write_atomically
+from lab.study.results import Results
 
 COLUMNS = (
     "kind", "name", "against", "n", "difference", "deviation", "t_low", "t_high", "bootstrap_low", "bootstrap_high",
@@ -71,7 +72,7 @@ class Findings:
         return [comparison for comparison in self.comparisons if comparison.kind == kind]
 
 
-def find(study: Study) -> Findings | None:
+def find(study: Results) -> Findings | None:
     """None of a study that names neither a baseline nor a contrast."""
     asked = settings(study.plan["config"].get("study", {}))
     if not asked:

@@ -5,7 +5,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 
-from lab.study.results import Run, Study
+from lab.study.results import Outcome, Results
 
 ALIKE = ("platform", "devices", "implementation", "vmapped")
 
@@ -14,7 +14,7 @@ ALIKE = ("platform", "devices", "implementation", "vmapped")
 class Score:
     """A finished run: the mean of its losses (nats per token) over the judged conditions, and those conditions."""
 
-    run: Run
+    run: Outcome
     loss: float
     conditions: tuple
 
@@ -34,7 +34,7 @@ class Differences:
 Scores = dict[str, dict[int, Score]]  # {name of a cell: {seed: score}}
 
 
-def scores(study: Study, judged: Sequence) -> Scores:
+def scores(study: Results, judged: Sequence) -> Scores:
     """Of all finished runs; `judged` conditions, or all of them if it is empty."""
     found: Scores = {cell["name"]: {} for cell in study.plan["cells"]}
     for run in study.runs:

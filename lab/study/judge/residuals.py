@@ -6,8 +6,8 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 
 from lab.study.define.contrasts import SIGNS
-from lab.study.report.layout import short, whole
-from lab.study.results import Study
+from lab.study.numbers import short, whole
+from lab.study.results import Results
 
 Residuals = dict[str, float]  # {cost: relative difference between the sides}
 
@@ -82,7 +82,7 @@ class Beside:
     common: str
 
 
-def beside(study: Study) -> Beside:
+def beside(study: Results) -> Beside:
     """What the cells of a study cost, for a table of their losses: columns where they differ, one line where not."""
     cells = study.plan["cells"]
     texts = {study.key(cell): shown(cell) for cell in cells}

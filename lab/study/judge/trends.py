@@ -6,8 +6,8 @@ import numpy as np
 
 from lab.study.judge.evidence import Comparison, Findings
 from lab.study.judge.statistics import half_widths
-from lab.study.report.layout import short
-from lab.study.results import Run
+from lab.study.numbers import short
+from lab.study.results import Outcome
 
 BINS = 40
 EARLY, LATE = 0.2, 0.9  # shares of training: an ordering that stands from before, or only from after
@@ -67,6 +67,6 @@ def reading(trend: Trend) -> str:
     return f"{side} only at the end, from {when} on" if share >= LATE else f"{side} from {when} on"
 
 
-def _shared_steps(one: Run, other: Run) -> list[int]:
+def _shared_steps(one: Outcome, other: Outcome) -> list[int]:
     there = {line["step"] for line in other.metrics}
     return [line["step"] for line in one.metrics if line["step"] in there]

@@ -1,10 +1,10 @@
 """The report on probes: which share of the answers each cell gives right, by difficulty."""
 
 from lab.study.report.page import Block, Table, Text
-from lab.study.results import Study
+from lab.study.results import Results
 
 
-def section(study: Study) -> list[Block]:
+def section(study: Results) -> list[Block]:
     """Accuracy by cell and condition, the mean over the seeds that are done."""
     frame = study.results
     if "accuracy" not in frame.columns:

@@ -1,19 +1,19 @@
 """The report on parallel branches: the published tables rebuilt from our cells, and what to use for what."""
 
+import functools
 import itertools
 import re
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
 
-from lab.errors import UserError
+from lab.study.numbers import number
 from lab.study.report import costs, figures, tables
-from lab.study.report.layout import DRAW, arrange, cell_label, describe, leaves, number
+from lab.study.report.layout import arrange, cell_label, describe, leaves
 from lab.study.report.page import Block, Chart, Code, Heading, Table, Text
 from lab.study.report.tables import Choice, Losses
-from lab.study.results import Study
+from lab.study.results import Results
 
-RATIO = "rope_ratio"
-HEAD = "head"
 CAVEAT = "Published losses come from another model on other data: compare orderings, not levels."
 USES = {
     "parallel": "16 to 64 branches",
@@ -22,29 +22,37 @@ USES = {
 }
 
 
-def section(study: Study) -> list[Block]:
-    """For studies labelled rope_ratio, train_branch and optionally head, evaluated by branch count."""
-    if missing := {RATIO, DRAW} - {*study.labels}:
-        raise UserError(
-            f"the section 'branches' needs the label {min(missing)!r}; the study has: {', '.join(study.labels)}"
-        )
+class Names(NamedTuple):
+    """The study's labels for the share of rotary pairs, the draw of branches, and the shape of a head ("": none)."""
+
+    ratio: str
+    draw: str
+    head: str = ""
+
+
+def section(ratio: str, draw: str, head: str = "") -> Callable[[Results], list[Block]]:
+    """The section of a study with these labels, evaluated by branch count."""
+    return functools.partial(_section, Names(ratio, draw, head))
+
+
+def _section(names: Names, study: Results) -> list[Block]:
     ours, theirs = tables.losses(study), tables.published(study)
     if not ours:
-        return [Text("No cell has finished yet."), *_configurations(study), *_all_published(study)]
+        return [Text("No cell has finished yet."), *_configurations(names, study), *_all_published(study)]
     return [
-        *_recommendation(study, ours, theirs),
+        *_recommendation(names, study, ours, theirs),
         *costs.overview(study),
-        *_figures(study, ours),
-        *_at_counts(study, ours, theirs),
-        *_scaling(study, ours, theirs),
-        *_fixed(study, ours, theirs),
-        *_configurations(study),
+        *_figures(names, study, ours),
+        *_at_counts(names, study, ours, theirs),
+        *_scaling(names, study, ours, theirs),
+        *_fixed(names, study, ours, theirs),
+        *_configurations(names, study),
         *_everything(study, ours),
         *_all_published(study),
     ]
 
 
-def _recommendation(study: Study, ours: Losses, theirs: Losses) -> list[Block]:
+def _recommendation(names: Names, study: Results, ours: Losses, theirs: Losses) -> list[Block]:
     choices, published = tables.recommend(ours), tables.recommend(theirs)
     many = [count for count in tables.counts(ours) if 16 <= count <= 64]
     headings = ["use", *study.labels, "loss at 1", "mean 16-64", "fluctuation", "runner-up", "published"]
@@ -66,13 +74,13 @@ def _recommendation(study: Study, ours: Losses, theirs: Losses) -> list[Block]:
         f"Chosen by the mean loss over {_listed(many) or 'no'} branches, by the loss at 1, and by the fluctuation "
         "(largest - smallest loss over the counts), in nats per token; in brackets, by how much the runner-up is worse."
     )
-    notes = [_certainty(study), _price_of_branches(study, ours), _agreement(ours, theirs)]
+    notes = [_certainty(study), _price_of_branches(names, study, ours), _agreement(ours, theirs)]
     table = Table(headings, rows, caption)
     paste = Text("To paste, as overrides of a config that does not vary these fields itself:")
     return [Heading("Recommendation"), table, *(Text(note) for note in notes if note), paste, _snippet(study, choices)]
 
 
-def _snippet(study: Study, choices: Mapping[str, Choice]) -> Code:
+def _snippet(study: Results, choices: Mapping[str, Choice]) -> Code:
     """Each cell chosen, once, under what it is chosen for."""
     uses: dict = {}
     for use, choice in choices.items():
@@ -80,7 +88,7 @@ def _snippet(study: Study, choices: Mapping[str, Choice]) -> Code:
     return Code("\n".join(f"# {', '.join(names)}\n{_flags(study, key)}" for key, names in uses.items()))
 
 
-def _certainty(study: Study) -> str:
+def _certainty(study: Results) -> str:
     open_runs = sum(run.status != "done" for run in study.runs)
     waiting = f"**Provisional**: {open_runs} of {len(study.runs)} runs are not done. " if open_runs else ""
     variances = [deviation**2 for curve in tables.deviations(study).values() for deviation in curve.values()]
@@ -93,9 +101,9 @@ def _certainty(study: Study) -> str:
     )
 
 
-def _price_of_branches(study: Study, ours: Losses) -> str:
+def _price_of_branches(names: Names, study: Results, ours: Losses) -> str:
     """What training on several branches costs at one."""
-    place = study.labels.index(DRAW)
+    place = study.labels.index(names.draw)
     alone = tables.choose({key: curve[1] for key, curve in ours.items() if 1 in curve and key[place] == "fixed1"})
     several = tables.choose({key: curve[1] for key, curve in ours.items() if 1 in curve and key[place] != "fixed1"})
     if not alone or not several:
@@ -114,7 +122,7 @@ def _agreement(ours: Losses, theirs: Losses) -> str:
     return f"{CAVEAT} The rank correlation of ours with theirs over {found[1]} shared losses is {found[0]:.2f}."
 
 
-def _flags(study: Study, key: tuple) -> str:
+def _flags(study: Results, key: tuple) -> str:
     """The command-line overrides that make a cell of the base config: its labels, and whatever else it changes."""
     cell = next(cell for cell in study.plan["cells"] if study.key(cell) == key)
     base, resolved = leaves(study.plan["config"]), leaves(study.config(cell))
@@ -124,34 +132,36 @@ def _flags(study: Study, key: tuple) -> str:
     return " ".join(shlex.quote(f"--config.{field}={resolved[field]}") for field in fields)
 
 
-def _figures(study: Study, ours: Losses) -> list[Block]:
-    rows, errors = arrange(study, ours, RATIO), arrange(study, tables.deviations(study), RATIO)
+def _figures(names: Names, study: Results, ours: Losses) -> list[Block]:
+    rows, errors = (
+        arrange(study, curves, names.ratio, rows_by=names.draw) for curves in (ours, tables.deviations(study))
+    )
     bars = {title: panel for row in errors for title, panel in row.items()}
-    trained = {title: known for row in rows for title in row if (known := _trained(title))}
+    trained = {title: known for row in rows for title in row if (known := _trained(names.draw, title))}
     turned = [{title: _transpose(panel) for title, panel in row.items()} for row in rows]
     charts = [
         Chart(
             "loss_by_branches",
             figures.png(figures.by_condition(rows, bars, study.condition, trained)),
-            f"Loss against the number of branches, one line for each {RATIO}; grey: the counts trained on. "
+            f"Loss against the number of branches, one line for each {names.ratio}; grey: the counts trained on. "
             "Vertical scales differ between draws.",
         ),
         Chart(
             "loss_by_ratio",
-            figures.png(figures.by_label(turned, RATIO)),
-            f"Loss against {RATIO}, one line for each number of branches.",
+            figures.png(figures.by_label(turned, names.ratio)),
+            f"Loss against {names.ratio}, one line for each number of branches.",
         ),
         Chart(
             "heat_map",
-            figures.png(figures.heat_maps(rows, RATIO, study.condition)),
+            figures.png(figures.heat_maps(rows, names.ratio, study.condition)),
             "The same losses in nats per token; dark is better, one scale for all panels.",
         ),
     ]
     return [Heading("Loss by ratio and number of branches"), *charts]
 
 
-def _trained(title: str) -> tuple[int, int] | None:
-    found = re.search(rf"{DRAW} (?:fixed(\d+)|(\d+)-(\d+))\b", title)
+def _trained(draw: str, title: str) -> tuple[int, int] | None:
+    found = re.search(rf"{re.escape(draw)} (?:fixed(\d+)|(\d+)-(\d+))\b", title)
     return found and (int(found[1] or found[2]), int(found[1] or found[3]))
 
 
@@ -160,42 +170,44 @@ def _transpose(panel: Mapping) -> dict:
     return {count: {name: curve[count] for name, curve in panel.items() if count in curve} for count in counts}
 
 
-def _at_counts(study: Study, ours: Losses, theirs: Losses) -> list[Block]:
+def _at_counts(names: Names, study: Results, ours: Losses, theirs: Losses) -> list[Block]:
     """Ratio x head, or ratio x draw, at one branch, at the largest count, and at the largest published too."""
     every = tables.counts(ours)
     shared = [count for count in every if count in tables.counts(theirs)]
-    columns = HEAD if HEAD in study.labels else DRAW
+    columns = names.head or names.draw
     found = [
-        _at_count(study, ours, theirs, count, columns, where)
-        for where in _combinations(study, [name for name in study.labels if name not in (RATIO, columns)])
+        _at_count(names, study, ours, theirs, count, columns, where)
+        for where in _combinations(study, [name for name in study.labels if name not in (names.ratio, columns)])
         for count in sorted({every[0], every[-1], *shared[-1:]})
     ]
-    note = f"Bold: the best {RATIO} of a column. {CAVEAT}" if theirs else f"Bold: the best {RATIO} of a column."
-    return [Heading(f"Loss by {RATIO} and {columns}"), Text(note), *(table for table in found if table)]
+    note = f"Bold: the best {names.ratio} of a column." + f" {CAVEAT}" * bool(theirs)
+    return [Heading(f"Loss by {names.ratio} and {columns}"), Text(note), *(table for table in found if table)]
 
 
-def _at_count(study: Study, ours: Losses, theirs: Losses, count: int, columns: str, where: Mapping) -> Table | None:
-    grids = [tables.grid(study, curves, count, RATIO, columns, where) for curves in (ours, theirs)]
+def _at_count(
+    names: Names, study: Results, ours: Losses, theirs: Losses, count: int, columns: str, where: Mapping
+) -> Table | None:
+    grids = [tables.grid(study, curves, count, names.ratio, columns, where) for curves in (ours, theirs)]
     if not any(grids[0].values()):
         return None
-    names = tables.values(study, columns)
-    headings, rows = [RATIO], [[str(ratio)] for ratio in grids[0]]
+    shown = tables.values(study, columns)
+    headings, rows = [names.ratio], [[str(ratio)] for ratio in grids[0]]
     for grid, mark in zip(grids, ("", "published "), strict=True):
         if not any(grid.values()):
             continue
-        headings += [*(f"{mark}{name}" for name in names), f"{mark}best"]
-        least = {name: min((row[name] for row in grid.values() if name in row), default=None) for name in names}
+        headings += [*(f"{mark}{name}" for name in shown), f"{mark}best"]
+        least = {name: min((row[name] for row in grid.values() if name in row), default=None) for name in shown}
         for cells, row in zip(rows, grid.values(), strict=True):
-            cells += [_marked(row.get(name), 4, row.get(name) == least[name]) for name in names]
-            cells.append(str(tables.best(row)) if len(row) == len(names) else "—")
+            cells += [_marked(row.get(name), 4, row.get(name) == least[name]) for name in shown]
+            cells.append(str(tables.best(row)) if len(row) == len(shown) else "—")
     return Table(headings, rows, describe(where | {study.condition: count}))
 
 
-def _scaling(study: Study, ours: Losses, theirs: Losses) -> list[Block]:
-    every, place = tables.counts(ours), study.labels.index(DRAW)
-    headings = [*(label for label in study.labels if label != DRAW), "source", *map(str, every), "fluctuation"]
+def _scaling(names: Names, study: Results, ours: Losses, theirs: Losses) -> list[Block]:
+    every, place = tables.counts(ours), study.labels.index(names.draw)
+    headings = [*(label for label in study.labels if label != names.draw), "source", *map(str, every), "fluctuation"]
     found = []
-    for draw in tables.values(study, DRAW):
+    for draw in tables.values(study, names.draw):
         keys = [key for key in ours if key[place] == draw]
         flattest = min((tables.spread(ours[key]) or 0 for key in keys), default=None)
         rows = []
@@ -205,7 +217,7 @@ def _scaling(study: Study, ours: Losses, theirs: Losses) -> list[Block]:
             if known := {count: loss for count, loss in theirs.get(key, {}).items() if count in every}:
                 rows.append([*labels, "published", *_curve(known, every, None)])
         if keys:
-            found.append(Table(headings, rows, f"{describe({DRAW: draw})}; columns: {study.condition}"))
+            found.append(Table(headings, rows, f"{describe({names.draw: draw})}; columns: {study.condition}"))
     note = (
         "Fluctuation is the largest - the smallest loss over the counts; of published rows, over the counts that were "
         "published. Bold: the flattest of ours."
@@ -219,36 +231,38 @@ def _curve(curve: Mapping[int, float], every: list[int], flattest: float | None)
     return [*cells, _marked(fluctuation, 3, fluctuation is not None and fluctuation == flattest)]
 
 
-def _fixed(study: Study, ours: Losses, theirs: Losses) -> list[Block]:
+def _fixed(names: Names, study: Results, ours: Losses, theirs: Losses) -> list[Block]:
     """What is left between cells that train and decode the same fixed number of branches."""
     blocks: list[Block] = []
-    for draw in tables.values(study, DRAW):
+    for draw in tables.values(study, names.draw):
         trained = re.fullmatch(r"fixed(\d+)", str(draw))
         if trained and int(trained[1]) in tables.counts(ours):
-            blocks.append(_fixed_table(study, ours, theirs, draw, int(trained[1])))
+            blocks.append(_fixed_table(names, study, ours, theirs, draw, int(trained[1])))
     heading = Heading("Spread of the models trained on a fixed number of branches")
     return [heading, *blocks] if blocks else []
 
 
-def _fixed_table(study: Study, ours: Losses, theirs: Losses, draw: str, count: int) -> Table:
-    rows_by, columns_by = (RATIO, HEAD) if HEAD in study.labels else (DRAW, RATIO)
-    names, rows = tables.values(study, columns_by), []
+def _fixed_table(names: Names, study: Results, ours: Losses, theirs: Losses, draw: str, count: int) -> Table:
+    rows_by, columns_by = (names.ratio, names.head) if names.head else (names.draw, names.ratio)
+    shown, rows = tables.values(study, columns_by), []
     for curves, source in ((ours, "ours"), (theirs, "published")):
-        for value, row in tables.grid(study, curves, count, rows_by, columns_by, {DRAW: draw}).items():
+        for value, row in tables.grid(study, curves, count, rows_by, columns_by, {names.draw: draw}).items():
             if row:
-                cells = [_marked(row.get(name), 4, name == tables.best(row)) for name in names]
+                cells = [_marked(row.get(name), 4, name == tables.best(row)) for name in shown]
                 rows.append(
-                    [str(value), source, *cells, number(tables.spread(row) if len(row) == len(names) else None, 3)]
+                    [str(value), source, *cells, number(tables.spread(row) if len(row) == len(shown) else None, 3)]
                 )
-    headings = [rows_by, "source", *(f"{columns_by} {name}" for name in names), "spread"]
+    headings = [rows_by, "source", *(f"{columns_by} {name}" for name in shown), "spread"]
     return Table(
-        headings, rows, f"{describe({DRAW: draw, study.condition: count})}; spread over {columns_by}, best in bold"
+        headings,
+        rows,
+        f"{describe({names.draw: draw, study.condition: count})}; spread over {columns_by}, best in bold",
     )
 
 
-def _configurations(study: Study) -> list[Block]:
+def _configurations(names: Names, study: Results) -> list[Block]:
     """Frequency pairs of a head and what rotates them."""
-    labels = [label for label in study.labels if label != DRAW]
+    labels = [label for label in study.labels if label != names.draw]
     rows = {}
     for cell in study.plan["cells"]:
         if "pairs_branch" in cell:
@@ -263,7 +277,7 @@ def _configurations(study: Study) -> list[Block]:
     return [Heading("Frequency pairs of a head"), Text(note), Table(headings, list(rows.values()))] if rows else []
 
 
-def _everything(study: Study, ours: Losses) -> list[Block]:
+def _everything(study: Results, ours: Losses) -> list[Block]:
     every = tables.counts(ours)
     perplexity = {
         key: frame.groupby(study.condition)["ppl"].mean().to_dict()
@@ -279,7 +293,7 @@ def _everything(study: Study, ours: Losses) -> list[Block]:
     ]
 
 
-def _all_published(study: Study) -> list[Block]:
+def _all_published(study: Results) -> list[Block]:
     frame = study.published()
     if frame is None or study.condition not in frame.columns:
         return []
@@ -297,7 +311,7 @@ def _all_published(study: Study) -> list[Block]:
     return [Table([*keys, *map(str, every)], rows, caption, folded=True)]
 
 
-def _combinations(study: Study, labels: list[str]) -> list[dict]:
+def _combinations(study: Results, labels: list[str]) -> list[dict]:
     return [
         dict(zip(labels, found, strict=True))
         for found in itertools.product(*(tables.values(study, name) for name in labels))

@@ -8,15 +8,15 @@ from lab.study.judge import pairing
 from lab.study.judge.evidence import Comparison, compare, corrected
 from lab.study.judge.pairing import Scores
 from lab.study.judge.residuals import BETWEEN, COSTS, MEANINGS, relative, residuals, shown
-from lab.study.report.layout import number
+from lab.study.numbers import number
 from lab.study.report.page import Block, Section, Table, Text
 from lab.study.report.verdicts import DETAILS, JUDGED, details, judged, refusals
-from lab.study.results import Study
+from lab.study.results import Results
 
 TITLE = "Comparison of studies"
 
 
-def sections(studies: list[Study]) -> list[Section]:
+def sections(studies: list[Results]) -> list[Section]:
     """The page of a comparison. Each study judges its cells by its own study.judged; pairs of other conditions are
     refused. Raises UserError for a study that is given twice."""
     names = _names(studies)
@@ -25,7 +25,7 @@ def sections(studies: list[Study]) -> list[Section]:
     return [Section("Cells", _cells(named, scores)), Section("Cells of one name", _paired(named, scores))]
 
 
-def paired(studies: dict[str, Study], scores: dict[str, Scores]) -> list[Comparison]:
+def paired(studies: dict[str, Results], scores: dict[str, Scores]) -> list[Comparison]:
     """Every later study against the first, cell by cell of the same name, as one family of tests."""
     planned = {name: {cell["name"]: cell for cell in study.plan["cells"]} for name, study in studies.items()}
     first, *others = studies
@@ -39,7 +39,7 @@ def paired(studies: dict[str, Study], scores: dict[str, Scores]) -> list[Compari
     return corrected(found)
 
 
-def _names(studies: list[Study]) -> list[str]:
+def _names(studies: list[Results]) -> list[str]:
     """What tells the studies apart: their names where these differ, else their directories."""
     directories = [str(study.directory) for study in studies]
     if len({Path(directory).resolve() for directory in directories}) < len(studies):
@@ -48,11 +48,11 @@ def _names(studies: list[Study]) -> list[str]:
     return names if len(set(names)) == len(names) else directories
 
 
-def _scores(study: Study) -> Scores:
+def _scores(study: Results) -> Scores:
     return pairing.scores(study, settings(study.plan["config"].get("study", {})).judged)
 
 
-def _cells(studies: dict[str, Study], scores: dict[str, Scores]) -> list[Block]:
+def _cells(studies: dict[str, Results], scores: dict[str, Scores]) -> list[Block]:
     rows = []
     for name, study in studies.items():
         for cell in study.plan["cells"]:
@@ -65,7 +65,7 @@ def _cells(studies: dict[str, Study], scores: dict[str, Scores]) -> list[Block]:
     return [Table(columns, rows, caption, sortable=True)]
 
 
-def _paired(studies: dict[str, Study], scores: dict[str, Scores]) -> list[Block]:
+def _paired(studies: dict[str, Results], scores: dict[str, Scores]) -> list[Block]:
     comparisons, first = paired(studies, scores), next(iter(studies))
     if not comparisons:
         return [Text(f"No later study has a cell named like one of {first}.")]

@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 
 from lab.study.judge.evidence import UNKNOWN, Comparison
 from lab.study.judge.trends import Trend
-from lab.study.report.layout import panel_rows, short
+from lab.study.numbers import short
+from lab.study.report.layout import panel_rows
 
 LOSS = "loss (nats per token)"
 MARKERS = "osD^vPX*<>"

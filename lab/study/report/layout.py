@@ -1,15 +1,13 @@
-"""How reports name cells, arrange them into panels and write numbers."""
+"""How reports name cells and arrange them into panels."""
 
-import math
 from collections.abc import Mapping, Sequence
 
-from lab.study.results import Run, Study, identity
+from lab.study.results import Outcome, Results, identity
 
-DRAW = "train_branch"
 WIDEST = 3  # panels in a row, where rows mean nothing
 
 
-def line_label(study: Study) -> str:
+def line_label(study: Results) -> str:
     """The label whose values become the lines of a figure: the first that is numeric, else the first; "" of none."""
     numeric = [
         label for label in study.labels if all(_is_number(cell["labels"].get(label)) for cell in study.plan["cells"])
@@ -17,12 +15,13 @@ def line_label(study: Study) -> str:
     return (numeric or study.labels or [""])[0]
 
 
-def arrange(study: Study, curves: Mapping[tuple, object], line: str) -> list[dict[str, dict]]:
+def arrange(study: Results, curves: Mapping[tuple, object], line: str, *, rows_by: str = "") -> list[dict[str, dict]]:
     """Rows of panels {title: {value of `line`: curve}}: a panel for each combination of the other labels, a row for
-    each draw where there are labels besides. Values without a curve get an empty one, so that colours stay put."""
+    each value of `rows_by`, one of them (none given: the last), where there are several. Values without a curve get
+    an empty one, so that colours stay put."""
     names = list(dict.fromkeys(cell["labels"].get(line, "") for cell in study.plan["cells"]))
     others = [label for label in study.labels if label != line]
-    by = DRAW if DRAW in others else others[-1] if others else None
+    by = rows_by or (others[-1] if others else None)
     rows: dict = {}
     for key, curve in curves.items():
         labels = dict(zip(study.labels, key, strict=True))
@@ -73,35 +72,14 @@ def describe(labels: Mapping[str, object]) -> str:
     return ", ".join(f"{label} {value}" for label, value in labels.items())
 
 
-def cell_label(study: Study, key: tuple) -> str:
+def cell_label(study: Results, key: tuple) -> str:
     """A cell by the values of its labels."""
     return describe(dict(zip(study.labels, key, strict=True)))
 
 
-def run_label(study: Study, run: Run) -> str:
+def run_label(study: Results, run: Outcome) -> str:
     """A cell and its seed."""
     return describe({name: value for name, value in identity(study, run).items() if name != "cell"})
-
-
-def number(value: float | None, digits: int) -> str:
-    """With thousands separators; a dash for what was not measured."""
-    return "—" if value is None or math.isnan(value) else f"{value:,.{digits}f}"
-
-
-def short(value: float) -> str:
-    """Three significant digits and a decimal prefix: 1.93 M; a dash for nan."""
-    if math.isnan(value):
-        return "—"
-    rounded = float(f"{value:.3g}")
-    for power, prefix in zip(range(21, 0, -3), "ZEPTGMk", strict=True):
-        if abs(rounded) >= 10**power:
-            return f"{rounded / 10**power:.3g} {prefix}"
-    return f"{rounded:.3g}"
-
-
-def whole(value: float) -> str:
-    """Every digit, and one more where a mean has a fraction; a dash for nan."""
-    return number(value, 0 if math.isnan(value) or float(value).is_integer() else 1)
 
 
 def _is_number(value: object) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup, escape
 
-from lab.study.results import write_atomically
+from lab.storage import write_atomically
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,29 +1,31 @@
 """The parts of a report by name. A new study adds a function here or in a module of its own, and a row of SECTIONS."""
 
+import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from lab.errors import choose
+from lab.errors import UserError, choose
 from lab.study.judge.evidence import Findings
+from lab.study.numbers import number, short, whole
 from lab.study.report import accuracy, branches, costs, figures, mixing, series, trials, verdicts
-from lab.study.report.layout import arrange, grouped, line_label, number, run_label, short, whole
+from lab.study.report.layout import arrange, grouped, line_label, run_label
 from lab.study.report.page import Block, Chart, Code, Section, Table, Text
-from lab.study.results import Study
+from lab.study.results import Results
 
 MEBIBYTE = 2**20
 
 
-def question(study: Study) -> list[Block]:
+def question(study: Results) -> list[Block]:
     """What was asked, and how much of the answer is there; opens every report."""
     return [Text(study.plan["question"]), Text(_progress(study))]
 
 
-def runs(study: Study) -> list[Block]:
+def runs(study: Results) -> list[Block]:
     """What each cell is and cost, what failed, where it ran and how to do it again."""
     return [*_cells(study), *_failures(study), *_evaluation_speed(study), *_environment(study), *_commands(study)]
 
 
-def curves(study: Study) -> list[Block]:
+def curves(study: Results) -> list[Block]:
     """Learning curves: a colour for each value of one label, a panel for each combination of the others, or for each
     group of study.groups in it."""
     found: dict = {}
@@ -45,18 +47,42 @@ def curves(study: Study) -> list[Block]:
 
 
 SECTIONS = {
-    "accuracy": ("Accuracy", accuracy.section),
+    "accuracy": ("Accuracy", lambda: accuracy.section),
     "branches": ("Branches", branches.section),
-    "curves": ("Learning curves", curves),
-    "mixing": ("Mixing weights", mixing.section),
-    "series": ("The published series", series.section),
-}
+    "curves": ("Learning curves", lambda: curves),
+    "mixing": ("Mixing weights", lambda: mixing.section),
+    "series": ("The published series", lambda: series.section),
+}  # title, and a function of the study's labels that the section needs to the section: a function of the results
 
 
-def make(study: Study, findings: Findings | None) -> list[Section]:
+def parts(entries: Sequence, labels: Sequence[str]) -> dict[str, tuple[str, Callable[[Results], list[Block]]]]:
+    """{name: (title, section)} of study.sections: names, or tuples (name, label, ...) where a section needs labels.
+
+    Raises UserError for an unknown section, too few or too many labels, and one that the study (`labels`) lacks.
+    """
+    found = {}
+    for entry in entries:
+        name, *given = (entry,) if isinstance(entry, str) else entry
+        title, factory = SECTIONS[choose("study.sections", name, SECTIONS)]
+        parameters = inspect.signature(factory).parameters.values()
+        needed = [p.name for p in parameters if p.default is p.empty]
+        if not len(needed) <= len(given) <= len(parameters):
+            shape = ", ".join([repr(name), *(p.name if p.default is p.empty else f"[{p.name}]" for p in parameters)])
+            raise UserError(
+                f"study.sections: {entry!r} must be ({shape}), each by a label of the study: {', '.join(labels)}"
+                if parameters
+                else f"study.sections: {entry!r} must be {name!r}: the section takes no labels"
+            )
+        for label in given:
+            choose(f"a label of the section {name!r}", label, labels)
+        found[name] = title, factory(*given)
+    return found
+
+
+def make(study: Results, findings: Findings | None) -> list[Section]:
     """The parts of the report, those that the plan names among them; `findings` of a study that compares its cells put
-    the verdicts first. Raises UserError for a name that is not in SECTIONS."""
-    wanted = {name: SECTIONS[choose("study.sections", name, SECTIONS)] for name in study.plan["sections"]}
+    the verdicts first. Raises what `parts` does."""
+    wanted = parts(study.plan["sections"], study.labels)
     if findings is None:
         named = [Section(title, function(study)) for title, function in wanted.values()]
         return [Section("Overview", question(study) + runs(study)), *_if_any("Tuning", trials.section(study)), *named]
@@ -78,7 +104,7 @@ def _if_any(title: str, blocks: list[Block]) -> list[Section]:
     return [Section(title, blocks)] if blocks else []
 
 
-def _progress(study: Study) -> str:
+def _progress(study: Results) -> str:
     states = [run.status for run in study.runs]
     counted = {state: states.count(state) for state in ("done", "failed", "pending")}
     runs = "cell" if all(len(cell["seeds"]) == 1 for cell in study.plan["cells"]) else "run"
@@ -88,7 +114,7 @@ def _progress(study: Study) -> str:
     return f"{text}. The study needs {executables} training executable{'s' if executables > 1 else ''}."
 
 
-def _cells(study: Study) -> list[Block]:
+def _cells(study: Results) -> list[Block]:
     planned = {
         "parameters": lambda cell: f"{cell['parameters']:,}",
         "parameters besides embeddings": lambda cell: f"{cell['parameters_non_embedding']:,}",
@@ -122,7 +148,7 @@ def _shared(common: dict[str, str]) -> str:
     return "The same for every cell: " + "; ".join(f"{name}: {value}" for name, value in common.items()) + "."
 
 
-def _status(study: Study, cell: dict) -> str:
+def _status(study: Results, cell: dict) -> str:
     runs = [run for run in study.runs if run.cell is cell]
     if len(runs) > 1:
         return f"{sum(run.status == 'done' for run in runs)} of {len(runs)} done"
@@ -130,7 +156,7 @@ def _status(study: Study, cell: dict) -> str:
     return f"at step {runs[0].metrics[-1]['step']}" if started else runs[0].status
 
 
-def _training_cost(study: Study, cell: dict) -> list[str]:
+def _training_cost(study: Results, cell: dict) -> list[str]:
     frame = study.timings
     train = frame[(frame["cell"] == cell["name"]) & (frame["phase"] == "train")]
     seconds, speed, outside, peak = (
@@ -140,7 +166,7 @@ def _training_cost(study: Study, cell: dict) -> list[str]:
     return [number(seconds, 1), number(speed, 0), share, number(peak / MEBIBYTE, 0)]
 
 
-def _failures(study: Study) -> list[Block]:
+def _failures(study: Results) -> list[Block]:
     rows = [
         [run_label(study, run), str(run.failure.get("step", "—")), str(run.failure["reason"])]
         for run in study.runs
@@ -149,7 +175,7 @@ def _failures(study: Study) -> list[Block]:
     return [Table(["run", "step", "reason"], rows, "**Failed.** `--retry-failed` runs these again.")] * bool(rows)
 
 
-def _evaluation_speed(study: Study) -> list[Block]:
+def _evaluation_speed(study: Results) -> list[Block]:
     frame = study.timings[study.timings["phase"] == "eval"]
     if frame.empty:
         return []
@@ -168,7 +194,7 @@ def _evaluation_speed(study: Study) -> list[Block]:
     return [Table([study.condition, "seconds", "tokens/s", "peak MiB"], rows, caption, folded=True)]
 
 
-def _environment(study: Study) -> list[Block]:
+def _environment(study: Results) -> list[Block]:
     results = [run.result for run in study.runs if run.result]
     environments = _distinct([result["environment"] for result in results])
     if not environments:
@@ -184,7 +210,7 @@ def _environment(study: Study) -> list[Block]:
     return [*notes, Text(_texts(study)), Table(columns, rows, "Environment", folded=len(environments) == 1)]
 
 
-def _texts(study: Study) -> str:
+def _texts(study: Results) -> str:
     """Cells are comparable where they read the same texts in the same order, seed by seed."""
     hashes: dict = {}
     for run in study.runs:
@@ -196,7 +222,7 @@ def _texts(study: Study) -> str:
     return f"All finished cells of a seed read the same training texts in the same order (hash {shown})."
 
 
-def _commands(study: Study) -> list[Block]:
+def _commands(study: Results) -> list[Block]:
     lines = [
         study.plan["command"],
         f"python -m lab.report {study.directory}",

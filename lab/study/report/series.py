@@ -10,11 +10,11 @@ from lab.study.judge import pairing
 from lab.study.judge.evidence import UNKNOWN, Comparison, Findings, find
 from lab.study.judge.residuals import BETWEEN, COSTS, MEANINGS, relative, shown
 from lab.study.judge.statistics import half_widths
+from lab.study.numbers import number, short, whole
 from lab.study.report import tables
-from lab.study.report.layout import number, short, whole
 from lab.study.report.page import Block, Heading, Table, Text
 from lab.study.report.verdicts import JUDGED, interval, judged, signed
-from lab.study.results import Study
+from lab.study.results import Results
 
 CAVEAT = (
     "Published losses are one number each, without an error bar, of another model on other data: compare signs, not "
@@ -28,7 +28,7 @@ THEIRS = {  # what a published file may say of a variant besides its loss
 Published = Mapping[str, float]  # {name of a cell: its published loss (nats per token)}
 
 
-def section(study: Study) -> list[Block]:
+def section(study: Results) -> list[Block]:
     """For studies whose published numbers are by its labels: one loss for each variant, or one by condition."""
     if study.results.empty:
         return [Text("No cell has finished yet.")]
@@ -38,7 +38,7 @@ def section(study: Study) -> list[Block]:
     return [*blocks, *_replications(study, findings, theirs)] if findings else blocks
 
 
-def published(study: Study) -> Published:
+def published(study: Results) -> Published:
     """Mean published loss over the judged conditions, of the cells for which they are all published."""
     judged, curves = _judged(study) or set(study.results[study.condition]), tables.published(study)
     found = {cell["name"]: curves.get(study.key(cell), {}) for cell in study.plan["cells"]}
@@ -61,11 +61,11 @@ def replicates(comparison: Comparison, difference: float) -> str:
     return "yes" if found == np.sign(difference) else "no"
 
 
-def _judged(study: Study) -> tuple:
+def _judged(study: Results) -> tuple:
     return settings(study.plan["config"].get("study", {})).judged
 
 
-def _table(study: Study, findings: Findings | None, theirs: Published) -> Table:
+def _table(study: Results, findings: Findings | None, theirs: Published) -> Table:
     scores = findings.scores if findings else pairing.scores(study, _judged(study))
     against = {one.name: one for one in findings.of_kind("baseline")} if findings else {}
     said = {key: found[0] for key, found in tables.published_rows(study).items()}
@@ -110,7 +110,7 @@ def _difference(name: str, against: Mapping[str, Comparison], theirs: Published)
     return [*judged(one), signed(difference), "—" if difference is None else replicates(one, difference)]
 
 
-def _replications(study: Study, findings: Findings, theirs: Published) -> list[Block]:
+def _replications(study: Results, findings: Findings, theirs: Published) -> list[Block]:
     """A line for each contrast: published on all sides, does its sign replicate?"""
     cells = {cell["name"]: cell["labels"] for cell in study.plan["cells"]}
     answers, lines, missing = [], [], []

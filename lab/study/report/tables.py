@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 import pandas as pd
 
-from lab.study.results import Study
+from lab.study.results import Results
 
 Key = tuple  # the values of a cell's labels, in the study's order of labels
 Losses = dict[Key, dict[int, float]]  # a curve for each cell: loss (nats per token) by condition
@@ -22,7 +22,7 @@ class Choice:
     margin: float | None  # by how much the runner-up is worse
 
 
-def losses(study: Study) -> Losses:
+def losses(study: Results) -> Losses:
     """Means over the seeds that are done; cells without one are left out."""
     return {
         key: {count: statistics.fmean(values) for count, values in curve.items()}
@@ -30,7 +30,7 @@ def losses(study: Study) -> Losses:
     }
 
 
-def deviations(study: Study) -> Losses:
+def deviations(study: Results) -> Losses:
     """Sample standard deviations over seeds, where at least two are done."""
     return {
         key: {count: statistics.stdev(values) for count, values in curve.items() if len(values) > 1}
@@ -38,7 +38,7 @@ def deviations(study: Study) -> Losses:
     }
 
 
-def published(study: Study) -> Losses:
+def published(study: Results) -> Losses:
     """Published losses of the plan's cells; one of a file without a column for the condition holds for all conditions
     that we have. Empty where `published_rows` is."""
     found: Losses = {}
@@ -50,7 +50,7 @@ def published(study: Study) -> Losses:
     return found
 
 
-def published_rows(study: Study) -> dict[Key, list[dict]]:
+def published_rows(study: Results) -> dict[Key, list[dict]]:
     """The rows of the published file for each of the plan's cells, where they have a loss.
 
     Empty where no file is named, where one of the study's labels is none of its columns, and where it has several
@@ -71,7 +71,7 @@ def published_rows(study: Study) -> dict[Key, list[dict]]:
     return found
 
 
-def values(study: Study, label: str) -> list:
+def values(study: Results, label: str) -> list:
     """The values a label takes, in the order of the plan, finished or not."""
     return list(dict.fromkeys(cell["labels"].get(label, "") for cell in study.plan["cells"]))
 
@@ -81,7 +81,7 @@ def counts(curves: Losses) -> list[int]:
     return sorted({count for curve in curves.values() for count in curve})
 
 
-def grid(study: Study, curves: Losses, count: int, rows: str, columns: str, where: Mapping) -> dict:
+def grid(study: Results, curves: Losses, count: int, rows: str, columns: str, where: Mapping) -> dict:
     """Losses at one condition as {value of rows: {value of columns: loss}} over the cells whose labels are `where`."""
     found: dict = {row: {} for row in values(study, rows)}
     for key, curve in curves.items():
@@ -139,7 +139,7 @@ def rank_correlation(ours: Losses, theirs: Losses) -> tuple[float, int] | None:
     return float(left.corr(right)), len(shared)
 
 
-def _by_seed(study: Study) -> dict[Key, dict[int, list[float]]]:
+def _by_seed(study: Results) -> dict[Key, dict[int, list[float]]]:
     found: dict = {}
     for row in study.results.to_dict("records"):
         key = tuple(row[label] for label in study.labels)

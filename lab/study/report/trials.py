@@ -3,13 +3,14 @@
 import math
 
 from lab.study.judge import residuals
+from lab.study.numbers import number
 from lab.study.report import costs, figures
-from lab.study.report.layout import arrange, describe, leaves, line_label, number
+from lab.study.report.layout import arrange, describe, leaves, line_label
 from lab.study.report.page import Block, Chart, Table, Text
-from lab.study.results import Study, judged_loss
+from lab.study.results import Results, judged_loss
 
 
-def section(study: Study) -> list[Block]:
+def section(study: Results) -> list[Block]:
     """Nothing for a study that tunes nothing."""
     trials = study.plan.get("tuning", [])
     if not trials:
@@ -40,19 +41,19 @@ def _of(trials: list[dict], cell: dict) -> list[dict]:
     return [trial for trial in trials if trial["cell"] == cell["name"]]
 
 
-def _loss(study: Study, trial: dict) -> float:
+def _loss(study: Results, trial: dict) -> float:
     """The judged loss of a trial; nan where it failed or is still to be made."""
     result = study.directory / trial["directory"] / f"seed-{trial['seed']}" / "result.json"
     loss = judged_loss(result, study.condition, study.plan["config"]["study"]["judged"])
     return math.nan if loss is None else loss
 
 
-def _curve(study: Study, trials: list[dict], field: str) -> dict:
+def _curve(study: Results, trials: list[dict], field: str) -> dict:
     losses = {trial["values"][field]: _loss(study, trial) for trial in trials}
     return {value: loss for value, loss in losses.items() if math.isfinite(loss)}
 
 
-def _row(study: Study, cell: dict, trials: list[dict], fields: list[str]) -> list[str]:
+def _row(study: Results, cell: dict, trials: list[dict], fields: list[str]) -> list[str]:
     losses = [(loss, trial["values"]) for trial in trials if math.isfinite(loss := _loss(study, trial))]
     labels = list(map(str, study.key(cell)))
     if not losses:

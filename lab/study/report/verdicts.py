@@ -6,10 +6,11 @@ from lab.study.judge.evidence import UNKNOWN, Comparison, Evidence, Findings, ov
 from lab.study.judge.residuals import AGAINST, BETWEEN, COSTS, MEANINGS, relative, shown
 from lab.study.judge.statistics import LEAST_RESAMPLED, Interval
 from lab.study.judge.trends import EARLY, END, reading, trend
+from lab.study.numbers import number
 from lab.study.report import figures
-from lab.study.report.layout import describe, number, panel_rows, run_label
+from lab.study.report.layout import describe, panel_rows, run_label
 from lab.study.report.page import Block, Chart, Table, Text
-from lab.study.results import Study
+from lab.study.results import Results
 
 JUDGED = ["verdict", "difference", "95% interval"]
 DETAILS = ["p (Holm)", "detectable", "bootstrap 95%"]  # last, so that costs are seen without scrolling
@@ -23,7 +24,7 @@ EXPLAINED = (
 )
 
 
-def verdicts(study: Study, findings: Findings) -> list[Block]:
+def verdicts(study: Results, findings: Findings) -> list[Block]:
     """Every cell against its baseline, every contrast, and what limits them."""
     blocks: list[Block] = [Text(note) for note in _notes(study, findings)]
     against = {one.name: one for one in findings.of_kind("baseline")}
@@ -85,7 +86,7 @@ def evidence(findings: Findings) -> list[Block]:
     return [Table(["claim", "evidence", "layer", *OF_CONTRAST], rows, caption)]
 
 
-def through_training(study: Study, findings: Findings) -> list[Block]:
+def through_training(study: Results, findings: Findings) -> list[Block]:
     """Paired differences of the training loss against tokens seen."""
     labels = {cell["name"]: describe(cell["labels"]) for cell in study.plan["cells"]}
     found = {one.name: trend(findings, one) for one in findings.of_kind("baseline")}
@@ -124,7 +125,7 @@ def interval(bounds: Interval | None) -> str:
     return "—" if bounds is None else f"[{signed(bounds[0])}, {signed(bounds[1])}]"
 
 
-def _notes(study: Study, findings: Findings) -> Iterable[str]:
+def _notes(study: Results, findings: Findings) -> Iterable[str]:
     judged = findings.settings.judged
     which = f"{study.condition} {', '.join(map(str, judged))}" if judged else f"all values of {study.condition}"
     yield f"A cell is judged by its mean loss over {which}."
@@ -173,7 +174,7 @@ def _costs(cell: Mapping, against: Mapping[str, Comparison]) -> list[str]:
     return [text if text == "—" else f"{text} ({by})" for text, by in zip(shown(cell).values(), more, strict=True)]
 
 
-def _effects(study: Study, findings: Findings) -> list[Block]:
+def _effects(study: Results, findings: Findings) -> list[Block]:
     labels = {cell["name"]: describe(cell["labels"]) for cell in study.plan["cells"]}
     named = [(labels.get(one.name, one.name), one) for one in findings.comparisons if one.estimate.n]
     if not named:

@@ -5,8 +5,8 @@ import time
 
 from lab.evaluate import asks
 from lab.evaluate.conditions import Condition
+from lab.storage import write_atomically
 from lab.study.report.layout import panel_rows
-from lab.study.results import write_atomically
 from lab.study.run import weights as learned
 from lab.study.run.progress import Display
 from lab.study.run.runs import Run, Unit
@@ -52,14 +52,14 @@ class Log:
     def start(self, step: int) -> None:
         """Steps that are made again are logged again: what an earlier attempt logged from here on goes."""
         if self._writes:
-            from lab.study.report import tensorboard  # slow to import, and only one host needs it
+            from lab.study.run import events  # slow to import, and only one host needs it
 
             kept = self._path.read_text().splitlines(keepends=True)[:step] if self._path.exists() else []
             write_atomically(self._path, "".join(kept).encode())
             self._file = self._path.open("a", buffering=1)  # a checkpoint must never outlive the lines before it
-            self._board = tensorboard.Writer(self._run.directory / "tensorboard")
+            self._board = events.Writer(self._run.directory / "tensorboard")
             config, baseline = (cell and cell.described() for cell in (self._run.cell, self._run.baseline))
-            self._board.text("config", tensorboard.describe(config, baseline))
+            self._board.text("config", events.describe(config, baseline))
 
     def step(self, record: Record, rate: float | None) -> None:
         if self._writes:

@@ -14,10 +14,11 @@ from lab import kernels, runtime
 from lab.evaluate import asks, conditions
 from lab.model import mesh as lab_mesh
 from lab.model import parameter
+from lab.storage import write_json
 from lab.study.run import weights as learned
 from lab.study.run.log import Log, Meter
 from lab.study.run.progress import Display
-from lab.study.run.runs import Run, Unit, write_json
+from lab.study.run.runs import Run, Unit
 from lab.train import compiled, loop
 from lab.train.checkpoint import Checkpoints, Position
 from lab.train.step import State

@@ -15,9 +15,9 @@ from lab import data as lab_data
 from lab.errors import UserError
 from lab.evaluate import asks
 from lab.model import mesh as lab_mesh
+from lab.storage import write_json
 from lab.study.define import contrasts, plan
 from lab.study.define.cell import Cell
-from lab.study.results import write_atomically
 
 
 class Run(NamedTuple):
@@ -46,12 +46,16 @@ def _open_data(cells: list[Cell]) -> list[lab_data.Data]:
     """The data of each cell; cells that read the same share it."""
     opened: dict[tuple, lab_data.Data] = {}
     keys = [
-        (*(c.config.data[f] for f in CORPUS_FIELDS), c.config.model.vocabulary, max(ask.texts for ask in c.config.evaluate.values())) for c in cells
+        (*(c.config.data[f] for f in CORPUS_FIELDS), c.config.model.vocabulary, _asked_texts(c.config)) for c in cells
     ]
     for key, cell in zip(keys, cells, strict=True):
         if key not in opened:
             opened[key] = lab_data.open(cell.config)
     return [opened[key] for key in keys]
+
+
+def _asked_texts(config: ConfigDict) -> int:
+    return max(ask.texts for ask in config.evaluate.values())
 
 
 def runs_of(cells: list[Cell], seeds: Sequence[int], workdir: pathlib.Path) -> list[Run]:
@@ -159,7 +163,3 @@ def check_hosts_agree(runs: list[Run]) -> None:
     ours = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
     if jax.process_count() > 1 and len(np.unique(multihost_utils.process_allgather(ours), axis=0)) > 1:
         raise UserError("the hosts differ in config, data or code; give each the same command and the same files")
-
-
-def write_json(path: pathlib.Path, value) -> None:
-    write_atomically(path, (json.dumps(value, indent=1) + "\n").encode())

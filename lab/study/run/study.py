@@ -10,9 +10,10 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from lab.storage import write_json
 from lab.study.run.make import make
 from lab.study.run.progress import Display
-from lab.study.run.runs import Run, Unit, write_json
+from lab.study.run.runs import Run, Unit
 from lab.train import loop
 
 WAITING, FINISHED, FAILED = range(3)

@@ -6,9 +6,8 @@ import jax
 import numpy as np
 from flax import nnx
 
-from lab.study.results import MIXING, as_csv
+from lab.study.results import EMBEDDING, MIXING, as_csv
 
-EMBEDDING = "embedding"
 Weights = Mapping[str, np.ndarray]  # {name: [L, L], or [L, 1 + L] where the embedding comes first; nan: no weight}
 
 

@@ -136,4 +136,4 @@ def _drawn(study, truth, generator):
     for run in study.runs:
         loss = 2.0 + shared[run.seed] + truth[run.cell["name"]] + generator.normal(0, 0.01)
         runs.append(dataclasses.replace(run, result=run.result | {"conditions": [{"eval_branch": 1, "loss": loss}]}))
-    return results.Study(study.directory, study.plan, runs)
+    return results.Results(study.directory, study.plan, runs)

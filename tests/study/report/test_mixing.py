@@ -15,8 +15,8 @@ from lab import report
 from lab.study import results
 from lab.study.report import figures, mixing
 from lab.study.report.layout import grouped
-from lab.study.report.tensorboard import Writer
 from lab.study.run import weights
+from lab.study.run.events import Writer
 
 METHODS = {"variant": ["baseline", "v2m3", "dense"]}
 

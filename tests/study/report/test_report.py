@@ -222,7 +222,7 @@ def test_a_study_of_other_labels_has_an_overview_and_curves(tmp_path):
 
 def test_branches_section_refuses_a_study_without_its_labels(tmp_path):
     write_study(tmp_path, {"head": ["h8"]}, loss=lambda labels, count: 2.0)
-    with pytest.raises(UserError, match="needs the label 'rope_ratio'"):
+    with pytest.raises(UserError, match="a label of the section 'branches' = 'rope_ratio' is unknown"):
         report.rebuild(tmp_path)
 
 
@@ -258,3 +258,41 @@ def test_smoothing_keeps_straight_lines_and_both_ends():
 def test_only_columns_of_numbers_are_aligned_to_the_right():
     table = page.Table(["a", "b", "c", "d"], [["1.5", "1-15", "**2.0**", "3 MiB"], ["—", "2", "-1e-3", "4 M"]])
     assert page._numeric(table) == [True, False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("entry", "told"),
+    [
+        ("branch", r"study\.sections = 'branch' is unknown \(did you mean 'branches'\?\)"),
+        ("branches", r"must be \('branches', ratio, draw, \[head\]\), each by a label .*: rope_ratio, train_branch$"),
+        (["branches", "rope_ratio"], r"must be \('branches', ratio, draw, \[head\]\)"),
+        (
+            ["branches", "rope_ratio", "train_branches"],
+            r"label of the section 'branches' = 'train_branches' is unknown",
+        ),
+        (["curves", "rope_ratio"], r"must be 'curves': the section takes no labels"),
+    ],
+    ids=str,
+)
+def test_sections_that_cannot_be_made_are_refused_in_one_line(entry, told):
+    with pytest.raises(UserError, match=told) as error:
+        sections.parts([entry], ["rope_ratio", "train_branch"])
+    assert "\n" not in str(error.value)
+
+
+def test_a_section_reads_the_labels_that_it_is_given(tmp_path):
+    """Under other labels the same losses make the same tables."""
+    renamed = {"rope_ratio": "share", "train_branch": "drawn"}
+    texts = []
+    for place, names in (("own", {}), ("renamed", renamed)):
+        directory = write_study(tmp_path / place)
+        for path in directory.rglob("*.json"):
+            text = path.read_text()
+            for old, new in names.items():
+                text = text.replace(f'"{old}"', f'"{new}"')
+            path.write_text(text)
+        made = sections.make(results.collect(directory), None)
+        texts.append(page.markdown("", [part for part in made if part.title == "Branches"]))
+    for old, new in renamed.items():
+        texts[0] = texts[0].replace(old, new)
+    assert texts[1].replace("rope_ratio", "share").replace("train_branch", "drawn") == texts[0]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from studies import write, write_study
+from studies import branches, write, write_study
 from test_verdicts import CONTRAST, STUDY, VALUES, loss, noise, table
 
 from lab import report
@@ -100,7 +100,7 @@ def made(directory, study=STUDY, changed=lambda cell: {}, **options):
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    directory = made(tmp_path_factory.mktemp("study"), sections=("branches", "curves"))
+    directory = made(tmp_path_factory.mktemp("study"), sections=(branches(VALUES), "curves"))
     report.rebuild(directory)
     return (directory / "report.md").read_text()
 
@@ -123,7 +123,7 @@ def test_contrasts_and_evidence_show_their_residuals(text):
     assert [single[name] for name in COLUMNS] == ["+100.0%"] * 4 and {overall[name] for name in COLUMNS} == {"—"}
 
 
-@pytest.mark.parametrize("parts", [("curves",), ("branches",), ("series",)])
+@pytest.mark.parametrize("parts", [("curves",), (branches(VALUES),), ("series",)])
 @pytest.mark.parametrize("alike", [False, True])
 def test_no_section_has_losses_without_costs(tmp_path, parts, alike):
     """Whether cells differ in what they cost (columns) or not (a line)."""

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from studies import write, write_study
+from studies import branches, write, write_study
 from test_report import Page, rows_of
 
 from lab import report
@@ -102,7 +102,7 @@ def test_changes_of_a_cell_are_listed_against_its_baseline(finished):
 
 def test_layout_may_differ_and_is_shown(tmp_path):
     study = {"baseline": (("train_branch", "fixed1"),)}
-    text, _, _ = built(tmp_path, study=study, sections=("branches", "curves"))
+    text, _, _ = built(tmp_path, study=study, sections=(branches(VALUES), "curves"))
     rows = {row["cell"]: row for row in table(text, "cell | changes")}
     assert rows["rope_ratio=0.5,train_branch=1-15"]["differs in layout"] == "data.draw"
     assert "Refused pairs" not in text and "## Branches" in text and "## Loss by condition" not in text

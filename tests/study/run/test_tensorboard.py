@@ -26,7 +26,7 @@ from tensorboard.plugins.hparams.metadata import PLUGIN_NAME, SESSION_END_INFO_T
 
 from lab import report
 from lab.study import results
-from lab.study.report.tensorboard import Writer, describe
+from lab.study.run.events import Writer, describe
 
 LOSS = "train/loss_nats"
 

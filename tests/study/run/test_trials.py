@@ -7,8 +7,9 @@ import pytest
 import lab.config
 from lab.errors import UserError
 from lab.study import results
-from lab.study.define import cells, resolve, tuning
-from lab.study.report import trials
+from lab.study.define import cells, resolve
+from lab.study.report import trials as section
+from lab.study.run import trials as tuning
 
 GRID = (("train.learning_rate", (1e-3, 3e-3, 1e-2)), ("train.weight_decay", (0.0, 0.1)))
 
@@ -100,7 +101,7 @@ def test_the_report_shows_what_tuning_gained_and_flags_the_edge(config, tmp_path
         "tuning": [trial.describe() for trial in tried_out],
         "cells": [{"name": cell.name, "labels": cell.labels, "seeds": []} for cell in resolved],
     }
-    table = trials.section(results.Study(tmp_path, plan, []))[-1]
+    table = section.section(results.Results(tmp_path, plan, []))[-1]
     assert [row[1:] for row in table.rows] == [
         ["train.learning_rate 0.003", "no", "2.0000", "2.0000", "0.0000"],
         ["train.learning_rate 0.01", "**train.learning_rate**", "1.5000", "2.0000", "0.5000"],

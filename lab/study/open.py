@@ -1,0 +1,55 @@
+"""Opens a study: everything checked that shows before its data is read."""
+
+import dataclasses
+import functools
+import pathlib
+
+import jax
+from ml_collections import ConfigDict
+
+from lab.study.define import plan, tuning
+from lab.study.define.cell import Cell
+from lab.study.define.resolve import resolve
+from lab.study.report import sections
+from lab.study.run import runs, trials
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """A config that was checked, its cells before tuning, and their rows of the plan. Trials and runs read its data."""
+
+    config: ConfigDict
+    cells: list[Cell]
+    rows: list[dict]
+    workdir: pathlib.Path
+
+    @functools.cached_property
+    def trials(self) -> list[trials.Trial]:
+        """Every cell at every point of the grid; none where nothing is tuned."""
+        return trials.trials(self.config, self.cells, self.workdir)
+
+    def planned(self, command: str) -> list[runs.Run]:
+        """Every run, cells at their best points as far as trials are made; plan.json is written, with the command.
+
+        Raises UserError for a mesh or batches that do not fit the devices, hosts that differ, and a directory that
+        holds something else.
+        """
+        cells = trials.tuned(self.cells, self.trials)
+        rows = plan.table(self.config, cells) if self.trials else self.rows
+        every = runs.runs_of(cells, range(self.config.seed, self.config.seed + self.config.study.seeds), self.workdir)
+        runs.check_devices(every)
+        runs.check_hosts_agree(every)
+        if jax.process_index() == 0:
+            tried = [trial.describe() for trial in self.trials]
+            runs.write_plan(self.workdir, self.config, rows, every, tried, command)
+        return every
+
+
+def open(config: ConfigDict, overridden: tuple[str, ...] = (), workdir: pathlib.Path | None = None) -> Study:
+    """The study of a config whose fields `overridden` were set by the command; its files go to `workdir`, or to
+    runs/<study>. Reads no data. Raises UserError for whatever cannot run or be reported."""
+    cells = resolve(config, overridden)
+    sections.parts(config.study.sections, [label for _, label in config.study.labels])
+    rows = plan.table(config, cells)
+    tuning.points(config, cells)
+    return Study(config, cells, rows, workdir or pathlib.Path("runs") / config.study.name)

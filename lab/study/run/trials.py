@@ -1,0 +1,67 @@
+"""Trials: runs of every cell at every point of the grid on the seed of tuning, and the best of them."""
+
+import math
+import pathlib
+from typing import NamedTuple
+
+from ml_collections import ConfigDict
+
+from lab.evaluate import asks
+from lab.study.define import tuning
+from lab.study.define.cell import Cell
+from lab.study.results import judged_loss
+from lab.study.run.runs import Run, cell_directory, runs_of
+
+
+class Trial(NamedTuple):
+    """A cell of the study with one point of the grid laid over it."""
+
+    cell: str
+    values: dict[str, object]
+    run: Run
+
+    def describe(self) -> dict:
+        """As plan.json has it."""
+        directory = cell_directory(self.run.cell, self.run.fingerprint)
+        return {"cell": self.cell, "values": self.values, "directory": directory, "seed": self.run.seed}
+
+
+def trials(config: ConfigDict, cells: list[Cell], workdir: pathlib.Path) -> list[Trial]:
+    """Every cell at every point of config.study.tune, on config.study.tune_seed. Raises what `tuning.points` does."""
+    grid = tuning.points(config, cells)
+    if not grid:
+        return []
+    tried = [(cell.name, values, tuning.with_values(cell, values)) for cell in cells for values in grid]
+    runs = runs_of([cell for *_, cell in tried], [config.study.tune_seed], workdir)
+    return [
+        Trial(name, v, run._replace(note=_spelled(v), baseline=None))
+        for (name, v, _), run in zip(tried, runs, strict=True)
+    ]
+
+
+def _spelled(values: dict[str, object]) -> str:
+    return ", ".join(f"{field}={value}" for field, value in values.items())
+
+
+def tuned(cells: list[Cell], trials: list[Trial]) -> list[Cell]:
+    """The cells at their best point; one whose trials are not all finished, or all failed, keeps its own values."""
+    chosen = {cell.name: best([t for t in trials if t.cell == cell.name]) for cell in cells}
+    return [tuning.with_values(cell, chosen[cell.name].values) if chosen[cell.name] else cell for cell in cells]
+
+
+def best(trials: list[Trial]) -> Trial | None:
+    """The trial of the lowest judged loss; of equals, the first. None while any is to be made, or if none finished."""
+    scores = [(score(trial.run), trial) for trial in trials]
+    if not scores or any(s is None for s, _ in scores):
+        return None
+    lowest, trial = min(scores, key=lambda pair: pair[0])
+    return trial if math.isfinite(lowest) else None
+
+
+def score(run: Run) -> float | None:
+    """Mean loss over the judged conditions; infinite for a failed run, None for one that is still to be made."""
+    if (run.directory / "failure.json").exists():
+        return math.inf
+    study = run.cell.config.study
+    loss = judged_loss(run.directory / "result.json", asks.column(run.cell.config), study.judged)
+    return math.inf if loss is not None and math.isnan(loss) else loss
