@@ -1,0 +1,67 @@
+"""What a config computes, however and wherever it runs: digests of its programs in one canonical form.
+
+They are the same on every device, mesh and attention implementation, and compare under equal versions of jax, flax and
+optax. Programs are traced, never compiled: it takes seconds, whatever the size of the model, and no memory.
+"""
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from lab import model as lab_model
+from lab.coordinates import Coordinates
+from lab.data import Batch
+from lab.model import parameter
+from lab.train import step
+from lab.train.digest import digest
+from lab.train.optimizer import Numbers
+from lab.train.step import Program, State
+
+
+def train_step(config: ConfigDict) -> str:
+    """Of the training step: what becomes of the state, numbers and a batch of the config's shape; loss and gradient.
+
+    Numbers and tables are inputs: cells that differ only in them share it. Call it outside any mesh.
+    """
+    config = canonical(config)
+    state = jax.eval_shape(lambda: _initial_state(config, jax.random.key(0)))
+    inputs = state, Numbers(*[jax.ShapeDtypeStruct((), np.float32)] * len(Numbers._fields)), abstract_batch(config)
+    closed = jax.make_jaxpr(step.train_step, static_argnums=3)(*inputs, Program.of(config.train))
+    # Another number or coordinate, which this program does not read, must not push the others out of their places.
+    names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(inputs[1:])]
+    return digest(closed, [*range(len(jax.tree.leaves(state))), *names])
+
+
+def initial_state(config: ConfigDict) -> str:
+    """Of how weights are drawn from a key, and of the optimizer's state when training starts."""
+
+    def drawn(key):
+        state = _initial_state(canonical(config), key)
+        return parameter.split(state.model)[1], state.optimizer
+
+    return digest(jax.make_jaxpr(drawn)(jax.eval_shape(lambda: jax.random.key(0))))
+
+
+def tables(config: ConfigDict) -> str:
+    """Of the values that the model reads and does not train: to their program they are constants, known by bytes."""
+    made = lambda: parameter.split(_initial_state(canonical(config), jax.random.key(0)).model)[2]  # noqa: E731
+    return digest(jax.make_jaxpr(made)())
+
+
+def canonical(config: ConfigDict) -> ConfigDict:
+    """The config, with its fields of how a program runs, which leave what it computes as it is, set in the one way."""
+    config = config.copy_and_resolve_references()
+    config.model.update(scan=False, remat="none", implementation="reference")
+    config.train.microbatches = 1
+    return config
+
+
+def abstract_batch(config: ConfigDict) -> Batch:
+    """A training batch of all hosts, by shape only."""
+    shape = config.data.rows, config.data.texts_per_row * config.data.text_length
+    numbers = jax.ShapeDtypeStruct(shape, np.int32)
+    return Batch(numbers, numbers, Coordinates(*[numbers] * 4))
+
+
+def _initial_state(config: ConfigDict, key: jax.Array) -> State:
+    return step.initial_state(lab_model.build(config.model, key), Program.of(config.train))
