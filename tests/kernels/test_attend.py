@@ -150,6 +150,7 @@ def case_of(name: str) -> Case:
     return (CASES | SLOW_CASES)[name]
 
 
+@pytest.mark.matrix("name")
 @pytest.mark.parametrize("name", MARKED)
 @settings(max_examples=5)
 @given(seed=seeds, pack=st.sampled_from(sorted(packs.PACKS)))
@@ -159,6 +160,7 @@ def test_reference_against_a_loop(name, seed, pack):
     check_close(outputs, by_loop(case_of(name), arrays, coordinates))
 
 
+@pytest.mark.matrix("name")
 @pytest.mark.parametrize("implementation", OTHERS)
 @pytest.mark.parametrize("name", MARKED)
 @settings(max_examples=20)

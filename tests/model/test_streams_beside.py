@@ -193,11 +193,13 @@ def in_float64(name: str) -> Double:
     return double(config(name))
 
 
+@pytest.mark.matrix("name")
 @pytest.mark.parametrize("name", MARKED)
 def test_forward_against_numpy(name):
     check_forward(in_float64(name), FORMULAS[name])
 
 
+@pytest.mark.matrix("name")
 @pytest.mark.parametrize("name", MARKED)
 def test_gradients_against_finite_differences(name):
     check_gradients(in_float64(name))
