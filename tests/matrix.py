@@ -56,7 +56,7 @@ def row(item) -> str:
 
 
 def sample(tests: list[tuple[str, str, str]], seed: int) -> set[str]:
-    """Some of the tests, each given with its contract and its row. The draw of one depends on no order of the others."""
+    """Some of the tests, each given with its contract and its row, in any order."""
     drawn, of_contract, of_row = set(), collections.defaultdict(list), collections.defaultdict(list)
     for test, contract, row in sorted(tests, key=lambda each: random.Random(f"{seed} {each[0]}").random()):
         of_contract[contract].append(test)

@@ -368,7 +368,7 @@ def test_every_stream_keeps_the_contracts():
 
 @pytest.mark.matrix("variant")
 @pytest.mark.parametrize(
-    ("variant", "scan"), variants.both_ways([pytest.param(v) for v in variants.ON_STREAMS | variants.VARIANTS])
+    ("variant", "scan"), variants.both_ways(variants.marked(variants.ON_STREAMS | variants.VARIANTS))
 )
 def test_the_stream_stays_in_the_precision_of_the_model(variant, scan):
     made = variants.config(variant, model__compute="bfloat16", model__scan=scan)
