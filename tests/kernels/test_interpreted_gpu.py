@@ -77,9 +77,8 @@ def test_they_equal_the_reference_forward_and_backward(name, seed, pack):
     check_close(compiled(CASES[name])(*inputs), compiled_here(CASES[name], "reference")(*inputs))
 
 
-@pytest.mark.parametrize(
-    ("K", "pairs", "parts"), [(32, 16, (16, 16)), pytest.param(48, 16, (16, 16, 16), marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("K", "pairs", "parts"), [(32, 16, (16, 16)), (48, 16, (16, 16, 16))])
 @settings(max_examples=2)
 @given(seed=seeds, pack=st.sampled_from(sorted(packs.PACKS)))
 def test_queries_rotated_inside_are_queries_rotated_before(K, pairs, parts, seed, pack):

@@ -23,7 +23,7 @@ L = 4
 NAMES = [name for name in STREAMS if name[0] == "v" or name == "temperature"]
 POST = [f"{name}, post" for name in v1.METHODS]
 NORMED = [f"{name}, normed" for name in NAMES if "input" in STREAMS[name].fields]
-FAST = ("v1m2", "v2m3", "v3m3.2", "v4m1D", "v4mC")
+FAST = ("v2m3", "v4m1D")
 
 
 def config(name: str, **overrides):

@@ -19,7 +19,7 @@ from lab.model.streams import STREAMS
 from lab.model.streams.hyper import sinkhorn
 
 L, SIZES = 4, dict(copies=3, rank=5, blocks=2)
-FAST = ("muddformer", "mhc")
+FAST = ("mhc",)
 
 
 def config(name: str, **overrides):
