@@ -6,7 +6,7 @@ VENV ?= .venv
 CONFIG ?= configs/rope_ablation.py
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: run setup test test-slow smoke
+.PHONY: run setup test test-slow test-commit test-all test-tpu smoke
 
 run: setup
 	$(VENV)/bin/python -m lab.main --config=$(CONFIG)
@@ -14,10 +14,19 @@ run: setup
 setup: $(VENV)/.runs
 
 test: $(VENV)/.tests
-	$(VENV)/bin/python -m pytest -m "not slow" -n 2 --dist loadfile
+	$(VENV)/bin/python -m pytest -m "not slow" -n 2 --dist worksteal
 
 test-slow: $(VENV)/.tests
 	$(VENV)/bin/python -m pytest -m slow -n 2 --dist worksteal
+
+test-commit: $(VENV)/.tests
+	$(VENV)/bin/python -m pytest -n 2 --dist worksteal
+
+test-all: $(VENV)/.tests
+	$(VENV)/bin/python -m pytest -n 2 --dist worksteal --matrix=all
+
+test-tpu: $(VENV)/.tests
+	$(VENV)/bin/python -m pytest --matrix=all tests/kernels/test_compile_for_tpu.py
 
 smoke: $(VENV)/.tests
 	$(VENV)/bin/python -m pytest -m smoke

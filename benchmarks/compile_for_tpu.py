@@ -43,6 +43,7 @@ CASES = [  # heads, precision, queries, keys
     ((32, 4, 128, 128), "bfloat16", 256, 4096),
     ((32, 8, 256, 256), "bfloat16", 256, 4096),
 ]
+QUICK = (CASES[0], (STEPS[0], "bfloat16", 64, 4096))
 RULE = rules.own_branch & rules.window(512)
 
 
@@ -86,10 +87,10 @@ def vmem(program) -> dict[str, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tpus", nargs="*", choices=[[], *TPUS], help="what to compile for (default: all)")
-    parser.add_argument("--quick", action="store_true", help="one width")
+    parser.add_argument("--quick", action="store_true", help="one width and one step of decoding")
     flags = parser.parse_args()
     for tpu in flags.tpus or TPUS:
-        for heads, *case in CASES[:1] if flags.quick else CASES:
+        for heads, *case in QUICK if flags.quick else CASES:
             program = compiled(tpu, heads, *case)
             found = dict(
                 zip(("tpu", "H", "G", "K", "V", "dtype", "queries", "keys"), (tpu, *heads, *case), strict=True)

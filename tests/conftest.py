@@ -10,6 +10,7 @@ os.environ.setdefault("LAB_CACHE", str(_CACHE))
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
+from matrix import pytest_addoption, pytest_collection_modifyitems, pytest_sessionstart  # noqa: E402, F401
 
 from lab import kernels  # noqa: E402
 from lab.train import compiled  # noqa: E402

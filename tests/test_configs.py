@@ -30,6 +30,10 @@ def module(path):
 SCALES = [(path, scale) for path in CONFIGS for scale in module(path).SCALES]
 
 
+# Many parts of one study: those of one scale run always, those of another among the slow tests.
+LARGER = [pytest.param("gpu", marks=pytest.mark.whole), pytest.param("paper", marks=pytest.mark.slow)]
+
+
 @functools.cache
 def planned(name: str, scale: str):
     """(config, cells, rows of the plan)"""
@@ -38,7 +42,12 @@ def planned(name: str, scale: str):
     return config, cells, plan.table(config, cells)
 
 
-@pytest.mark.parametrize(("path", "scale"), SCALES, ids=lambda value: getattr(value, "stem", value))
+@pytest.mark.matrix("path")
+@pytest.mark.parametrize(
+    ("path", "scale"),
+    [pytest.param(*x, marks=[] if x[1] == "cpu" else pytest.mark.slow) for x in SCALES],
+    ids=lambda value: getattr(value, "stem", value),
+)
 def test_every_scale_plans(path, scale):
     config, cells, rows = planned(path.stem, scale)
     assert config.study.name.startswith(path.stem)
@@ -61,23 +70,22 @@ def test_every_scale_plans(path, scale):
             visible = data.texts_per_row * data.text_length
             attended = model.layers * row["attention_work"] * visible + closed_forms.stream_work(model, visible)
             assert row["train_flops_per_token"] <= 6 * (multiplying + attended)
+        check_rotary_pairs(cell, row)
 
 
-@pytest.mark.parametrize(("path", "scale"), SCALES, ids=lambda value: getattr(value, "stem", value))
-def test_rotary_pairs_follow_the_ratio(path, scale):
+def check_rotary_pairs(cell, row):
     """n = round(F ratio) selected pairs, the even ones for the branch, the odd ones for the time."""
-    for cell, row in zip(*planned(path.stem, scale)[1:], strict=True):
-        rotary = cell.config.model.rotary
-        pairs = (rotary.dim or cell.config.model.head_dim) // 2
-        selected = round(pairs * rotary.ratio)
-        assert rotary.unselected == "index"
-        assert row["head_dim"] == cell.config.model.head_dim
-        if cell.config.model.rotate in ("none", "v", "o", "vo") or cell.config.model.mixer == "delta":
-            assert row["pairs_branch"] == row["pairs_time"] == row["pairs_index"] == 0
-            continue
-        assert row["pairs_branch"] == math.ceil(selected / 2)
-        assert row["pairs_time"] == selected // 2
-        assert row["pairs_index"] == pairs - selected
+    rotary = cell.config.model.rotary
+    pairs = (rotary.dim or cell.config.model.head_dim) // 2
+    selected = round(pairs * rotary.ratio)
+    assert rotary.unselected == "index"
+    assert row["head_dim"] == cell.config.model.head_dim
+    if cell.config.model.rotate in ("none", "v", "o", "vo") or cell.config.model.mixer == "delta":
+        assert row["pairs_branch"] == row["pairs_time"] == row["pairs_index"] == 0
+        return
+    assert row["pairs_branch"] == math.ceil(selected / 2)
+    assert row["pairs_time"] == selected // 2
+    assert row["pairs_index"] == pairs - selected
 
 
 def test_rope_ablation_is_ten_cells_of_one_program():
@@ -115,7 +123,7 @@ def test_a_billion_parameters_with_heads_of_128():
     assert all(0.95e9 < row["parameters"] < 1.15e9 for row in rows)
 
 
-@pytest.mark.parametrize("scale", ["cpu", "gpu", "paper", "1b"])
+@pytest.mark.parametrize("scale", ["cpu", *LARGER, "1b"])
 def test_head_dim_ablation_is_thirty_cells_and_one_program_for_each_head_shape(scale):
     _, cells, rows = planned("head_dim_ablation", scale)
     assert len(cells) == 30
@@ -178,7 +186,7 @@ def test_attention_work_and_the_cache_over_devices_of_the_series():
     }
 
 
-@pytest.mark.parametrize("scale", ["cpu", "gpu", "paper"])
+@pytest.mark.parametrize("scale", ["cpu", *LARGER])
 def test_parts_of_the_attention_study_are_matched_as_they_say(scale):
     rows = planned("attention_ablation", f"{scale}-flops")[2]
     assert all(abs(match["residual"]) < 1e-3 for row in rows for match in row["match"]) and len(rows) == 15
@@ -198,7 +206,7 @@ def published_losses() -> dict[str, float]:
     return {row["method"]: float(row["loss"]) for row in csv.DictReader(text.splitlines())}
 
 
-@pytest.mark.parametrize("scale", ["cpu", "gpu", "paper"])
+@pytest.mark.parametrize("scale", ["cpu", *LARGER])
 def test_parts_of_the_residual_study_are_every_stream_and_match_on_steps_and_batch(scale):
     found = set()
     for part in PARTS:
@@ -213,13 +221,14 @@ def test_parts_of_the_residual_study_are_every_stream_and_match_on_steps_and_bat
     assert found == {*STREAMS}
 
 
-@pytest.mark.parametrize("scale", ["gpu", "paper"])
+@pytest.mark.parametrize("scale", LARGER)
 def test_the_residual_study_has_the_published_size(scale):
     rows = {row["labels"]["method"]: row for row in planned(RESIDUAL, f"{scale}-v4")[2]}
     assert round(rows["baseline"]["parameters"] / 1e6, 2) == 51.65
     assert rows["v4m1D"]["parameters"] - rows["baseline"]["parameters"] == 22_768
 
 
+@pytest.mark.slow
 def test_the_published_part_of_the_residual_study_is_what_the_source_ran_and_the_corrected_cells():
     for part in ("v1", "v2", "v3", "v4", "confirm"):
         _, cells, rows = planned(RESIDUAL, f"paper-{part}")

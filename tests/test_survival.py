@@ -10,7 +10,6 @@ import pytest
 
 pytestmark = pytest.mark.slow
 TWELVE = 'product(vary("model.rotary.ratio", (0.0, 0.5, 1.0)), vary("data.draw", ("fixed1", "1-2", "1-3", "2-4")))'
-KILLS = 20
 
 
 @pytest.fixture(scope="module")
@@ -32,13 +31,14 @@ def undisturbed(place, study):
     return work
 
 
-def test_twenty_kills_over_twelve_cells(place, study, undisturbed):
+@pytest.mark.parametrize("kills", [6, pytest.param(20, marks=pytest.mark.whole)])
+def test_kills_over_twelve_cells(place, study, undisturbed, kills):
     """At random after the first step of each attempt, so that every attempt gets somewhere."""
-    work, chance, killed = place / "killed", random.Random(), 0
-    for attempt in range(KILLS):
+    work, chance, killed = place / f"killed{kills}", random.Random(), 0
+    for attempt in range(kills):
         before = commands.steps_logged(work)
         with commands.started(
-            "main", f"--config={study}", f"--workdir={work}", log=place / f"killed-{attempt}"
+            "main", f"--config={study}", f"--workdir={work}", log=place / f"killed{kills}-{attempt}"
         ) as process:
             if process.until(lambda: commands.steps_logged(work) != before):  # noqa: B023
                 time.sleep(chance.uniform(0, 1.5))
@@ -46,12 +46,12 @@ def test_twenty_kills_over_twelve_cells(place, study, undisturbed):
                 process.signal(signal.SIGKILL)
                 killed += 1
             process.wait()
-    assert killed > KILLS // 2, "the study was over too soon to be killed often"
+    assert killed > kills // 2, "the study was over too soon to be killed often"
     commands.finished("main", f"--config={study}", f"--workdir={work}", log=place / "killed-last")
     commands.same_results(work, undisturbed)
 
 
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.whole)])
 def test_processes_share_a_study(place, study, undisturbed, processes):
     work = place / f"shared{processes}"
     with contextlib.ExitStack() as running:

@@ -137,8 +137,11 @@ def check_close(got, expected, tolerance: float = 1e-5) -> None:
     jax.tree.map(check, got, expected)
 
 
+@pytest.mark.matrix("K")
 @pytest.mark.parametrize("implementation", OTHERS)
-@pytest.mark.parametrize(("K", "V"), WIDTHS)
+@pytest.mark.parametrize(
+    ("K", "V"), [pytest.param(*x, marks=[pytest.mark.slow] * (x not in WIDTHS[1:2])) for x in WIDTHS]
+)
 def test_every_implementation_takes_the_widths_of_every_published_variant(K, V, implementation):
     case = Case(rule=rules.causal, H=2, G=1, K=K, V=V)
     inputs = draw(case, 0, "interleaved")
@@ -150,6 +153,7 @@ def case_of(name: str) -> Case:
     return (CASES | SLOW_CASES)[name]
 
 
+@pytest.mark.matrix("name")
 @pytest.mark.parametrize("name", MARKED)
 @settings(max_examples=5)
 @given(seed=seeds, pack=st.sampled_from(sorted(packs.PACKS)))
@@ -159,9 +163,10 @@ def test_reference_against_a_loop(name, seed, pack):
     check_close(outputs, by_loop(case_of(name), arrays, coordinates))
 
 
+@pytest.mark.matrix("name")
 @pytest.mark.parametrize("implementation", OTHERS)
 @pytest.mark.parametrize("name", MARKED)
-@settings(max_examples=20)
+@settings(max_examples=8)
 @given(seed=seeds, pack=st.sampled_from(sorted(packs.PACKS)))
 def test_every_implementation_equals_the_reference_forward_and_backward(name, implementation, seed, pack):
     inputs = draw(case_of(name), seed, pack)
@@ -309,24 +314,33 @@ def test_rows_whose_lists_are_long_go_a_few_at_a_time(monkeypatch):
         compiled.__wrapped__(case, "pallas_tpu")(*inputs)
 
 
+ROTATED = Case(rule=rules.own_branch, softcap=2.0)
+
+
+@functools.cache
+def rotating(implementation: str, inside: bool):
+    """((q, k, v, frequencies), coordinates, cotangents) -> (o, lse), (dq, dk, dv, gradient of frequencies)"""
+
+    def run(arrays, coordinates, cotangents):
+        def attend(q, k, v, frequencies):
+            k = rotate(k, rotation(coordinates[1], jax.lax.stop_gradient(frequencies)))
+            before = q if inside else rotate(q, rotation(coordinates[0], frequencies))
+            options = ROTATED.options | (dict(frequencies_3F=frequencies) if inside else {})
+            return kernels.attend(before, k, v, *coordinates, ROTATED.rule, implementation=implementation, **options)
+
+        outputs, pull = jax.vjp(attend, *arrays)
+        return outputs, pull(cotangents)
+
+    return jax.jit(run)
+
+
 @pytest.mark.parametrize("implementation", HERE)
 @pytest.mark.parametrize("pairs", [4, 3])  # all of a head, and its last six dimensions
 @settings(max_examples=5)
 @given(seed=seeds, pack=st.sampled_from(sorted(packs.PACKS)))
 def test_queries_rotated_inside_are_queries_rotated_before(implementation, pairs, seed, pack):
-    case = Case(rule=rules.own_branch, softcap=2.0)
-    (q, k, v), (queries, keys), cotangents = draw(case, seed, pack)
+    arrays, coordinates, cotangents = draw(ROTATED, seed, pack)
     # Angles of a few turns: of more, rounding in float32 is all that one would see.
     frequencies = jnp.asarray(np.random.default_rng(seed).normal(size=(3, pairs)) / 10, jnp.float32)
-    k = rotate(k, rotation(keys, frequencies))
-
-    def outputs_and_gradients(rotated_inside: bool):
-        def attend(q, k, v, frequencies):
-            before = q if rotated_inside else rotate(q, rotation(queries, frequencies))
-            options = case.options | (dict(frequencies_3F=frequencies) if rotated_inside else {})
-            return kernels.attend(before, k, v, queries, keys, case.rule, implementation=implementation, **options)
-
-        outputs, pull = jax.vjp(attend, q, k, v, frequencies)
-        return outputs, pull(cotangents)
-
-    check_close(*(jax.jit(outputs_and_gradients, static_argnums=0)(inside) for inside in (True, False)))
+    inputs = (*arrays, frequencies), coordinates, cotangents
+    check_close(*(rotating(implementation, inside)(*inputs) for inside in (True, False)))

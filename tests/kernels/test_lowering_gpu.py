@@ -52,6 +52,7 @@ def pairs(widths):
     ]
 
 
+@pytest.mark.matrix("K")
 @pytest.mark.parametrize(("K", "V"), pairs(pallas_gpu.WIDTHS))
 def test_forward_and_backward_lower_for_every_width(K, V):
     assert pallas_gpu.refusal(K, V, jnp.bfloat16) is None

@@ -43,7 +43,7 @@ def check_lists(rule, q: Coordinates, k: Coordinates) -> None:
 
 @pytest.mark.parametrize("rule", NAMED, ids=range(len(NAMED)))
 @pytest.mark.parametrize("pack", packs.PACKS)
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(seed=seeds)
 def test_lists_of_named_rules(rule, pack, seed):
     rng = np.random.default_rng(seed)
@@ -51,7 +51,7 @@ def test_lists_of_named_rules(rule, pack, seed):
 
 
 @pytest.mark.parametrize("pack", packs.PACKS)
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(rule=drawn_rules, seed=seeds)
 def test_lists_of_any_rule(rule, pack, seed):
     at = packs.PACKS[pack](np.random.default_rng(seed), 2, 24)
@@ -59,7 +59,7 @@ def test_lists_of_any_rule(rule, pack, seed):
 
 
 @pytest.mark.parametrize("pack", packs.PACKS)
-@settings(max_examples=20)
+@settings(max_examples=10)
 @given(rule=drawn_rules, seed=seeds)
 def test_key_tiles_list_the_query_tiles_that_list_them(pack, rule, seed):
     rng = np.random.default_rng(seed)
@@ -78,7 +78,7 @@ def test_key_tiles_list_the_query_tiles_that_list_them(pack, rule, seed):
 
 
 @pytest.mark.parametrize("pack", packs.PACKS)
-@settings(max_examples=20)
+@settings(max_examples=10)
 @given(rule=drawn_rules, seed=seeds)
 def test_steps_in_line_are_the_lists_end_to_end(pack, rule, seed):
     rng = np.random.default_rng(seed)
@@ -95,7 +95,7 @@ def test_steps_in_line_are_the_lists_end_to_end(pack, rule, seed):
     assert found == expected
 
 
-@settings(max_examples=20)
+@settings(max_examples=10)
 @given(rule=drawn_rules, seed=seeds, own=st.integers(1, 3), listed=st.integers(1, 3))
 def test_cut_lists_name_the_pieces_of_the_tiles_in_their_order(rule, seed, own, listed):
     rng = np.random.default_rng(seed)

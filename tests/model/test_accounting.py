@@ -40,6 +40,7 @@ def test_parameters_of_the_published_models(name, tied):
 WIDE = dict(model__dim=64, model__head_dim=16, model__ffn=160, model__implementation="reference")
 
 
+@pytest.mark.matrix("variant")
 @pytest.mark.parametrize(
     "variant",
     [

@@ -12,6 +12,7 @@ from lab.model.arrangement import Arrangement
 ANY_ORDER = [name for name in variants.VARIANTS if not variants.in_order(name)]
 
 
+@pytest.mark.matrix("variant")
 @pytest.mark.parametrize("variant", variants.marked(ANY_ORDER, fast=("default", "local : global")))
 def test_logits_are_those_of_the_token_wherever_it_lies(variant):
     model, batch = tiny.model(variants.config(variant)), tiny.batch(rows=2, length=24)

@@ -186,7 +186,15 @@ SUBSETS = ["".join(c for i, c in enumerate("qkvo") if mask >> i & 1) or "none" f
 EVERY = [*variants.VARIANTS, *variants.ON_RULES]
 
 
-@pytest.mark.parametrize(("variant", "overrides"), [
+def marked(cases: list) -> list:
+    """Every mixer always, its options among the slow tests."""
+    fast = [("default", (("model__rotate", "qkvo"), ("model__rotary__dim", 4)))]
+    fast += [(f"mixer {name}", ()) for name in MIXERS]
+    return [pytest.param(*case, marks=[] if case in fast else pytest.mark.slow) for case in cases]
+
+
+@pytest.mark.matrix("variant")
+@pytest.mark.parametrize(("variant", "overrides"), marked([
     *((name, ()) for name in EVERY if name.startswith("mixer ") or " on " in name),
     *((name, ()) for name in ("mla with a query latent", "low rank, everything rotates", "values of another width")),
     *(("default", (("model__rotate", subset), ("model__rotary__dim", dim))) for subset in SUBSETS for dim in (0, 4)),
@@ -197,7 +205,7 @@ EVERY = [*variants.VARIANTS, *variants.ON_RULES]
     ("mixer s2", (("model__rotate", "qkv"),)),
     ("mixer s2", (("model__rotate", "none"),)),
     ("mixer s2", (("model__rotary__dim", 0),)),
-], ids=str)  # fmt: skip
+]), ids=str)  # fmt: skip
 def test_against_the_formula(variant, overrides):
     config, stacked, x_BTD, coordinates, got = float64_layer(variant, 40, **dict(overrides))
     at = coordinates.map(lambda x: np.asarray(x[0]))
@@ -312,7 +320,8 @@ def test_forgetting_in_bfloat16_knows_what_it_forgets_to_float32():
         np.testing.assert_allclose(np.float64(o_BTHV[0, :, h]), expected, atol=0.03)
 
 
-@pytest.mark.parametrize("variant", variants.VARIANTS | variants.ON_STREAMS)
+@pytest.mark.matrix("variant")
+@pytest.mark.parametrize("variant", variants.marked(variants.VARIANTS | variants.ON_STREAMS))
 def test_no_two_weights_are_drawn_from_the_same_numbers(variant):
     """Keys that are split and keys that are folded in coincide unless their numbers are kept apart."""
     model = lab_model.build(variants.config(variant).model, jax.random.key(0))

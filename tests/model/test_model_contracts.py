@@ -41,6 +41,7 @@ def check_same(one, other) -> None:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=TOLERANCE * max(1.0, np.abs(b).max())), one, other)
 
 
+@pytest.mark.matrix("variant")
 @pytest.mark.parametrize("variant", variants.scanned([*variants.marked(), *variants.marked(variants.ON_STREAMS, ())]))
 def test_scanned_equals_unrolled(variant):
     # Two whole periods of the pattern, and a remainder where it has more than one entry.
@@ -60,6 +61,7 @@ def few() -> list:
     return variants.marked(variants.SCANNED, fast=("default",))
 
 
+@pytest.mark.matrix("variant")
 @pytest.mark.parametrize(("variant", "scan", "policy"), rematerialised())
 def test_rematerialised_equals_kept(variant, scan, policy):
     check_same(logits_and_gradient(variant, model__remat=policy, model__scan=scan), logits_and_gradient(variant))
@@ -78,6 +80,7 @@ def test_rematerialisation_keeps_less(policy):
     assert kept(policy) < 0.8 * kept("none")
 
 
+@pytest.mark.matrix("variant")
 @pytest.mark.parametrize("implementation", [name for name in variants.IMPLEMENTATIONS if name != "reference"])
 @pytest.mark.parametrize("variant", [*variants.marked(fast=("default",)), *variants.marked(variants.ON_RULES, ())])
 def test_implementations_equal_the_reference(variant, implementation):
@@ -95,6 +98,7 @@ def reachable(config, coordinates) -> np.ndarray:
     return reach
 
 
+@pytest.mark.matrix("variant")
 @pytest.mark.parametrize(
     ("variant", "scan"),
     [
@@ -142,6 +146,7 @@ def decoded(model, batch: Batch, chunks: list[int]) -> np.ndarray:
     return np.concatenate(logits, axis=1)
 
 
+@pytest.mark.matrix("variant")
 @pytest.mark.parametrize(
     ("variant", "scan"),
     [

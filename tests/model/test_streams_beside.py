@@ -19,7 +19,7 @@ from lab.model.streams import STREAMS
 from lab.model.streams.hyper import sinkhorn
 
 L, SIZES = 4, dict(copies=3, rank=5, blocks=2)
-FAST = ("muddformer", "mhc")
+FAST = ("mhc",)
 
 
 def config(name: str, **overrides):
@@ -193,11 +193,13 @@ def in_float64(name: str) -> Double:
     return double(config(name))
 
 
+@pytest.mark.matrix("name")
 @pytest.mark.parametrize("name", MARKED)
 def test_forward_against_numpy(name):
     check_forward(in_float64(name), FORMULAS[name])
 
 
+@pytest.mark.matrix("name")
 @pytest.mark.parametrize("name", MARKED)
 def test_gradients_against_finite_differences(name):
     check_gradients(in_float64(name))

@@ -134,7 +134,8 @@ def in_float64(tree):
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), tree)
 
 
-@pytest.mark.parametrize("layers", [0, 2], ids=["one layer", "stacked"])
+@pytest.mark.matrix("per_head")
+@pytest.mark.parametrize("layers", [pytest.param(0, marks=pytest.mark.slow), 2], ids=["one layer", "stacked"])
 @pytest.mark.parametrize("per_head", parameter.PER_HEAD)
 @pytest.mark.parametrize(("scaling", "steps"), [("moonlight", "8+2"), ("keller-jordan", "5"), ("mup", "8+2")])
 def test_every_projection_moves_as_in_numpy(scaling, steps, per_head, layers):

@@ -38,6 +38,7 @@ def trained(config, mesh, batch: Batch, program: Program = ADAMW):
     return jax.device_get((*metrics, jax.tree.leaves(state.model), jax.tree.leaves(state.optimizer)))
 
 
+@pytest.mark.matrix("variant")
 @pytest.mark.parametrize("variant", [*variants.marked(), *variants.marked(variants.ON_STREAMS, ())])
 def test_a_step_is_finite_and_every_weight_of_every_layer_has_a_gradient(variant):
     config = variants.config(variant)
@@ -63,6 +64,7 @@ def optimizers_in_turn() -> list:
     return [("default", name) for name in names] + others
 
 
+@pytest.mark.matrix("variant")
 @pytest.mark.parametrize(("variant", "name"), optimizers_in_turn())
 def test_an_optimizer_moves_every_weight_and_no_table_and_learns_a_batch(variant, name):
     config = variants.config(variant, train__learning_rate=0.02, train__warmup=0)
@@ -120,6 +122,7 @@ def test_a_step_is_the_same_on_a_mesh_however_layers_run(variant, overrides):
     check_same(got, on_one_device(variant, **overrides))
 
 
+@pytest.mark.matrix("variant")
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", variants.marked())
 def test_a_step_of_every_variant_is_the_same_on_a_mesh(variant):

@@ -1,0 +1,78 @@
+"""Which variant keeps which contract is a matrix too large for every run: each commit runs another sample of it.
+
+A test marked `matrix("variant")` is a contract, and each value of its argument `variant` is a row that owes it. Its
+fast parameters always run, its slow ones are drawn: some of every contract, and every row at least once. Tests
+marked `whole` are in no sample.
+"""
+
+import collections
+import pathlib
+import random
+import subprocess
+
+import pytest
+
+ONE_IN = 6  # of a contract's slow tests
+FEWEST = 3
+
+
+def pytest_addoption(parser):
+    parser.addoption("--matrix", choices=("sample", "all"), default="sample", help="which contracts variants meet")
+    parser.addoption("--matrix-seed", type=int, help="of the sample; by default that of the commit")
+
+
+def pytest_sessionstart(session):
+    """Not pytest_report_header, which is silent under -q."""
+    terminal = session.config.pluginmanager.get_plugin("terminalreporter")
+    if terminal and session.config.option.matrix == "sample":
+        terminal.write_line(f"matrix: the sample of --matrix-seed={seed(session.config)}; --matrix=all runs all of it")
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m and -k take tests away, so that fast and slow runs draw alike
+def pytest_collection_modifyitems(config, items):
+    if config.option.matrix == "all":
+        return
+    in_matrix = {item.nodeid: item for item in items if item.get_closest_marker("matrix") and is_slow(item)}
+    drawn = sample([(test, contract(item), row(item)) for test, item in in_matrix.items()], seed(config))
+    kept = {item for item in items if item.nodeid in drawn or not (item.nodeid in in_matrix or is_whole(item))}
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = [item for item in items if item in kept]
+
+
+def is_slow(item) -> bool:
+    return item.get_closest_marker("slow") is not None
+
+
+def is_whole(item) -> bool:
+    return item.get_closest_marker("whole") is not None
+
+
+def contract(item) -> str:
+    return item.nodeid.partition("[")[0]
+
+
+def row(item) -> str:
+    return str(item.callspec.params[item.get_closest_marker("matrix").args[0]])
+
+
+def sample(tests: list[tuple[str, str, str]], seed: int) -> set[str]:
+    """Some of the tests, each given with its contract and its row, in any order."""
+    drawn, of_contract, of_row = set(), collections.defaultdict(list), collections.defaultdict(list)
+    for test, contract, row in sorted(tests, key=lambda each: random.Random(f"{seed} {each[0]}").random()):
+        of_contract[contract].append(test)
+        of_row[row].append(test)
+    for some in of_contract.values():
+        drawn.update(some[: max(FEWEST, len(some) // ONE_IN)])
+    drawn.update(some[0] for some in of_row.values() if drawn.isdisjoint(some))
+    return drawn
+
+
+def seed(config) -> int:
+    """Drawn from the commit; 0 where there is none."""
+    if config.option.matrix_seed is not None:
+        return config.option.matrix_seed
+    command = ["git", "-C", pathlib.Path(__file__).parent, "rev-parse", "HEAD"]
+    try:
+        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout[:8], 16)
+    except (OSError, subprocess.CalledProcessError):
+        return 0
