@@ -52,8 +52,8 @@ def config_of(name: str, length: int, scan: bool):
     """The config of a stream on rows of so many tokens, its layers scanned or unrolled."""
     config = lab_config.base()
     config.model.update(SHAPE)
-    config.model.rotary.update(dict(theta=1e4, ratio=0.0))
-    config.model.stream.name, config.model.scan = name, scan
+    config.model.position.update(dict(theta=1e4, ratio=0.0))
+    config.model.stream.name, config.run.scan = name, scan
     sizes = SIZES | {"length": length}
     config.model.stream.update({field: sizes[field] for field in STREAMS[name].fields if field in sizes})
     return config
@@ -62,7 +62,7 @@ def config_of(name: str, length: int, scan: bool):
 def program_of(config, length: int):
     """(a function that makes one step and waits for it, its executable)"""
     tokens = np.random.default_rng(0).integers(0, config.model.vocabulary, (1, length)).astype(np.int32)
-    mesh, program = lab_mesh.make(config.mesh), step.Program.of(config.train)
+    mesh, program = lab_mesh.make(config.run.mesh), step.Program.of(config.train)
     batch = lab_mesh.place(Batch(tokens, np.roll(tokens, -1, axis=1), Coordinates.single(1, length)), mesh)
     state = compiled.initial_state(config.model, program, mesh, seed=0)
     numbers = optimizer.numbers_by_step(config.train)(0)

@@ -54,7 +54,7 @@ def main() -> None:
     from lab.study.define import resolve
 
     config = resolve.resolve(config)[-1].config
-    mesh, texts = lab_mesh.make(config.mesh), data.open(config).train
+    mesh, texts = lab_mesh.make(config.run.mesh), data.open(config).train
     peers = {members: stepper(config, texts, mesh, members) for members in (1, flags.members)}
     times = {members: [] for members in peers}
     for turn in range(flags.rounds + 1):

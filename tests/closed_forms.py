@@ -6,17 +6,17 @@ import math
 
 def widths(model) -> tuple[int, int, int]:
     """(K, R, V): a head of queries and keys, its rotated part, a head of values."""
-    K = model.head_dim
-    R = model.rotary.dim or K
-    return K, R, K - R if model.mixer == "s3" else model.v_head_dim or K
+    K = model.mixer.head_dim
+    R = model.position.dim or K
+    return K, R, K - R if model.mixer.name == "s3" else model.mixer.v_head_dim or K
 
 
 def mixer_parameters(model) -> tuple[int, int]:
     """(numbers in matrices, numbers in scales and biases) of one mixer."""
-    D, H, G, C = model.dim, model.heads, model.kv_heads, model.latent
+    D, H, G, C = model.dim, model.mixer.heads, model.mixer.kv_heads, model.mixer.latent
     K, R, V = widths(model)
-    maps, N = H * (2 if model.mixer == "differential" else 1), K - R
-    if model.mixer == "delta":
+    maps, N = H * (2 if model.mixer.name == "differential" else 1), K - R
+    if model.mixer.name == "delta":
         return D * H * (2 * K + 2 * V) + 2 * D * H + H * V * D, 2 * H + V
     own = {
         "attention": D * G * (K + V),
@@ -29,20 +29,20 @@ def mixer_parameters(model) -> tuple[int, int]:
         "s3": D * G * K,
     }[model.mixer]
     full = lambda rank, inner: rank * (D + inner) if rank else D * inner  # noqa: E731
-    matrices = own + full(model.q_rank, maps * K) + full(model.o_rank, H * V) + model.output_gate * D * H * V
-    latents = {"mla": C + model.q_rank, "s3": N}.get(model.mixer, 0) * model.latent_norm
-    return matrices, latents + (H if model.mixer == "forgetting" else 0) + model.sink * maps + model.qk_norm * 2 * K
+    matrices = own + full(model.mixer.q_rank, maps * K) + full(model.mixer.o_rank, H * V) + model.mixer.output_gate * D * H * V
+    latents = {"mla": C + model.mixer.q_rank, "s3": N}.get(model.mixer.name, 0) * model.mixer.latent_norm
+    return matrices, latents + (H if model.mixer.name == "forgetting" else 0) + model.mixer.sink * maps + model.mixer.qk_norm * 2 * K
 
 
 def cache(model) -> int:
     """Numbers of a token in one layer."""
-    H, G = model.heads, model.kv_heads
+    H, G = model.mixer.heads, model.mixer.kv_heads
     K, R, V = widths(model)
     return {
         "attention": G * (K + V),
         "differential": G * (K + V),
         "forgetting": G * (K + V) + 2 * H,
-        "mla": G * model.latent + R,
+        "mla": G * model.mixer.latent + R,
         "s1": G * (K + V - (K - R)),
         "gta": G * V + R,
         "s2": G * K,
@@ -65,7 +65,7 @@ def layers(model) -> list:
 def parameters(model) -> tuple[int, int]:
     """(numbers in matrices, in scales, biases and the stream) of a whole model, embeddings among the matrices."""
     mixers = [mixer_parameters(spec) for spec in layers(model)]
-    matrices = sum(m for m, _ in mixers) + model.layers * 3 * model.dim * model.ffn
+    matrices = sum(m for m, _ in mixers) + model.layers * 3 * model.dim * model.feedforward.width
     vectors = sum(v for _, v in mixers) + (2 * model.layers + 1) * model.dim
     return matrices + embeddings(model), vectors + stream_parameters(model)
 
@@ -116,7 +116,7 @@ def beside(model) -> tuple[int, int]:
         "laurel": (2 * L * (2 + 2 * D * R), 2 * L * 2 * D * R),
         "attnres": (2 * L * D, read * D),
         "attnres-block": (2 * L * D, read * D),
-        "lime": (model.kv_heads * (L * (L + 1) // 2 - 1), 0),
+        "lime": (model.mixer.kv_heads * (L * (L + 1) // 2 - 1), 0),
         "unet": (L // 2, 0),
     }[model.stream.name]
 
@@ -127,13 +127,13 @@ def stream_work(model, keys: int) -> int:
     earlier = L * (L - 1) // 2
     K, _, V = widths(model)
     if name.startswith("v3"):
-        replayed = D * model.kv_heads * V + model.heads * V * D + keys * model.heads * (K + V)
-        return earlier * (replayed + 3 * D * model.ffn * (name in ("v3m1", "v3m3.1", "v3m3.2")))
+        replayed = D * model.mixer.kv_heads * V + model.mixer.heads * V * D + keys * model.mixer.heads * (K + V)
+        return earlier * (replayed + 3 * D * model.feedforward.width * (name in ("v3m1", "v3m3.1", "v3m3.2")))
     if name == "v4mD":
         return L * (D + 1)
     if name.startswith("v4") and name != "v4mC":
         inferred = sum(D * M + M * M for M in range(1, L + 1)) if name in ("v4m1D", "v4m1E") else 0
-        return earlier * keys * model.heads * K + inferred
+        return earlier * keys * model.mixer.heads * K + inferred
     return 0 if name in ("plain", "temperature", "v4mC") or name[:2] in ("v1", "v2") else beside(model)[1]
 
 
@@ -141,5 +141,5 @@ def stream_cache(model) -> int:
     """Numbers of a token that a stream keeps beside the caches of the layers."""
     L, name = model.layers, model.stream.name
     if name.startswith("v3"):
-        return L * (L - 1) // 2 * model.kv_heads * widths(model)[2]
+        return L * (L - 1) // 2 * model.mixer.kv_heads * widths(model)[2]
     return L * (L + 1) // 2 if name == "v4m1E" else 0

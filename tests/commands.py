@@ -12,9 +12,9 @@ import time
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 STEPS = 40
-CELLS = 'product(vary("model.rotary.ratio", (0.0, 1.0)), vary("data.draw", ("fixed1", "1-3")))'
-LABELS = (("model.rotary.ratio", "rope_ratio"), ("data.draw", "train_branch"))
-ONE_CELL = 'product(vary("model.rotary.ratio", (1.0,)), vary("data.draw", ("1-3",)))'
+CELLS = 'product(vary("model.position.ratio", (0.0, 1.0)), vary("data.draw", ("fixed1", "1-3")))'
+LABELS = (("model.position.ratio", "rope_ratio"), ("data.draw", "train_branch"))
+ONE_CELL = 'product(vary("model.position.ratio", (1.0,)), vary("data.draw", ("1-3",)))'
 
 _STUDY = """\
 \"\"\"Does a tiny study run?\"\"\"
@@ -30,8 +30,8 @@ def get_config():
     config.model.update(dim=16, layers=1, heads=2, kv_heads=1, head_dim=8, ffn=32)
     config.data.update(corpus="jsonl", path={corpus!r}, text_length=16, texts_per_row=4, rows=4, draw="1-3")
     config.train.update(steps={steps}, warmup=2)
-    config.evaluate.update(branches=(1, 2, 4), texts=16, texts_per_row=4, rows=4)
-    config.checkpoint.every = 5
+    config.evaluate.loss.update(branches=(1, 2, 4), texts=16, texts_per_row=4, rows=4)
+    config.run.checkpoint.every = 5
     return config
 """
 

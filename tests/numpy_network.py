@@ -96,7 +96,7 @@ class Double(NamedTuple):
 def double(made) -> Double:
     model = jax.tree.map(lambda x: np.asarray(x, np.float64), tiny.model(made, seed=2))
     found = position.frequencies(made.model)
-    model.rotary[0].frequencies[...] = np.stack([found[n] for n in ("index", "branch", "time")])
+    model.position[0].frequencies[...] = np.stack([found[n] for n in ("index", "branch", "time")])
     model.compute = jnp.dtype("float64")
     batch = tiny.batch(2, length=LENGTH)
     real = (batch.coordinates.segment >= 0)[..., None]

@@ -6,7 +6,7 @@ import zlib
 from pathlib import Path
 
 COUNTS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
-FIELDS = {"rope_ratio": "model.rotary.ratio", "train_branch": "data.draw", "head": "model.heads", "variant": "name"}
+FIELDS = {"rope_ratio": "model.position.ratio", "train_branch": "data.draw", "head": "model.mixer.heads", "variant": "name"}
 RATIOS = {"rope_ratio": [0.0, 0.25, 0.5, 0.75, 1.0], "train_branch": ["fixed1", "1-15"]}
 HEADS = {"head": ["h8", "h16", "h32"], **RATIOS}
 

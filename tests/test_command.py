@@ -16,8 +16,8 @@ from lab.errors import UserError
 
 DOUBLED = (
     "--config.data.rows=8",
-    "--config.evaluate.rows=8",
-    "--config.evaluate.texts=32",
+    "--config.evaluate.loss.rows=8",
+    "--config.evaluate.loss.texts=32",
 )  # for the eight devices here
 
 
@@ -42,7 +42,7 @@ def test_a_float_keeps_every_bit(value):
 def test_tuples_are_written_with_and_without_brackets(values):
     listed = ",".join(map(str, values))
     for text in (listed, f"{listed},", f"({listed},)", f"[{listed}]"):
-        assert overridden("evaluate.branches", text) == tuple(values)
+        assert overridden("evaluate.loss.branches", text) == tuple(values)
 
 
 @pytest.mark.parametrize(
@@ -68,9 +68,9 @@ def test_text_is_taken_as_it_is():
         ("train.steps", "1.5", r"is no int"),
         ("train.clip", "big", r"is no float; the default is 1\.0"),
         ("data.stagger", "yes", r"is no bool"),
-        ("evaluate.branches", "(1,", r"is no tuple"),
-        ("evaluate.branches", "1,x", r"is no tuple"),
-        ("evaluate.branches", "'a','b'", r"is no tuple; the default is \(1, 2, 4"),
+        ("evaluate.loss.branches", "(1,", r"is no tuple"),
+        ("evaluate.loss.branches", "1,x", r"is no tuple"),
+        ("evaluate.loss.branches", "'a','b'", r"is no tuple; the default is \(1, 2, 4"),
         ("train.stepz", "1", r"'train\.stepz' is unknown \(did you mean 'train\.steps'\?\)"),
         ("train", "1", r"'train' is unknown"),
     ],
@@ -145,21 +145,21 @@ def refused(told, workdir, *arguments):
         ("train.steps", "--config.train.steps needs a value"),
         ("data.draw=1-2", "--config.data.draw: the study 'tiny' varies it"),
         (
-            "model.kv_heads=3",
-            "model.heads = 2 is not divisible by model.kv_heads = 3; choose model.kv_heads among: 1, 2",
+            "model.mixer.kv_heads=3",
+            "model.mixer.heads = 2 is not divisible by model.mixer.kv_heads = 3; choose model.mixer.kv_heads among: 1, 2",
         ),
         ("model.rule=causall", "did you mean 'causal'?"),
-        ("model.rotary.theta=0", "model.rotary.theta = 0.0 must be positive"),
+        ("model.position.theta=0", "model.position.theta = 0.0 must be positive"),
         ("data.long_texts=refuse", "over data.text_length = 16; raise it, or set data.long_texts"),
         ("data.path=nowhere/*.txt", "data.path = 'nowhere/*.txt' matches no file"),
         ("data.field=body", "line 1: no field 'body' (data.field); it has: text"),
         ("data.text_length=1", "data.text_length = 1 is too small; choose at least 2"),
-        ("data.rows=12", "data.rows / train.microbatches = 12 does not divide over mesh data x fsdp = 8"),
-        ("train.microbatches=3", "train.microbatches = 3 does not divide data.rows = 8; choose a divisor"),
-        ("train.microbatches=2", "data.rows / train.microbatches = 4 does not divide over mesh data x fsdp = 8"),
-        ("evaluate.texts_per_row=2", "choose a multiple of 4"),
-        ("evaluate.texts=33", "evaluate.texts = 33 is not a multiple of texts_per_row x rows = 4 x 8; the next is 64"),
-        ("evaluate.branches=()", "evaluate.branches is empty"),
+        ("data.rows=12", "data.rows / run.microbatches = 12 does not divide over mesh data x fsdp = 8"),
+        ("run.microbatches=3", "run.microbatches = 3 does not divide data.rows = 8; choose a divisor"),
+        ("run.microbatches=2", "data.rows / run.microbatches = 4 does not divide over mesh data x fsdp = 8"),
+        ("evaluate.loss.texts_per_row=2", "choose a multiple of 4"),
+        ("evaluate.loss.texts=33", "evaluate.loss.texts = 33 is not a multiple of texts_per_row x rows = 4 x 8; the next is 64"),
+        ("evaluate.loss.branches=()", "evaluate.loss.branches is empty"),
         ("mesh.data=3", "does not cover 8 devices; their product must be 8"),
         ("mesh.tensor=0", "does not cover 8 devices"),
         ("mesh.fsdp=-1", "one may be -1"),
@@ -179,9 +179,9 @@ def test_a_mistake_is_one_line(told, tmp_path, study, override, expected):
 
 @pytest.mark.parametrize("ratio", [1.5, -0.1, math.nan])
 def test_a_ratio_outside_its_range(told, tmp_path, corpus, ratio):
-    cells = f'product(vary("model.rotary.ratio", (1.0, float("{ratio}"))), vary("data.draw", ("1-3",)))'
+    cells = f'product(vary("model.position.ratio", (1.0, float("{ratio}"))), vary("data.draw", ("1-3",)))'
     study = commands.write_study(tmp_path / "tiny.py", corpus, cells)
-    assert f"model.rotary.ratio = {ratio} is outside 0..1" in refused(
+    assert f"model.position.ratio = {ratio} is outside 0..1" in refused(
         told, tmp_path / "work", f"--config={study}", *DOUBLED
     )
 
@@ -195,7 +195,7 @@ def test_a_ratio_outside_its_range(told, tmp_path, corpus, ratio):
         ("jsonl", [], "is empty: no text of at least 2 tokens"),
         ("files", [], "is empty: no text of at least 2 tokens"),
         ("jsonl", ['{"text": "short"}'] * 9, "fewer than one step of data.rows x texts_per_row = 8 x 4"),
-        ("files", ["too few of these words"] * 150, "validation texts, fewer than evaluate.texts = 32"),
+        ("files", ["too few of these words"] * 150, "validation texts, fewer than evaluate.loss.texts = 32"),
     ],
 )
 def test_a_corpus_that_cannot_be_used(told, tmp_path, study, kind, rows, expected):
@@ -300,13 +300,13 @@ def test_a_full_disk_is_one_line_and_exit_code_1(told, tmp_path, study, monkeypa
 def test_one_cpu_device_for_each_core_as_far_as_rows_divide(monkeypatch, mesh, rows, processes, expected):
     monkeypatch.setattr(runtime, "cores", lambda: 8)
     config = lab.config.base()
-    config.mesh.update(mesh)
-    assert runtime.cpu_devices(rows, config.mesh, processes) == expected
+    config.run.mesh.update(mesh)
+    assert runtime.cpu_devices(rows, config.run.mesh, processes) == expected
 
 
 @pytest.mark.parametrize("axis", ["data", "fsdp", "tensor", "context"])
 @pytest.mark.parametrize("size", [0, -2])
 def test_a_mesh_without_devices_is_left_to_the_checks(axis, size):
     config = lab.config.base()
-    config.mesh[axis] = size
-    assert runtime.cpu_devices(4, config.mesh) >= 1
+    config.run.mesh[axis] = size
+    assert runtime.cpu_devices(4, config.run.mesh) >= 1

@@ -55,7 +55,7 @@ def test_every_scale_plans(path, scale):
     for cell, row in zip(cells, rows, strict=True):
         model, data, train = cell.config.model, cell.config.data, cell.config.train
         if "rope_ratio" in dict(config.study.labels).values():
-            assert model.heads * model.head_dim == model.dim and model.heads == 4 * model.kv_heads
+            assert model.mixer.heads * model.mixer.head_dim == model.dim and model.mixer.heads == 4 * model.mixer.kv_heads
         matrices, vectors = closed_forms.parameters(model)
         assert row["parameters"] == matrices + vectors
         assert row["parameters_non_embedding"] == matrices + vectors - closed_forms.embeddings(model)
@@ -75,12 +75,12 @@ def test_every_scale_plans(path, scale):
 
 def check_rotary_pairs(cell, row):
     """n = round(F ratio) selected pairs, the even ones for the branch, the odd ones for the time."""
-    rotary = cell.config.model.rotary
-    pairs = (rotary.dim or cell.config.model.head_dim) // 2
+    rotary = cell.config.model.position
+    pairs = (rotary.dim or cell.config.model.mixer.head_dim) // 2
     selected = round(pairs * rotary.ratio)
     assert rotary.unselected == "index"
-    assert row["head_dim"] == cell.config.model.head_dim
-    if cell.config.model.rotate in ("none", "v", "o", "vo") or cell.config.model.mixer == "delta":
+    assert row["head_dim"] == cell.config.model.mixer.head_dim
+    if cell.config.model.mixer.rotate in ("none", "v", "o", "vo") or cell.config.model.mixer.name == "delta":
         assert row["pairs_branch"] == row["pairs_time"] == row["pairs_index"] == 0
         return
     assert row["pairs_branch"] == math.ceil(selected / 2)
@@ -91,17 +91,17 @@ def check_rotary_pairs(cell, row):
 def test_rope_ablation_is_ten_cells_of_one_program():
     config, cells, rows = planned("rope_ablation", "cpu")
     assert len(cells) == 10 and config.study.seeds == 1
-    assert {(c.config.model.rotary.ratio, c.config.data.draw) for c in cells} == {
+    assert {(c.config.model.position.ratio, c.config.data.draw) for c in cells} == {
         (ratio, draw) for ratio in RATIOS for draw in ("fixed1", "1-15")
     }
-    assert tuple(config.evaluate.branches) == (1, 2, 4, 8, 16, 24, 32, 48, 64)
+    assert tuple(config.evaluate.loss.branches) == (1, 2, 4, 8, 16, 24, 32, 48, 64)
     assert len({row["executable"] for row in rows}) == 1
 
 
 def test_rope_ablation_on_a_gpu_gives_the_published_rows():
     config, cells, rows = planned("rope_ablation", "gpu")
     published = (commands.REPOSITORY / config.study.published).read_text().splitlines()[1:]
-    ours = {(c.config.model.rotary.ratio, c.config.data.draw, n) for c in cells for n in config.evaluate.branches}
+    ours = {(c.config.model.position.ratio, c.config.data.draw, n) for c in cells for n in config.evaluate.loss.branches}
     theirs = {tuple(line.split(",")[:3]) for line in published}
     assert len(ours) == len(theirs) == 140
     assert ours == {(float(ratio), draw, int(count)) for ratio, draw, count in theirs}
@@ -112,7 +112,7 @@ def test_rope_ablation_on_a_gpu_gives_the_published_rows():
 @pytest.mark.parametrize(("scale", "millions"), [("gpu", 25.8), ("paper", 272.4)])
 def test_head_dim_cells_have_the_published_size_whatever_their_heads(scale, millions):
     _, cells, rows = planned("head_dim_ablation", scale)
-    assert {cell.config.model.heads for cell in cells} == {8, 16, 32}
+    assert {cell.config.model.mixer.heads for cell in cells} == {8, 16, 32}
     assert len({row["parameters"] for row in rows}) == 1
     assert round(rows[0]["parameters"] / 1e6, 1) == millions
 
@@ -130,7 +130,7 @@ def test_head_dim_ablation_is_thirty_cells_and_one_program_for_each_head_shape(s
     programs = {}
     for cell, row in zip(cells, rows, strict=True):
         programs.setdefault(row["head_dim"], set()).add(row["executable"])
-        assert cell.labels["head"] == f"h{cell.config.model.heads}"
+        assert cell.labels["head"] == f"h{cell.config.model.mixer.heads}"
     assert len(programs) == 3 and all(len(names) == 1 for names in programs.values())
     assert len(set.union(*programs.values())) == 3
 
@@ -262,8 +262,8 @@ def test_groups_of_curves_that_name_nothing_are_refused():
 
 def test_the_control_is_one_override_away():
     config = load_config(str(commands.REPOSITORY / "configs" / "rope_ablation.py"))
-    config.model.rotary.unselected = "time"
-    for row in plan.table(config, resolve(config, ("model.rotary.unselected",))):
+    config.model.position.unselected = "time"
+    for row in plan.table(config, resolve(config, ("model.position.unselected",))):
         assert row["pairs_index"] == 0 and row["pairs_branch"] + row["pairs_time"] == row["head_dim"] // 2
 
 
@@ -280,9 +280,9 @@ def test_the_published_setting_is_refused_without_its_data(path):
     epochs = {"residual_ablation": 5}.get(path.stem, 1)
     assert epochs * config.data.texts == config.train.steps * config.data.rows * config.data.texts_per_row
     if "rope_ratio" in dict(config.study.labels).values():
-        assert config.data.texts == 1_024_000 and 190_000 < config.evaluate.texts <= 200_000
+        assert config.data.texts == 1_024_000 and 190_000 < config.evaluate.loss.texts <= 200_000
     with pytest.raises(
-        UserError, match=f"{config.data.texts} training and {config.evaluate.texts} validation texts"
+        UserError, match=f"{config.data.texts} training and {config.evaluate.loss.texts} validation texts"
     ) as told:
         lab_data.open(config)
     assert "--config.data.path" in str(told.value)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 pytestmark = pytest.mark.slow
-CELLS = 'product(vary("model.rotary.ratio", (0.0, 1.0)), vary("data.draw", ("1-3",)))'
+CELLS = 'product(vary("model.position.ratio", (0.0, 1.0)), vary("data.draw", ("1-3",)))'
 SCRIPT = commands.REPOSITORY / "launch" / "local.sh"
 LAST = commands.STEPS
 
@@ -126,7 +126,7 @@ def test_a_process_with_another_config_is_refused(place, study):
     with (
         commands.started("main", *arguments, log=place / "host0", JAX_PROCESS_ID="0", **hosts) as one,
         commands.started(
-            "main", *arguments, "--config.checkpoint.every=7", log=place / "host1", JAX_PROCESS_ID="1", **hosts
+            "main", *arguments, "--config.run.checkpoint.every=7", log=place / "host1", JAX_PROCESS_ID="1", **hosts
         ) as other,
     ):
         assert (one.wait(), other.wait()) == (2, 2), one.told() + other.told()

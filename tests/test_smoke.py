@@ -19,7 +19,7 @@ from lab.train import step
 
 pytestmark = pytest.mark.smoke
 STEPS = 12
-CELLS = 'product(vary("model.rotary.ratio", (0.0, 1.0)), vary("data.draw", ("1-3",)))'
+CELLS = 'product(vary("model.position.ratio", (0.0, 1.0)), vary("data.draw", ("1-3",)))'
 
 
 @pytest.fixture(scope="module")

@@ -202,7 +202,7 @@ def test_only_what_is_new_is_run(place, corpus, study, undisturbed):
         "main",
         f"--config={study}",
         f"--workdir={work}",
-        "--config.evaluate.texts=32",
+        "--config.evaluate.loss.texts=32",
         "--cells=1/4",
         log=place / "extended-log",
     )
@@ -224,10 +224,10 @@ def test_only_what_is_new_is_run(place, corpus, study, undisturbed):
 
 
 NUMBERS = """chain(
-        named("plain", ("model.rotary.ratio", 0.5)),
+        named("plain", ("model.position.ratio", 0.5)),
         named("diverges", ("train.schedule", "wsd"), ("train.final_learning_rate", 1e38)),
-        named("theta", ("model.rotary.theta", 100.0)),
-        named("stride", ("model.rotary.stride", 7)),
+        named("theta", ("model.position.theta", 100.0)),
+        named("stride", ("model.position.stride", 7)),
         named("rate", ("train.learning_rate", 1e-4), ("train.schedule", "linear"), ("train.weight_decay", 0.1)),
         named("draw", ("data.draw", "fixed4"), ("data.stagger", False)),
     )"""
@@ -290,8 +290,8 @@ def test_the_report_is_rebuilt_from_the_directory(place, undisturbed):
     ("override", "told"),
     [
         ("--config.train.stepz=1", "did you mean 'train.steps'?"),
-        ("--config.train.microbatches=0", "train.microbatches = 0 must be at least 1"),
-        ("--config.mesh.tensor=0", "does not cover"),
+        ("--config.run.microbatches=0", "run.microbatches = 0 must be at least 1"),
+        ("--config.run.mesh.tensor=0", "does not cover"),
         ("--config.data.path=none/*.txt", "matches no file"),
     ],
 )
@@ -356,7 +356,7 @@ def test_cells_that_differ_in_numbers_compile_once(place, corpus, monkeypatch):
     study = commands.write_study(
         place / "counted.py", corpus, NUMBERS, labels=(("name", "case"),), sections=("curves",)
     )
-    sizes = ("--config.data.rows=8", "--config.evaluate.rows=8", "--config.evaluate.texts=32", "--config.model.ffn=40")
+    sizes = ("--config.data.rows=8", "--config.evaluate.loss.rows=8", "--config.evaluate.loss.texts=32", "--config.model.feedforward.width=40")
     assert main.main([f"--config={study}", f"--workdir={place / 'counted'}", *sizes]) == 1  # one diverges
     assert (counts.counts["train_step"], counts.counts["evaluation_step"]) == (1, 1)
     assert len(list((place / "counted").glob("cells/*/*/metrics.jsonl"))) == 6

@@ -9,34 +9,43 @@ from ml_collections import ConfigDict
 
 import lab.config
 from lab import model as lab_model
-from lab.config import set_field
 from lab.coordinates import Coordinates
 from lab.data import Batch
 from lab.model import mesh as lab_mesh
 from lab.model import parameter
+from lab.model.spec import MODEL, read_by_layers
+from lab.options import set_field
 
 VOCABULARY = 29
 
 
 def config(**overrides) -> ConfigDict:
     """Two layers of width 16, 4 heads over 2 groups, short texts; `overrides` by dotted names with __ for dots."""
-    made = lab.config.base()
-    made.model.update(dim=16, layers=2, heads=4, kv_heads=2, head_dim=8, ffn=24, vocabulary=VOCABULARY)
-    made.model.rotary.update(theta=100.0, ratio=0.5, stride=3)  # every kind of pair, at angles that tokens tell apart
+    made = lab.config.branches(lab.config.base())
+    made.model.update(dim=16, layers=2, vocabulary=VOCABULARY)
+    made.model.mixer.update(heads=4, kv_heads=2, head_dim=8)
+    made.model.feedforward.width = 24
+    made.model.position.update(theta=100.0, ratio=0.5, stride=3)  # every kind of pair, at angles that tokens tell apart
     made.data.update(text_length=6, texts_per_row=4, rows=2, draw="1-3")
-    made.train.update(steps=6, warmup=2, eps=1e-3)
-    made.evaluate.update(branches=(1, 2), texts=16, texts_per_row=4, rows=2)
-    made.checkpoint.update(every=2, keep=3)
-    for name, value in overrides.items():
-        set_field(made, name.replace("__", "."), value)
+    made.train.update(steps=6, warmup=2)
+    made.train.adamw.eps = 1e-3
+    made.evaluate.loss.update(branches=(1, 2), texts=16, texts_per_row=4, rows=2)
+    made.run.checkpoint.update(every=2, keep=3)
+    given = {name.replace("__", "."): value for name, value in overrides.items()}
+    for name, value in given.items():
+        set_field(made, name, value)
+    read = set().union(*read_by_layers(made.model))
+    for name, option in MODEL.declared().items():  # what is set above for all variants, and this one does not read
+        if name not in read and f"model.{name}" not in given:
+            set_field(made.model, name, option.default)
     return made
 
 
 def model(made: ConfigDict, seed: int = 0):
     """A model with generic weights: even those that start at zero or one in a real model. No program draws them."""
     rng = np.random.default_rng(seed)
-    structure, trainable, _ = parameter.split(lab_model.abstract(made.model))
-    tables = jax.jit(lambda: parameter.split(lab_model.build(made.model, jax.random.key(0)))[2])()
+    structure, trainable, _ = parameter.split(lab_model.abstract(made.model, made.run))
+    tables = jax.jit(lambda: parameter.split(lab_model.build(made.model, jax.random.key(0), made.run))[2])()
 
     def draw(variable: nnx.Variable) -> nnx.Variable:
         """Scales and what else is one number for each of something around one, matrices and tables around zero."""

@@ -6,35 +6,38 @@ from ml_collections import ConfigDict
 
 from lab import kernels
 from lab.kernels.rules import RULES
-from lab.model.attention import OPTIONS
+from lab.model.execution import REMAT
 from lab.model.mixers import MIXERS
-from lab.model.position import FREQUENCIES
+from lab.model.placement import PLACEMENTS
+from lab.model.position import POSITIONS
+from lab.model.spec import layer_specs
 from lab.model.streams import STREAMS
-from lab.model.transformer import REMAT, layer_specs
 
 IMPLEMENTATIONS = [
     name for name, row in kernels.IMPLEMENTATIONS.items() if row.platform in (None, "cpu") or row.interpretable
 ]  # those that run here
 
-LOCAL_GLOBAL = ((("rule", "own_branch & window(3)"), ("rotary.theta", 10.0)), (("rule", "all_branches"),))
+LOCAL_GLOBAL = ((("rule", "own_branch & window(3)"), ("position.theta", 10.0)), (("rule", "all_branches"),))
 
 ROW = 32  # tokens that the contracts give a model at most
 
 SIZES = dict(length=ROW, copies=2, rank=3, blocks=3)  # of streams that read them
 
-HYBRID = ((("mixer", "delta"), ("rule", "causal")), (("rule", "causal"), ("sink", True)))
+OPTIONS = ("output_gate", "sink", "qk_norm")  # that add one thing to any softmax mixer that reads them
+
+HYBRID = ((("mixer.name", "delta"), ("rule", "causal")), (("rule", "causal"), ("mixer.sink", True)))
 
 
 def mixer(name: str, **overrides) -> dict:
     """Overrides for a mixer whose heads rotate in part, on a rule that it supports."""
     rule = dict(model__rule=MIXERS[name].rules[0]) if MIXERS[name].rules else {}
-    latent = dict(model__latent=12) if MIXERS[name].reads_latent else {}
-    return dict(model__mixer=name, model__rotary__dim=4) | rule | latent | overrides
+    latent = dict(model__mixer__latent=12) if "latent" in MIXERS[name].options else {}
+    return dict(model__mixer__name=name, model__position__dim=4) | rule | latent | overrides
 
 
 def stream(name: str, **overrides) -> dict:
     """Overrides for a stream over three layers: one is the first, one the last, and one neither."""
-    sizes = {f"model__stream__{field}": size for field, size in SIZES.items() if field in STREAMS[name].fields}
+    sizes = {f"model__stream__{field}": size for field, size in SIZES.items() if field in STREAMS[name].options}
     return dict(model__stream__name=name, model__layers=3) | sizes | overrides
 
 
@@ -44,27 +47,30 @@ def config_rule(name: str) -> str:
 
 
 def allowed(name: str, option: str) -> bool:
-    return option not in MIXERS[name].refuses
+    return option in MIXERS[name].options
 
 
 VARIANTS = {
     "default": {},
     **{f"mixer {name}": mixer(name) for name in MIXERS},
     **{
-        f"mixer {name}, every option": mixer(name, **{f"model__{o}": True for o in OPTIONS if allowed(name, o)})
+        f"mixer {name}, every option": mixer(name, **{f"model__mixer__{o}": True for o in OPTIONS if allowed(name, o)})
         for name in MIXERS
         if any(allowed(name, o) for o in OPTIONS)
     },
-    "mla with a query latent": mixer("mla", model__q_rank=10, model__kv_heads=1),
-    "low rank, everything rotates": dict(model__q_rank=10, model__o_rank=9, model__rotate="qkvo"),
-    "values of another width": dict(model__v_head_dim=12, model__rotary__dim=4, model__rotary__table="head"),
+    "mla with a query latent": mixer("mla", model__mixer__q_rank=10, model__mixer__kv_heads=1),
+    "low rank, everything rotates": dict(model__mixer__q_rank=10, model__mixer__o_rank=9, model__mixer__rotate="qkvo"),
+    "values of another width": dict(model__mixer__v_head_dim=12, model__position__dim=4, model__position__table="head"),
     "delta : attention": dict(model__pattern=HYBRID, model__layers=3),
-    **{f"position {name}": dict(model__position=name) for name in FREQUENCIES},
+    **{f"position {name}": dict(model__position__name=name) for name in POSITIONS},
+    **{f"placement {name}": dict(model__placement__name=name) for name in PLACEMENTS},
     **{f"rule {name}": dict(model__rule=name) for name in RULES},
-    "unselected time": dict(model__rotary__unselected="time"),
-    "untied, capped, one group": dict(model__tied=False, model__softcap=3.0, model__kv_heads=1),
+    "unselected time": dict(model__position__unselected="time"),
+    "untied, capped, one group": dict(model__tied=False, model__mixer__softcap=3.0, model__mixer__kv_heads=1),
     "window": dict(model__rule="own_branch & window(3)"),
     "local : global": dict(model__pattern=LOCAL_GLOBAL, model__layers=3),
+    "stream v1m7, sandwich": stream("v1m7", model__placement__name="sandwich"),
+    "stream v3m1, output": stream("v3m1", model__placement__name="output"),
     "stream v1m7, local : global": stream("v1m7", model__pattern=LOCAL_GLOBAL),
     "stream v3m3.2, local : global": stream("v3m3.2", model__pattern=LOCAL_GLOBAL),
     **{f"stream {name}": stream(name) for name in ("v2m3", "v4m4", "v4m1A", "v4m1E", "v4mD", "hyper", "muddformer")},
@@ -112,7 +118,7 @@ def scanned(parameters: list) -> list:
 def in_order(name: str) -> bool:
     """Whether some layer needs its row whole."""
     model = config(name).model
-    return any(MIXERS[spec.mixer].in_order for spec in layer_specs(model))
+    return any(MIXERS[spec.mixer.name].in_order for spec in layer_specs(model))
 
 
 __all__ = [

@@ -29,12 +29,12 @@ def test_the_base_config_passes():
         ("data.texts_per_row", 0, "data.texts_per_row = 0 is too small"),
         ("data.rows", 0, "data.rows = 0 is too small"),
         ("data.texts", -1, "data.texts = -1 is too small"),
-        ("data.workers", -1, "data.workers = -1 is too small"),
+        ("run.workers", -1, "run.workers = -1 is too small"),
         ("seed", -1, "seed = -1 is too small"),
-        ("evaluate.branches", (1, 0), "evaluate.branches = 0 is too small"),
-        ("evaluate.branches", (2, 4, 5), "evaluate.texts_per_row = 6 .*\\(2, 4, 5\\); choose a multiple of 20"),
-        ("evaluate.texts", 30, "evaluate.texts = 30 is not a multiple .* 6 x 4; the next is 48"),
-        ("evaluate.rows", 0, "evaluate.rows = 0 is too small"),
+        ("evaluate.loss.branches", (1, 0), "evaluate.loss.branches = 0 is too small"),
+        ("evaluate.loss.branches", (2, 4, 5), "evaluate.loss.texts_per_row = 6 .*\\(2, 4, 5\\); choose a multiple of 20"),
+        ("evaluate.loss.texts", 30, "evaluate.loss.texts = 30 is not a multiple .* 6 x 4; the next is 48"),
+        ("evaluate.loss.rows", 0, "evaluate.loss.rows = 0 is too small"),
     ],
 )
 def test_bad_fields_are_refused_by_name(config, field, value, message):
@@ -51,5 +51,5 @@ def test_a_prompt_counts_among_the_texts_of_a_group(config):
     config.data.draw = "1-5"
     with pytest.raises(UserError, match="choose a multiple of 12"):
         data.check(config)
-    config.evaluate.branches = (1, 2, 5)
+    config.evaluate.loss.branches = (1, 2, 5)
     data.check(config)

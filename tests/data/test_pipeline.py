@@ -53,7 +53,7 @@ def test_hosts_together_hold_the_batch_of_one(config, texts, processes, options)
 
 def test_worker_processes_change_nothing(config, texts):
     here = list(pipeline.train_batches(config, texts, start=1))
-    config.data.workers = 2
+    config.run.workers = 2
     assert_same(pipeline.train_batches(config, texts, start=1), here)
 
 
@@ -172,7 +172,7 @@ def test_rows_that_hosts_cannot_share_are_refused(config, texts):
 @pytest.mark.parametrize("branches", [1, 2, 3, 6])
 def test_evaluation_uses_one_shape_and_full_groups(config, texts, branches):
     config.data.slots = 9
-    config.evaluate.update(texts=48, rows=2)
+    config.evaluate.loss.update(texts=48, rows=2)
     batches = list(pipeline.evaluation_batches(config, texts, branches))
     assert [batch.tokens.shape for batch in batches] == [(2, 24)] * 4
     for batch in batches:
@@ -187,7 +187,7 @@ def test_evaluation_uses_one_shape_and_full_groups(config, texts, branches):
 
 
 def test_evaluation_reads_the_same_texts_for_every_cell(config, texts):
-    config.evaluate.update(texts=48, rows=2)
+    config.evaluate.loss.update(texts=48, rows=2)
     read = []
     for seed, branches, draw in itertools.product([0, 7], [1, 2, 3, 6], ["fixed1", "1-3"]):
         config.seed = seed
@@ -227,7 +227,7 @@ from lab.data import pipeline
 
 if __name__ == "__main__":
     config = lab.config.base()
-    config.data.workers = 2
+    config.run.workers = 2
     batches = pipeline.train_batches(config, [np.arange(32, dtype=np.int32)] * 100)
     next(batches), next(batches)
     print("ready", flush=True)

@@ -104,7 +104,7 @@ def small(name):
     config = lab.config.base()
     config.data.update(dict(corpus=name, text_length=LENGTH, texts_per_row=1, rows=4))
     config.data.probe.objects = 3
-    config.evaluate.update(dict(texts=12, texts_per_row=1, rows=4, difficulties=(2, 5, 8)))
+    config.evaluate.loss.update(dict(texts=12, texts_per_row=1, rows=4, difficulties=(2, 5, 8)))
     config.train.steps = 5
     return config
 
@@ -145,7 +145,7 @@ def test_hosts_together_hold_the_batch_of_one(probe):
 def test_worker_processes_change_nothing():
     probe = small("state")
     here = steps_of(probe)
-    probe.data.workers = 2
+    probe.run.workers = 2
     assert_same(steps_of(probe), here)
 
 
@@ -153,7 +153,7 @@ def test_seeds_steps_and_evaluation_share_no_row():
     config = lab.config.base()
     config.data.update(dict(corpus="copy", text_length=32, texts_per_row=1, rows=4))
     config.data.probe.difficulty = "fixed16"
-    config.evaluate.update(dict(texts=20, texts_per_row=1, rows=4, difficulties=(16,)))
+    config.evaluate.loss.update(dict(texts=20, texts_per_row=1, rows=4, difficulties=(16,)))
     config.train.steps = 5
     rows = [rows_of(data.evaluation_batches(config, None, 16))]
     for seed in range(4):
@@ -206,7 +206,7 @@ def test_the_hash_is_of_what_makes_the_rows(probe):
 
     first = hashes()
     assert len(set(first)) == 5
-    assert hashes(model__dim=8) == hashes(evaluate__difficulties=(3,)) == first
+    assert hashes(model__dim=8) == hashes(evaluate__loss__difficulties=(3,)) == first
     for change in (dict(seed=1), dict(data__probe__difficulty="2-7"), dict(data__rows=8), dict(data__text_length=50)):
         assert not set(hashes(**change)) & set(first)
 
@@ -226,16 +226,16 @@ def test_a_probe_opens_without_texts_and_writes_ids_as_numbers(probe, tmp_path):
     [
         ("data.corpus", "mqarr", "data.corpus = 'mqarr' is unknown .*'mqar'.*needle"),
         ("data.texts_per_row", 2, "data.texts_per_row = 2: a row of the probe mqar is one text; choose 1"),
-        ("evaluate.texts_per_row", 2, "evaluate.texts_per_row = 2: a row of the probe mqar is one text; choose 1"),
+        ("evaluate.loss.texts_per_row", 2, "evaluate.loss.texts_per_row = 2: a row of the probe mqar is one text; choose 1"),
         ("data.probe.difficulty", "hard", "data.probe.difficulty = 'hard' is not a draw"),
         ("data.probe.difficulty", "2-11", "difficulty = 11 of the probe mqar needs rows of 44 tokens, over .* = 40"),
         ("data.probe.symbols", 15, "difficulty = 8 of the probe mqar needs 16 symbols, over data.probe.symbols = 15"),
         ("data.probe.symbols", 1, "data.probe.symbols = 1 is too small"),
         ("data.probe.objects", 7, "data.probe.objects = 7 is too many; choose 2 to 6"),
-        ("evaluate.difficulties", (), "evaluate.difficulties is empty"),
-        ("evaluate.difficulties", (2, 0), "evaluate.difficulties = 0 is too small"),
-        ("evaluate.difficulties", (2, 20), "evaluate.difficulties = 20 of the probe mqar needs rows of 80 tokens"),
-        ("evaluate.texts", 10, "evaluate.texts = 10 is not a multiple of evaluate.rows = 4; the next is 12"),
+        ("evaluate.loss.difficulties", (), "evaluate.loss.difficulties is empty"),
+        ("evaluate.loss.difficulties", (2, 0), "evaluate.loss.difficulties = 0 is too small"),
+        ("evaluate.loss.difficulties", (2, 20), "evaluate.loss.difficulties = 20 of the probe mqar needs rows of 80 tokens"),
+        ("evaluate.loss.texts", 10, "evaluate.loss.texts = 10 is not a multiple of evaluate.loss.rows = 4; the next is 12"),
         ("model.vocabulary", 33, "model.vocabulary = 33 is fewer than the 34 ids of the probe mqar.*at least 34"),
         ("seed", -1, "seed = -1 is too small"),
         ("data.rows", 0, "data.rows = 0 is too small"),
@@ -244,7 +244,7 @@ def test_a_probe_opens_without_texts_and_writes_ids_as_numbers(probe, tmp_path):
 def test_bad_fields_are_refused_by_name(field, value, message):
     config = lab.config.base()
     config.data.update(dict(corpus="mqar", text_length=LENGTH, texts_per_row=1, rows=4))
-    config.evaluate.update(dict(texts=12, texts_per_row=1, rows=4))
+    config.evaluate.loss.update(dict(texts=12, texts_per_row=1, rows=4))
     data.check(config)
     config.update_from_flattened_dict({field: value})
     with pytest.raises(UserError, match=message) as refusal:
@@ -255,7 +255,7 @@ def test_bad_fields_are_refused_by_name(field, value, message):
 def test_what_a_probe_needs_is_its_own():
     config = lab.config.base()
     config.data.update(dict(corpus="state", text_length=LENGTH, texts_per_row=1, rows=4))
-    config.evaluate.update(dict(texts=12, texts_per_row=1, rows=4))
+    config.evaluate.loss.update(dict(texts=12, texts_per_row=1, rows=4))
     config.model.vocabulary = 100
     with pytest.raises(UserError, match="fewer than the 122 ids of the probe state"):
         data.check(config)

@@ -232,7 +232,7 @@ def test_a_capped_stream_is_read_once_and_no_further(config, monkeypatch):
     monkeypatch.setattr(texts, "_CHUNK_CHARACTERS", 400)
     config.data.update(corpus="huggingface", path="org/stories", texts=100)
     first = lab.data.open(config)
-    assert len(first.train) == 100 and len(first.validation) == config.evaluate.texts
+    assert len(first.train) == 100 and len(first.validation) == config.evaluate.loss.texts
     assert len(read) < 2000
     del read[:]
     lab.data.open(config)
@@ -259,7 +259,7 @@ def test_processes_that_open_at_once_agree(stories):
         ([], r"the corpus jsonl \(.*rows\.jsonl\) is empty: no text of at least 2 tokens"),
         ([""] * 50, "is empty"),
         ([f"{i:04d}" for i in range(12)], "gives 1[0-2] training texts .* fewer than one step of .* = 4 x 6"),
-        ([f"{i:04d}" for i in range(100)], r"gives \d validation texts, fewer than evaluate.texts = 24"),
+        ([f"{i:04d}" for i in range(100)], r"gives \d validation texts, fewer than evaluate.loss.texts = 24"),
     ],
 )
 def test_a_corpus_that_is_too_small_is_refused(config, tmp_path, lines, message):

@@ -35,13 +35,13 @@ def config():
     config = lab.config.base()
     config.model.update(dict(dim=8, layers=1, heads=2, head_dim=4, ffn=8, vocabulary=40, implementation="reference"))
     config.data.update(dict(corpus="copy", text_length=20, texts_per_row=1, rows=8))
-    config.evaluate.update(dict(texts=24, texts_per_row=1, rows=8, difficulties=(2, 7)))
+    config.evaluate.loss.update(dict(texts=24, texts_per_row=1, rows=8, difficulties=(2, 7)))
     return config
 
 
 def test_conditions_are_weighted_by_tokens_over_all_batches(config):
     net, seen = model.build(config.model, jax.random.key(0)), []
-    devices = mesh.make(config.mesh)
+    devices = mesh.make(config.run.mesh)
     found, _ = conditions.evaluate(config, net, None, devices, on_condition=seen.append, stop=lambda: False)
     assert seen == found
     found = [condition for (condition,) in found]
@@ -66,7 +66,7 @@ def test_one_executable_serves_every_condition(config, monkeypatch):
     monkeypatch.setattr(conditions.compiled, "evaluation_step", counted)
     net = model.build(config.model, jax.random.key(0))
     conditions.evaluate(
-        config, net, None, mesh.make(config.mesh), on_condition=lambda condition: None, stop=lambda: False
+        config, net, None, mesh.make(config.run.mesh), on_condition=lambda condition: None, stop=lambda: False
     )
     assert shapes == [(8, 20)]
 
@@ -74,4 +74,4 @@ def test_one_executable_serves_every_condition(config, monkeypatch):
 def test_a_stop_is_answered(config):
     net = model.build(config.model, jax.random.key(0))
     with pytest.raises(Stopped):
-        conditions.evaluate(config, net, None, mesh.make(config.mesh), on_condition=None, stop=lambda: True)
+        conditions.evaluate(config, net, None, mesh.make(config.run.mesh), on_condition=None, stop=lambda: True)

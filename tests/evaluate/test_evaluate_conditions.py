@@ -34,7 +34,7 @@ def one_by_one(model, texts) -> list[np.ndarray]:
 
 @pytest.mark.parametrize("rule", ["all_branches", "own_branch"])
 def test_the_loss_at_one_branch_is_that_of_each_text_alone_weighted_by_tokens(rule):
-    config = tiny.config(model__rule=rule, evaluate__branches=(1,))
+    config = tiny.config(model__rule=rule, evaluate__loss__branches=(1,))
     model = tiny.model(config)
     nats = one_by_one(model, TEXTS)
     expected = np.concatenate(nats).mean()
@@ -47,8 +47,8 @@ def test_the_loss_at_one_branch_is_that_of_each_text_alone_weighted_by_tokens(ru
 def test_branches_that_see_nothing_of_each_other_lose_nothing():
     """own_branch, and angles that depend on differences within a branch: every count must give the loss of one."""
     counts = (1, 2, 4, 8, 16)
-    config = tiny.config(model__rule="own_branch", model__rotary__ratio=1.0, evaluate__branches=counts)
-    config.evaluate.update(texts_per_row=16, rows=1)
+    config = tiny.config(model__rule="own_branch", model__position__ratio=1.0, evaluate__loss__branches=counts)
+    config.evaluate.loss.update(texts_per_row=16, rows=1)
     conditions = evaluated(config, tiny.model(config), TEXTS)
     assert [c.value for c in conditions] == list(counts)
     assert len({c.tokens for c in conditions}) == 1
@@ -56,7 +56,7 @@ def test_branches_that_see_nothing_of_each_other_lose_nothing():
 
 
 def test_branches_that_see_each_other_change_the_loss_and_not_the_labels():
-    config = tiny.config(evaluate__branches=(1, 4))
+    config = tiny.config(evaluate__loss__branches=(1, 4))
     one, four = evaluated(config, tiny.model(config), TEXTS)
     assert one.tokens == four.tokens and abs(one.loss - four.loss) > 1e-3
 
@@ -64,8 +64,8 @@ def test_branches_that_see_each_other_change_the_loss_and_not_the_labels():
 def test_batches_of_unequal_size_weigh_by_token():
     """One row of short texts and one of long ones, in calls of their own."""
     texts = [text[:2] if i < 8 else text for i, text in enumerate(tiny.texts(16, seed=6, longest=6))]
-    config = tiny.config(evaluate__branches=(1,))
-    config.evaluate.update(rows=1)
+    config = tiny.config(evaluate__loss__branches=(1,))
+    config.evaluate.loss.update(rows=1)
     model = tiny.model(config)
     (condition,) = evaluated(config, model, texts)
     assert condition.loss == pytest.approx(np.concatenate(one_by_one(model, texts)).mean(), rel=1e-5)
@@ -82,6 +82,6 @@ def test_a_mesh_changes_nothing():
 
 def test_a_stop_is_answered_within_a_condition():
     config, calls = tiny.config(), iter([False, True])
-    config.evaluate.rows = 1
+    config.evaluate.loss.rows = 1
     with pytest.raises(Stopped):
         evaluated(config, tiny.model(config), TEXTS, stop=lambda: next(calls))

@@ -37,7 +37,7 @@ def test_parameters_of_the_published_models(name, tied):
         assert round(counted["parameters"] / 1e6, 1) == MILLIONS[name]
 
 
-WIDE = dict(model__dim=64, model__head_dim=16, model__ffn=160, model__implementation="reference")
+WIDE = dict(model__dim=64, model__mixer__head_dim=16, model__feedforward__width=160, run__implementation="reference")
 
 
 @pytest.mark.matrix("variant")
@@ -56,8 +56,8 @@ WIDE = dict(model__dim=64, model__head_dim=16, model__ffn=160, model__implementa
 )
 def test_flops_against_what_the_compiler_counts(variant):
     config = variants.config(variant, **WIDE)
-    if config.model.rotary.dim:
-        config.model.rotary.dim = 8
+    if config.model.position.dim:
+        config.model.position.dim = 8
     model, T = lab_model.abstract(config.model), 64 if variants.in_order(variant) else 128  # loops are counted once
     tokens = jax.ShapeDtypeStruct((1, T), np.int32)
     batch = Batch(tokens, tokens, Coordinates(tokens, tokens, tokens, tokens))
@@ -127,7 +127,7 @@ def test_flops_count_what_streams_add():
 
 @pytest.mark.parametrize(("overrides", "beside"), [
     (dict(), 0),
-    (dict(model__kv_heads=1, model__pattern=((), ()), model__layers=3), 0),
+    (dict(model__mixer__kv_heads=1, model__pattern=((), ()), model__layers=3), 0),
     (variants.stream("v3m1"), 3 * 2 * 8),  # the values of three replays
     (variants.stream("v4m1E"), 1 + 2 + 3),  # the weights of a key in each layer
     (variants.stream("v4m1"), 0),

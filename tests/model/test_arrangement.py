@@ -41,7 +41,7 @@ def test_a_batch_is_rearranged_whole(monkeypatch, overrides):
 def test_layers_that_read_tokens_in_turn_keep_their_order(monkeypatch):
     monkeypatch.setattr(tiled, "tile_sizes", lambda T, S: (8, 8))
     batch = tiny.batch(rows=3, length=96)
-    hybrid = ((("rule", "own_branch"),), (("mixer", "delta"), ("rule", "causal")))
+    hybrid = ((("rule", "own_branch"),), (("mixer.name", "delta"), ("rule", "causal")))
     found, share = Arrangement(tiny.config(model__pattern=hybrid).model)(batch)
     jax.tree.map(np.testing.assert_array_equal, found, batch)
     assert 0 < share < 1

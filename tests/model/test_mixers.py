@@ -166,7 +166,7 @@ def delta(config, mixer, x_TD, at: Coordinates) -> np.ndarray:
 def float64_layer(variant: str, length: int, **overrides):
     """(config, mixer with generic weights, x [1, T, D], coordinates, the mixer's output), all of it in float64."""
     with jax.enable_x64(True):
-        config = variants.config(variant, model__rotary__ratio=0.0, model__rotary__theta=20.0, **overrides)
+        config = variants.config(variant, model__position__ratio=0.0, model__position__theta=20.0, **overrides)
         wide = lambda x: x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x  # noqa: E731
         model = jax.tree.map(wide, tiny.model(config))
         coordinates = tiny.batch(3, rows=1, length=length).coordinates
@@ -188,7 +188,7 @@ EVERY = [*variants.VARIANTS, *variants.ON_RULES]
 
 def marked(cases: list) -> list:
     """Every mixer always, its options among the slow tests."""
-    fast = [("default", (("model__rotate", "qkvo"), ("model__rotary__dim", 4)))]
+    fast = [("default", (("model__mixer__rotate", "qkvo"), ("model__position__dim", 4)))]
     fast += [(f"mixer {name}", ()) for name in MIXERS]
     return [pytest.param(*case, marks=[] if case in fast else pytest.mark.slow) for case in cases]
 
@@ -197,14 +197,14 @@ def marked(cases: list) -> list:
 @pytest.mark.parametrize(("variant", "overrides"), marked([
     *((name, ()) for name in EVERY if name.startswith("mixer ") or " on " in name),
     *((name, ()) for name in ("mla with a query latent", "low rank, everything rotates", "values of another width")),
-    *(("default", (("model__rotate", subset), ("model__rotary__dim", dim))) for subset in SUBSETS for dim in (0, 4)),
-    ("mixer mla", (("model__latent_norm", False), ("model__kv_heads", 1), ("model__v_head_dim", 10))),
-    ("mixer s3", (("model__latent_norm", False), ("model__softmax_scale", 0.2), ("model__softcap", 2.0))),
-    ("mixer s1", (("model__v_head_dim", 10), ("model__rotate", "qkvo"))),
-    ("mixer gta", (("model__v_head_dim", 14), ("model__rotate", "kv"))),
-    ("mixer s2", (("model__rotate", "qkv"),)),
-    ("mixer s2", (("model__rotate", "none"),)),
-    ("mixer s2", (("model__rotary__dim", 0),)),
+    *(("default", (("model__mixer__rotate", subset), ("model__position__dim", dim))) for subset in SUBSETS for dim in (0, 4)),
+    ("mixer mla", (("model__mixer__latent_norm", False), ("model__mixer__kv_heads", 1), ("model__mixer__v_head_dim", 10))),
+    ("mixer s3", (("model__mixer__latent_norm", False), ("model__mixer__softmax_scale", 0.2), ("model__mixer__softcap", 2.0))),
+    ("mixer s1", (("model__mixer__v_head_dim", 10), ("model__mixer__rotate", "qkvo"))),
+    ("mixer gta", (("model__mixer__v_head_dim", 14), ("model__mixer__rotate", "kv"))),
+    ("mixer s2", (("model__mixer__rotate", "qkv"),)),
+    ("mixer s2", (("model__mixer__rotate", "none"),)),
+    ("mixer s2", (("model__position__dim", 0),)),
 ]), ids=str)  # fmt: skip
 def test_against_the_formula(variant, overrides):
     config, stacked, x_BTD, coordinates, got = float64_layer(variant, 40, **dict(overrides))
@@ -230,7 +230,7 @@ def test_chunks_of_the_delta_rule_are_the_recurrence(length):
 def shifted_difference(rotate: str, dtype) -> float:
     """How far the logits of an S2 model move when all times and indices do, by 1000."""
     with jax.enable_x64(dtype == jnp.float64):
-        config = variants.config("mixer s2", model__rotate=rotate, model__rotary__ratio=0.5)
+        config = variants.config("mixer s2", model__mixer__rotate=rotate, model__position__ratio=0.5)
         wide = lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x  # noqa: E731
         model, batch = jax.tree.map(wide, tiny.model(config)), tiny.batch()
         model.compute = jnp.dtype(dtype)
@@ -249,9 +249,9 @@ def test_s2_does_not_feel_where_it_is_thanks_to_the_inverse_rotation(dtype, most
 
 @pytest.mark.parametrize("latent_norm", [True, False])
 def test_s3_with_the_absorbed_weights_of_an_mla_is_that_mla(latent_norm):
-    shape = dict(model__kv_heads=1, model__rotary__dim=4, model__latent_norm=latent_norm)
-    mla = tiny.model(tiny.config(model__mixer="mla", model__latent=12, **shape))
-    s3 = tiny.model(tiny.config(model__mixer="s3", model__softmax_scale=8**-0.5, model__head_dim=16, **shape))
+    shape = dict(model__mixer__kv_heads=1, model__position__dim=4, model__mixer__latent_norm=latent_norm)
+    mla = tiny.model(tiny.config(model__mixer__name="mla", model__mixer__latent=12, **shape))
+    s3 = tiny.model(tiny.config(model__mixer__name="s3", model__mixer__softmax_scale=8**-0.5, model__mixer__head_dim=16, **shape))
     inner, outer = mla.blocks[0].mixer, s3.blocks[0].mixer
     q_LDHN, q_LDHR = jnp.split(inner.q[...], [4], -1)
     absorbed = jnp.einsum("ldhn,lchn->ldhc", q_LDHN, inner.up_k[...])
@@ -271,7 +271,7 @@ def test_s3_with_the_absorbed_weights_of_an_mla_is_that_mla(latent_norm):
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
 def test_naive_and_absorbed_mla_agree(groups):
-    model, batch = tiny.model(variants.config("mixer mla", model__kv_heads=groups)), tiny.batch()
+    model, batch = tiny.model(variants.config("mixer mla", model__mixer__kv_heads=groups)), tiny.batch()
     view, mixer = (
         model.views(batch.coordinates, batch.coordinates)[0],
         jax.tree.map(lambda w: w[0], model.blocks[0].mixer),
@@ -337,31 +337,31 @@ def test_no_two_weights_are_drawn_from_the_same_numbers(variant):
 
 
 @pytest.mark.parametrize(("overrides", "says"), [
-    (dict(model__rotary__dim=3), "model.rotary.dim = 3 must be even and at least 2"),
-    (dict(model__rotary__dim=10), "model.rotary.dim = 10 is above model.head_dim = 8"),
-    (dict(model__head_dim=7), "model.head_dim = 7 must be even"),
-    (dict(model__rotary__table="slice"), "own, head"),
-    (dict(model__mixer="mla", model__latent=12), "leaves none of model.head_dim = 8 unrotated"),
-    (dict(model__mixer="s3"), "choose an even number of 2 to 6"),
-    (dict(model__mixer="mla", model__rotary__dim=4, model__latent=0), "model.latent = 0 must be at least 1"),
-    (dict(model__mixer="mla", model__rotary__dim=4, model__qk_norm=True), "model.qk_norm = True: model.mixer = 'mla'"),
-    (dict(model__mixer="mla", model__rotary__dim=4, model__rotate="qkvo"), "auto, none, or letters of 'qk'"),
-    (dict(model__mixer="mla", model__rotary__dim=4, model__kv_heads=3), "choose model.kv_heads among: 1, 2, 4"),
-    (dict(model__rotate="qkx"), "letters of 'qkvo'"),
-    (dict(model__rotate="qq"), "letters of 'qkvo'"),
-    (dict(model__mixer="s2", model__rotate="qk"), "have both k and v in it, or neither"),
-    (dict(model__mixer="s2", model__v_head_dim=4), "model.v_head_dim = 4: model.mixer = 's2' has no place for it"),
-    (dict(model__mixer="s1", model__rotary__dim=4, model__v_head_dim=4), "must be above 4"),
-    (dict(model__mixer="s1", model__rotary__dim=4, model__v_head_dim=6, model__rotate="qkv"), "leave out v"),
-    (dict(model__rotary__dim=8, model__v_head_dim=6, model__rotate="qkvo"), "does not fit into values of width 6"),
-    (dict(model__mixer="forgetting", model__softcap=2.0), "model.softcap = 2.0: model.mixer = 'forgetting'"),
-    (dict(model__mixer="forgetting", model__rule="causal & window(4)"), "causal, all_branches, own_branch"),
-    (dict(model__mixer="delta"), "model.rule of model.mixer = 'delta' = 'all_branches' is unknown"),
-    (dict(model__mixer="delta", model__rule="causal", model__sink=True), "model.sink = True: model.mixer = 'delta'"),
-    (dict(model__mixer="delta", model__rule="causal", model__rotate="qk"), "nothing rotates in model.mixer = 'delta'"),
-    (dict(model__q_rank=-1), "model.q_rank = -1 must be positive"),
-    (dict(model__latent=12), "model.latent = 12: model.mixer = 'attention' has none; choose 0"),
-    (dict(model__pattern=((("rotate", 3),),)), "model.pattern sets rotate = 3, which is of another type"),
+    (dict(model__position__dim=3), "model.position.dim = 3 must be even and at least 2"),
+    (dict(model__position__dim=10), "model.position.dim = 10 is above model.mixer.head_dim = 8"),
+    (dict(model__mixer__head_dim=7), "model.mixer.head_dim = 7 must be even"),
+    (dict(model__position__table="slice"), "own, head"),
+    (dict(model__mixer__name="mla", model__mixer__latent=12), "leaves none of model.mixer.head_dim = 8 unrotated"),
+    (dict(model__mixer__name="s3"), "choose an even number of 2 to 6"),
+    (dict(model__mixer__name="mla", model__position__dim=4, model__mixer__latent=0), "model.mixer.latent = 0 must be at least 1"),
+    (dict(model__mixer__name="mla", model__position__dim=4, model__mixer__qk_norm=True), "model.mixer.qk_norm = True: model.mixer.name = 'mla'"),
+    (dict(model__mixer__name="mla", model__position__dim=4, model__mixer__rotate="qkvo"), "auto, none, or letters of 'qk'"),
+    (dict(model__mixer__name="mla", model__position__dim=4, model__mixer__kv_heads=3), "choose model.mixer.kv_heads among: 1, 2, 4"),
+    (dict(model__mixer__rotate="qkx"), "letters of 'qkvo'"),
+    (dict(model__mixer__rotate="qq"), "letters of 'qkvo'"),
+    (dict(model__mixer__name="s2", model__mixer__rotate="qk"), "have both k and v in it, or neither"),
+    (dict(model__mixer__name="s2", model__mixer__v_head_dim=4), "model.mixer.v_head_dim = 4: model.mixer.name = 's2' has no place for it"),
+    (dict(model__mixer__name="s1", model__position__dim=4, model__mixer__v_head_dim=4), "must be above 4"),
+    (dict(model__mixer__name="s1", model__position__dim=4, model__mixer__v_head_dim=6, model__mixer__rotate="qkv"), "leave out v"),
+    (dict(model__position__dim=8, model__mixer__v_head_dim=6, model__mixer__rotate="qkvo"), "does not fit into values of width 6"),
+    (dict(model__mixer__name="forgetting", model__mixer__softcap=2.0), "model.mixer.softcap = 2.0: model.mixer.name = 'forgetting'"),
+    (dict(model__mixer__name="forgetting", model__rule="causal & window(4)"), "causal, all_branches, own_branch"),
+    (dict(model__mixer__name="delta"), "model.rule of model.mixer.name = 'delta' = 'all_branches' is unknown"),
+    (dict(model__mixer__name="delta", model__rule="causal", model__mixer__sink=True), "model.mixer.sink = True: model.mixer.name = 'delta'"),
+    (dict(model__mixer__name="delta", model__rule="causal", model__mixer__rotate="qk"), "nothing rotates in model.mixer.name = 'delta'"),
+    (dict(model__mixer__q_rank=-1), "model.mixer.q_rank = -1 must be positive"),
+    (dict(model__mixer__latent=12), "model.mixer.latent = 12: model.mixer.name = 'attention' has none; choose 0"),
+    (dict(model__pattern=((("mixer.rotate", 3),),)), "model.pattern sets rotate = 3, which is of another type"),
 ], ids=str)  # fmt: skip
 def test_mixers_that_mean_nothing_are_refused(overrides, says):
     with pytest.raises(UserError) as refused:

@@ -47,7 +47,7 @@ def test_scanned_equals_unrolled(variant):
     # Two whole periods of the pattern, and a remainder where it has more than one entry.
     entries = len(variants.config(variant).model.pattern)
     layers = dict(model__layers=2 * entries + (entries > 1))
-    check_same(logits_and_gradient(variant, model__scan=True, **layers), logits_and_gradient(variant, **layers))
+    check_same(logits_and_gradient(variant, run__scan=True, **layers), logits_and_gradient(variant, **layers))
 
 
 def rematerialised() -> list:
@@ -64,7 +64,7 @@ def few() -> list:
 @pytest.mark.matrix("variant")
 @pytest.mark.parametrize(("variant", "scan", "policy"), rematerialised())
 def test_rematerialised_equals_kept(variant, scan, policy):
-    check_same(logits_and_gradient(variant, model__remat=policy, model__scan=scan), logits_and_gradient(variant))
+    check_same(logits_and_gradient(variant, run__remat=policy, run__scan=scan), logits_and_gradient(variant))
 
 
 @pytest.mark.parametrize("policy", ["dots", "full"])
@@ -73,7 +73,7 @@ def test_rematerialisation_keeps_less(policy):
     batch = tiny.batch(rows=1, length=640)
 
     def kept(remat: str) -> int:
-        model = lab_model.abstract(variants.config("default", model__remat=remat, model__ffn=512).model)
+        model = lab_model.abstract(variants.config("default", run__remat=remat, model__feedforward__width=512).model)
         pull = jax.eval_shape(lambda model: jax.vjp(lambda m: m(batch.tokens, batch.coordinates), model)[1], model)
         return sum(x.size for x in jax.tree.leaves(pull))
 
@@ -84,7 +84,7 @@ def test_rematerialisation_keeps_less(policy):
 @pytest.mark.parametrize("implementation", [name for name in variants.IMPLEMENTATIONS if name != "reference"])
 @pytest.mark.parametrize("variant", [*variants.marked(fast=("default",)), *variants.marked(variants.ON_RULES, ())])
 def test_implementations_equal_the_reference(variant, implementation):
-    got, expected = (logits_and_gradient(variant, model__implementation=i) for i in (implementation, "reference"))
+    got, expected = (logits_and_gradient(variant, run__implementation=i) for i in (implementation, "reference"))
     check_same(got, expected)
 
 
@@ -107,7 +107,7 @@ def reachable(config, coordinates) -> np.ndarray:
     ],
 )
 def test_nothing_hidden_is_felt(variant, scan):
-    config = variants.config(variant, model__scan=scan)
+    config = variants.config(variant, run__scan=scan)
     model, batch = tiny.model(config), tiny.batch(rows=2, length=24)
     coordinates = batch.coordinates
     assert coordinates.segment.max() > 0 and coordinates.branch.max() > 1 and coordinates.branch.min() == 0
@@ -155,7 +155,7 @@ def decoded(model, batch: Batch, chunks: list[int]) -> np.ndarray:
     ],
 )
 def test_decoding_with_a_cache_equals_the_full_pass(variant, scan):
-    model, batch = tiny.model(variants.config(variant, model__scan=scan)), tiny.batch(rows=2, length=24)
+    model, batch = tiny.model(variants.config(variant, run__scan=scan)), tiny.batch(rows=2, length=24)
     full = jax.jit(type(model).__call__)(model, batch.tokens, batch.coordinates)
     real = batch.coordinates.segment >= 0
     for chunks in ([1] * 24, [9, 1, 1, 1, 9, 1, 1, 1]):

@@ -19,7 +19,7 @@ seeds = st.integers(0, 2**32 - 1)
 
 
 def rotary(theta=1e6, ratio=1.0, stride=128, unselected="index"):
-    config = tiny.config().model.rotary
+    config = tiny.config().model.position
     config.update(theta=theta, ratio=ratio, stride=stride, unselected=unselected)
     return config
 
@@ -63,7 +63,7 @@ def test_ratio_zero_is_rope_over_the_index_and_ratio_one_never_reads_it():
 
 @pytest.mark.parametrize(("head_dim", "selected"), [(128, 64), (64, 32), (32, 16)])
 def test_pair_counts_of_the_published_head_shapes(head_dim, selected):
-    config = tiny.config(model__head_dim=head_dim, model__rotary__ratio=1.0).model
+    config = tiny.config(model__mixer__head_dim=head_dim, model__position__ratio=1.0).model
     assert position.pair_counts(config) == {"branch": selected // 2, "time": selected // 2, "index": 0}
     config.rotary.ratio = 0.25
     quarter = selected // 4
@@ -75,7 +75,7 @@ def test_pair_counts_of_the_published_head_shapes(head_dim, selected):
 
 @given(st.integers(1, 64), st.floats(0, 1), st.sampled_from(["index", "time"]))
 def test_every_pair_carries_one_thing(half, ratio, unselected):
-    config = tiny.config(model__head_dim=2 * half, model__rotary__ratio=ratio).model
+    config = tiny.config(model__mixer__head_dim=2 * half, model__position__ratio=ratio).model
     config.rotary.unselected = unselected
     assert sum(position.pair_counts(config).values()) == half
 
@@ -83,7 +83,7 @@ def test_every_pair_carries_one_thing(half, ratio, unselected):
 @given(seed=seeds, half=st.sampled_from([1, 3, 8]), name=st.sampled_from(sorted(position.FREQUENCIES)))
 def test_rotation_is_multiplication_by_a_complex_number(seed, half, name):
     rng = np.random.default_rng(seed)
-    config = tiny.config(model__head_dim=2 * half, model__position=name).model
+    config = tiny.config(model__mixer__head_dim=2 * half, model__position__name=name).model
     at = packs.interleaved(rng, 2, 10)
     x_BTHK = rng.normal(size=(2, 10, 3, 2 * half))
     table = position.FREQUENCIES[name](2 * half, config.rotary)
@@ -104,7 +104,7 @@ INVISIBLE_SHIFTS = {"rope2d": ("time", "branch", "index"), "fourier": ("time", "
 
 def shifts_of(name: str) -> dict[str, float]:
     """How far logits move when a constant is added to the time, branch and index of all tokens."""
-    model = tiny.model(tiny.config(model__position=name))
+    model = tiny.model(tiny.config(model__position__name=name))
     batch, forward = tiny.batch(), jax.jit(lambda at: model(batch.tokens, at))
     before = forward(batch.coordinates)
     real = batch.coordinates.segment >= 0
@@ -121,7 +121,7 @@ def test_logits_depend_on_differences_of_coordinates(name):
 
 
 def test_the_fourier_code_reads_the_branch_alone():
-    config = tiny.config(model__position="fourier").model
+    config = tiny.config(model__position__name="fourier").model
     code = position.FourierCode(config)
     at = packs.interleaved(np.random.default_rng(0), 2, 12)
     other = Coordinates(at.segment + 1, at.branch, at.time + 3, at.index + 2)
@@ -134,7 +134,7 @@ def test_the_fourier_code_reads_the_branch_alone():
 
 def test_only_fourier_adds_to_the_embedding():
     for name in position.FREQUENCIES:
-        model = tiny.model(tiny.config(model__position=name))
+        model = tiny.model(tiny.config(model__position__name=name))
         batch = tiny.batch()
         added = model.embed(batch.tokens, batch.coordinates) - model.embedding[...][batch.tokens]
         code = position.FourierCode(tiny.config().model)(batch.coordinates)
@@ -142,15 +142,15 @@ def test_only_fourier_adds_to_the_embedding():
 
 
 @pytest.mark.parametrize(("field", "value", "says"), [
-    ("model__rotary__ratio", 1.01, "model.rotary.ratio = 1.01 is outside 0..1"),
-    ("model__rotary__ratio", -0.5, "model.rotary.ratio = -0.5 is outside 0..1"),
-    ("model__rotary__ratio", math.nan, "model.rotary.ratio = nan is outside 0..1"),
-    ("model__head_dim", 7, "model.head_dim = 7 must be even"),
-    ("model__head_dim", 0, "model.head_dim = 0 must be even and at least 2"),
-    ("model__rotary__unselected", "branch", "'branch' is unknown; choose one of: index, time"),
-    ("model__position", "rope", "did you mean 'rope2d'"),
-    ("model__rotary__theta", 0.0, "model.rotary.theta = 0.0 must be positive"),
-    ("model__pattern", ((), (("rotary.ratio", 2.0),)), "model.rotary.ratio = 2.0 is outside 0..1"),
+    ("model__position__ratio", 1.01, "model.position.ratio = 1.01 is outside 0..1"),
+    ("model__position__ratio", -0.5, "model.position.ratio = -0.5 is outside 0..1"),
+    ("model__position__ratio", math.nan, "model.position.ratio = nan is outside 0..1"),
+    ("model__mixer__head_dim", 7, "model.mixer.head_dim = 7 must be even"),
+    ("model__mixer__head_dim", 0, "model.mixer.head_dim = 0 must be even and at least 2"),
+    ("model__position__unselected", "branch", "'branch' is unknown; choose one of: index, time"),
+    ("model__position__name", "rope", "did you mean 'rope2d'"),
+    ("model__position__theta", 0.0, "model.position.theta = 0.0 must be positive"),
+    ("model__pattern", ((), (("position.ratio", 2.0),)), "model.position.ratio = 2.0 is outside 0..1"),
 ])  # fmt: skip
 def test_positions_that_mean_nothing_are_refused(field, value, says):
     with pytest.raises(UserError) as refused:
@@ -160,4 +160,4 @@ def test_positions_that_mean_nothing_are_refused(field, value, says):
 
 def test_fourier_codes_need_an_even_width():
     with pytest.raises(UserError, match=r"model.dim = 15 must be even"):
-        lab_model.abstract(tiny.config(model__position="fourier", model__dim=15).model)
+        lab_model.abstract(tiny.config(model__position__name="fourier", model__dim=15).model)

@@ -29,15 +29,15 @@ def test_streams_that_mean_nothing_are_refused(overrides, says):
 @pytest.mark.parametrize(("name", "overrides", "says"), [
     *((name, dict(model__layers=1), f"model.layers = 1: model.stream.name = {name!r} combines layers")
       for name in NAMES if name not in ("v4mC", "v4mD", "temperature")),
-    *((name, dict(model__scan=True), f"model.scan = True: model.stream.name = {name!r} has a state that grows")
+    *((name, dict(run__scan=True), f"run.scan = True: model.stream.name = {name!r} has a state that grows")
       for name in NAMES if STREAMS[name].grows),
-    *((name, dict(model__mixer="delta", model__rule="causal"),
-       f"model.mixer under model.stream.name = {name!r} = 'delta' is unknown")
+    *((name, dict(model__mixer__name="delta", model__rule="causal"),
+       f"model.mixer.name under model.stream.name = {name!r} = 'delta' is unknown")
       for name in NAMES if name[:2] in ("v3", "v4", "te")),
-    ("v3m1", dict(model__mixer="s2"), "choose one of: attention, differential"),
-    ("v4m1", dict(model__mixer="forgetting"), "choose one of: attention, differential, mla, s1, s2, s3, gta"),
-    ("v4m1", dict(model__pattern=((), (("mixer", "s2"),))), "model.pattern has the mixers attention, s2"),
-    *((name, dict(model__softmax_scale=0.5), "model.softmax_scale = 0.5: model.stream.name")
+    ("v3m1", dict(model__mixer__name="s2"), "choose one of: attention, differential"),
+    ("v4m1", dict(model__mixer__name="forgetting"), "choose one of: attention, differential, mla, s1, s2, s3, gta"),
+    ("v4m1", dict(model__pattern=((), (("mixer.name", "s2"),))), "model.pattern has the mixers attention, s2"),
+    *((name, dict(model__mixer__softmax_scale=0.5), "model.mixer.softmax_scale = 0.5: model.stream.name")
       for name in ("v4m4", "v4m6", "v4m7")),
 ], ids=str)  # fmt: skip
 def test_streams_that_cannot_run_on_a_model_are_refused(name, overrides, says):

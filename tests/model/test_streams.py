@@ -371,7 +371,7 @@ def test_every_stream_keeps_the_contracts():
     ("variant", "scan"), variants.both_ways(variants.marked(variants.ON_STREAMS | variants.VARIANTS))
 )
 def test_the_stream_stays_in_the_precision_of_the_model(variant, scan):
-    made = variants.config(variant, model__compute="bfloat16", model__scan=scan)
+    made = variants.config(variant, model__compute="bfloat16", run__scan=scan)
     batch = tiny.batch()
 
     def read_by_head(model):

@@ -72,7 +72,7 @@ def by_copies(net: Network, x, connections):
     N = SIZES["copies"]
     H_TND = np.stack([x] * N, axis=1)
     for m in range(L):
-        for site, sublayer in (("mixer", net.attention), ("feedforward", net.mlp)):
+        for site, sublayer in (("mixer.name", net.attention), ("feedforward", net.mlp)):
             pre_TN, post_TN, res_TNM = connections(getattr(net.block.stream, site), m, H_TND)
             y_TD = sublayer(m, sum(pre_TN[:, n, None] * H_TND[:, n] for n in range(N)))
             copies = [
@@ -124,7 +124,7 @@ def resformer(net: Network, x):
 
 def laurel(net: Network, x):
     for m in range(L):
-        for site, sublayer in (("mixer", net.attention), ("feedforward", net.mlp)):
+        for site, sublayer in (("mixer.name", net.attention), ("feedforward", net.mlp)):
             own = getattr(net.block.stream, site)
             a, b, A, B = (weights(w)[m] for w in (own.a, own.b, own.A, own.B))
             x = a * sublayer(m, x) + b * (x + x @ A @ B)
@@ -296,7 +296,7 @@ def test_one_layer_and_mixers_of_another_kind_are_refused(name):
         lab_model.abstract(tiny.config(model__stream__name=name, model__layers=1).model)
     if STREAMS[name].mixers:
         with pytest.raises(UserError, match=r"'mla' is unknown.*; choose one of: attention, differential"):
-            lab_model.abstract(config(name, model__mixer="mla", model__latent=4, model__rotary__dim=4).model)
+            lab_model.abstract(config(name, model__mixer__name="mla", model__mixer__latent=4, model__position__dim=4).model)
 
 
 def test_variants_give_every_size():

@@ -42,7 +42,7 @@ def forward(config, model, tokens_T: np.ndarray, at: Coordinates) -> np.ndarray:
 
 @pytest.mark.parametrize("overrides", [
     dict(),
-    dict(model__tied=False, model__rule="own_branch", model__softcap=2.0, model__kv_heads=1, model__norm_eps=0.1),
+    dict(model__tied=False, model__rule="own_branch", model__mixer__softcap=2.0, model__mixer__kv_heads=1, model__norm__eps=0.1),
 ])  # fmt: skip
 def test_forward_against_numpy(overrides):
     config = tiny.config(**overrides).model
@@ -73,7 +73,7 @@ def test_bfloat16_computes_near_float32_from_the_same_float32_weights():
 
 
 def test_weights_are_drawn_with_the_declared_spread():
-    config = tiny.config(model__dim=64, model__head_dim=32, model__ffn=256, model__layers=3)
+    config = tiny.config(model__dim=64, model__mixer__head_dim=32, model__feedforward__width=256, model__layers=3)
     model = lab_model.build(config.model, jax.random.key(3))
     block, gain = model.blocks[0], (2 * 3) ** -0.5
     expected = {
@@ -90,14 +90,14 @@ def test_weights_are_drawn_with_the_declared_spread():
 
 
 @pytest.mark.parametrize(("overrides", "says"), [
-    (dict(model__kv_heads=3), "model.heads = 4 is not divisible by model.kv_heads = 3; choose model.kv_heads among: 1"),
+    (dict(model__mixer__kv_heads=3), "model.mixer.heads = 4 is not divisible by model.mixer.kv_heads = 3; choose model.mixer.kv_heads among: 1"),
     (dict(model__layers=0), "model.layers = 0 must be at least 1"),
-    (dict(model__ffn=-4), "model.ffn = -4 must be at least 1"),
-    (dict(model__mixer="attentoin"), "did you mean 'attention'"),
+    (dict(model__feedforward__width=-4), "model.feedforward.width = -4 must be at least 1"),
+    (dict(model__mixer__name="attentoin"), "did you mean 'attention'"),
     (dict(model__rule="own_brunch"), "did you mean 'own_branch'"),
-    (dict(model__implementation="tile"), "did you mean 'tiled'"),
+    (dict(run__implementation="tile"), "did you mean 'tiled'"),
     (dict(model__compute="float16"), "float32, bfloat16"),
-    (dict(model__remat="some"), "none, dots, full"),
+    (dict(run__remat="some"), "none, dots, full"),
     (dict(model__pattern=((), (), ())), "model.pattern has 3 entries for model.layers = 2"),
     (dict(model__pattern=()), "model.pattern has 0 entries"),
     (dict(model__pattern=((("dim", 3),),)), "a field of model.pattern = 'dim' is unknown"),

@@ -37,10 +37,10 @@ def traced(monkeypatch):
 
 
 @pytest.mark.parametrize("run", [
-    dict(model__scan=True, model__remat="full", model__implementation="tiled", train__microbatches=2),
-    dict(mesh__data=2, mesh__fsdp=2, mesh__tensor=2, data__workers=1, checkpoint__every=1, study__name="another"),
+    dict(run__scan=True, run__remat="full", run__implementation="tiled", run__microbatches=2),
+    dict(run__mesh__data=2, run__mesh__fsdp=2, run__mesh__tensor=2, run__workers=1, run__checkpoint__every=1, study__name="another"),
     dict(seed=5, model_seed=7, train__steps=40, train__schedule="wsd", data__draw="fixed2"),
-    dict(train__learning_rate=0.1, train__weight_decay=0.3, train__b2=0.5, train__z_loss=0.1, train__clip=3.0),
+    dict(train__learning_rate=0.1, train__weight_decay=0.3, train__adamw__b2=0.5, train__z_loss=0.1, train__clip=3.0),
 ])  # fmt: skip
 def test_how_and_with_what_numbers_it_runs_changes_nothing(run):
     run = dict(model__layers=2) | run  # one could not be scanned
@@ -48,14 +48,14 @@ def test_how_and_with_what_numbers_it_runs_changes_nothing(run):
 
 
 def test_cells_that_differ_in_tables_share_their_programs():
-    one, other = digests(), digests(model__rotary__ratio=1.0)
+    one, other = digests(), digests(model__position__ratio=1.0)
     assert one[:2] == other[:2] and one[2] != other[2]
 
 
 def test_every_option_that_is_compiled_in_changes_the_training_step():
     different = [
         dict(model__rule="own_branch"),
-        dict(model__softcap=1.0),
+        dict(model__mixer__softcap=1.0),
         dict(model__compute="bfloat16"),
         dict(model__layers=2),
         dict(data__rows=3),

@@ -73,7 +73,7 @@ def test_round_trip_to_the_bit_onto_another_mesh(tmp_path, onto):
 
 
 def test_tables_are_those_of_the_config_not_of_the_checkpoint(tmp_path):
-    saved, like = state_of(1, model__rotary__ratio=0.0), state_of(1, model__rotary__ratio=1.0)
+    saved, like = state_of(1, model__position__ratio=0.0), state_of(1, model__position__ratio=1.0)
     save(tmp_path, saved)
     _, found = restore(tmp_path, like)
     check_equal(found, like)

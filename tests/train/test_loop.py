@@ -166,7 +166,7 @@ def test_killed_between_checkpoints_it_repeats_the_steps_since(tmp_path, undistu
 
 
 def test_checkpoints_come_when_configured_and_at_the_end(tmp_path):
-    run(tmp_path, tiny.config(checkpoint__every=4))
+    run(tmp_path, tiny.config(run__checkpoint__every=4))
     assert [step for step in saved(tmp_path) if step] == [4, STEPS]
 
 
@@ -202,7 +202,7 @@ def check_stops_as_non_finite(directory, config, step: int, good: int) -> None:
 
 @pytest.mark.parametrize(("every", "good"), [(1, 1), (2, 0)])
 def test_a_rate_that_is_too_large_stops_the_run(tmp_path, every, good):
-    config = tiny.config(train__learning_rate=1e38, train__warmup=0, checkpoint__every=every)
+    config = tiny.config(train__learning_rate=1e38, train__warmup=0, run__checkpoint__every=every)
     check_stops_as_non_finite(tmp_path, config, step=1, good=good)
 
 

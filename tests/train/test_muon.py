@@ -37,7 +37,7 @@ PROJECTIONS = {
     "one_head": ((12, 1, 4), ("embed", "kv_heads", "head_dim"), "i ho"),
     "o": ((3, 4, 12), ("heads", "head_dim", "embed"), "hi o"),
     "to_latent": ((12, 5), ("embed", "latent"), "i o"),
-    "from_latent": ((5, 3, 4), ("latent", "heads", "head_dim"), "i ho"),
+    "from_latent": ((5, 3, 4), ("mixer.latent", "heads", "head_dim"), "i ho"),
     "of_each_head": ((12, 3), ("embed", "heads"), "i o"),  # one number a head: no matrix to split off
     "up": ((12, 20), ("embed", "ffn"), "i o"),
     "down": ((20, 12), ("ffn", "embed"), "i o"),

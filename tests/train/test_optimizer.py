@@ -126,7 +126,7 @@ def test_matrices_decay_and_scales_do_not():
     ("schedule", "cosin", "did you mean 'cosine'"),
     ("decay", "none", "choose one of: declared, all"),
     ("steps", 0, "train.steps = 0 must be at least 1"),
-    ("microbatches", -1, "train.microbatches = -1 must be at least 1"),
+    ("microbatches", -1, "run.microbatches = -1 must be at least 1"),
     ("warmup", 7, "train.warmup = 7 must lie in 0..train.steps = 6"),
     ("warmup", -1, "train.warmup = -1 must lie in"),
     ("cooldown", 1.5, "train.cooldown = 1.5 is a share of the steps"),

@@ -111,9 +111,9 @@ def test_a_step_is_the_same_on_every_mesh(mesh):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("overrides", [
-    dict(model__scan=True),
-    dict(model__scan=True, model__remat="full"),
-    dict(model__implementation="reference"),
+    dict(run__scan=True),
+    dict(run__scan=True, run__remat="full"),
+    dict(run__implementation="reference"),
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("variant", ["default", "local : global"])
 def test_a_step_is_the_same_on_a_mesh_however_layers_run(variant, overrides):
@@ -133,7 +133,7 @@ def test_a_step_of_every_variant_is_the_same_on_a_mesh(variant):
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", ["stream v3m2", "stream v4m1"])
 def test_streams_share_one_group_over_devices(variant):
-    mesh, one_group = tiny.mesh(**MESHES["tensor over fewer groups, context"]), dict(model__kv_heads=1)
+    mesh, one_group = tiny.mesh(**MESHES["tensor over fewer groups, context"]), dict(model__mixer__kv_heads=1)
     got = trained(variants.config(variant, **one_group), mesh, tiny.batch(rows=8, length=32))
     check_same(got, on_one_device(variant, **one_group))
 
@@ -184,11 +184,11 @@ def test_cells_that_differ_in_numbers_and_tables_share_one_executable():
     counts, found, losses = runtime.CompileCounts(), set(), set()
     cells = [
         {},
-        dict(model__rotary__ratio=1.0),
-        dict(model__rotary__ratio=0.0, model__rotary__unselected="time"),
-        dict(model__rotary__theta=1e4, model__rotary__stride=128),
+        dict(model__position__ratio=1.0),
+        dict(model__position__ratio=0.0, model__position__unselected="time"),
+        dict(model__position__theta=1e4, model__position__stride=128),
         dict(train__learning_rate=0.1, train__weight_decay=0.5, train__clip=0.1, train__z_loss=0.2),
-        dict(train__b1=0.5, train__b2=0.7, train__eps=0.1, train__schedule="wsd", seed=3, data__draw="fixed1"),
+        dict(train__adamw__b1=0.5, train__adamw__b2=0.7, train__adamw__eps=0.1, train__schedule="wsd", seed=3, data__draw="fixed1"),
     ]
     for cell in cells:
         config, mesh = tiny.config(**cell), tiny.mesh(data=2)
@@ -213,11 +213,11 @@ def test_programs_that_differ_share_nothing():
 
 @pytest.mark.parametrize("different", [
     dict(model__rule="own_branch"),
-    dict(model__softcap=1.0),
-    dict(model__implementation="reference"),
-    dict(model__remat="full"),
+    dict(model__mixer__softcap=1.0),
+    dict(run__implementation="reference"),
+    dict(run__remat="full"),
     dict(model__compute="bfloat16"),
-    dict(model__norm_eps=0.1),
+    dict(model__norm__eps=0.1),
 ], ids=str)  # fmt: skip
 def test_models_that_differ_in_more_have_another_structure(different):
     one, other = (jax.tree.structure(tiny.model(tiny.config(**o))) for o in ({}, different))

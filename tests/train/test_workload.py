@@ -13,8 +13,8 @@ from lab.train.checkpoint import Checkpoints
 from lab.train.workload import Member, Workload
 
 VARIED = [
-    dict(seed=0, model__rotary__ratio=0.0),
-    dict(seed=0, model__rotary__ratio=1.0, data__draw="2-4", train__learning_rate=1e-2),
+    dict(seed=0, model__position__ratio=0.0),
+    dict(seed=0, model__position__ratio=1.0, data__draw="2-4", train__learning_rate=1e-2),
     dict(seed=7, model_seed=7, train__weight_decay=0.3),
 ]
 

@@ -56,8 +56,8 @@ def test_setting_a_field_twice_is_refused():
 
 
 def test_cells_carry_their_overrides_and_nothing_else():
-    made = product(vary("model.rotary.ratio", (0.0, 1.0)), vary("data.draw", ("fixed1", "1-3")))
-    config = study(made, (("model.rotary.ratio", "rope_ratio"), ("data.draw", "train_branch")))
+    made = product(vary("model.position.ratio", (0.0, 1.0)), vary("data.draw", ("fixed1", "1-3")))
+    config = study(made, (("model.position.ratio", "rope_ratio"), ("data.draw", "train_branch")))
     found = resolve(config)
     assert [cell.name for cell in found] == [
         "rope_ratio=0.0,train_branch=fixed1",
@@ -137,8 +137,8 @@ def test_every_field_that_a_result_depends_on_is_in_the_fingerprint(room):
 
 def test_what_changes_no_number_leaves_the_fingerprint():
     changed = one(
-        checkpoint__every=7, checkpoint__keep=5, log__every=3, study__seeds=4, study__question="?",
-        data__path="moved", data__workers=2,
+        run__checkpoint__every=7, run__checkpoint__keep=5, run__log__every=3, study__seeds=4, study__question="?",
+        data__path="moved", run__workers=2,
     )  # fmt: skip
     assert changed.fingerprint("data") == one().fingerprint("data")
 

@@ -95,11 +95,11 @@ def test_a_field_that_stops_growing_ends_the_search():
 
 def test_parameters_are_hit_within_a_thousandth():
     """At the size of the published models, where one unit of the feed-forward width is 0.05% of the parameters."""
-    fields = {"model.dim": 512, "model.layers": 8, "model.ffn": 1408, "model.vocabulary": 6400, "model.head_dim": 64}
+    fields = {"model.dim": 512, "model.layers": 8, "model.feedforward.width": 1408, "model.vocabulary": 6400, "model.mixer.head_dim": 64}
     cells = chain(
         named("base"),
         *(
-            matched(named(f"kv{groups}", ("model.kv_heads", groups)), to="base", on="parameters", by="model.ffn")
+            matched(named(f"kv{groups}", ("model.mixer.kv_heads", groups)), to="base", on="parameters", by="model.feedforward.width")
             for groups in (2, 4)
         ),
     )
@@ -110,9 +110,9 @@ def test_parameters_are_hit_within_a_thousandth():
 def test_flops_and_cache_are_those_of_the_plan():
     cells = chain(
         named("base"),
-        matched(named("untied", ("model.tied", False)), to="base", on="train_flops", by="model.ffn"),
-        matched(named("mha", ("model.kv_heads", 4)), to="base", on="cache", by="model.head_dim", multiple=2),
-        matched(named("deep", ("model.layers", 6)), to="base", on="cache", by="model.head_dim", multiple=2),
+        matched(named("untied", ("model.tied", False)), to="base", on="train_flops", by="model.feedforward.width"),
+        matched(named("mha", ("model.mixer.kv_heads", 4)), to="base", on="cache", by="model.mixer.head_dim", multiple=2),
+        matched(named("deep", ("model.layers", 6)), to="base", on="cache", by="model.mixer.head_dim", multiple=2),
     )
     found = resolved(cells)
     rows = {row["name"]: row for row in study_plan.table(found[0].config, found)}
@@ -140,22 +140,22 @@ def test_what_cannot_be_reached_keeps_the_best_and_is_flagged(tmp_path, capsys):
         "    config.study.labels = (('name', 'variant'),)\n"
         "    wide = named('wide', ('model.dim', 768))\n"
         "    config.study.cells = chain(\n"
-        "        named('base'), matched(wide, to='base', on='parameters', by='model.ffn', multiple=8))\n"
+        "        named('base'), matched(wide, to='base', on='parameters', by='model.feedforward.width', multiple=8))\n"
         "    return config\n"
     )
     plan.main([f"--config={config}"])
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "matches" in line]
-    assert line.startswith("variant=wide: model.ffn = 8 matches parameters of variant=base but for +")
+    assert line.startswith("variant=wide: model.feedforward.width = 8 matches parameters of variant=base but for +")
     assert "not within 0.1%" in line
 
 
 def test_a_match_changes_the_fingerprint_and_the_labels():
-    cells = chain(named("base"), variant(dict(tied=False), to="base", on="parameters", by="model.ffn"))
+    cells = chain(named("base"), variant(dict(tied=False), to="base", on="parameters", by="model.feedforward.width"))
     config = study(cells)
-    config.study.labels = (("name", "variant"), ("model.ffn", "ffn"))
+    config.study.labels = (("name", "variant"), ("model.feedforward.width", "ffn"))
     base, cell = resolve(config)
-    assert cell.labels["ffn"] == cell.config.model.ffn != base.config.model.ffn
-    assert cell.name == f"variant=variant,ffn={cell.config.model.ffn}"
+    assert cell.labels["ffn"] == cell.config.model.feedforward.width != base.config.model.feedforward.width
+    assert cell.name == f"variant=variant,ffn={cell.config.model.feedforward.width}"
     config.study.cells = chain(named("base"), named("variant", ("model.tied", False)))
     assert resolve(config)[1].fingerprint("") != cell.fingerprint("")
     assert resolve(config)[0].fingerprint("") == base.fingerprint("")
@@ -164,7 +164,7 @@ def test_a_match_changes_the_fingerprint_and_the_labels():
 def test_pairs_find_the_cell_that_is_the_same_otherwise():
     variants = chain(
         named("base"),
-        matched(named("mha", ("model.kv_heads", 4)), to=(("variant", "base"),), on="parameters", by="model.ffn"),
+        matched(named("mha", ("model.mixer.kv_heads", 4)), to=(("variant", "base"),), on="parameters", by="model.feedforward.width"),
     )
     config = study(product(vary("model.layers", (2, 6)), variants))
     config.study.labels = (("model.layers", "layers"), ("name", "variant"))
@@ -177,20 +177,20 @@ def test_pairs_find_the_cell_that_is_the_same_otherwise():
 
 def test_targets_are_solved_first_and_matches_in_the_order_written():
     both = matched(
-        matched(named("both", ("model.kv_heads", 2)), to="base", on="cache", by="model.head_dim", multiple=2),
-        to="untied", on="parameters", by="model.ffn",
+        matched(named("both", ("model.mixer.kv_heads", 2)), to="base", on="cache", by="model.mixer.head_dim", multiple=2),
+        to="untied", on="parameters", by="model.feedforward.width",
     )  # fmt: skip
-    untied = matched(named("untied", ("model.tied", False)), to="base", on="parameters", by="model.ffn")
+    untied = matched(named("untied", ("model.tied", False)), to="base", on="parameters", by="model.feedforward.width")
     _, cell, other = resolved(chain(named("base"), both, untied))
     assert [match["on"] for match in cell.matches] == ["cache", "parameters"]
     assert other.matches[0]["residual"] < 0.01
     assert all(abs(match["residual"]) < 0.01 for match in cell.matches)
-    assert cell.config.model.head_dim == 12
+    assert cell.config.model.mixer.head_dim == 12
 
 
 BASE = named("base")
-MHA = named("mha", ("model.kv_heads", 4))
-GOOD = dict(to="base", on="parameters", by="model.ffn")
+MHA = named("mha", ("model.mixer.kv_heads", 4))
+GOOD = dict(to="base", on="parameters", by="model.feedforward.width")
 
 
 @pytest.mark.parametrize(
@@ -200,17 +200,17 @@ GOOD = dict(to="base", on="parameters", by="model.ffn")
         (matched(MHA, **GOOD | dict(to=(("variants", "base"),))), r"to \(a label\) = 'variants'.*'variant'"),
         (matched(MHA, **GOOD | dict(to=(("variant", "bas"),))), r"to \(a cell\) = 'variant=bas'.*'variant=base'"),
         (matched(MHA, **GOOD | dict(on="params")), r"on \(of a match\) = 'params'.*parameters, train_flops, cache"),
-        (matched(MHA, **GOOD | dict(by="model.fnn")), r"by .* = 'model.fnn' is unknown .*'model.ffn'"),
-        (matched(MHA, **GOOD | dict(by="model.softcap")), r"by \(of a match; an integer field\) = 'model.softcap'"),
+        (matched(MHA, **GOOD | dict(by="model.fnn")), r"by .* = 'model.fnn' is unknown .*'model.feedforward.width'"),
+        (matched(MHA, **GOOD | dict(by="model.mixer.softcap")), r"by \(of a match; an integer field\) = 'model.mixer.softcap'"),
         (matched(MHA, **GOOD | dict(by="model.tied")), r"an integer field\) = 'model.tied'"),
         (matched(MHA, **GOOD | dict(multiple=0)), r"multiple \(of a match\) = 0; choose an integer of at least 1"),
         (matched(MHA, **GOOD | dict(by="train.steps")), "on parameters by train.steps, which does not raise it"),
-        (matched(MHA, **GOOD | dict(on="cache")), "on cache by model.ffn, which does not raise it"),
+        (matched(MHA, **GOOD | dict(on="cache")), "on cache by model.feedforward.width, which does not raise it"),
         (
-            matched(named("wide", ("model.ffn", 300)), **GOOD),
-            "a match is by model.ffn, which the same cell sets to 300",
+            matched(named("wide", ("model.feedforward.width", 300)), **GOOD),
+            "a match is by model.feedforward.width, which the same cell sets to 300",
         ),
-        (matched(matched(MHA, **GOOD), **GOOD | dict(on="train_flops")), "two matches of one cell are by model.ffn"),
+        (matched(matched(MHA, **GOOD), **GOOD | dict(on="train_flops")), "two matches of one cell are by model.feedforward.width"),
         (matched(MHA, **GOOD | dict(to="mha")), "matches run in a circle: variant=mha -> variant=mha"),
         (
             chain(matched(MHA, **GOOD | dict(to="b")), matched(named("b"), **GOOD | dict(to="mha"))),
@@ -236,9 +236,9 @@ def test_a_name_of_several_cells_is_refused():
 def test_the_field_of_a_match_may_be_overridden_in_the_base():
     cells = chain(BASE, matched(MHA, **GOOD))
     config = study(cells)
-    command.override(config, "model.ffn", "512")
-    base, cell = resolve(config, ("model.ffn",))
-    assert base.config.model.ffn == 512 and 400 < cell.config.model.ffn < 512
+    command.override(config, "model.feedforward.width", "512")
+    base, cell = resolve(config, ("model.feedforward.width",))
+    assert base.config.model.feedforward.width == 512 and 400 < cell.config.model.feedforward.width < 512
 
 
 LAYERS = chain(named("base"), named("deep", ("model.layers", 6)), named("long", ("data.text_length", 64)))
@@ -263,7 +263,7 @@ def test_cells_train_alike_in_flops():
 
 def test_the_length_follows_the_matched_model():
     cells = chain(
-        named("base"), matched(named("deep", ("model.layers", 6)), to="base", on="train_flops", by="model.ffn")
+        named("base"), matched(named("deep", ("model.layers", 6)), to="base", on="train_flops", by="model.feedforward.width")
     )
     _, cell = resolved(cells, **{"study.length": "flops", "train.steps": 1000})
     assert abs(cell.config.train.steps - 1000) <= 1000 * abs(cell.matches[0]["residual"]) + 1

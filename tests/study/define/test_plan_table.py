@@ -24,7 +24,7 @@ def printed(rows):
 
 
 def test_cells_that_cost_the_same_share_a_line():
-    rows = [row("a"), row("b"), row("one group", model__kv_heads=1)]
+    rows = [row("a"), row("b"), row("one group", model__mixer__kv_heads=1)]
     lines, text = printed(rows)
     assert lines == [["a", "64", "32", "16", "16", "16", "4"], ["b", *[""] * 6], ["one group", "64", *["16"] * 4, "8"]]
     assert "state" not in text
@@ -36,12 +36,12 @@ def test_a_study_whose_cells_all_cost_the_same_is_one_line():
 
 
 def test_long_lists_of_names_are_cut():
-    rows = [*(row(f"cell {number}") for number in range(6)), row("other", model__kv_heads=1)]
+    rows = [*(row(f"cell {number}") for number in range(6)), row("other", model__mixer__kv_heads=1)]
     assert [line[0] for line in printed(rows)[0]] == ["cell 0", "cell 1", "cell 2", "and 3 more", "other"]
 
 
 def test_groups_that_do_not_divide_are_dashes():
-    (line,) = printed([row("three groups", model__heads=6, model__kv_heads=3)])[0]
+    (line,) = printed([row("three groups", model__mixer__heads=6, model__mixer__kv_heads=3)])[0]
     assert line == ["three groups", "64", "48", "—", "—", "—", "—"]
 
 

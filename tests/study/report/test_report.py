@@ -115,7 +115,7 @@ def test_recommendation_is_a_config_of_the_best_cells(finished):
     assert (rows["16 to 64 branches"]["rope_ratio"], rows["16 to 64 branches"]["train_branch"]) == ("1.0", "1-15")
     assert rows["16 to 64 branches"]["published"] == "1.0, 1-15"
     assert (rows["one branch"]["rope_ratio"], rows["one branch"]["train_branch"]) == ("0.0", "fixed1")
-    assert "--config.model.rotary.ratio=1.0 --config.data.draw=1-15\n" in text
+    assert "--config.model.position.ratio=1.0 --config.data.draw=1-15\n" in text
     assert "One seed, no error bars" in text and "One seed, no error bars" in html_text
     assert "Provisional" not in text
 
@@ -124,8 +124,8 @@ def test_recommended_config_changes_all_that_the_cell_changes(tmp_path):
     text, _ = built(
         tmp_path, values=HEADS, loss=lambda labels, count: plausible(labels, count) - (labels["head"] == "h16")
     )
-    line = next(line for line in text.splitlines() if line.startswith("--config.model.heads"))
-    wanted = ["model.heads=16", "model.rotary.ratio=1.0", "data.draw=1-15", "model.kv_heads=4"]
+    line = next(line for line in text.splitlines() if line.startswith("--config.model.mixer.heads"))
+    wanted = ["model.mixer.heads=16", "model.position.ratio=1.0", "data.draw=1-15", "model.mixer.kv_heads=4"]
     assert shlex.split(line) == [f"--config.{field}" for field in wanted]
 
 

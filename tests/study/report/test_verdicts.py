@@ -96,7 +96,7 @@ def test_page_is_well_formed_and_its_only_script_is_inline(finished):
 
 def test_changes_of_a_cell_are_listed_against_its_baseline(finished):
     rows = {row["cell"]: row for row in table(finished[0], "cell | changes")}
-    assert rows["rope_ratio=0.5,train_branch=1-15"]["changes"] == "model.rotary.ratio: 0.0 -> 0.5"
+    assert rows["rope_ratio=0.5,train_branch=1-15"]["changes"] == "model.position.ratio: 0.0 -> 0.5"
     assert "rope_ratio=0.0,train_branch=1-15" not in rows
 
 

@@ -17,8 +17,8 @@ GRID = (("train.learning_rate", (1e-3, 3e-3, 1e-2)), ("train.weight_decay", (0.0
 @pytest.fixture
 def config(monkeypatch):
     made = lab.config.base()
-    made.study.update(name="tuned", tune=GRID, seeds=3, judged=(1, 4), labels=(("model.rotary.ratio", "rope_ratio"),))
-    made.study.cells = cells.vary("model.rotary.ratio", (0.0, 1.0))
+    made.study.update(name="tuned", tune=GRID, seeds=3, judged=(1, 4), labels=(("model.position.ratio", "rope_ratio"),))
+    made.study.cells = cells.vary("model.position.ratio", (0.0, 1.0))
     return made
 
 
@@ -72,7 +72,7 @@ def test_a_failed_trial_is_never_the_best_and_an_unfinished_one_decides_nothing(
 
 @pytest.mark.parametrize(("settings", "told"), [
     (dict(tune=(("train.learning_rate", (1e-3, 1e-3)),)), r"study\.tune has a value of train\.learning_rate twice"),
-    (dict(tune=(("model.rotary.ratio", (0.5, 1.0)),)), r"study\.tune names model\.rotary\.ratio, which the study's"),
+    (dict(tune=(("model.position.ratio", (0.5, 1.0)),)), r"study\.tune names model\.rotary\.ratio, which the study's"),
     (dict(tune=(("train.learning_rat", (1e-3,)),)), r"study\.tune = 'train\.learning_rat' is unknown \(did you mean"),
     (dict(tune_seed=2), r"study\.tune_seed = 2 is among the seeds \[0, 1, 2\] that cells are judged on"),
 ])  # fmt: skip
@@ -96,7 +96,7 @@ def test_the_report_shows_what_tuning_gained_and_flags_the_edge(config, tmp_path
         finish(trial, {1: loss, 2: 99.0, 4: loss})
     plan = {
         "config": resolved[0].described(),
-        "labels": [["model.rotary.ratio", "rope_ratio"]],
+        "labels": [["model.position.ratio", "rope_ratio"]],
         "condition": "eval_branch",
         "tuning": [trial.describe() for trial in tried_out],
         "cells": [{"name": cell.name, "labels": cell.labels, "seeds": []} for cell in resolved],
