@@ -12,10 +12,11 @@ from lab import model as lab_model
 from lab.coordinates import Coordinates
 from lab.data import Batch
 from lab.model import parameter
-from lab.train import step
+from lab.train import optimizer, step
 from lab.train.digest import digest
-from lab.train.optimizer import Numbers
 from lab.train.step import Program, State
+
+_digests: dict = {}  # of training steps, by what else is compiled once: cells that share an executable share it
 
 
 def train_step(config: ConfigDict) -> str:
@@ -24,12 +25,18 @@ def train_step(config: ConfigDict) -> str:
     Numbers and tables are inputs: cells that differ only in them share it. Call it outside any mesh.
     """
     config = canonical(config)
+    program = Program.of(config)
     state = jax.eval_shape(lambda: _initial_state(config, jax.random.key(0)))
-    inputs = state, Numbers(*[jax.ShapeDtypeStruct((), np.float32)] * len(Numbers._fields)), abstract_batch(config)
-    closed = jax.make_jaxpr(step.train_step, static_argnums=3)(*inputs, Program.of(config.train))
-    # Another number or coordinate, which this program does not read, must not push the others out of their places.
-    names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(inputs[1:])]
-    return digest(closed, [*range(len(jax.tree.leaves(state))), *names])
+    numbers = {name: jax.ShapeDtypeStruct((), np.float32) for name in optimizer.ones(program.optimizer)}
+    inputs = state, numbers, abstract_batch(config)
+    leaves, structure = jax.tree.flatten(inputs)
+    key = structure, tuple((x.shape, str(x.dtype)) for x in leaves), program
+    if key not in _digests:
+        closed = jax.make_jaxpr(step.train_step, static_argnums=3)(*inputs, program)
+        # Another number or coordinate, which this program does not read, must not push the others out of their places.
+        names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(inputs[1:])]
+        _digests[key] = digest(closed, [*range(len(jax.tree.leaves(state))), *names])
+    return _digests[key]
 
 
 def initial_state(config: ConfigDict) -> str:
@@ -51,8 +58,7 @@ def tables(config: ConfigDict) -> str:
 def canonical(config: ConfigDict) -> ConfigDict:
     """The config, with its fields of how a program runs, which leave what it computes as it is, set in the one way."""
     config = config.copy_and_resolve_references()
-    config.model.update(scan=False, remat="none", implementation="reference")
-    config.train.microbatches = 1
+    config.run.update(scan=False, remat="none", implementation="reference", microbatches=1)
     return config
 
 
@@ -64,4 +70,4 @@ def abstract_batch(config: ConfigDict) -> Batch:
 
 
 def _initial_state(config: ConfigDict, key: jax.Array) -> State:
-    return step.initial_state(lab_model.build(config.model, key), Program.of(config.train))
+    return step.initial_state(lab_model.build(config.model, key, config.run), Program.of(config))

@@ -1,18 +1,13 @@
-"""A cell of a study: one config, by what tells it from the others, and what its results depend on."""
+"""A cell of a study: one config, by what tells it from the others."""
 
 import dataclasses
-import functools
-import hashlib
 import json
-import pathlib
 
 from ml_collections import ConfigDict
 
 from lab.errors import choose
 from lab.options import leaves
 from lab.study.define.cells import NAME, Override
-
-ELSEWHERE = ("path",)  # of config.data: the texts themselves are in its fingerprint, wherever they lie
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -28,20 +23,6 @@ class Cell:
     given_name: str = ""
     matches: tuple[dict, ...] = ()
     length: dict | None = None
-
-    @functools.cached_property
-    def identity(self) -> dict:
-        """The part of the config that a result depends on; the data seed names the run within the cell."""
-        rooms = ("model", "data", "train", "evaluate")
-        seeds = {"model_seed_offset": self.config.model_seed - self.config.seed}
-        found = {room: json.loads(self.config[room].to_json_best_effort()) for room in rooms}
-        for field in ELSEWHERE:
-            del found["data"][field]
-        return seeds | found
-
-    def fingerprint(self, data_fingerprint: str) -> str:
-        """Of the cell's config, its data, and the sources that turn the one and the other into a result."""
-        return _digest({"config": self.identity, "data": data_fingerprint, "sources": source_fingerprint()})
 
     def described(self) -> dict:
         """The config as JSON keeps it."""
@@ -61,16 +42,3 @@ def make(study: ConfigDict, override: Override, config: ConfigDict, matches=(), 
     labels = {label: values[choose("a field of study.labels", field, values)] for field, label in study.labels}
     spelled = ",".join(f"{label}={value}" for label, value in labels.items())
     return Cell(spelled or values[NAME] or "base", labels, config, values[NAME], matches, length)
-
-
-@functools.cache
-def source_fingerprint() -> str:
-    """Of the code that makes numbers: data, model, kernels, train, evaluate, and coordinates."""
-    lab = pathlib.Path(__file__).resolve().parents[2]
-    rooms = [lab / "coordinates.py", *(lab / room for room in ("data", "model", "kernels", "train", "evaluate"))]
-    files = sorted(file for room in rooms for file in ([room] if room.is_file() else room.rglob("*.py")))
-    return _digest([(str(file.relative_to(lab)), file.read_text()) for file in files])
-
-
-def _digest(value) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]

@@ -1,0 +1,156 @@
+"""What a result depends on, and which finished cells are what is asked for.
+
+A record holds (a) the fields of model, data and train that are read, (b) the training data, (c) digests of the training
+step and of the program that draws the initial state, each in one canonical form, and (d) digests of the tables, a few
+batches and the learning rates. How a cell runs is not in it, nor what is asked of it, nor how its code is written.
+"""
+
+import functools
+import hashlib
+import importlib.metadata
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from lab import config as lab_config
+from lab import data as lab_data
+from lab import runtime
+from lab.model.spec import read_by_layers
+from lab.options import leaves
+from lab.storage import read_json, write_atomically
+from lab.train import canonical, optimizer
+from lab.train.step import Program
+
+FILE = "identity.json"
+ELSEWHERE = ("data.path",)  # the texts themselves are in the data's fingerprint, wherever they lie
+TRACED = ("program", "initial")  # compare under equal versions only
+SAMPLED_SEED = 0  # of the batches that are looked at: a cell has many seeds
+SAME, OTHER_VERSIONS = "same", "other versions"
+
+Record = dict[str, Any]
+
+
+def record(config: ConfigDict, data: lab_data.Data) -> Record:
+    """Of a cell whose config was checked. JSON, and the same in every process."""
+    return {
+        "fields": fields(config),
+        "data": data.fingerprint,
+        **_traced(config),
+        "batches": _batches(config, data),
+        "schedule": _digest(optimizer.schedule(config.train).tolist()),
+        "versions": versions(),
+    }
+
+
+def fields(config: ConfigDict) -> dict[str, Any]:
+    """(a): what is read of model, data and train, and how far the seed of the weights is from that of the data."""
+    read = {f"model.{name}" for name in set().union(*read_by_layers(config.model))}
+    for name in ("data", "train"):
+        read |= {f"{name}.{field}" for field in lab_config.ROOMS[name].read(leaves(config[name]))}
+    values = leaves(config)
+    found = {name: values[name] for name in sorted(read - {*ELSEWHERE})}
+    return json.loads(json.dumps(found)) | {"model_seed - seed": config.model_seed - config.seed}
+
+
+def versions() -> dict[str, str]:
+    """Of the libraries that a program's text depends on."""
+    return {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax")}
+
+
+def name_of(made: Record) -> str:
+    """Twelve digits for the name of a directory."""
+    return _digest(made)[:12]
+
+
+def compare(asked: Record, found: Record) -> str | None:
+    """SAME, OTHER_VERSIONS, or None where a record that was found is of something else.
+
+    A field that one of them lacks has its default there: it was declared later.
+    """
+    defaults = _defaults()
+    names = {*asked["fields"], *found["fields"]}
+    value = lambda record, name: record["fields"].get(name, defaults.get(name))  # noqa: E731
+    if any(value(asked, name) != value(found, name) for name in names):
+        return None
+    alike = found["versions"] == asked["versions"]
+    others = [name for name in asked if name not in ("fields", "versions") and (alike or name not in TRACED)]
+    if any(asked[name] != found.get(name) for name in others):
+        return None
+    return SAME if alike else OTHER_VERSIONS
+
+
+def records(workdir: pathlib.Path) -> dict[str, Record]:
+    """{directory of a cell, relative to the study's: its record} of all cells that were begun."""
+    found = {path.parent: path for path in sorted(workdir.glob(f"cells/*/{FILE}"))}
+    return {directory.relative_to(workdir).as_posix(): read_json(path) for directory, path in found.items()}
+
+
+def find(asked: Record, there: Mapping[str, Record], remake: bool = False) -> tuple[str, str] | None:
+    """(directory, SAME or OTHER_VERSIONS) of the cell that is what is asked for; None if there is none.
+
+    remake: a cell made under other versions is not.
+    """
+    compared = {directory: compare(asked, found) for directory, found in there.items()}
+    for wanted in (SAME,) if remake else (SAME, OTHER_VERSIONS):
+        for directory, answer in compared.items():
+            if answer == wanted:
+                return directory, answer
+    return None
+
+
+@functools.cache
+def _defaults() -> dict[str, Any]:
+    """Of every field of model, data and train, as JSON has them."""
+    declared = {
+        f"{name}.{field}": option.default
+        for name in ("model", "data", "train")
+        for field, option in lab_config.ROOMS[name].declared().items()
+    }
+    return json.loads(json.dumps(declared))
+
+
+def _traced(config: ConfigDict) -> dict[str, str]:
+    """(c) and the tables of (d). Tracing takes seconds: what the same code has traced before is kept."""
+    read = {name: value for name, value in fields(config).items() if name.startswith("model.")}
+    shape = config.data.rows, config.data.texts_per_row * config.data.text_length
+    key = _digest([_sources(), versions(), read, shape, repr(Program.of(config))])
+    path = runtime.cache_directory() / "programs" / f"{key}.json"
+    if path.exists():
+        return read_json(path)
+    made = {
+        "program": canonical.train_step(config),
+        "initial": canonical.initial_state(config),
+        "tables": canonical.tables(config),
+    }
+    write_atomically(path, json.dumps(made).encode())
+    return made
+
+
+def _batches(config: ConfigDict, data: lab_data.Data) -> str:
+    """Of the first and the last batch of one seed, as they are packed."""
+    sampled = config.copy_and_resolve_references()
+    sampled.seed, sampled.run.workers = SAMPLED_SEED, 0
+    state = hashlib.blake2b(digest_size=16)
+    for step in sorted({0, config.train.steps - 1}):
+        batches = lab_data.train_batches(sampled, data.train, start=step)
+        batch, _ = next(batches)
+        batches.close()
+        for array in jax.tree.leaves(batch):
+            state.update(np.ascontiguousarray(array, "<i4").tobytes())
+    return state.hexdigest()
+
+
+@functools.cache
+def _sources() -> str:
+    """Of all code that a traced program may depend on."""
+    lab = pathlib.Path(__file__).resolve().parents[2]
+    return _digest([(file.relative_to(lab).as_posix(), file.read_text()) for file in sorted(lab.rglob("*.py"))])
+
+
+def _digest(value) -> str:
+    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).hexdigest()
