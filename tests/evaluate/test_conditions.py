@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lab.config
-from lab import data, model
+from lab import model
 from lab.coordinates import Coordinates
 from lab.data import Batch
-from lab.evaluate import conditions
+from lab.evaluate import asks, conditions
 from lab.model import mesh
 from lab.train import step
 from lab.train.loop import Stopped
@@ -33,21 +33,21 @@ def test_one_call_against_numpy(seed, labelled):
 @pytest.fixture
 def config():
     config = lab.config.base()
-    config.model.update(dict(dim=8, layers=1, heads=2, head_dim=4, ffn=8, vocabulary=40, implementation="reference"))
+    config.model.update(dict(dim=8, layers=1, vocabulary=40))
+    config.model.mixer.update(dict(heads=2, kv_heads=1, head_dim=4))
+    config.model.feedforward.width = 8
+    config.run.implementation = "reference"
     config.data.update(dict(corpus="copy", text_length=20, texts_per_row=1, rows=8))
-    config.evaluate.loss.update(dict(texts=24, texts_per_row=1, rows=8, difficulties=(2, 7)))
+    config.evaluate.loss = asks.ask("difficulty", texts=24, rows=8, difficulties=(2, 7))
     return config
 
 
 def test_conditions_are_weighted_by_tokens_over_all_batches(config):
-    net, seen = model.build(config.model, jax.random.key(0)), []
-    devices = mesh.make(config.run.mesh)
-    found, _ = conditions.evaluate(config, net, None, devices, on_condition=seen.append, stop=lambda: False)
-    assert seen == found
-    found = [condition for (condition,) in found]
+    net = model.build(config.model, jax.random.key(0))
+    found = list(conditions.evaluate(config, "loss", net, None, mesh.make(config.run.mesh), stop=lambda: False))
     assert [condition.value for condition in found] == [2, 7]
     for condition in found:
-        batches = list(data.evaluation_batches(config, None, condition.value))
+        batches = list(asks.ASKS["difficulty"].batches(config, config.evaluate.loss, None, condition.value))
         tokens, labels = (np.concatenate([getattr(b, name) for b in batches]) for name in ("tokens", "labels"))
         answers = np.argmax(net(tokens, Coordinates.single(*tokens.shape)), axis=-1)
         assert condition.accuracy == pytest.approx(np.mean(answers[labels >= 0] == labels[labels >= 0]))
@@ -65,8 +65,8 @@ def test_one_executable_serves_every_condition(config, monkeypatch):
 
     monkeypatch.setattr(conditions.compiled, "evaluation_step", counted)
     net = model.build(config.model, jax.random.key(0))
-    conditions.evaluate(
-        config, net, None, mesh.make(config.run.mesh), on_condition=lambda condition: None, stop=lambda: False
+    assert (
+        len(list(conditions.evaluate(config, "loss", net, None, mesh.make(config.run.mesh), stop=lambda: False))) == 2
     )
     assert shapes == [(8, 20)]
 
@@ -74,4 +74,4 @@ def test_one_executable_serves_every_condition(config, monkeypatch):
 def test_a_stop_is_answered(config):
     net = model.build(config.model, jax.random.key(0))
     with pytest.raises(Stopped):
-        conditions.evaluate(config, net, None, mesh.make(config.run.mesh), on_condition=None, stop=lambda: True)
+        next(conditions.evaluate(config, "loss", net, None, mesh.make(config.run.mesh), stop=lambda: True))
