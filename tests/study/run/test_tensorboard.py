@@ -154,7 +154,7 @@ def test_the_server_shows_scalars_hparams_configs_and_figures(tmp_path):
         writer = Writer(directory / "cells" / f"{ratio}" / "seed-0" / "tensorboard")
         writer.text("config", describe(config, None))
         writer.scalars(100, {LOSS: 3.0 + ratio})
-        writer.hparams({"rope_ratio": ratio, "seed": 0}, {"eval/loss_nats_1": loss})
+        writer.hparams({"rope_ratio": ratio, "seed": 0}, {"eval/loss_nats_1": loss}, 10)
         writer.close()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
