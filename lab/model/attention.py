@@ -16,7 +16,7 @@ from lab.coordinates import Coordinates
 from lab.errors import UserError, choose
 from lab.kernels.rotary import rotate
 from lab.kernels.rules import Rule
-from lab.model import mesh, parameter, position
+from lab.model import mesh, parameter, position, slots
 from lab.model.norm import RMSNorm
 
 OPTIONS = ("output_gate", "sink", "qk_norm")  # model fields that add one thing to any softmax mixer that allows it
@@ -31,7 +31,15 @@ class View(NamedTuple):
     queries: Coordinates
     keys: Coordinates
     tiles: Any  # what kernels.plan_tiles gave
-    start: jax.Array | None  # the cache slot of the first new token; None without a cache
+    slots_BT: jax.Array | None  # of the new tokens in the cache, beyond it if they have none; None without a cache
+
+    def put(self, old_BS, new_BT):
+        """An array of the cache [B, S, ...] that holds what the new tokens have [B, T, ...] too."""
+        return slots.put(old_BS, new_BT, self.slots_BT)
+
+    def take(self, x_BS):
+        """Of an array over all that may be seen [B, S, ...], the part of the new tokens [B, T, ...]."""
+        return x_BS if self.slots_BT is None else slots.take(x_BS, self.slots_BT)
 
 
 class Softmax(nnx.Module):
@@ -162,7 +170,7 @@ class Softmax(nnx.Module):
         """The same, of what new tokens keep."""
         if cache is None:
             return new, None
-        cache = tuple(append(old, x, view.start) for old, x in zip(cache, new, strict=True))
+        cache = tuple(view.put(old, x) for old, x in zip(cache, new, strict=True))
         return cache, cache
 
     def attend(self, q_BTHK, kept: Kept, view: View, decoding: bool, late: bool = False):
@@ -266,11 +274,6 @@ def heads(x_BTD, weight: nnx.Param):
     """x W for a weight [D, N, K]: N heads of K numbers for each token; x may be [B, T, N, D], one for each head."""
     equation = "btd,dnk->btnk" if x_BTD.ndim == 3 else "btnd,dnk->btnk"
     return jnp.einsum(equation, x_BTD, weight[...].astype(x_BTD.dtype))
-
-
-def append(old, new, start):
-    """A cache array [B, S, ...] with new tokens [B, T, ...] from slot `start` on."""
-    return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, 1)
 
 
 def attend_over_mesh(

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from lab.kernels.rules import Rule
 from lab.model import parameter
-from lab.model.attention import Attention, Kept, View, append, attend_over_mesh, further_keys
+from lab.model.attention import Attention, Kept, View, attend_over_mesh, further_keys
 
 PARTS = 3  # dimensions in which one F rides
 
@@ -52,8 +52,8 @@ class Forgetting(Attention):
         if cache is None:
             return (*new, self.total_seen(new[-1], view)), None
         *kept, total = cache
-        kept = [append(old, x, view.start) for old, x in zip(kept, new, strict=True)]
-        cache = *kept, append(total, self.total_seen(kept[-1], view), view.start)
+        kept = [view.put(old, x) for old, x in zip(kept, new, strict=True)]
+        cache = *kept, view.put(total, self.total_seen(kept[-1], view))
         return cache, cache
 
     def total_seen(self, log_f_BSH1, view: View):
@@ -74,9 +74,7 @@ class Forgetting(Attention):
         q_BTHX = jnp.concatenate([q_BTHK * self.scale, own_BTHX], -1)
         k_BSGX = jnp.concatenate([k_BSGK, parts_BSHP.reshape(B, S, G, R * PARTS)], -1)
         o_BTHV, lse_BTH = attend_over_mesh(q_BTHX, k_BSGX, v_BSGV, view, self, scale=1.0)
-        if decoding:
-            total_BSH1 = jax.lax.dynamic_slice_in_dim(total_BSH1, view.start, q_BTHK.shape[1], axis=1)
-        return o_BTHV, lse_BTH + total_BSH1[..., 0]
+        return o_BTHV, lse_BTH + view.take(total_BSH1)[..., 0]
 
 
 def parts(x, dtype) -> list:

@@ -18,7 +18,7 @@ from lab import kernels
 from lab.coordinates import Coordinates
 from lab.errors import UserError, choose
 from lab.kernels import rules
-from lab.model import mesh, parameter, position, streams
+from lab.model import mesh, parameter, position, slots, streams
 from lab.model.attention import OPTIONS, View, plan_tiles_over_mesh
 from lab.model.feedforward import SwiGLU
 from lab.model.mixers import MIXERS
@@ -42,7 +42,7 @@ class Cache(NamedTuple):
     layers: tuple
     stream: tuple  # what the stream keeps of tokens beside that
     coordinates: Coordinates
-    used: jax.Array  # int32: slots filled so far, the same in every row
+    used: jax.Array  # int32 [B]: each row's next free slot, one past the last that was given to a token
 
 
 class Block(nnx.Module):
@@ -101,18 +101,31 @@ class Transformer(nnx.Module):
         """An empty cache of `length` slots a row: best a multiple of 512, as kernels pad others each time."""
         layers = tuple(block.mixer.init_cache(batch, length, self.compute) for block in self.blocks)
         stream = self.stream.init_cache(batch, length, self.compute)
-        return Cache(layers, stream, Coordinates.padding(batch, length).map(jnp.asarray), jnp.int32(0))
+        return Cache(layers, stream, Coordinates.padding(batch, length).map(jnp.asarray), jnp.zeros(batch, jnp.int32))
 
-    def extend(self, tokens_BT: jax.Array, coordinates: Coordinates, cache: Cache) -> tuple[jax.Array, Cache]:
-        """Logits [B, T, C] of the new tokens, which see each other and the cache, and the cache that holds them too.
+    def extend(
+        self, tokens_BT: jax.Array, coordinates: Coordinates, cache: Cache, *, slots_BT=None, wanted=None
+    ) -> tuple[jax.Array, Cache]:
+        """Logits of the new tokens, which see each other and the cache, and the cache that holds them too.
 
-        Every row takes T slots; a token of segment -1 takes one that nobody sees. T more slots must be free.
+        slots_BT, int32 [B, T]: the slot of each token in its row; None: each row's next free ones, in order. A token
+        of segment -1 takes no slot, whatever it is given. What lay in a slot that is given again is gone; a slot is
+        freed by setting its segment in `cache.coordinates` to -1, and given again by slots_BT alone.
+        wanted, int32 [B, W]: the places 0..T-1 in its row of the tokens whose logits are made, [B, W, C], in that
+        order, a place more than once if asked; None: those of every token, [B, T, C].
+
+        Raises UserError for a row with more tokens than free slots, and for slots and places that are outside or given
+        twice, where these are known. Where they are traced, a token without a slot is not kept and sees the rest of
+        the cache alone, `used` is above the length then, and logits of a place outside are nan.
         """
-        append = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, jnp.asarray(new), cache.used, 1)  # noqa: E731
-        keys = jax.tree.map(append, cache.coordinates, coordinates)
-        views = self.views(coordinates, keys, start=cache.used)
+        length = cache.coordinates.shape[1]
+        slots.check(coordinates, cache.used, length, slots_BT)
+        slots_BT, used_B = slots.choose(coordinates, cache.used, length, slots_BT)
+        keys = jax.tree.map(lambda old, new: slots.put(old, new, slots_BT), cache.coordinates, coordinates)
+        views = self.views(coordinates, keys, slots_BT)
         x_BTD, kept = self.run_layers(self.embed(tokens_BT, coordinates), views, (cache.layers, cache.stream))
-        return self.logits(x_BTD), Cache(*kept, keys, cache.used + tokens_BT.shape[1])
+        x_BWD = x_BTD if wanted is None else picked(x_BTD, wanted)
+        return self.logits(x_BWD), Cache(*kept, keys, used_B)
 
     def embed(self, tokens_BT, coordinates: Coordinates):
         x_BTD = self.embedding[...][tokens_BT]
@@ -120,12 +133,12 @@ class Transformer(nnx.Module):
             x_BTD = x_BTD + self.branch_code(coordinates)
         return mesh.constrain(x_BTD.astype(self.compute))
 
-    def views(self, queries: Coordinates, keys: Coordinates, start=None) -> list[View]:
+    def views(self, queries: Coordinates, keys: Coordinates, slots_BT=None) -> list[View]:
         """What each entry of the layer pattern sees; tile lists are made once per distinct rule."""
         needed = [(block.mixer.rule, block.mixer.implementation) for block in self.blocks]
         tiles = {rule: plan_tiles_over_mesh(queries, keys, *rule) for rule in dict.fromkeys(needed)}
         return [
-            View(rotary(queries), rotary.frequencies[...], queries, keys, tiles[rule], start)
+            View(rotary(queries), rotary.frequencies[...], queries, keys, tiles[rule], slots_BT)
             for rotary, rule in zip(self.rotary, needed, strict=True)
         ]
 
@@ -169,6 +182,15 @@ class Transformer(nnx.Module):
         x_BTD = self.norm(x_BTD)
         wide = jnp.promote_types(x_BTD.dtype, jnp.float32)
         return jnp.einsum("btd,cd->btc", x_BTD, weight_CD[...].astype(x_BTD.dtype), preferred_element_type=wide)
+
+
+def picked(x_BTD, wanted_BW):
+    """x [B, W, D] at these places of each row, nan outside; raises UserError for those that are known to be outside."""
+    T = x_BTD.shape[1]
+    if (places := slots.known(wanted_BW)) is not None and (outside := places[(places < 0) | (places >= T)]).size:
+        raise UserError(f"wanted has {outside.flat[0]}, which is no place among {T} tokens; choose 0 to {T - 1}")
+    inside_BW = jnp.where(jnp.asarray(wanted_BW) < 0, T, wanted_BW)  # a negative one would count from the end
+    return jnp.take_along_axis(x_BTD, inside_BW[..., None], axis=1, mode="fill")
 
 
 def rematerialised(function, policy: str):

@@ -11,7 +11,7 @@ from flax import nnx
 from lab.errors import UserError
 from lab.kernels import reference
 from lab.model import parameter
-from lab.model.attention import View, append
+from lab.model.attention import View
 from lab.model.norm import RMSNorm
 from lab.model.streams.stream import Stream
 from lab.model.streams.v4 import SummedScores, scaled
@@ -127,7 +127,7 @@ class InferredKeys(Inferred):
     def on_keys(self, m, x_BTD, normed_BTD, view: View, cache):
         A_BSM = self.weights(m, x_BTD, normed_BTD)
         if cache is not None:
-            A_BSM = append(cache[m], A_BSM, view.start)
+            A_BSM = view.put(cache[m], A_BSM)
             cache = *cache[:m], A_BSM, *cache[m + 1 :]
         return [jnp.exp(A_BSM[..., i]) for i in range(m + 1)], cache
 
