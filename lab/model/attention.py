@@ -136,10 +136,18 @@ class Softmax(nnx.Module):
         """Multiplications for a token beside those with weights and with keys."""
         return 0
 
-    def init_cache(self, batch: int, length: int, dtype) -> Kept:
-        """Empty slots; a stacked mixer gives a stacked cache."""
+    def init_cache(self, batch: int, length: int, dtype, branches: int = 1) -> Kept:
+        """Empty slots; a stacked mixer gives a stacked cache. Any slot holds any branch."""
         stack = self.q.shape[:-3]
         return tuple(jnp.zeros((*stack, batch, length, *shape), dtype) for shape in self.cached)
+
+    def fork(self, cache: Kept, source, target) -> Kept:
+        """The cache as it is: tokens stay where they lie, and the rule says which branch sees them."""
+        return cache
+
+    def join(self, cache: Kept, sources, target) -> Kept:
+        """The same."""
+        return cache
 
     def turned(self, name: str, x_BTHK, rotation):
         """Queries, keys or values, rotated if model.rotate has their letter; rotation None: they are to be later."""

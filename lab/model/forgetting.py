@@ -36,9 +36,9 @@ class Forgetting(Attention):
         """Also the dimensions that carry F, and the sum that makes it."""
         return super().work_per_key + self.heads * (self.heads // self.kv_heads) * PARTS + 1 + self.heads
 
-    def init_cache(self, batch: int, length: int, dtype) -> Kept:
+    def init_cache(self, batch: int, length: int, dtype, branches: int = 1) -> Kept:
         """Log f and F in float32: F grows with the length."""
-        *kept, log_f, total = super().init_cache(batch, length, dtype)
+        *kept, log_f, total = super().init_cache(batch, length, dtype, branches)
         return *kept, *(x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (log_f, total))
 
     def keep(self, x_BTD, rotation) -> Kept:

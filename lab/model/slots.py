@@ -52,7 +52,9 @@ def check(coordinates: Coordinates, used_B, length: int, slots_BT=None) -> None:
                 "choose a longer cache, or slots_BT that are free"
             )
     if slots_BT is not None and np.shape(slots_BT) != coordinates.shape:
-        raise UserError(f"slots_BT is {np.shape(slots_BT)} for tokens {coordinates.shape}; choose a slot for each token")
+        raise UserError(
+            f"slots_BT is {np.shape(slots_BT)} for tokens {coordinates.shape}; choose a slot for each token"
+        )
     if given_BT is not None:
         check_given(given_BT, given_BT >= 0 if segment_BT is None else real_BT, length)
 

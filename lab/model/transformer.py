@@ -97,9 +97,13 @@ class Transformer(nnx.Module):
         x_BTD, _ = self.run_layers(self.embed(tokens_BT, coordinates), self.views(coordinates, coordinates))
         return self.logits(x_BTD)
 
-    def init_cache(self, batch: int, length: int) -> Cache:
-        """An empty cache of `length` slots a row: best a multiple of 512, as kernels pad others each time."""
-        layers = tuple(block.mixer.init_cache(batch, length, self.compute) for block in self.blocks)
+    def init_cache(self, batch: int, length: int, branches: int = 1) -> Cache:
+        """An empty cache of `length` slots a row: best a multiple of 512, as kernels pad others each time.
+
+        branches: the highest number of a branch, which mixers with a state for each have a place for. Such a state goes
+        on as long as tokens of its segment and branch come, so a new text in a row takes a new segment number.
+        """
+        layers = tuple(block.mixer.init_cache(batch, length, self.compute, branches) for block in self.blocks)
         stream = self.stream.init_cache(batch, length, self.compute)
         return Cache(layers, stream, Coordinates.padding(batch, length).map(jnp.asarray), jnp.zeros(batch, jnp.int32))
 
@@ -126,6 +130,21 @@ class Transformer(nnx.Module):
         x_BTD, kept = self.run_layers(self.embed(tokens_BT, coordinates), views, (cache.layers, cache.stream))
         x_BWD = x_BTD if wanted is None else picked(x_BTD, wanted)
         return self.logits(x_BWD), Cache(*kept, keys, used_B)
+
+    def fork(self, cache: Cache, source, target) -> Cache:
+        """The cache in which branch `target` goes on from where branch `source` is: numbers, or int [B] with -1 for no
+        fork. Attention has no state: its rule says what the new branch sees. Raises UserError for branches without a
+        place, where they are known."""
+        kept = zip(self.blocks, cache.layers, strict=True)
+        return cache._replace(layers=tuple(block.mixer.fork(layer, source, target) for block, layer in kept))
+
+    def join(self, cache: Cache, sources, target) -> Cache:
+        """The cache in which branch `target` goes on from what all of `sources` are, at their largest time plus one.
+
+        Raises UserError where a mixer has a state for each branch.
+        """
+        kept = zip(self.blocks, cache.layers, strict=True)
+        return cache._replace(layers=tuple(block.mixer.join(layer, sources, target) for block, layer in kept))
 
     def embed(self, tokens_BT, coordinates: Coordinates):
         x_BTD = self.embedding[...][tokens_BT]

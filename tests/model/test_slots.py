@@ -11,13 +11,16 @@ import variants
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lab import model as lab_model
 from lab.coordinates import Coordinates
 from lab.errors import UserError
 from lab.model import slots
 
 TOLERANCE = 3e-4
-KEEPERS = ("default", "mixer forgetting", "stream v3m3.2, local : global", "stream v4m1E", "delta : attention")
+KEEPERS = [
+    ("default", False),
+    *((name, True) for name in ("default", "mixer forgetting", "delta : attention", "delta on own_branch")),
+    *(pytest.param(name, True, marks=pytest.mark.slow) for name in ("stream v3m3.2, local : global", "stream v4m1E")),
+]  # (variant, whether its tokens are scattered)
 ROWS, LENGTH, SIZE, CHUNK = 3, 24, 31, 6
 
 
@@ -67,14 +70,13 @@ def part_of(batch, places: np.ndarray):
     return at_places(batch.tokens, places, 3), Coordinates(*fields)
 
 
-@pytest.mark.parametrize("scattered", [False, True])
-@pytest.mark.parametrize("variant", KEEPERS)
+@pytest.mark.parametrize(("variant", "scattered"), KEEPERS)
 def test_rows_of_different_fill_decode_as_the_full_pass(variant, scattered):
     """In each row's next free slots, or in slots drawn at random; padding names slots that hold tokens."""
     rng = np.random.default_rng(5)
     batch, expected = full(variant)
     model = built(variant)
-    cache = model.init_cache(ROWS, SIZE)
+    cache = model.init_cache(ROWS, SIZE, branches=int(batch.coordinates.branch.max()))
     slot_of = np.stack([rng.permutation(SIZE)[:LENGTH] for _ in range(ROWS)])
     seen = np.zeros((ROWS, LENGTH), bool)
     fills = []
@@ -116,16 +118,15 @@ def test_a_freed_slot_holds_what_is_written_next(variant):
         cache = cache._replace(coordinates=Coordinates(freed, *jax.tree.leaves(cache.coordinates)[1:]))
 
 
-@given(st.integers(0, 2**32 - 1))
-@settings(max_examples=5, deadline=None)
+@pytest.mark.parametrize("seed", range(3))
 def test_wanted_logits_are_those_of_all(seed):
-    rng = np.random.default_rng(seed)
     model, (batch, expected) = built("default"), full("default")
-    wanted = rng.integers(0, LENGTH, (ROWS, 4)).astype(np.int32)
+    wanted = np.random.default_rng(seed).integers(0, LENGTH, (ROWS, 4)).astype(np.int32)
     logits, _ = extend()(model, batch.tokens, batch.coordinates, model.init_cache(ROWS, SIZE), None, wanted)
-    real = np.take_along_axis(batch.coordinates.segment, wanted, axis=1) >= 0
     assert logits.shape == (ROWS, 4, tiny.VOCABULARY)
-    np.testing.assert_allclose(logits[real], np.stack([expected[b, wanted[b]] for b in range(ROWS)])[real], atol=TOLERANCE)
+    real = np.take_along_axis(batch.coordinates.segment, wanted, axis=1) >= 0
+    of_all = np.take_along_axis(expected, wanted[..., None], axis=1)
+    np.testing.assert_allclose(logits[real], of_all[real], atol=TOLERANCE)
 
 
 def test_the_head_is_computed_for_wanted_logits_alone():
@@ -153,35 +154,39 @@ def test_traced_tokens_without_a_slot_overwrite_nothing():
         (at, np.asarray([[4, 9, -1, -4]], np.int32), [10]),
         (none, np.asarray([[0, 1, 2, 3]], np.int32), [4]),
     ]
-    for coordinates, given, used in cases:
-        _, after = extend()(model, tokens + 1, coordinates, before, given, None)
+    for coordinates, slots_BT, used in cases:
+        _, after = extend()(model, tokens + 1, coordinates, before, slots_BT, None)
         jax.tree.map(np.testing.assert_array_equal, after._replace(used=0), before._replace(used=0))
         np.testing.assert_array_equal(after.used, used)
 
 
-@given(st.integers(0, 2**32 - 1))
-@settings(max_examples=25, deadline=None)
-def test_put_and_take_against_a_loop(seed):
-    rng = np.random.default_rng(seed)
-    B, T, S = rng.integers(1, 4), rng.integers(1, 7), rng.integers(1, 9)
-    at = Coordinates(*[rng.integers(-1, 2, (B, T)).astype(np.int32)] * 4)
-    given = np.stack([rng.permutation(S + 6)[:T] for _ in range(B)]).astype(np.int32) - 2
-    used = rng.integers(0, S + 1, B).astype(np.int32)
-    old, new = rng.normal(size=(B, S, 3)), rng.normal(size=(B, T, 3))
-    for named in (given, None):
-        expected, read, count = old.copy(), np.zeros_like(new), used.copy()
-        for b in range(B):
-            for t in np.flatnonzero(at.segment[b] >= 0):
-                slot = count[b] if named is None else named[b, t]
-                count[b] = max(count[b], slot + 1)
-                if 0 <= slot < S:
-                    expected[b, slot] = read[b, t] = new[b, t]
-        lies, now = slots.choose(at, jnp.asarray(used), int(S), named)
-        assert lies.dtype == now.dtype == jnp.int32 and all(len({*row}) == T for row in lies.tolist())
-        np.testing.assert_array_equal(now, count)
-        got = slots.put(jnp.asarray(old, jnp.float32), new, lies)
-        np.testing.assert_array_equal(got, expected.astype(np.float32))
-        np.testing.assert_array_equal(slots.take(got, lies), read.astype(np.float32))
+@functools.cache
+def put_and_take():
+    def run(segment_BT, used_B, named_BT, old_BS, new_BT):
+        lies, used = slots.choose(Coordinates(*[segment_BT] * 4), used_B, old_BS.shape[1], named_BT)
+        held = slots.put(old_BS, new_BT, lies)
+        return lies, used, held, slots.take(held, lies)
+
+    return jax.jit(run)
+
+
+@given(st.integers(0, 2**32 - 1), st.booleans())
+@settings(max_examples=50, deadline=None)
+def test_put_and_take_against_a_loop(seed, names):
+    rng, (B, T, S) = np.random.default_rng(seed), (2, 5, 6)
+    segment, used = (rng.integers(*ends, shape).astype(np.int32) for *ends, shape in ((-1, 2, (B, T)), (0, S + 1, B)))
+    named = np.stack([rng.permutation(S + 6)[:T] for _ in range(B)]).astype(np.int32) - 2 if names else None
+    old, new = (rng.normal(size=(B, n, 3)).astype(np.float32) for n in (S, T))
+    expected, read, count = old.copy(), np.zeros_like(new), used.copy()
+    for b, t in zip(*np.nonzero(segment >= 0), strict=True):
+        slot = named[b, t] if names else count[b]
+        count[b] = max(count[b], slot + 1)
+        if 0 <= slot < S:
+            expected[b, slot] = read[b, t] = new[b, t]
+    lies, now, held, taken = put_and_take()(segment, used, named, old, new)
+    assert lies.dtype == now.dtype == jnp.int32 and all(len({*row}) == T for row in lies.tolist())
+    for got, wanted in ((now, count), (held, expected), (taken, read)):
+        np.testing.assert_array_equal(got, wanted)
 
 
 def tokens_and(length: int, rows: int = 1):
@@ -189,14 +194,18 @@ def tokens_and(length: int, rows: int = 1):
 
 
 def test_full_caches_are_refused_where_their_count_is_known():
-    model = lab_model.build(variants.config("default").model, jax.random.key(0))
+    model = built("default")
     cache = model.init_cache(2, 16)
-    with pytest.raises(UserError, match=r"24 tokens do not fit into row 0 of a cache of 16 slots a row, 0 of them used"):
+    with pytest.raises(
+        UserError, match=r"24 tokens do not fit into row 0 of a cache of 16 slots a row, 0 of them used"
+    ):
         model.extend(*tokens_and(24, rows=2), cache)
     with pytest.raises(UserError, match="24 tokens do not fit"):  # more than there can be, though `used` is traced
         jax.eval_shape(lambda cache, batch: model.extend(*batch, cache), cache, tokens_and(24, rows=2))
     filled = cache._replace(used=np.asarray([3, 11], np.int32))
-    with pytest.raises(UserError, match=r"6 tokens do not fit into row 1 of a cache of 16 slots a row, 11 of them used"):
+    with pytest.raises(
+        UserError, match=r"6 tokens do not fit into row 1 of a cache of 16 slots a row, 11 of them used"
+    ):
         model.extend(*tokens_and(6, rows=2), filled)
     tokens, at = tokens_and(6, rows=2)
     at.segment[1, 5] = -1  # padding needs none
@@ -211,7 +220,7 @@ def test_full_caches_are_refused_where_their_count_is_known():
     ([[5, 2]], "slots_BT is (1, 2) for tokens (1, 3); choose a slot for each token"),
 ])  # fmt: skip
 def test_slots_that_mean_nothing_are_refused(given, says):
-    model = lab_model.build(variants.config("default").model, jax.random.key(0))
+    model = built("default")
     with pytest.raises(UserError) as refused:
         model.extend(*tokens_and(3), model.init_cache(1, 16), slots_BT=np.asarray(given, np.int32))
     assert says in str(refused.value) and "\n" not in str(refused.value)
@@ -219,6 +228,6 @@ def test_slots_that_mean_nothing_are_refused(given, says):
 
 @pytest.mark.parametrize("place", [-1, 3])
 def test_places_that_are_none_are_refused(place):
-    model = lab_model.build(variants.config("default").model, jax.random.key(0))
+    model, wanted = built("default"), np.asarray([[0, place]])
     with pytest.raises(UserError, match=f"wanted has {place}, which is no place among 3 tokens; choose 0 to 2"):
-        jax.eval_shape(lambda cache: model.extend(*tokens_and(3), cache, wanted=np.asarray([[0, place]])), model.init_cache(1, 16))
+        jax.eval_shape(lambda: model.extend(*tokens_and(3), model.init_cache(1, 16), wanted=wanted))
