@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from lab import kernels
@@ -39,7 +40,7 @@ PATTERN_FIELDS = (
 class Cache(NamedTuple):
     """Keys and values of every layer, beside the coordinates of the slots; an empty slot has segment -1."""
 
-    layers: tuple
+    layers: tuple  # for each entry of the pattern, stacked where layers are scanned, else a tuple over its repeats
     stream: tuple  # what the stream keeps of tokens beside that
     coordinates: Coordinates
     used: jax.Array  # int32 [B]: each row's next free slot, one past the last that was given to a token
@@ -104,6 +105,8 @@ class Transformer(nnx.Module):
         on as long as tokens of its segment and branch come, so a new text in a row takes a new segment number.
         """
         layers = tuple(block.mixer.init_cache(batch, length, self.compute, branches) for block in self.blocks)
+        if not self.scanned:
+            layers = tuple(tuple(unstack(kept, self.repeats(p))) for p, kept in enumerate(layers))
         stream = self.stream.init_cache(batch, length, self.compute)
         return Cache(layers, stream, Coordinates.padding(batch, length).map(jnp.asarray), jnp.zeros(batch, jnp.int32))
 
@@ -135,16 +138,30 @@ class Transformer(nnx.Module):
         """The cache in which branch `target` goes on from where branch `source` is: numbers, or int [B] with -1 for no
         fork. Attention has no state: its rule says what the new branch sees. Raises UserError for branches without a
         place, where they are known."""
-        kept = zip(self.blocks, cache.layers, strict=True)
-        return cache._replace(layers=tuple(block.mixer.fork(layer, source, target) for block, layer in kept))
+        return cache._replace(layers=self.each_layer(lambda mixer, kept: mixer.fork(kept, source, target), cache))
 
     def join(self, cache: Cache, sources, target) -> Cache:
         """The cache in which branch `target` goes on from what all of `sources` are, at their largest time plus one.
 
         Raises UserError where a mixer has a state for each branch.
         """
-        kept = zip(self.blocks, cache.layers, strict=True)
-        return cache._replace(layers=tuple(block.mixer.join(layer, sources, target) for block, layer in kept))
+        return cache._replace(layers=self.each_layer(lambda mixer, kept: mixer.join(kept, sources, target), cache))
+
+    def each_layer(self, function, cache: Cache) -> tuple:
+        """`function` of the mixer and of what it keeps, for each layer."""
+        entries = [(block.mixer, kept) for block, kept in zip(self.blocks, cache.layers, strict=True)]
+        if self.scanned:
+            return tuple(function(mixer, kept) for mixer, kept in entries)
+        return tuple(tuple(function(mixer, one) for one in kept) for mixer, kept in entries)
+
+    @property
+    def scanned(self) -> bool:
+        """Whether layers are run in a loop: their caches are stacked then, as their weights are, else apart."""
+        return self.scan and self.layers // len(self.blocks) > 1
+
+    def repeats(self, p: int) -> int:
+        """How many layers are entry p of the pattern."""
+        return len(range(p, self.layers, len(self.blocks)))
 
     def embed(self, tokens_BT, coordinates: Coordinates):
         x_BTD = self.embedding[...][tokens_BT]
@@ -179,21 +196,26 @@ class Transformer(nnx.Module):
                 new.append(cache)
             return state, tuple(new)
 
-        entries = tuple(zip(self.blocks, of_layers, strict=True))
         full, left = divmod(self.layers, P)
-        if self.scan and full > 1:
+        if self.scanned:
+            entries = tuple(zip(self.blocks, of_layers, strict=True))
             repeats = jax.tree.map(lambda w: w[:full], entries)
             state, new = jax.lax.scan(run_period, state, (P * jnp.arange(full), repeats))
             periods = [(full * P, jax.tree.map(lambda w: w[full], entries[:left]))] if left else []
         else:
             new = None
-            unstacked = [unstack(entry, full + (p < left)) for p, entry in enumerate(entries)]
+            blocks = [unstack(block, self.repeats(p)) for p, block in enumerate(self.blocks)]
+            unstacked = [
+                list(zip(b, kept or (None,) * len(b), strict=True)) for b, kept in zip(blocks, of_layers, strict=True)
+            ]
             periods = [(r * P, tuple(e[r] for e in unstacked if r < len(e))) for r in range(full + bool(left))]
         rows = []
         for period in periods:
             state, row = run_period(state, period)
             rows.append(row)
         x_BTD, of_stream = self.stream.finish(state)
+        if new is None:  # copied into one array, caches would be read and written as a whole for each token
+            return x_BTD, (tuple(tuple(row[p] for row in rows if p < len(row)) for p in range(P)), of_stream)
         return x_BTD, (restack(new, rows, P), of_stream)
 
     def logits(self, x_BTD):
@@ -205,7 +227,9 @@ class Transformer(nnx.Module):
 
 def picked(x_BTD, wanted_BW):
     """x [B, W, D] at these places of each row, nan outside; raises UserError for those that are known to be outside."""
-    T = x_BTD.shape[1]
+    B, T, _ = x_BTD.shape
+    if np.ndim(wanted_BW) != 2 or len(wanted_BW) != B:
+        raise UserError(f"wanted is {np.shape(wanted_BW)} for {B} rows; choose places [B, W]")
     if (places := slots.known(wanted_BW)) is not None and (outside := places[(places < 0) | (places >= T)]).size:
         raise UserError(f"wanted has {outside.flat[0]}, which is no place among {T} tokens; choose 0 to {T - 1}")
     inside_BW = jnp.where(jnp.asarray(wanted_BW) < 0, T, wanted_BW)  # a negative one would count from the end
@@ -225,10 +249,10 @@ def unstack(tree, n: int) -> list:
 
 
 def restack(scanned, rows: list, entries: int) -> tuple:
-    """Caches stacked per pattern entry again: those that a scan gave, then those of the unrolled layers."""
+    """Caches stacked per pattern entry again: those that a scan gave, then those of the layers after it."""
     stacked = []
     for p in range(entries):
-        parts = [] if scanned is None else [scanned[p]]
+        parts = [scanned[p]]
         parts += [jax.tree.map(lambda x: x[None], row[p]) for row in rows if p < len(row)]
         stacked.append(jax.tree.map(lambda *x: jnp.concatenate(x), *parts))
     return tuple(stacked)

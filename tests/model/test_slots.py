@@ -11,6 +11,7 @@ import variants
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lab import model as lab_model
 from lab.coordinates import Coordinates
 from lab.errors import UserError
 from lab.model import slots
@@ -135,6 +136,18 @@ def test_the_head_is_computed_for_wanted_logits_alone():
     run = lambda model, cache: model.extend(batch.tokens, batch.coordinates, cache, wanted=wanted)  # noqa: E731
     program = str(jax.make_jaxpr(run)(model, model.init_cache(ROWS, SIZE)))
     assert f"{ROWS},1,{tiny.VOCABULARY}]" in program and f"{ROWS},{LENGTH},{tiny.VOCABULARY}]" not in program
+
+
+def test_a_step_copies_nothing_as_large_as_the_keys_of_a_layer():
+    """Given the cache to keep, a step writes new tokens into it, in whatever slots, and reads it where it lies."""
+    model = lab_model.abstract(variants.config("default", model__layers=4).model)
+    at = Coordinates(*[jax.ShapeDtypeStruct((4, 1), np.int32)] * 4)
+    cache = jax.eval_shape(lambda model: model.init_cache(4, 2048), model)
+    step = jax.jit(lambda model, at, cache, lies: model.extend(lies, at, cache, slots_BT=lies), donate_argnums=2)
+    memory = step.lower(model, at, cache, at.index).compile().memory_analysis()
+    numbers = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
+    assert memory.alias_size_in_bytes >= numbers
+    assert memory.temp_size_in_bytes < numbers / (2 * model.layers)
 
 
 def test_a_place_outside_that_is_traced_gives_nan():
