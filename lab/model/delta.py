@@ -93,8 +93,8 @@ class GatedDelta(nnx.Module):
     def join(self, cache: State | Chains, sources, target):
         """Refused: no state holds what two chains wrote."""
         raise UserError(
-            "model.mixer.name = 'delta' cannot join branches: the state of a branch is no set of tokens; choose a mixer of "
-            "softmax attention for every layer"
+            "model.mixer.name = 'delta' cannot join branches: the state of a branch is no set of tokens; choose a "
+            "mixer of softmax attention for every layer"
         )
 
     def __call__(

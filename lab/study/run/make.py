@@ -15,6 +15,7 @@ from lab.evaluate import asks, conditions
 from lab.model import mesh as lab_mesh
 from lab.model import parameter
 from lab.storage import write_json
+from lab.study.define import identity
 from lab.study.run import weights as learned
 from lab.study.run.log import Log, Meter
 from lab.study.run.progress import Display
@@ -35,6 +36,7 @@ def make(unit: Unit, display: Display, stop: Callable[[int], bool]) -> list[str]
         if writes:
             (run.directory / "failure.json").unlink(missing_ok=True)
             write_json(run.directory.parent / "config.json", run.cell.described())
+            identity.keep(run.directory.parent, run.identity)
             run.data.tokenizer.save(run.directory.parent)
     meter = Meter(display, unit, config.run.log.every)
 
@@ -86,7 +88,7 @@ def _checkpoint_directory(unit: Unit) -> pathlib.Path:
     """A run's own; of a stack, one beside the cells, named by its members, until each has its own."""
     if len(unit) == 1:
         return unit[0].directory / "checkpoints"
-    members = hashlib.sha256(json.dumps([(run.fingerprint, run.seed) for run in unit]).encode()).hexdigest()[:12]
+    members = hashlib.sha256(json.dumps([(run.place, run.seed) for run in unit]).encode()).hexdigest()[:12]
     return unit[0].directory.parents[2] / "stacks" / members / "checkpoints"
 
 
@@ -118,7 +120,7 @@ def _result(run: Run, config: ConfigDict, mesh, trained: loop.Trained, found, ex
     peak = runtime.peak_bytes(executable)
     return {
         "cell": run.cell.name,
-        "fingerprint": run.fingerprint,
+        "identity": identity.name_of(run.identity),
         "seed": run.seed,
         "labels": run.cell.labels,
         "parameters": parameter.count(trained.state.model) // members,
