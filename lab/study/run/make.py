@@ -10,12 +10,13 @@ from collections.abc import Callable
 import jax
 from ml_collections import ConfigDict
 
-from lab import kernels, runtime
+from lab import runtime
 from lab.evaluate import asks, conditions
 from lab.model import mesh as lab_mesh
 from lab.model import parameter
 from lab.storage import write_json
 from lab.study.define import identity
+from lab.study.run import segments
 from lab.study.run import weights as learned
 from lab.study.run.log import Log, Meter
 from lab.study.run.progress import Display
@@ -40,8 +41,13 @@ def make(unit: Unit, display: Display, stop: Callable[[int], bool]) -> list[str]
             run.data.tokenizer.save(run.directory.parent)
     meter = Meter(display, unit, config.run.log.every)
 
+    here = segments.way(config, mesh, len(unit))
+
     def on_start(step: int) -> None:
         meter.start(step)
+        for run in unit if writes else ():
+            if told := segments.begin(run.directory, step, here):
+                display.say(f"{run.name} {told}")
         for log in logs:
             log.start(step)
 
@@ -136,8 +142,8 @@ def _result(run: Run, config: ConfigDict, mesh, trained: loop.Trained, found, ex
                 for c in found
             ),
         ],
-        "environment": runtime.environment(mesh)
-        | {"implementation": kernels.resolve(config.run.implementation), "vmapped": members > 1 and members},
+        "environment": runtime.environment(mesh),
+        "segments": segments.read(run.directory),
         "text_hash": hashlib.sha256(hashes.encode()).hexdigest()[:16],
     }  # fmt: skip
 
