@@ -6,10 +6,11 @@ Each option is declared where it is read, with its default and its meaning: see 
 from ml_collections import ConfigDict
 
 from lab.data import DATA
+from lab.errors import choose
 from lab.evaluate.asks import LOSS, ask
 from lab.model import execution, mesh
 from lab.model.spec import MODEL
-from lab.options import Option, Room
+from lab.options import Option, Room, leaves, set_field, tuples
 from lab.study.define.settings import STUDY
 from lab.train.optimizer import TRAIN
 
@@ -42,6 +43,21 @@ def base() -> ConfigDict:
         config[name] = room.defaults()
     config.evaluate = {LOSS: ask()}
     return config.lock()
+
+
+def restored(stored: dict) -> ConfigDict:
+    """The config that a config.json keeps: a field that it lacks was declared later, and has its default.
+
+    Raises UserError for a field that is declared no more.
+    """
+    config = base()
+    with config.unlocked():
+        for name, asked in stored.get("evaluate", {}).items():
+            config.evaluate[name] = ask(asked["kind"])
+    known = leaves(config)
+    for name, value in leaves(stored).items():
+        set_field(config, choose("a field of config.json", name, known), tuples(value))
+    return config
 
 
 def check_seeds(config: ConfigDict) -> None:

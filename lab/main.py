@@ -50,6 +50,7 @@ def main(argv: list[str]) -> int:
         "--cells", default="1/1", metavar="I/N", help="only every N-th cell, from the I-th: for job arrays"
     )
     parser.add_argument("--retry-failed", action="store_true", help="run cells again that failed before")
+    parser.add_argument("--remake", action="store_true", help="make runs of other versions of jax again")
     flags, config, overridden = command.parse(parser, argv)
     runtime.start(config)
 
@@ -64,7 +65,7 @@ def main(argv: list[str]) -> int:
 
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax tells every save, and twice what it raises
     counts = runtime.CompileCounts()
-    study = open(config, overridden, flags.workdir)
+    study = open(config, overridden, flags.workdir, flags.remake)
     names = {cell.name for cell in study.cells[resolve.share(flags.cells)]}
     workdir, line = study.workdir, shlex.join(["python", "-m", "lab.main", *argv])
     first = jax.process_index() == 0
@@ -75,6 +76,8 @@ def main(argv: list[str]) -> int:
     with Display(len(tried) + len(ours), quiet=not first) as display:
         devices = f"{jax.device_count()} {jax.devices()[0].platform} devices"
         display.say(f"{config.study.name}: {len(tried) + len(ours)} runs on {devices}, in {workdir}")
+        if kept := runs.made_elsewhere(tried + ours):
+            display.say(kept)
         make = functools.partial(
             run.run_study, display=display, stop=stop, after_run=reporter.after_run, retry_failed=flags.retry_failed
         )

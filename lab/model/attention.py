@@ -16,7 +16,7 @@ from lab.coordinates import Coordinates
 from lab.errors import UserError, choose
 from lab.kernels.rotary import rotate
 from lab.kernels.rules import Rule
-from lab.model import mesh, norm, parameter, position
+from lab.model import mesh, norm, parameter, position, slots
 from lab.options import Option
 
 Kept = tuple[jax.Array, ...]  # what a token keeps, arrays [B, S, groups, width]
@@ -30,12 +30,20 @@ class View(NamedTuple):
     queries: Coordinates
     keys: Coordinates
     tiles: Any  # what kernels.plan_tiles gave
-    start: jax.Array | None  # the cache slot of the first new token; None without a cache
+    slots_BT: jax.Array | None  # of the new tokens in the cache, beyond it if they have none; None without a cache
     implementation: str  # of attention
 
     def of_rotated(self) -> "View":
         """The same for queries that have rotated already."""
         return self._replace(frequencies=None)
+
+    def put(self, old_BS, new_BT):
+        """An array of the cache [B, S, ...] that holds what the new tokens have [B, T, ...] too."""
+        return slots.put(old_BS, new_BT, self.slots_BT)
+
+    def take(self, x_BS):
+        """Of an array over all that may be seen [B, S, ...], the part of the new tokens [B, T, ...]."""
+        return x_BS if self.slots_BT is None else slots.take(x_BS, self.slots_BT)
 
 
 class Softmax(nnx.Module):
@@ -144,10 +152,18 @@ class Softmax(nnx.Module):
         """Multiplications for a token beside those with weights and with keys."""
         return 0
 
-    def init_cache(self, batch: int, length: int, dtype) -> Kept:
-        """Empty slots; a stacked mixer gives a stacked cache."""
+    def init_cache(self, batch: int, length: int, dtype, branches: int = 1) -> Kept:
+        """Empty slots; a stacked mixer gives a stacked cache. Any slot holds any branch."""
         stack = self.q.shape[:-3]
         return tuple(jnp.zeros((*stack, batch, length, *shape), dtype) for shape in self.cached)
+
+    def fork(self, cache: Kept, source, target) -> Kept:
+        """The cache as it is: tokens stay where they lie, and the rule says which branch sees them."""
+        return cache
+
+    def join(self, cache: Kept, sources, target) -> Kept:
+        """The same."""
+        return cache
 
     def turned(self, name: str, x_BTHK, rotation):
         """Queries, keys or values, rotated if mixer.rotate has their letter."""
@@ -178,7 +194,7 @@ class Softmax(nnx.Module):
         """The same, of what new tokens keep."""
         if cache is None:
             return new, None
-        cache = tuple(append(old, x, view.start) for old, x in zip(cache, new, strict=True))
+        cache = tuple(view.put(old, x) for old, x in zip(cache, new, strict=True))
         return cache, cache
 
     def attend(self, q_BTHK, kept: Kept, view: View, decoding: bool):
@@ -269,11 +285,6 @@ def heads(x_BTD, weight: nnx.Param):
     return jnp.einsum(equation, x_BTD, weight[...].astype(x_BTD.dtype))
 
 
-def append(old, new, start):
-    """A cache array [B, S, ...] with new tokens [B, T, ...] from slot `start` on."""
-    return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, 1)
-
-
 def attend_over_mesh(q_BTHK, k_BSGK, v_BSGV, view: View, mixer: Softmax, scale: float | None = None):
     """`kernels.attend` with rows, heads and queries over the mesh; every device gathers the keys of its rows.
 
@@ -281,9 +292,8 @@ def attend_over_mesh(q_BTHK, k_BSGK, v_BSGV, view: View, mixer: Softmax, scale: 
     own. scale: None for the mixer's.
     """
     frequencies = view.frequencies if "q" in mixer.rotate else None
-    if frequencies is not None and (
-        view.start is not None or not kernels.rotates(view.implementation, k_BSGK.shape[1])
-    ):
+    in_kernel = view.slots_BT is None and kernels.rotates(view.implementation, k_BSGK.shape[1])
+    if frequencies is not None and not in_kernel:
         q_BTHK, frequencies = rotate(q_BTHK, view.rotation), None
     tensor = mesh.current().get("tensor", 1)
     H, G = q_BTHK.shape[2], k_BSGK.shape[2]

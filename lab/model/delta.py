@@ -7,9 +7,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lab.errors import UserError
+from lab.kernels import rules
 from lab.kernels.rules import Rule
-from lab.model import mesh, norm, parameter
+from lab.model import chains, mesh, norm, parameter
 from lab.model.attention import Softmax, View, check_rule, further_keys, heads
+from lab.model.chains import Chains, faded
 
 CHUNK = 64  # tokens that one step of the scan over a row takes
 
@@ -26,11 +28,12 @@ class GatedDelta(nnx.Module):
 
     alpha = exp(-exp(a) softplus(x w_a + b_a)), beta = sigmoid(x w_beta), q and k silu-activated and of unit length; the
     output is RMS-normed for each head and gated by silu(x W_g). Without the paper's short convolutions. A row holds its
-    segments one after another, each in the order of its index; the state starts anew with each.
+    segments one after another, each in the order of its index; the state starts anew with each. Under the rule "causal"
+    a segment is one chain of tokens; under "own_branch" its prompt is, and each branch goes on from there (chains.py).
     """
 
     options: ClassVar[dict] = {name: Softmax.options[name] for name in ("heads", "head_dim", "v_head_dim")}
-    rules: ClassVar[tuple[str, ...]] = ("causal",)
+    rules: ClassVar[tuple[str, ...]] = ("causal", "own_branch")
     in_order: ClassVar[bool] = True  # a token needs the one before it: a row cannot be cut over mesh.context
     attends: ClassVar[bool] = False
 
@@ -61,22 +64,42 @@ class GatedDelta(nnx.Module):
 
     @property
     def state_numbers(self) -> int:
-        """Numbers kept for a row however long it is."""
+        """Numbers kept for a row however long it is; for each of its branches where they are chains of their own."""
         return self.heads * self.head_dim * self.v_head_dim
 
     @property
     def work_per_token(self) -> int:
         """Multiplications for a token beside those with weights: with the state, and with the tokens of its chunk."""
-        K, V = self.head_dim, self.v_head_dim
-        return self.heads * (3 * K * V + CHUNK * (4 * K + 3 * V) // 2)
+        K, V, states = self.head_dim, self.v_head_dim, 2 if self.branches_apart else 1
+        return self.heads * (3 * K * V * states + CHUNK * (4 * K + 3 * V) // 2)
 
-    def init_cache(self, batch: int, length: int, dtype) -> State:
-        """An empty state; a stacked mixer gives a stacked one."""
+    @property
+    def branches_apart(self) -> bool:
+        """Whether each branch is a chain of its own."""
+        return self.rule == rules.own_branch
+
+    def init_cache(self, batch: int, length: int, dtype, branches: int = 1) -> State | Chains:
+        """An empty state; a stacked mixer gives a stacked one. branches: the highest number that one may have."""
         stack, wide = self.q.shape[:-3], jnp.promote_types(dtype, jnp.float32)
+        if self.branches_apart:
+            return Chains.empty(1 + branches, batch, self.heads, self.head_dim, self.v_head_dim, wide, stack)
         s = jnp.zeros((*stack, batch, self.heads, self.head_dim, self.v_head_dim), wide)
         return State(s, jnp.full((*stack, batch), -1, jnp.int32))
 
-    def __call__(self, x_BTD: jax.Array, view: View, cache: State | None = None) -> tuple[jax.Array, State | None]:
+    def fork(self, cache: State | Chains, source, target) -> State | Chains:
+        """The cache in which branch `target` goes on from the state of branch `source` (chains.fork)."""
+        return chains.fork(cache, source, target) if self.branches_apart else cache  # a segment is one chain there
+
+    def join(self, cache: State | Chains, sources, target):
+        """Refused: no state holds what two chains wrote."""
+        raise UserError(
+            "model.mixer.name = 'delta' cannot join branches: the state of a branch is no set of tokens; choose a "
+            "mixer of softmax attention for every layer"
+        )
+
+    def __call__(
+        self, x_BTD: jax.Array, view: View, cache: State | Chains | None = None
+    ) -> tuple[jax.Array, State | Chains | None]:
         if mesh.current().get("context", 1) > 1:
             raise UserError(
                 "run.mesh.context must be 1 where a layer runs along the row, as model.mixer.name = 'delta' does"
@@ -88,7 +111,10 @@ class GatedDelta(nnx.Module):
         gate_BTH, beta_BTH = (jnp.einsum("btd,dh->bth", x_BTD.astype(wide), w[...]) for w in (self.alpha, self.beta))
         decay_BTH = -jnp.exp(self.alpha_log[...]) * jax.nn.softplus(gate_BTH + self.alpha_bias[...])
         inputs = q_BTHK * self.head_dim**-0.5, k_BTHK, v_BTHV, decay_BTH, jax.nn.sigmoid(beta_BTH)
-        o_BTHV, state = delta_rule(*inputs, view.queries.segment, start)
+        if self.branches_apart:
+            o_BTHV, state = chains.delta_rule(*inputs, view.queries, start, CHUNK, whole=cache is None)
+        else:
+            o_BTHV, state = delta_rule(*inputs, view.queries.segment, start)
         o_BTHV = self.norm(o_BTHV.astype(x_BTD.dtype)) * jax.nn.silu(heads(x_BTD, self.output_gate))
         y_BTD = jnp.einsum("bthv,hvd->btd", o_BTHV, self.o[...].astype(o_BTHV.dtype))
         return y_BTD, None if cache is None else state
@@ -144,11 +170,6 @@ def one_chunk(q_BCHK, k_BCHK, v_BCHV, decay_BCH, beta_BCH, segment_BC, state: St
     o_BHCV += (q_BHCK @ k_BHCK.swapaxes(-1, -2) * between_BHCc) @ written_BHCV
     s_BHKV = since_BHC1[..., -1:, :] * state.s_BHKV + (until_BHC1 * k_BHCK).swapaxes(-1, -2) @ written_BHCV
     return State(s_BHKV, segment_BC[:, -1]), o_BHCV.swapaxes(1, 2)
-
-
-def faded(log_decay, where):
-    """exp of log decays, 0 where a segment ends in between."""
-    return jnp.exp(jnp.where(where, log_decay, -jnp.inf))
 
 
 def carried_segment(segment_BT, before_B):

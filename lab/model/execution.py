@@ -1,4 +1,4 @@
-"""How a model runs, which changes nothing of what it computes but rounding: config.run.{implementation, scan, remat}."""
+"""How a model runs, which changes nothing of what it computes but rounding: some fields of config.run."""
 
 from typing import NamedTuple
 

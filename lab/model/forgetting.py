@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from lab.kernels.rules import Rule
 from lab.model import parameter
-from lab.model.attention import Attention, Kept, View, append, attend_over_mesh, further_keys
+from lab.model.attention import Attention, Kept, View, attend_over_mesh, further_keys
 from lab.options import without
 
 PARTS = 3  # dimensions in which one F rides
@@ -38,9 +38,9 @@ class Forgetting(Attention):
         """Also the dimensions that carry F, and the sum that makes it."""
         return super().work_per_key + self.heads * (self.heads // self.kv_heads) * PARTS + 1 + self.heads
 
-    def init_cache(self, batch: int, length: int, dtype) -> Kept:
+    def init_cache(self, batch: int, length: int, dtype, branches: int = 1) -> Kept:
         """Log f and F in float32: F grows with the length."""
-        *kept, log_f, total = super().init_cache(batch, length, dtype)
+        *kept, log_f, total = super().init_cache(batch, length, dtype, branches)
         return *kept, *(x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (log_f, total))
 
     def keep(self, x_BTD, rotation) -> Kept:
@@ -54,8 +54,8 @@ class Forgetting(Attention):
         if cache is None:
             return (*new, self.total_seen(new[-1], view)), None
         *kept, total = cache
-        kept = [append(old, x, view.start) for old, x in zip(kept, new, strict=True)]
-        cache = *kept, append(total, self.total_seen(kept[-1], view), view.start)
+        kept = [view.put(old, x) for old, x in zip(kept, new, strict=True)]
+        cache = *kept, view.put(total, self.total_seen(kept[-1], view))
         return cache, cache
 
     def total_seen(self, log_f_BSH1, view: View):
@@ -78,9 +78,7 @@ class Forgetting(Attention):
         q_BTHX = jnp.concatenate([q_BTHK * self.scale, own_BTHX], -1)
         k_BSGX = jnp.concatenate([k_BSGK, parts_BSHP.reshape(B, S, G, R * PARTS)], -1)
         o_BTHV, lse_BTH = attend_over_mesh(q_BTHX, k_BSGX, v_BSGV, view, self, scale=1.0)
-        if decoding:
-            total_BSH1 = jax.lax.dynamic_slice_in_dim(total_BSH1, view.start, q_BTHK.shape[1], axis=1)
-        return o_BTHV, lse_BTH + total_BSH1[..., 0]
+        return o_BTHV, lse_BTH + view.take(total_BSH1)[..., 0]
 
 
 def parts(x, dtype) -> list:

@@ -90,6 +90,7 @@ def check_unrotated(model) -> None:
     head_dim = model.mixer.head_dim
     if rotary_dim(model) >= head_dim:
         raise UserError(
-            f"model.position.dim = {model.position.dim} leaves none of model.mixer.head_dim = {head_dim} unrotated, which "
-            f"model.mixer.name = {model.mixer.name!r} needs; choose an even number of 2 to {(head_dim - 1) // 2 * 2}"
+            f"model.position.dim = {model.position.dim} leaves none of model.mixer.head_dim = {head_dim} unrotated, "
+            f"which model.mixer.name = {model.mixer.name!r} needs; choose an even number of 2 to "
+            f"{(head_dim - 1) // 2 * 2}"
         )

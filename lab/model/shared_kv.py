@@ -38,8 +38,8 @@ class PartlyShared(Softmax):
         shared, (_, V) = model.mixer.head_dim - rotary_dim(model), cls.widths(model)
         if shared >= V:
             raise UserError(
-                f"model.mixer.v_head_dim = {model.mixer.v_head_dim} must be above {shared}, the numbers that values share "
-                f"with keys in model.mixer.name = {model.mixer.name!r}; or 0 for model.mixer.head_dim"
+                f"model.mixer.v_head_dim = {model.mixer.v_head_dim} must be above {shared}, the numbers that values "
+                f"share with keys in model.mixer.name = {model.mixer.name!r}; or 0 for model.mixer.head_dim"
             )
         if "v" in cls.rotated(model) and V - shared < rotary_dim(model):
             raise UserError(f"model.mixer.rotate = {model.mixer.rotate!r} would rotate what keys share; leave out v")
@@ -82,8 +82,8 @@ class FullyShared(Softmax):
         super().check(model)
         if ("k" in cls.rotated(model)) != ("v" in cls.rotated(model)):
             raise UserError(
-                f"model.mixer.rotate = {model.mixer.rotate!r}: keys are the values in model.mixer.name = {model.mixer.name!r}; "
-                "have both k and v in it, or neither"
+                f"model.mixer.rotate = {model.mixer.rotate!r}: keys are the values in model.mixer.name = "
+                f"{model.mixer.name!r}; have both k and v in it, or neither"
             )
 
     @property

@@ -12,11 +12,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from lab.coordinates import Coordinates
+from lab.errors import UserError
 from lab.kernels import rules
-from lab.model import mesh, norm, parameter, position
+from lab.model import mesh, norm, parameter, position, slots
 from lab.model.attention import View, plan_tiles_over_mesh
 from lab.model.execution import Execution, rematerialised
 from lab.model.feedforward import FEEDFORWARDS
@@ -30,10 +32,10 @@ from lab.model.streams import STREAMS
 class Cache(NamedTuple):
     """Keys and values of every layer, beside the coordinates of the slots; an empty slot has segment -1."""
 
-    layers: tuple
+    layers: tuple  # for each entry of the pattern, stacked where layers are scanned, else a tuple over its repeats
     stream: tuple  # what the stream keeps of tokens beside that
     coordinates: Coordinates
-    used: jax.Array  # int32: slots filled so far, the same in every row
+    used: jax.Array  # int32 [B]: each row's next free slot, one past the last that was given to a token
 
 
 class Block(nnx.Module):
@@ -96,22 +98,70 @@ class Transformer(nnx.Module):
         x_BTD, _ = self.run_layers(self.embed(tokens_BT, coordinates), self.views(coordinates, coordinates))
         return self.logits(x_BTD)
 
-    def init_cache(self, batch: int, length: int) -> Cache:
-        """An empty cache of `length` slots a row: best a multiple of 512, as kernels pad others each time."""
-        layers = tuple(block.mixer.init_cache(batch, length, self.compute) for block in self.blocks)
-        stream = self.stream.init_cache(batch, length, self.compute)
-        return Cache(layers, stream, Coordinates.padding(batch, length).map(jnp.asarray), jnp.int32(0))
+    def init_cache(self, batch: int, length: int, branches: int = 1) -> Cache:
+        """An empty cache of `length` slots a row: best a multiple of 512, as kernels pad others each time.
 
-    def extend(self, tokens_BT: jax.Array, coordinates: Coordinates, cache: Cache) -> tuple[jax.Array, Cache]:
-        """Logits [B, T, C] of the new tokens, which see each other and the cache, and the cache that holds them too.
-
-        Every row takes T slots; a token of segment -1 takes one that nobody sees. T more slots must be free.
+        branches: the highest number of a branch, which mixers with a state for each have a place for. Such a state goes
+        on as long as tokens of its segment and branch come, so a new text in a row takes a new segment number.
         """
-        append = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, jnp.asarray(new), cache.used, 1)  # noqa: E731
-        keys = jax.tree.map(append, cache.coordinates, coordinates)
-        views = self.views(coordinates, keys, start=cache.used)
+        layers = tuple(block.mixer.init_cache(batch, length, self.compute, branches) for block in self.blocks)
+        if not self.scanned:
+            layers = tuple(tuple(unstack(kept, self.repeats(p))) for p, kept in enumerate(layers))
+        stream = self.stream.init_cache(batch, length, self.compute)
+        return Cache(layers, stream, Coordinates.padding(batch, length).map(jnp.asarray), jnp.zeros(batch, jnp.int32))
+
+    def extend(
+        self, tokens_BT: jax.Array, coordinates: Coordinates, cache: Cache, *, slots_BT=None, wanted=None
+    ) -> tuple[jax.Array, Cache]:
+        """Logits of the new tokens, which see each other and the cache, and the cache that holds them too.
+
+        slots_BT, int32 [B, T]: the slot of each token in its row; None: each row's next free ones, in order. A token
+        of segment -1 takes no slot, whatever it is given. What lay in a slot that is given again is gone; a slot is
+        freed by setting its segment in `cache.coordinates` to -1, and given again by slots_BT alone.
+        wanted, int32 [B, W]: the places 0..T-1 in its row of the tokens whose logits are made, [B, W, C], in that
+        order, a place more than once if asked; None: those of every token, [B, T, C].
+
+        Raises UserError for a row with more tokens than free slots, and for slots and places that are outside or given
+        twice, where these are known. Where they are traced, a token without a slot is not kept and sees the rest of
+        the cache alone, `used` is above the length then, and logits of a place outside are nan.
+        """
+        length = cache.coordinates.shape[1]
+        slots.check(coordinates, cache.used, length, slots_BT)
+        slots_BT, used_B = slots.choose(coordinates, cache.used, length, slots_BT)
+        keys = jax.tree.map(lambda old, new: slots.put(old, new, slots_BT), cache.coordinates, coordinates)
+        views = self.views(coordinates, keys, slots_BT)
         x_BTD, kept = self.run_layers(self.embed(tokens_BT, coordinates), views, (cache.layers, cache.stream))
-        return self.logits(x_BTD), Cache(*kept, keys, cache.used + tokens_BT.shape[1])
+        x_BWD = x_BTD if wanted is None else picked(x_BTD, wanted)
+        return self.logits(x_BWD), Cache(*kept, keys, used_B)
+
+    def fork(self, cache: Cache, source, target) -> Cache:
+        """The cache in which branch `target` goes on from where branch `source` is: numbers, or int [B] with -1 for no
+        fork. Attention has no state: its rule says what the new branch sees. Raises UserError for branches without a
+        place, where they are known."""
+        return cache._replace(layers=self.each_layer(lambda mixer, kept: mixer.fork(kept, source, target), cache))
+
+    def join(self, cache: Cache, sources, target) -> Cache:
+        """The cache in which branch `target` goes on from what all of `sources` are, at their largest time plus one.
+
+        Raises UserError where a mixer has a state for each branch.
+        """
+        return cache._replace(layers=self.each_layer(lambda mixer, kept: mixer.join(kept, sources, target), cache))
+
+    def each_layer(self, function, cache: Cache) -> tuple:
+        """`function` of the mixer and of what it keeps, for each layer."""
+        entries = [(block.mixer, kept) for block, kept in zip(self.blocks, cache.layers, strict=True)]
+        if self.scanned:
+            return tuple(function(mixer, kept) for mixer, kept in entries)
+        return tuple(tuple(function(mixer, one) for one in kept) for mixer, kept in entries)
+
+    @property
+    def scanned(self) -> bool:
+        """Whether layers are run in a loop: their caches are stacked then, as their weights are, else apart."""
+        return self.execution.scan and self.layers // len(self.blocks) > 1
+
+    def repeats(self, p: int) -> int:
+        """How many layers are entry p of the pattern."""
+        return len(range(p, self.layers, len(self.blocks)))
 
     def embed(self, tokens_BT, coordinates: Coordinates):
         x_BTD = self.embedding[...][tokens_BT]
@@ -119,13 +169,15 @@ class Transformer(nnx.Module):
             x_BTD = x_BTD + self.code(coordinates)
         return mesh.constrain(x_BTD.astype(self.compute))
 
-    def views(self, queries: Coordinates, keys: Coordinates, start=None) -> list[View]:
+    def views(self, queries: Coordinates, keys: Coordinates, slots_BT=None) -> list[View]:
         """What each entry of the layer pattern sees; tile lists are made once per distinct rule."""
         mixers, implementation = [block.mixer for block in self.blocks], self.execution.implementation
         needed = dict.fromkeys(mixer.rule for mixer in mixers if mixer.attends)
         tiles = {rule: plan_tiles_over_mesh(queries, keys, rule, implementation) for rule in needed}
         return [
-            View(rotary(queries), rotary.frequencies[...], queries, keys, tiles.get(mixer.rule), start, implementation)
+            View(
+                rotary(queries), rotary.frequencies[...], queries, keys, tiles.get(mixer.rule), slots_BT, implementation
+            )
             for rotary, mixer in zip(self.rotary, mixers, strict=True)
         ]
 
@@ -147,21 +199,26 @@ class Transformer(nnx.Module):
                 new.append(cache)
             return state, tuple(new)
 
-        entries = tuple(zip(self.blocks, of_layers, strict=True))
         full, left = divmod(self.layers, P)
-        if self.execution.scan and full > 1:
+        if self.scanned:
+            entries = tuple(zip(self.blocks, of_layers, strict=True))
             repeats = jax.tree.map(lambda w: w[:full], entries)
             state, new = jax.lax.scan(run_period, state, (P * jnp.arange(full), repeats))
             periods = [(full * P, jax.tree.map(lambda w: w[full], entries[:left]))] if left else []
         else:
             new = None
-            unstacked = [unstack(entry, full + (p < left)) for p, entry in enumerate(entries)]
+            blocks = [unstack(block, self.repeats(p)) for p, block in enumerate(self.blocks)]
+            unstacked = [
+                list(zip(b, kept or (None,) * len(b), strict=True)) for b, kept in zip(blocks, of_layers, strict=True)
+            ]
             periods = [(r * P, tuple(e[r] for e in unstacked if r < len(e))) for r in range(full + bool(left))]
         rows = []
         for period in periods:
             state, row = run_period(state, period)
             rows.append(row)
         x_BTD, of_stream = self.stream.finish(state)
+        if new is None:  # copied into one array, caches would be read and written as a whole for each token
+            return x_BTD, (tuple(tuple(row[p] for row in rows if p < len(row)) for p in range(P)), of_stream)
         return x_BTD, (restack(new, rows, P), of_stream)
 
     def logits(self, x_BTD):
@@ -169,6 +226,17 @@ class Transformer(nnx.Module):
         x_BTD = self.norm(x_BTD)
         wide = jnp.promote_types(x_BTD.dtype, jnp.float32)
         return jnp.einsum("btd,cd->btc", x_BTD, weight_CD[...].astype(x_BTD.dtype), preferred_element_type=wide)
+
+
+def picked(x_BTD, wanted_BW):
+    """x [B, W, D] at these places of each row, nan outside; raises UserError for those that are known to be outside."""
+    B, T, _ = x_BTD.shape
+    if np.ndim(wanted_BW) != 2 or len(wanted_BW) != B:
+        raise UserError(f"wanted is {np.shape(wanted_BW)} for {B} rows; choose places [B, W]")
+    if (places := slots.known(wanted_BW)) is not None and (outside := places[(places < 0) | (places >= T)]).size:
+        raise UserError(f"wanted has {outside.flat[0]}, which is no place among {T} tokens; choose 0 to {T - 1}")
+    inside_BW = jnp.where(jnp.asarray(wanted_BW) < 0, T, wanted_BW)  # a negative one would count from the end
+    return jnp.take_along_axis(x_BTD, inside_BW[..., None], axis=1, mode="fill")
 
 
 def unstack(tree, n: int) -> list:
@@ -179,10 +247,10 @@ def unstack(tree, n: int) -> list:
 
 
 def restack(scanned, rows: list, entries: int) -> tuple:
-    """Caches stacked per pattern entry again: those that a scan gave, then those of the unrolled layers."""
+    """Caches stacked per pattern entry again: those that a scan gave, then those of the layers after it."""
     stacked = []
     for p in range(entries):
-        parts = [] if scanned is None else [scanned[p]]
+        parts = [scanned[p]]
         parts += [jax.tree.map(lambda x: x[None], row[p]) for row in rows if p < len(row)]
         stacked.append(jax.tree.map(lambda *x: jnp.concatenate(x), *parts))
     return tuple(stacked)

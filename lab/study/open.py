@@ -22,11 +22,12 @@ class Study:
     cells: list[Cell]
     rows: list[dict]
     workdir: pathlib.Path
+    remake: bool = False  # runs that were made under other versions of the libraries
 
     @functools.cached_property
     def trials(self) -> list[trials.Trial]:
         """Every cell at every point of the grid; none where nothing is tuned."""
-        return trials.trials(self.config, self.cells, self.workdir)
+        return trials.trials(self.config, self.cells, self.workdir, self.remake)
 
     def planned(self, command: str) -> list[runs.Run]:
         """Every run, cells at their best points as far as trials are made; plan.json is written, with the command.
@@ -36,7 +37,8 @@ class Study:
         """
         cells = trials.tuned(self.cells, self.trials)
         rows = plan.table(self.config, cells) if self.trials else self.rows
-        every = runs.runs_of(cells, range(self.config.seed, self.config.seed + self.config.study.seeds), self.workdir)
+        seeds = range(self.config.seed, self.config.seed + self.config.study.seeds)
+        every = runs.runs_of(cells, seeds, self.workdir, self.remake)
         runs.check_devices(every)
         runs.check_hosts_agree(every)
         if jax.process_index() == 0:
@@ -45,11 +47,16 @@ class Study:
         return every
 
 
-def open(config: ConfigDict, overridden: tuple[str, ...] = (), workdir: pathlib.Path | None = None) -> Study:
+def open(
+    config: ConfigDict,
+    overridden: tuple[str, ...] = (),
+    workdir: pathlib.Path | None = None,
+    remake: bool = False,
+) -> Study:
     """The study of a config whose fields `overridden` were set by the command; its files go to `workdir`, or to
     runs/<study>. Reads no data. Raises UserError for whatever cannot run or be reported."""
     cells = resolve(config, overridden)
     sections.parts(config.study.sections, [label for _, label in config.study.labels])
     rows = plan.table(config, cells)
     tuning.points(config, cells)
-    return Study(config, cells, rows, workdir or pathlib.Path("runs") / config.study.name)
+    return Study(config, cells, rows, workdir or pathlib.Path("runs") / config.study.name, remake)

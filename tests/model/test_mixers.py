@@ -149,14 +149,17 @@ def delta(config, mixer, x_TD, at: Coordinates) -> np.ndarray:
     T, H, V = v.shape
     out_TD = np.zeros_like(x_TD)
     for h in range(H):
-        state, of = np.zeros((q.shape[-1], V)), None
+        state, of, branches = np.zeros((q.shape[-1], V)), None, {}
         for t in range(T):
             if at.segment[t] < 0:
                 continue
             if at.segment[t] != of:
-                state, of = np.zeros_like(state), at.segment[t]
+                state, of, branches = np.zeros_like(state), at.segment[t], {}
+            if config.rule == "own_branch":  # each branch goes on from what the prompt, 0, has become
+                state = branches.get(at.branch[t], branches.get(0, np.zeros_like(state)))
             k_t, v_t = unit(silu(k[t, h])), silu(v[t, h])
             state = alpha[t, h] * (state - beta[t, h] * np.outer(k_t, k_t @ state)) + beta[t, h] * np.outer(k_t, v_t)
+            branches[at.branch[t]] = state
             o = unit(silu(q[t, h])) @ state / np.sqrt(q.shape[-1])
             out_TD[t] += normed(o, mixer.norm, config.norm_eps) * silu(gate[t, h]) @ weights(mixer.o)[h]
     return out_TD
@@ -220,8 +223,9 @@ def test_against_the_formula(variant, overrides):
 
 
 @pytest.mark.parametrize("length", [1, 63, 64, 150])
-def test_chunks_of_the_delta_rule_are_the_recurrence(length):
-    config, stacked, x_BTD, coordinates, got = float64_layer("mixer delta", length)
+@pytest.mark.parametrize("variant", ["mixer delta", "delta on own_branch"])
+def test_chunks_of_the_delta_rule_are_the_recurrence(variant, length):
+    config, stacked, x_BTD, coordinates, got = float64_layer(variant, length)
     at = coordinates.map(lambda x: np.asarray(x[0]))
     expected = delta(config, stacked, np.asarray(x_BTD[0]), at)
     np.testing.assert_allclose(np.asarray(got[0])[at.segment >= 0], expected[at.segment >= 0], atol=2e-6, rtol=2e-6)

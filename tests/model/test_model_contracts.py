@@ -136,13 +136,15 @@ def extend():
 def decoded(model, batch: Batch, chunks: list[int]) -> np.ndarray:
     """Logits [B, T, C] of tokens given to the cache a chunk at a time; some of its slots stay empty."""
     rows, length = batch.tokens.shape
-    cache, logits, begin = jax.jit(lambda model: model.init_cache(rows, length + 3))(model), [], 0
+    branches = int(batch.coordinates.branch.max())
+    cache, logits, begin = jax.jit(lambda model: model.init_cache(rows, length + 3, branches))(model), [], 0
     for size in chunks:
         part = jax.tree.map(lambda x, begin=begin, size=size: x[:, begin : begin + size], batch)
         new, cache = extend()(model, part, cache)
         logits.append(new)
         begin += size
-    assert begin == length == int(cache.used)
+    assert begin == length
+    np.testing.assert_array_equal(cache.used, (batch.coordinates.segment >= 0).sum(1))
     return np.concatenate(logits, axis=1)
 
 

@@ -45,7 +45,7 @@ class DynamicWeights(nnx.Module):
 class MUDDFormer(Stream):
     """y_(m+1) = layer_m(X^Q, X^K, X^V, X^R) with X^R as the residual; X^w = sum_(j<=m+1) A^w_mj y_j for the next layer.
 
-    Layer 0 reads the embedding in all ways, and the head one average. The three inputs of attention share its placement.
+    Layer 0 reads the embedding in all ways, and the head one average. The three inputs of attention share its norms.
     """
 
     grows = True

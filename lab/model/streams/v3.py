@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from lab.model import mesh, parameter
-from lab.model.attention import View, append, attend_over_mesh
+from lab.model.attention import View, attend_over_mesh
 from lab.model.streams.stream import Stream
 from lab.model.streams.weights import SoftmaxWeights, weighted_sum
 
@@ -141,7 +141,7 @@ def replayed_attention(x_BTD, past: tuple[Layer, ...], cache: tuple | None, view
     values = [layer.block.mixer.values(n, layer.view.rotation) for layer, n in zip(past, normed, strict=True)]
     if cache is not None:
         m = len(past)
-        values = [append(old, new, view.start) for old, new in zip(cache[m], values, strict=True)]
+        values = [view.put(old, new) for old, new in zip(cache[m], values, strict=True)]
         cache = *cache[:m], tuple(values), *cache[m + 1 :]
     outputs, alike = {}, [(layer.block.mixer.rule, layer.block.mixer.softcap) for layer in past]
     for kind in dict.fromkeys(alike):

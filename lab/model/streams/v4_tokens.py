@@ -11,7 +11,7 @@ from flax import nnx
 from lab.errors import UserError
 from lab.kernels import reference
 from lab.model import norm, parameter
-from lab.model.attention import View, append
+from lab.model.attention import View
 from lab.model.streams.stream import Stream
 from lab.model.streams.v4 import SummedScores, scaled
 from lab.options import Option
@@ -130,7 +130,7 @@ class InferredKeys(Inferred):
     def on_keys(self, m, x_BTD, normed_BTD, view: View, cache):
         A_BSM = self.weights(m, x_BTD, normed_BTD)
         if cache is not None:
-            A_BSM = append(cache[m], A_BSM, view.start)
+            A_BSM = view.put(cache[m], A_BSM)
             cache = *cache[:m], A_BSM, *cache[m + 1 :]
         return [jnp.exp(A_BSM[..., i]) for i in range(m + 1)], cache
 

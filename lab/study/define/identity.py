@@ -22,7 +22,7 @@ from lab import data as lab_data
 from lab import runtime
 from lab.model.spec import read_by_layers
 from lab.options import leaves
-from lab.storage import read_json, write_atomically
+from lab.storage import read_json, write_atomically, write_json
 from lab.train import canonical, optimizer
 from lab.train.step import Program
 
@@ -88,6 +88,12 @@ def records(workdir: pathlib.Path) -> dict[str, Record]:
     """{directory of a cell, relative to the study's: its record} of all cells that were begun."""
     found = {path.parent: path for path in sorted(workdir.glob(f"cells/*/{FILE}"))}
     return {directory.relative_to(workdir).as_posix(): read_json(path) for directory, path in found.items()}
+
+
+def keep(directory: pathlib.Path, made: Record) -> None:
+    """Writes the record of a cell into its directory, unless it has one: it goes on as what it was begun."""
+    if not (directory / FILE).exists():
+        write_json(directory / FILE, made)
 
 
 def find(asked: Record, there: Mapping[str, Record], remake: bool = False) -> tuple[str, str] | None:

@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 
 from lab.study.results import Outcome, Results
 
-ALIKE = ("platform", "devices", "implementation", "vmapped")
-
 
 @dataclasses.dataclass(frozen=True)
 class Score:
@@ -65,13 +63,25 @@ def mismatch(one: Score, other: Score) -> str:
     for score in (one, other):
         if not math.isfinite(score.loss):
             return f"loss of {score.run.cell['name']} is {score.loss} over conditions {score.conditions}"
-    for field in ALIKE:
-        if one.fact(field) != other.fact(field):
-            return f"{field}: {one.fact(field)} and {other.fact(field)}"
+    if unlike := _other_segments(one.fact("segments") or [], other.fact("segments") or []):
+        place = f"{other.run.cell['directory']}/seed-{other.run.seed}"
+        return f"{unlike}; to make it again: rm -r {place}, and the study's command"
     if one.conditions != other.conditions:
         return f"conditions: {one.conditions} and {other.conditions}"
     if not _same_texts(one, other):
         return f"text_hash: {one.fact('text_hash')} and {other.fact('text_hash')}"
+    return ""
+
+
+def _other_segments(ours: Sequence[dict], theirs: Sequence[dict]) -> str:
+    """How the ways in which two runs were made differ; "" if they do not, and so their bits may be compared."""
+    steps = [[one["first_step"] for one in segments] for segments in (ours, theirs)]
+    if steps[0] != steps[1]:
+        return f"segments from steps {', '.join(map(str, steps[0]))} and {', '.join(map(str, steps[1]))}"
+    for mine, other in zip(ours, theirs, strict=True):
+        for field in mine | other:
+            if mine.get(field) != other.get(field):
+                return f"{field} from step {mine['first_step']} on: {mine.get(field)} and {other.get(field)}"
     return ""
 
 

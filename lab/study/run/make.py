@@ -10,10 +10,12 @@ from collections.abc import Callable
 import jax
 from ml_collections import ConfigDict
 
-from lab import kernels, runtime
+from lab import runtime
 from lab.model import mesh as lab_mesh
 from lab.model import parameter
 from lab.storage import write_json
+from lab.study.define import identity
+from lab.study.run import segments
 from lab.study.run import weights as learned
 from lab.study.run.log import Log, Meter
 from lab.study.run.progress import Display
@@ -32,8 +34,13 @@ def train(unit: Unit, display: Display, stop: Callable[[int], bool]) -> tuple[st
     logs = [Log(run, writes) for run in unit]
     meter = Meter(display, unit, config.run.log.every)
 
+    here = segments.way(config, mesh, len(unit))
+
     def on_start(step: int) -> None:
         meter.start(step)
+        for run in unit if writes else ():
+            if told := segments.begin(run.directory, step, here):
+                display.say(f"{run.name} {told}")
         for log in logs:
             log.start(step)
 
@@ -73,7 +80,7 @@ def _checkpoint_directory(unit: Unit) -> pathlib.Path:
     """A run's own; of a stack, one beside the cells, named by its members, until each has its own."""
     if len(unit) == 1:
         return unit[0].directory / "checkpoints"
-    members = hashlib.sha256(json.dumps([(run.fingerprint, run.seed) for run in unit]).encode()).hexdigest()[:12]
+    members = hashlib.sha256(json.dumps([(run.place, run.seed) for run in unit]).encode()).hexdigest()[:12]
     return unit[0].directory.parents[2] / "stacks" / members / "checkpoints"
 
 
@@ -101,14 +108,14 @@ def _result(run: Run, config: ConfigDict, mesh, trained: loop.Trained, members: 
     hashes = "".join(line["text_hash"] for line in lines)
     return {
         "cell": run.cell.name,
-        "fingerprint": run.fingerprint,
+        "identity": identity.name_of(run.identity),
         "seed": run.seed,
         "labels": run.cell.labels,
         "parameters": parameter.count(trained.state.model) // members,
         "tokens": sum(line["tokens"] for line in lines),
         "timings": [_train_timing(trained)],
-        "environment": runtime.environment(mesh)
-        | {"implementation": kernels.resolve(config.run.implementation), "vmapped": members > 1 and members},
+        "environment": runtime.environment(mesh),
+        "segments": segments.read(run.directory),
         "text_hash": hashlib.sha256(hashes.encode()).hexdigest()[:16],
     }
 

@@ -1,10 +1,11 @@
 """The runs of a study: every seed of every cell, where each leaves its files, and what is trained at once."""
 
+import collections
+import dataclasses
 import hashlib
 import json
 import pathlib
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -15,22 +16,28 @@ from lab import data as lab_data
 from lab.errors import UserError
 from lab.evaluate import asks
 from lab.model import mesh as lab_mesh
-from lab.storage import write_json
+from lab.storage import read_json, write_json
 from lab.study import results
-from lab.study.define import asked, contrasts, plan
+from lab.study.define import asked, contrasts, identity, plan
 from lab.study.define.cell import Cell
 
 
-class Run(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class Run:
     """One seed of a cell, and where it leaves its files."""
 
     cell: Cell
     seed: int
-    fingerprint: str
+    identity: identity.Record  # of the cell
     data: lab_data.Data
     directory: pathlib.Path
     baseline: Cell | None = None  # what the study compares it with
     note: str = ""  # what tells a trial from the other runs of its cell
+
+    @property
+    def place(self) -> str:
+        """The directory of its cell, relative to the study's."""
+        return "/".join(self.directory.parts[-3:-1])
 
     @property
     def name(self) -> str:
@@ -59,22 +66,23 @@ def _asked_texts(config: ConfigDict) -> int:
     return max(ask.texts for ask in config.evaluate.values())
 
 
-def runs_of(cells: list[Cell], seeds: Sequence[int], workdir: pathlib.Path) -> list[Run]:
-    """Every cell with every seed, in the order of the cells."""
+def runs_of(cells: list[Cell], seeds: Sequence[int], workdir: pathlib.Path, remake: bool = False) -> list[Run]:
+    """Every cell with every seed, in the order of the cells, each where its files lie or will lie.
+
+    remake: cells that were made under other versions of the libraries are made again.
+    """
     by_name = {cell.name: cell for cell in cells}
     pairs = contrasts.settings(cells[0].config.study).baseline if cells else ()
     against = contrasts.baselines({name: cell.labels for name, cell in by_name.items()}, pairs)
-    runs = []
+    there, runs = identity.records(workdir), []
     for cell, data in zip(cells, _open_data(cells), strict=True):
-        fingerprint = cell.fingerprint(data.fingerprint)
+        made = identity.record(cell.config, data)
+        found = identity.find(made, there, remake)
+        directory = found[0] if found else f"cells/{cell.name.replace('/', '_')}-{identity.name_of(made)}"
         for seed in seeds:
-            directory = workdir / cell_directory(cell, fingerprint) / f"seed-{seed}"
-            runs.append(Run(cell, seed, fingerprint, data, directory, by_name.get(against.get(cell.name))))
+            place = workdir / directory / f"seed-{seed}"
+            runs.append(Run(cell, seed, made, data, place, by_name.get(against.get(cell.name))))
     return runs
-
-
-def cell_directory(cell: Cell, fingerprint: str) -> str:
-    return f"cells/{cell.name.replace('/', '_')}-{fingerprint}"
 
 
 def units_of(runs: list[Run], vmap: str) -> list[Unit]:
@@ -84,7 +92,7 @@ def units_of(runs: list[Run], vmap: str) -> list[Unit]:
     units: dict[tuple, list[Run]] = {}
     for run in runs:
         config = run.cell.config
-        alike = run.fingerprint if vmap == "seeds" else (run.seed, config.train.steps, plan.program(config))
+        alike = run.place if vmap == "seeds" else (run.seed, config.train.steps, plan.program(config))
         units.setdefault(alike, []).append(run)
     return [tuple(unit) for unit in units.values()]
 
@@ -111,8 +119,8 @@ def write_plan(
     cells = [
         row
         | {
-            "fingerprint": of_cell[row["name"]][0].fingerprint,
-            "directory": cell_directory(of_cell[row["name"]][0].cell, of_cell[row["name"]][0].fingerprint),
+            "identity": identity.name_of(of_cell[row["name"]][0].identity),
+            "directory": of_cell[row["name"]][0].place,
             "seeds": [run.seed for run in of_cell[row["name"]]],
             "asks": asked.wanted(of_cell[row["name"]][0].cell.config, of_cell[row["name"]][0].data),
         }
@@ -150,6 +158,18 @@ def note_look(workdir: pathlib.Path) -> None:
         write_json(path, plan | {"looks": [*plan["looks"], look]})
 
 
+def made_elsewhere(runs: list[Run]) -> str:
+    """How many finished runs were made under which other versions of the libraries; "" if none."""
+    counted = collections.Counter()
+    for run in runs:
+        if (run.directory / "result.json").exists():
+            made = read_json(run.directory.parent / identity.FILE)["versions"]
+            counted[", ".join(f"{name} {version}" for name, version in made.items())] += 1
+    here = ", ".join(f"{name} {version}" for name, version in identity.versions().items())
+    told = [f"{count} made under {made}" for made, count in counted.items() if made != here]
+    return f"{'; '.join(told)}, and this is {here}: they are kept; --remake makes them again" if told else ""
+
+
 def check_devices(runs: list[Run]) -> None:
     """Refuses cells whose mesh or batches do not fit the devices at hand."""
     for config in (run.cell.config for run in runs):
@@ -162,7 +182,7 @@ def check_devices(runs: list[Run]) -> None:
 
 def check_hosts_agree(runs: list[Run]) -> None:
     """Stops hosts that hold other code, data or configs: they would silently train something else, or wait forever."""
-    text = json.dumps([(run.name, run.fingerprint, run.cell.config.to_json_best_effort()) for run in runs])
+    text = json.dumps([(run.name, run.identity, run.cell.config.to_json_best_effort()) for run in runs])
     ours = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
     if jax.process_count() > 1 and len(np.unique(multihost_utils.process_allgather(ours), axis=0)) > 1:
         raise UserError("the hosts differ in config, data or code; give each the same command and the same files")

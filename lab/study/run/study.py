@@ -9,6 +9,7 @@ import filelock
 import jax
 
 from lab.storage import write_json
+from lab.study.define import identity
 from lab.study.run import ask, make
 from lab.study.run.hosts import agreed
 from lab.study.run.progress import Display
@@ -79,6 +80,7 @@ def _make(unit: Unit, display: Display, stop: Callable[[int], bool]) -> None:
         for run in unit:
             (run.directory / "failure.json").unlink(missing_ok=True)
             write_json(run.directory.parent / "config.json", run.cell.described())
+            identity.keep(run.directory.parent, run.identity)
             run.data.tokenizer.save(run.directory.parent)
     trained = agreed([_trained(run) for run in unit])
     untrained = tuple(run for run, done in zip(unit, trained, strict=True) if not done)

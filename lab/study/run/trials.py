@@ -1,5 +1,6 @@
 """Trials: runs of every cell at every point of the grid on the seed of tuning, and the best of them."""
 
+import dataclasses
 import math
 import pathlib
 from typing import NamedTuple
@@ -12,7 +13,7 @@ from lab.study.define import tuning
 from lab.study.define.asked import wanted
 from lab.study.define.cell import Cell
 from lab.study.results import judged_loss
-from lab.study.run.runs import Run, cell_directory, runs_of
+from lab.study.run.runs import Run, runs_of
 
 
 class Trial(NamedTuple):
@@ -24,20 +25,20 @@ class Trial(NamedTuple):
 
     def describe(self) -> dict:
         """As plan.json has it."""
-        directory = cell_directory(self.run.cell, self.run.fingerprint)
         about = wanted(self.run.cell.config, self.run.data)
-        return {"cell": self.cell, "values": self.values, "directory": directory, "seed": self.run.seed, "asks": about}
+        place = self.run.place
+        return {"cell": self.cell, "values": self.values, "directory": place, "seed": self.run.seed, "asks": about}
 
 
-def trials(config: ConfigDict, cells: list[Cell], workdir: pathlib.Path) -> list[Trial]:
+def trials(config: ConfigDict, cells: list[Cell], workdir: pathlib.Path, remake: bool = False) -> list[Trial]:
     """Every cell at every point of config.study.tune, on config.study.tune_seed. Raises what `tuning.points` does."""
     grid = tuning.points(config, cells)
     if not grid:
         return []
     tried = [(cell.name, values, tuning.with_values(cell, values)) for cell in cells for values in grid]
-    runs = runs_of([cell for *_, cell in tried], [config.study.tune_seed], workdir)
+    runs = runs_of([cell for *_, cell in tried], [config.study.tune_seed], workdir, remake)
     return [
-        Trial(name, v, run._replace(note=_spelled(v), baseline=None))
+        Trial(name, v, dataclasses.replace(run, note=_spelled(v), baseline=None))
         for (name, v, _), run in zip(tried, runs, strict=True)
     ]
 

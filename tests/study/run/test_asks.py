@@ -21,13 +21,7 @@ from lab.train import compiled, loop
 from lab.train.step import Program
 
 SIZES = dict(texts=32, texts_per_row=4, rows=8)
-
-
-class Texts(list):
-    __hash__ = object.__hash__  # as lab.data.texts.Texts has it
-
-
-TEXTS = Texts(tiny.texts(64)), Texts(tiny.texts(32, seed=5))
+TEXTS = tiny.texts(64), tiny.texts(32, seed=5)
 
 
 def config(**further) -> tiny.ConfigDict:
@@ -65,7 +59,7 @@ class Study:
 
     def run(self, made) -> Run:
         data = Data(*TEXTS, tokenizers.Bytes(), "training", self.validation)
-        return Run(cell.make(made.study, (), made), 0, "0" * 12, data, self.directory)
+        return Run(cell.make(made.study, (), made), 0, dict(), data, self.directory)
 
     def make(self, made, **settings) -> tuple[run_study.Summary, int, int]:
         """(how it ended, training steps taken, evaluation calls made)"""

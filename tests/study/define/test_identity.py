@@ -1,0 +1,176 @@
+"""What a result's identity is made of: every sentence that lab.study.define.identity and the README say of it."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+import lab.config
+from lab.data import Data, packing
+from lab.errors import UserError
+from lab.model import feedforward, parameter, position
+from lab.model.attention import Softmax
+from lab.model.norm import RMSNorm
+from lab.model.streams import STREAMS
+from lab.options import Option
+from lab.study.define import identity
+from lab.train import canonical, optimizer, step
+
+ELSEWHERE = {"jax": "0.0.1", "flax": "0.0.1", "optax": "0.0.1"}
+
+
+def data(train="train", validation="validation"):
+    return Data(tiny.texts(), None, None, train, validation)
+
+
+@pytest.fixture
+def made(monkeypatch, tmp_path):
+    """The record of a tiny config, its programs traced anew: nothing is kept from one call to the next."""
+
+    def record(of=None, **overrides):
+        original = step.train_step
+        with monkeypatch.context() as patch:
+            patch.setattr(identity.runtime, "cache_directory", lambda: tmp_path / str(np.random.default_rng().random()))
+            patch.setattr(canonical, "_digests", {})
+            patch.setattr(step, "train_step", lambda *arguments: original(*arguments))  # jax keeps what it has traced
+            return identity.record(tiny.config(model__layers=1, **overrides), of or data())
+
+    return record
+
+
+def same(one, other):
+    return identity.compare(one, other) == identity.SAME
+
+
+def test_how_a_cell_runs_is_asked_and_lies_is_no_part_of_it(made):
+    here = made()
+    run = dict(
+        run__scan=True, run__remat="full", run__implementation="tiled", run__microbatches=2, run__mesh__fsdp=2,
+        run__workers=1, run__checkpoint__every=3, run__log__every=1,
+    )  # fmt: skip
+    asked = dict(evaluate__loss__texts=32, study__name="another", seed=3, model_seed=3)
+    assert made(**run) == here
+    assert made(data(validation="other"), **asked) == here
+    assert made(data(train="other"))["data"] != here["data"]
+
+
+def test_how_its_code_is_written_is_no_part_of_it(made, monkeypatch):
+    """Other sources mean that programs are traced again, and no more."""
+    here = made()
+    monkeypatch.setattr(identity, "_sources", lambda: "a docstring, a comment, a new file")
+    monkeypatch.setitem(STREAMS, "another", STREAMS["unet"])
+    assert made() == here
+
+
+def test_a_field_that_was_declared_later_has_its_default_in_old_records(made, monkeypatch):
+    before = made()
+    with monkeypatch.context() as patch:
+        patch.setitem(Softmax.options, "later", Option(0, "declared later"))
+        identity._defaults.cache_clear()
+        after = made()
+        assert "model.mixer.later" in after["fields"] and "model.mixer.later" not in before["fields"]
+        assert same(after, before) and same(before, after)
+        assert identity.compare(made(model__mixer__later=1), before) is None
+    identity._defaults.cache_clear()
+
+
+def test_a_default_that_is_changed_later_changes_identity(made, monkeypatch):
+    before = made()
+    monkeypatch.setitem(RMSNorm.options, "eps", Option(1e-3, "another default", above=0))
+    assert identity.compare(made(), before) is None
+
+
+@pytest.mark.parametrize("overrides", [
+    dict(model__feedforward__width=32),
+    dict(model__position__ratio=0.25),
+    dict(train__learning_rate=0.1),
+    dict(data__draw="1-2"),
+    dict(model_seed=1),
+], ids=str)  # fmt: skip
+def test_a_field_that_is_read_changes_it(made, overrides):
+    assert identity.compare(made(**overrides), made()) is None
+
+
+def formula(patch):
+    original = feedforward.SwiGLU.__call__
+    patch.setattr(feedforward.SwiGLU, "__call__", lambda self, x: 1.5 * original(self, x))
+
+
+def initialiser(patch):
+    patch.setattr(parameter, "bias", lambda *a, **k: pytest.fail("not drawn"))
+    original = parameter.matrix
+    patch.setattr(parameter, "matrix", lambda *a, gain=1.0, **k: original(*a, gain=2 * gain, **k))
+
+
+def packing_order(patch):
+    patch.setattr(packing, "draw_groups", lambda n, low, high, rng: [1] * n)
+
+
+def rotary_table(patch):
+    original = position.rope2d_frequencies
+    row = position.Position(
+        lambda R, p: {k: 2 * v for k, v in original(R, p).items()}, position.ROTARY | position.BRANCHED
+    )
+    patch.setitem(position.POSITIONS, "rope2d", row)
+
+
+def schedule(patch):
+    original = optimizer.SCHEDULES["cosine"]
+    patch.setitem(
+        optimizer.SCHEDULES, "cosine", original._replace(make=lambda train, left: original.make(train, left + 1))
+    )
+
+
+@pytest.mark.parametrize(("change", "part"), [
+    (formula, "program"), (initialiser, "initial"), (packing_order, "batches"), (rotary_table, "tables"),
+    (schedule, "schedule"),
+], ids=lambda x: x if isinstance(x, str) else x.__name__)  # fmt: skip
+def test_what_is_computed_changes_it(made, monkeypatch, change, part):
+    before = made()
+    with monkeypatch.context() as patch:
+        change(patch)
+        after = made()
+    assert [name for name in before if before[name] != after[name]] == [part]
+    assert identity.compare(after, before) is None
+
+
+def test_programs_compare_under_equal_versions_only(made):
+    here = made()
+    there = here | {"versions": ELSEWHERE, "program": "another text", "initial": "another text"}
+    assert identity.compare(here, there) == identity.OTHER_VERSIONS
+    assert identity.compare(here, there | {"versions": here["versions"]}) is None
+    assert identity.compare(here, there | {"tables": "other"}) is None
+    assert identity.find(here, {"cells/a": there, "cells/b": here}) == ("cells/b", identity.SAME)
+    assert identity.find(here, {"cells/a": there}) == ("cells/a", identity.OTHER_VERSIONS)
+    assert identity.find(here, {"cells/a": there}, remake=True) is None
+
+
+def test_directories_are_found_by_what_they_hold(made, tmp_path):
+    here = made()
+    directory = tmp_path / "cells" / f"an old name-{identity.name_of(here)}"
+    directory.mkdir(parents=True)
+    assert identity.records(tmp_path) == {}
+    identity.keep(directory, here)
+    identity.keep(directory, here | {"data": "is not written over"})
+    there = identity.records(tmp_path)
+    assert identity.find(here, there) == (f"cells/{directory.name}", identity.SAME)
+
+
+def test_a_record_is_the_same_in_every_process(made):
+    here = made()
+    assert json.loads(json.dumps(here)) == here
+    assert jax.process_count() == 1 and len(identity.name_of(here)) == 12
+
+
+def test_a_config_that_lacks_a_field_is_restored_with_its_default():
+    config = tiny.config(model__pattern=((("rule", "causal"),), ()), model__mixer__softcap=2.0)
+    stored = json.loads(config.to_json_best_effort())
+    del stored["model"]["tied"], stored["train"]["muon"], stored["run"]
+    found = lab.config.restored(stored)
+    assert found.model.to_dict() == config.model.to_dict() and found.evaluate.to_dict() == config.evaluate.to_dict()
+    assert found.train.muon.to_dict() == lab.config.base().train.muon.to_dict()
+    stored["model"]["heads"] = 4
+    with pytest.raises(UserError, match=r"a field of config.json = 'model.heads' is unknown"):
+        lab.config.restored(stored)
