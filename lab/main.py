@@ -1,10 +1,10 @@
-"""Runs a study: trains every cell, evaluates each under every condition, and reports as they end.
+"""Runs a study: trains every cell, asks each what the config names, and reports as they end.
 
     python -m lab.main --config=configs/rope_ablation.py
 
-Finished cells are never run again; an interrupted study goes on where it was. Exit codes: 0 all cells done; 1 some
-cell failed, or the disk is full; 2 a mistake in what was asked, nothing was run; 75 stopped by SIGTERM or Ctrl-C with
-everything saved: run the same command again.
+What is trained is never trained again, and is asked only what is missing; an interrupted study goes on where it was.
+Exit codes: 0 all cells done; 1 some cell failed, or the disk is full; 2 a mistake in what was asked, nothing was run;
+75 stopped by SIGTERM or Ctrl-C with everything saved: run the same command again.
 """
 
 from lab import runtime

@@ -162,8 +162,13 @@ def steps_logged(workdir: pathlib.Path) -> int:
 
 
 def evaluating(workdir: pathlib.Path) -> bool:
-    """Whether some run is trained and has no result yet."""
-    return any(STEPS in steps_saved(run) and not (run / "result.json").exists() for run in runs(workdir).values())
+    """Whether some run is trained and not asked everything yet."""
+    return any(STEPS in steps_saved(run) and not asked(run) for run in runs(workdir).values())
+
+
+def asked(run: pathlib.Path) -> bool:
+    """Whether a run has all rows of an ask."""
+    return any(json.loads(path.read_text())["complete"] for path in run.glob("evaluations/*.json"))
 
 
 def same_results(workdir: pathlib.Path, undisturbed: pathlib.Path) -> None:

@@ -110,7 +110,7 @@ def test_a_stop_while_it_evaluates_is_heard(place, study, together):
     assert process.until(lambda: commands.evaluating(work)), process.told()
     process.signal(signal.SIGTERM)
     assert process.wait() == 75, process.told()
-    assert "stopped and saved at " in process.out and not list(work.glob("cells/*ratio=1*/*/result.json"))
+    assert "stopped and saved at " in process.out and not any(map(commands.asked, work.glob("cells/*ratio=1*/*")))
     process = launched(study, work, place / "evaluating-log")
     assert process.wait() == 0, process.told()
     commands.same_results(work, together)

@@ -57,6 +57,12 @@ def described(config, mesh: Mesh):
         return nnx.merge(structure, laid, made)
 
 
+def laid(model, mesh: Mesh):
+    """A model over the mesh as its declaration says. What a step puts out may lie otherwise, and another program, of
+    other bits, would be compiled for it than for the same weights once they are read back."""
+    return jax.device_put(model, parameter.shardings(model, mesh))
+
+
 def with_weights_of(model, other):
     """A model with the weights of another one, whose weights have the same shapes."""
     structure, _, rest = parameter.split(model)

@@ -26,14 +26,15 @@ def ask(run: Run, display: Display, stop: Callable[[int], bool], trained=None) -
     loop.NonFinite for a loss that is no number, which is not kept, and loop.Stopped: whole conditions are.
     """
     config = run.cell.seeded(run.seed)
-    model, mesh = trained, lab_mesh.make(config.run.mesh)
+    mesh = lab_mesh.make(config.run.mesh)
+    model = None if trained is None else compiled.laid(trained, mesh)
     for name, about in wanted(config, run.data).items():
         column = asks.column(config, name)
         found = evaluations.find(run.directory, name, about) or evaluations.begun(name, column, about)
         complete, done = agreed([found["complete"], len(found["conditions"])])
         if complete:
             continue
-        model = model or _from_checkpoint(run, config, mesh)
+        model = _from_checkpoint(run, config, mesh) if model is None else model
         stopped = lambda: stop(config.train.steps)  # noqa: E731
         for one in conditions.evaluate(config, name, model, run.data.validation, mesh, done=done, stop=stopped):
             if math.isnan(one.loss):

@@ -81,6 +81,10 @@ def study(tmp_path, monkeypatch):
     return Study(tmp_path, monkeypatch)
 
 
+def evaluation_programs() -> int:
+    return sum(key[0] is compiled._evaluate for key in compiled._executables)
+
+
 def forgotten(monkeypatch, digest):
     """As another process finds it, whose evaluation program has that digest."""
     monkeypatch.setattr(asked, "_programs", {})
@@ -95,6 +99,7 @@ def test_what_is_asked_later_trains_nothing_and_repeats_nothing(study):
     first = config()
     assert study.make(first) == (DONE, 2, 3)
     assert study.make(first) == NOTHING
+    programs = evaluation_programs()
     result, before = (study.directory / "result.json").read_bytes(), study.found(first)
     more = config(
         same=dict(model=(("position.theta", first.model.position.theta),), branches=(1, 2, 4)),
@@ -103,6 +108,7 @@ def test_what_is_asked_later_trains_nothing_and_repeats_nothing(study):
     )
     assert study.make(more) == (DONE, 0, 3 + 2 + 2)
     assert study.make(more) == NOTHING
+    assert evaluation_programs() == programs + 1  # of the other rule; weights lie alike, trained or read back
     assert (study.directory / "result.json").read_bytes() == result and study.found(more) == before
 
     losses = study.losses(more)
