@@ -12,7 +12,7 @@ from lab.errors import UserError, choose
 from lab.options import Option, Part, Room, leaves, nested
 
 
-class Kind(NamedTuple):
+class AskKind(NamedTuple):
     """A row of the table.
 
     column: what results call its axis. corpora: the data that it asks about. conditions: the field with the values of
@@ -39,7 +39,7 @@ BRANCHES = SIZES | {
 }
 DIFFICULTIES = SIZES | {"difficulties": Option((2, 4, 8), "of the rows of a probe", kind=tuple[int, ...])}
 ASKS = {
-    "branches": Kind(
+    "branches": AskKind(
         "eval_branch",
         tuple(CORPORA),
         "branches",
@@ -47,7 +47,7 @@ ASKS = {
         lambda config, ask, field: checks.check_branches(config, ask, field, ask.branches),
         pipeline.evaluation_batches,
     ),
-    "difficulty": Kind(
+    "difficulty": AskKind(
         "difficulty",
         tuple(PROBES),
         "difficulties",
