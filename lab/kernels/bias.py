@@ -1,0 +1,66 @@
+"""What a pair's coordinates add to its score: score = softcap(scale q k) + bias.
+
+The bias of a pair is that of an integer, made of the coordinates of query and key: a row of a table (T5's buckets,
+arXiv 1910.10683), or so many times a slope (ALiBi, arXiv 2108.12409), for each head. H heads, N entries of a table.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from lab.coordinates import Coordinates
+from lab.errors import UserError
+from lab.kernels.expressions import Term
+
+
+@jax.tree_util.register_pytree_node_class
+class Bias:
+    """`index` looks up table_HN, or is multiplied by slope_H: one of the two. A pytree of that one array.
+
+    An index outside 0..N-1 adds nothing. Gradients flow to the array. T5: `maximum(q.time - k.time, 0)` in buckets
+    (`Term.reached`); ALiBi: `k.time - q.time` with its positive slopes.
+    """
+
+    def __init__(self, index: Term, table_HN: jax.Array | None = None, *, slope_H: jax.Array | None = None):
+        if (table_HN is None) == (slope_H is None):
+            raise ValueError("a bias has a table or slopes; give one of the two")
+        self.index, self.table_HN, self.slope_H = index, table_HN, slope_H
+
+    def tree_flatten(self):
+        return (self.table_HN, self.slope_H), self.index.tree
+
+    @classmethod
+    def tree_unflatten(cls, tree: tuple, children: tuple) -> "Bias":
+        made = object.__new__(cls)  # JAX puts what it likes in the place of arrays
+        made.index, (made.table_HN, made.slope_H) = Term(tree), children
+        return made
+
+    def __repr__(self) -> str:
+        return f"Bias({self.index.tree}, table_HN={self.table_HN}, slope_H={self.slope_H})"
+
+
+def check(bias: Bias, H: int) -> None:
+    """Raises UserError for numbers of other heads."""
+    array, wanted = (bias.slope_H, (H,)) if bias.table_HN is None else (bias.table_HN, (H, "N"))
+    if array.ndim != len(wanted) or array.shape[0] != H:
+        raise UserError(f"a bias of shape {array.shape} does not fit {H} query heads; choose {wanted}".replace("'", ""))
+
+
+def dense(bias: Bias, q: Coordinates, k: Coordinates, dtype):
+    """[H, *] for coordinates [*] that broadcast to the shape of pairs; its gradient is a product too, no scatter."""
+    index = bias.index.values(q, k)
+    if bias.table_HN is None:
+        return jnp.multiply.outer(bias.slope_H.astype(dtype), jnp.asarray(index, dtype))
+    return jnp.tensordot(bias.table_HN.astype(dtype), _one_hot(bias, index, dtype), (1, -1), precision="highest")
+
+
+def of_dense(bias: Bias, d_H, q: Coordinates, k: Coordinates) -> Bias:
+    """The gradients of the arrays, from those of pairs [H, *]: a product with one-hot rows, or with the index."""
+    index, pairs = bias.index.values(q, k), tuple(range(1, d_H.ndim))
+    if bias.table_HN is None:
+        return Bias(bias.index, slope_H=(d_H * jnp.asarray(index, d_H.dtype)).sum(pairs))
+    one_hot = _one_hot(bias, index, d_H.dtype)
+    return Bias(bias.index, jnp.tensordot(d_H, one_hot, (pairs, tuple(range(one_hot.ndim - 1))), precision="highest"))
+
+
+def _one_hot(bias: Bias, index, dtype):
+    return jax.nn.one_hot(index, bias.table_HN.shape[-1], dtype=dtype)
