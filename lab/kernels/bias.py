@@ -6,6 +6,7 @@ arXiv 1910.10683), or so many times a slope (ALiBi, arXiv 2108.12409), for each 
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lab.coordinates import Coordinates
 from lab.errors import UserError
@@ -46,20 +47,33 @@ def check(bias: Bias, H: int) -> None:
 
 
 def dense(bias: Bias, q: Coordinates, k: Coordinates, dtype):
-    """[H, *] for coordinates [*] that broadcast to the shape of pairs; its gradient is a product too, no scatter."""
-    index = bias.index.values(q, k)
+    """[H, *] for coordinates [*] that broadcast to the shape of pairs: a product, and so is its derivative."""
+    index = _index(bias, q, k)
     if bias.table_HN is None:
-        return jnp.multiply.outer(bias.slope_H.astype(dtype), jnp.asarray(index, dtype))
+        return jnp.multiply.outer(bias.slope_H.astype(dtype), index.astype(dtype))
     return jnp.tensordot(bias.table_HN.astype(dtype), _one_hot(bias, index, dtype), (1, -1), precision="highest")
+
+
+def looked_up(bias: Bias, q: Coordinates, k: Coordinates, dtype):
+    """The same in less time, for whoever takes the derivative from `of_dense`: that of a look-up would be a scatter."""
+    if bias.table_HN is None:
+        return dense(bias, q, k, dtype)
+    index, N = _index(bias, q, k), bias.table_HN.shape[1]
+    found = jnp.take(bias.table_HN.astype(dtype), index, axis=1, mode="clip")
+    return jnp.where((index >= 0) & (index < N), found, 0)
 
 
 def of_dense(bias: Bias, d_H, q: Coordinates, k: Coordinates) -> Bias:
     """The gradients of the arrays, from those of pairs [H, *]: a product with one-hot rows, or with the index."""
-    index, pairs = bias.index.values(q, k), tuple(range(1, d_H.ndim))
+    index, pairs = _index(bias, q, k), tuple(range(1, d_H.ndim))
     if bias.table_HN is None:
-        return Bias(bias.index, slope_H=(d_H * jnp.asarray(index, d_H.dtype)).sum(pairs))
+        return Bias(bias.index, slope_H=(d_H * index.astype(d_H.dtype)).sum(pairs))
     one_hot = _one_hot(bias, index, d_H.dtype)
     return Bias(bias.index, jnp.tensordot(d_H, one_hot, (pairs, tuple(range(one_hot.ndim - 1))), precision="highest"))
+
+
+def _index(bias: Bias, q: Coordinates, k: Coordinates):
+    return jnp.broadcast_to(jnp.asarray(bias.index.values(q, k)), np.broadcast_shapes(q.shape, k.shape))
 
 
 def _one_hot(bias: Bias, index, dtype):

@@ -117,10 +117,10 @@ class Term:
         self.tree = tree
 
     def _number(self, name: str, other: "Term | int") -> "Term":
-        return Term((name, self.tree, _term(other).tree))
+        return Term((name, self.tree, term(other).tree))
 
     def _rule(self, name: str, other: "Term | int") -> Rule:
-        return Rule((name, self.tree, _term(other).tree))
+        return Rule((name, self.tree, term(other).tree))
 
     def __add__(self, other):
         return self._number("+", other)
@@ -146,10 +146,10 @@ class Term:
         return self._rule("<=", other)
 
     def __gt__(self, other):
-        return _term(other)._rule("<", self)
+        return term(other)._rule("<", self)
 
     def __ge__(self, other):
-        return _term(other)._rule("<=", self)
+        return term(other)._rule("<=", self)
 
     def __eq__(self, other):
         return self._rule("==", other)
@@ -183,15 +183,16 @@ def _sides(tree: tuple) -> set[str]:
 
 def minimum(a: Term | int, b: Term | int) -> Term:
     """The smaller of two numbers."""
-    return Term(("minimum", _term(a).tree, _term(b).tree))
+    return Term(("minimum", term(a).tree, term(b).tree))
 
 
 def maximum(a: Term | int, b: Term | int) -> Term:
     """The larger of two numbers."""
-    return Term(("maximum", _term(a).tree, _term(b).tree))
+    return Term(("maximum", term(a).tree, term(b).tree))
 
 
-def _term(value: Term | int) -> Term:
+def term(value: Term | int) -> Term:
+    """A number as a term; itself if it is one."""
     return value if isinstance(value, Term) else Term(("constant", int(value)))
 
 

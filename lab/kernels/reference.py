@@ -44,13 +44,13 @@ def attend_scores(
     bias: Bias | None = None,
 ):
     """`attend` of scores, in their precision."""
-    B, G, R, T, S = s_BGRTS.shape
+    B, G, R, T, _ = s_BGRTS.shape
     if softcap:
         s_BGRTS = softcap * jnp.tanh(s_BGRTS / softcap)
     if bias is not None:
         pairs = q_coordinates.map(lambda x: x[:, :, None]), k_coordinates.map(lambda x: x[:, None, :])
-        b_HBTS = jnp.broadcast_to(dense(bias, *pairs, s_BGRTS.dtype), (G * R, B, T, S))
-        s_BGRTS = s_BGRTS + jnp.moveaxis(b_HBTS, 0, 1).reshape(B, G, R, T, S)
+        b_HBTS = dense(bias, *pairs, s_BGRTS.dtype)
+        s_BGRTS = s_BGRTS + jnp.moveaxis(b_HBTS, 0, 1).reshape(s_BGRTS.shape)
     seen_B11TS = visible(rule, q_coordinates, k_coordinates)[:, None, None]
     top_BGRT1 = jax.lax.stop_gradient(jnp.max(s_BGRTS, axis=-1, keepdims=True, where=seen_B11TS, initial=-1e30))
     p_BGRTS = jnp.where(seen_B11TS, jnp.exp(jnp.where(seen_B11TS, s_BGRTS - top_BGRT1, 0)), 0)

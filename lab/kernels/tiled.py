@@ -125,7 +125,7 @@ def _biased(s_GRk, bias: Bias | None, q_at: Coordinates, k_coordinates: Coordina
     """Scores of key tile j, with what the bias adds: MASKED stays what it is, which is far beyond any bias."""
     if bias is None:
         return s_GRk
-    b_Hqk = biases.dense(bias, *_pairs(q_at, _at(k_coordinates, j)), s_GRk.dtype)
+    b_Hqk = biases.looked_up(bias, *_pairs(q_at, _at(k_coordinates, j)), s_GRk.dtype)
     return s_GRk + b_Hqk.reshape(s_GRk.shape)
 
 
