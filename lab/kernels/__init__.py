@@ -1,4 +1,9 @@
-"""Attention over coordinates: one door, `attend`, and behind it one implementation per file."""
+"""Attention over coordinates: one door, `attend`, and behind it one implementation per file.
+
+All that depends on where tokens stand is said in one language (lab.kernels.expressions): a rule who sees whom
+(lab.kernels.rules), a bias what its score is given besides (lab.kernels.bias), a band which pairs rotate by which times
+(lab.kernels.bands, whose `attend_bands` calls `attend` for each).
+"""
 
 import contextlib
 import functools
@@ -87,8 +92,9 @@ def rotates(implementation: str | None, keys: int) -> bool:
 def _module(name: str) -> ModuleType:
     """Of an implementation; loaded when it is first needed, since Pallas takes its time.
 
-    It has `attend`; `tile_sizes` and `plan` if it computes by tiles; `OBSTACLE` if what is installed may keep it from
-    running (why, or None); `refusal` if it does not take every width and precision.
+    It has `attend`, which takes a `bias` if its row says so; `tile_sizes` and `plan` if it computes by tiles;
+    `OBSTACLE` if what is installed may keep it from running (why, or None); `refusal` if it does not take every width
+    and precision.
     """
     return importlib.import_module(f"lab.kernels.{name}")
 
@@ -174,7 +180,8 @@ def attend(
     into c tanh(s / c). tiles: what `plan_tiles` gave for the same coordinates, rule and implementation.
     frequencies: radians per unit of index, branch and time; with them queries come unrotated, and the last 2F of their
     dimensions rotate here (lab.kernels.rotary), in the kernel where it can. Keys have rotated already.
-    bias: added to scores after the cap (lab.kernels.bias); gradients flow to its table or slopes.
+    bias: added to scores after the cap (lab.kernels.bias); gradients flow to its table or slopes. An implementation
+    that adds none refuses it by name, and "auto" takes another.
     Returns [B, T, H, V]; a query that sees no key gets zeros. With return_lse also the log of the softmax denominator,
     float32 [B, T, H] (-inf where no key is seen), differentiable like the output.
     """

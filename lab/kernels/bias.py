@@ -58,9 +58,17 @@ def looked_up(bias: Bias, q: Coordinates, k: Coordinates, dtype):
     """The same in less time, for whoever takes the derivative from `of_dense`: that of a look-up would be a scatter."""
     if bias.table_HN is None:
         return dense(bias, q, k, dtype)
-    index, N = _index(bias, q, k), bias.table_HN.shape[1]
-    found = jnp.take(bias.table_HN.astype(dtype), index, axis=1, mode="clip")
-    return jnp.where((index >= 0) & (index < N), found, 0)
+    index, table_HN = _index(bias, q, k), bias.table_HN.astype(dtype)
+    H, N = table_HN.shape
+
+    def of_one():
+        entry_H = jnp.take(table_HN, _first(index), axis=1, mode="clip")
+        return jnp.broadcast_to(entry_H.reshape(H, *[1] * index.ndim), (H, *index.shape))
+
+    def of_many():
+        return jnp.take(table_HN, index, axis=1, mode="clip")
+
+    return jnp.where((index >= 0) & (index < N), jax.lax.cond(_is_one(index), of_one, of_many), 0)
 
 
 def of_dense(bias: Bias, d_H, q: Coordinates, k: Coordinates) -> Bias:
@@ -68,12 +76,28 @@ def of_dense(bias: Bias, d_H, q: Coordinates, k: Coordinates) -> Bias:
     index, pairs = _index(bias, q, k), tuple(range(1, d_H.ndim))
     if bias.table_HN is None:
         return Bias(bias.index, slope_H=(d_H * index.astype(d_H.dtype)).sum(pairs))
-    one_hot = _one_hot(bias, index, d_H.dtype)
-    return Bias(bias.index, jnp.tensordot(d_H, one_hot, (pairs, tuple(range(one_hot.ndim - 1))), precision="highest"))
+
+    def of_one():
+        return jnp.outer(d_H.sum(pairs), _one_hot(bias, _first(index), d_H.dtype))
+
+    def of_many():
+        one_hot = _one_hot(bias, index, d_H.dtype)
+        return jnp.tensordot(d_H, one_hot, (pairs, tuple(range(one_hot.ndim - 1))), precision="highest")
+
+    return Bias(bias.index, jax.lax.cond(_is_one(index), of_one, of_many))
 
 
 def _index(bias: Bias, q: Coordinates, k: Coordinates):
     return jnp.broadcast_to(jnp.asarray(bias.index.values(q, k)), np.broadcast_shapes(q.shape, k.shape))
+
+
+def _is_one(index):
+    """Whether all pairs have one index, as they do in most tiles far from the diagonal."""
+    return index.min() == index.max()
+
+
+def _first(index):
+    return index.reshape(-1)[0]
 
 
 def _one_hot(bias: Bias, index, dtype):

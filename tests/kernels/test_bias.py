@@ -34,6 +34,7 @@ def buckets(q, k):
 INDICES = {
     "buckets": Drawn(minimum(DISTANCE, 8) + DISTANCE.reached(THRESHOLDS), buckets),
     "some outside the table": Drawn(k.index - q.index * 2 + 20, lambda q, k: k.index - q.index * 2 + 20),
+    "one for all": Drawn(q.branch * 0 + 3, lambda q, k: 3 + 0 * (q.branch + k.branch)),
     "of keys alone": Drawn(k.branch, lambda q, k: k.branch + 0 * q.branch),
 }
 DISTANCES = Drawn(k.time - q.time, lambda q, k: k.time - q.time)
