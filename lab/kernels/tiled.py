@@ -25,7 +25,7 @@ from lab.kernels.tiles import Tiles, is_step, make_tiles, pad_to_tiles
 MASKED = -1e30  # not -inf: a tile may hide every key of a query, and inf - inf is nan
 
 
-class Static(NamedTuple):
+class TiledStatic(NamedTuple):
     """What the program is compiled for."""
 
     rule: Rule
@@ -66,7 +66,7 @@ def attend(
     q_coordinates, k_coordinates = pad_to_tiles(q_coordinates, q_tile), pad_to_tiles(k_coordinates, k_tile)
     to_tiles = lambda x, tile: x.reshape(-1, tile)  # noqa: E731
     B, T, H, _ = q_BTHK.shape
-    static = Static(rule, float(scale), float(softcap or 0.0), q_tile, k_tile, is_step(T, k_BSGK.shape[1]))
+    static = TiledStatic(rule, float(scale), float(softcap or 0.0), q_tile, k_tile, is_step(T, k_BSGK.shape[1]))
     G = k_BSGK.shape[2]
     o_NGRV, lse_NGR = _attend(
         static,
@@ -100,7 +100,7 @@ def _dot(spec: str, a, b):
     return jnp.einsum(spec, a, b, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))
 
 
-def _scores(static: Static, q_GRK, k_GkK, q_at: Coordinates, k_at: Coordinates | None):
+def _scores(static: TiledStatic, q_GRK, k_GkK, q_at: Coordinates, k_at: Coordinates | None):
     """Scaled and capped scores [G, R, k], MASKED where the rule hides; k_at None: nothing of this tile is hidden."""
     s_GRk = _dot("grd,gcd->grc", q_GRK, k_GkK)
     if static.softcap:
@@ -159,7 +159,7 @@ def _given(bias_P: Bias | None) -> tuple[Bias, ...]:
     return () if bias_P is None else (bias_P,)
 
 
-def _tile(static: Static, x, j):
+def _tile(static: TiledStatic, x, j):
     """[G, k, ..] of keys or values [M, k, G, ..] of a step, else [M, G, k, ..]."""
     return _at(x, j).swapaxes(0, 1) if static.step else _at(x, j)
 
@@ -264,7 +264,7 @@ def _backward_loop(
     return dq_NGRK, dk_MGKk, dv_MGVk, *_given(dbias_P)
 
 
-def _foldable(loop, static: Static):
+def _foldable(loop, static: TiledStatic):
     """`loop` so that jax.vmap makes one longer loop of it: of its own, a batched trip count would run every tile."""
 
     @jax.custom_batching.custom_vmap
