@@ -61,8 +61,8 @@ BLOCKS = {
 
 # In a step of decoding: as many rows as there are registers for, since each block reads every key it sees.
 STEP_BLOCKS = {
-    2: {64: BlockSize(256, 32, 8, 2), 128: BlockSize(256, 32, 8, 1), 192: BlockSize(128, 32, 8, 1), 256: BlockSize(128, 16, 8, 1),
-        math.inf: BlockSize(32, 16, 8, 1)},
+    2: {64: BlockSize(256, 32, 8, 2), 128: BlockSize(256, 32, 8, 1), 192: BlockSize(128, 32, 8, 1),
+        256: BlockSize(128, 16, 8, 1), math.inf: BlockSize(32, 16, 8, 1)},
     4: {64: BlockSize(64, 32, 8, 1)},
 }  # fmt: skip
 
