@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import lab.config
 from lab import command, main, plan, report, runtime
 from lab.errors import UserError
+from lab.options import leaves
 
 DOUBLED = (
     "--config.data.rows=8",
@@ -24,7 +25,7 @@ DOUBLED = (
 def overridden(name, text):
     config = lab.config.base()
     command.override(config, name, text)
-    return lab.config.leaves(config)[name]
+    return leaves(config)[name]
 
 
 @given(st.integers(-(10**9), 10**9))
@@ -158,7 +159,10 @@ def refused(told, workdir, *arguments):
         ("run.microbatches=3", "run.microbatches = 3 does not divide data.rows = 8; choose a divisor"),
         ("run.microbatches=2", "data.rows / run.microbatches = 4 does not divide over mesh data x fsdp = 8"),
         ("evaluate.loss.texts_per_row=2", "choose a multiple of 4"),
-        ("evaluate.loss.texts=33", "evaluate.loss.texts = 33 is not a multiple of texts_per_row x rows = 4 x 8; the next is 64"),
+        (
+            "evaluate.loss.texts=33",
+            "evaluate.loss.texts = 33 is not a multiple of texts_per_row x rows = 4 x 8; the next is 64",
+        ),
         ("evaluate.loss.branches=()", "evaluate.loss.branches is empty"),
         ("mesh.data=3", "does not cover 8 devices; their product must be 8"),
         ("mesh.tensor=0", "does not cover 8 devices"),
