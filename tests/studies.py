@@ -6,7 +6,12 @@ import zlib
 from pathlib import Path
 
 COUNTS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
-FIELDS = {"rope_ratio": "model.position.ratio", "train_branch": "data.draw", "head": "model.mixer.heads", "variant": "name"}
+FIELDS = {
+    "rope_ratio": "model.position.ratio",
+    "train_branch": "data.draw",
+    "head": "model.mixer.heads",
+    "variant": "name",
+}
 RATIOS = {"rope_ratio": [0.0, 0.25, 0.5, 0.75, 1.0], "train_branch": ["fixed1", "1-15"]}
 HEADS = {"head": ["h8", "h16", "h32"], **RATIOS}
 
@@ -149,9 +154,8 @@ def _config(labels):
     heads = int(labels.get("head", "h4")[1:])
     return {
         "model": {
-            "heads": heads,
-            "kv_heads": heads // 4,
-            "rotary": {"ratio": labels.get("rope_ratio", 1.0), "theta": 1e6},
+            "mixer": {"name": "attention", "heads": heads, "kv_heads": heads // 4},
+            "position": {"ratio": labels.get("rope_ratio", 1.0), "theta": 1e6},
         },
         "data": {"draw": labels.get("train_branch", "1-15"), "corpus": "stdlib"},
         "train": {"steps": 250},

@@ -21,15 +21,28 @@ LONGEST = 400
 BELOW = {
     "coordinates": set(),
     "errors": set(),
-    "config": {"errors"},
+    "options": {"errors"},
     "runtime": {"errors"},
     "storage": {"errors"},
-    "data": {"coordinates", "errors", "storage"},
+    "data": {"coordinates", "errors", "options", "storage"},
     "kernels": {"coordinates", "errors"},
-    "model": {"coordinates", "errors", "kernels"},
-    "train": {"coordinates", "errors", "kernels", "model", "data"},
-    "evaluate": {"coordinates", "errors", "kernels", "model", "data", "train"},
-    "study": {"coordinates", "errors", "config", "runtime", "storage", "kernels", "model", "data", "train", "evaluate"},
+    "model": {"coordinates", "errors", "options", "kernels"},
+    "train": {"coordinates", "errors", "options", "kernels", "model", "data"},
+    "evaluate": {"coordinates", "errors", "options", "kernels", "model", "data", "train"},
+    "config": {"options", "model", "data", "train", "evaluate", "study"},  # of the study its settings alone
+    "study": {
+        "coordinates",
+        "errors",
+        "options",
+        "config",
+        "runtime",
+        "storage",
+        "kernels",
+        "model",
+        "data",
+        "train",
+        "evaluate",
+    },
 }
 
 # Of lab/study, in this order: none imports a later one, not in a function either.
@@ -109,6 +122,13 @@ def test_the_rooms_of_a_study_import_one_way():
         own = STUDY.index(path.relative_to(folder).with_suffix("").parts[0])
         for module in imported(path):
             assert (place(module) or 0) <= own, f"{path.relative_to(REPOSITORY)} imports {module}"
+
+
+def test_the_config_takes_of_a_study_its_settings_alone():
+    """The rooms of a study read the config, so what it takes of them must not."""
+    lab = REPOSITORY / "lab"
+    assert {name for name in imported(lab / "config.py") if ".study." in name} == {"lab.study.define.settings.STUDY"}
+    assert all(name.startswith("lab.options.") for name in imported(lab / "study" / "define" / "settings.py"))
 
 
 def class_names(path: pathlib.Path) -> list[str]:

@@ -356,7 +356,12 @@ def test_cells_that_differ_in_numbers_compile_once(place, corpus, monkeypatch):
     study = commands.write_study(
         place / "counted.py", corpus, NUMBERS, labels=(("name", "case"),), sections=("curves",)
     )
-    sizes = ("--config.data.rows=8", "--config.evaluate.loss.rows=8", "--config.evaluate.loss.texts=32", "--config.model.feedforward.width=40")
+    sizes = (
+        "--config.data.rows=8",
+        "--config.evaluate.loss.rows=8",
+        "--config.evaluate.loss.texts=32",
+        "--config.model.feedforward.width=40",
+    )
     assert main.main([f"--config={study}", f"--workdir={place / 'counted'}", *sizes]) == 1  # one diverges
     assert (counts.counts["train_step"], counts.counts["evaluation_step"]) == (1, 1)
     assert len(list((place / "counted").glob("cells/*/*/metrics.jsonl"))) == 6
