@@ -113,11 +113,7 @@ class CompileCounts:
 
     def __str__(self) -> str:
         """The training and evaluation programs: how many of each, in how many seconds."""
-        names = [
-            "train_step",
-            "evaluation_step",
-            *(name for name in ("train_steps", "evaluation_steps") if self.counts[name]),
-        ]
+        names = ["train_step", "evaluation_step", *["train_steps"] * bool(self.counts["train_steps"])]
         return ", ".join(f"{name} {self.counts[name]} ({self.seconds[name]:.1f} s)" for name in names)
 
 

@@ -5,6 +5,9 @@ import json
 import zlib
 from pathlib import Path
 
+from lab.study import evaluations
+
+ASKED = {"loss": {"parts": {"ask": {"kind": "branches"}, "program": ["1a2b3c"]}, "versions": {"jax": "0.10.2"}}}
 COUNTS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 FIELDS = {
     "rope_ratio": "model.position.ratio",
@@ -55,6 +58,7 @@ def write_study(
         "question": "Which share of the rotary frequencies should carry the branch?",
         "labels": [[FIELDS[label], label] for label in values],
         "condition": "eval_branch",
+        "asks": {"loss": "eval_branch"},
         "sections": [branches(values), "curves"] if sections is None else list(sections),
         "published": published,
         "command": "python -m lab.main --config=configs/rope_ablation.py",
@@ -82,7 +86,6 @@ def write_run(directory, cell, seed, loss=plausible, counts=COUNTS, speed=45000.
         "labels": cell["labels"],
         "parameters": cell["parameters"],
         "tokens": cell["tokens"],
-        "conditions": [{"eval_branch": n, "loss": loss(cell["labels"], n) + moved, "tokens": 23000} for n in counts],
         "timings": [
             {
                 "phase": "train",
@@ -90,16 +93,29 @@ def write_run(directory, cell, seed, loss=plausible, counts=COUNTS, speed=45000.
                 "tokens_per_second": speed,
                 "peak_bytes": 700 * 2**20,
                 "overhead_share": 0.021,
-            },
-            *(
-                {"phase": "eval", "eval_branch": n, "seconds": 0.4, "tokens_per_second": 2 * speed, "peak_bytes": 2**29}
-                for n in counts
-            ),
+            }
         ],
         "environment": {"platform": "cpu", "devices": 2, "implementation": "tiled", "jax": "0.10.2"},
         "text_hash": f"{seed:x}" * 64,
     }
     write(place / "result.json", result)
+    rows = [{"eval_branch": n, "loss": loss(cell["labels"], n) + moved, "tokens": 23000} for n in counts]
+    times = {"seconds": 0.4, "tokens_per_second": 2 * speed, "peak_bytes": 2**29}
+    write_evaluation(place, rows, [{"eval_branch": n} | times for n in counts])
+
+
+def write_evaluation(place, rows, timings=()):
+    """All that the ask named loss found of a run."""
+    found = evaluations.begun("loss", "eval_branch", ASKED["loss"])
+    evaluations.save(place, found | {"complete": True, "conditions": list(rows), "timings": list(timings)})
+
+
+def change_evaluation(place, change):
+    """Rewrites the rows of the ask named loss: `change(rows)` edits them."""
+    (path,) = place.glob("evaluations/loss-*.json")
+    found = json.loads(path.read_text())
+    change(found["conditions"])
+    write(path, found)
 
 
 def write_metrics(place, steps, start=5.5, moved=0.0):
@@ -143,6 +159,7 @@ def _cell(labels, seeds):
         "cache_per_token_per_layer": 48,
         "tokens": 512000,
         "executable": "1a2b3c",
+        "asks": ASKED,
         "head_dim": head_dim,
         "pairs_branch": (selected + 1) // 2,
         "pairs_time": selected // 2,

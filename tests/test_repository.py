@@ -46,7 +46,7 @@ BELOW = {
 }
 
 # Of lab/study, in this order: none imports a later one, not in a function either.
-STUDY = ("numbers", "results", "define", "judge", "report", "run", "open")
+STUDY = ("numbers", "evaluations", "results", "define", "judge", "report", "run", "open")
 # Where no two classes have one name; the other rooms are to follow.
 NAMED_ONCE = {"study", "__init__", *(path.stem for path in (REPOSITORY / "lab").glob("*.py"))}
 

@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import lab
 from lab import data as lab_data
-from lab.data import evaluation_batches
+from lab.data.pipeline import evaluation_batches
 from lab.errors import UserError
 from lab.train import step
 
@@ -99,10 +99,11 @@ def test_a_finished_cell_gives_its_model_back(work):
     model, tokenizer = lab.load(cell)
     config = ConfigDict(json.loads((cell / "config.json").read_text()))
     texts = lab_data.open(config).validation
-    result = json.loads((cell / "seed-0" / "result.json").read_text())
+    (asked,) = (json.loads(path.read_text()) for path in (cell / "seed-0").glob("evaluations/loss-*.json"))
     evaluate = jax.jit(step.evaluation_step)
-    for condition in result["conditions"]:
-        parts = [evaluate(model, batch) for batch in evaluation_batches(config, texts, condition["eval_branch"])]
+    for condition in asked["conditions"]:
+        batches = evaluation_batches(config, config.evaluate.loss, texts, condition["eval_branch"])
+        parts = [evaluate(model, batch) for batch in batches]
         nats, right, tokens = (sum(map(float, part)) for part in zip(*parts, strict=True))
         assert tokens == condition["tokens"] and right / tokens == condition["accuracy"]
         np.testing.assert_allclose(nats / tokens, condition["loss"], rtol=1e-5)

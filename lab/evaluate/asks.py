@@ -1,5 +1,7 @@
 """What can be asked of a model, by kind: conditions along an axis, and batches of rows for each of them."""
 
+import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
@@ -9,7 +11,8 @@ from lab.data import Batch, checks, generated, pipeline
 from lab.data.corpora import CORPORA
 from lab.data.probes import PROBES
 from lab.errors import UserError, choose
-from lab.options import Option, Part, Room, leaves, nested
+from lab.model import abstract, parameter, spec, streams
+from lab.options import Option, Part, Room, leaves, nested, set_field
 
 
 class AskKind(NamedTuple):
@@ -61,6 +64,7 @@ ASK = Room(
     (Part("kind", ASKS, "branches", "what is asked", at=""),),
 )
 LOSS = "loss"  # the ask that every study has: its axis is that of results.csv, and judges cells
+PHASES = ("train", "eval")  # of timings.csv, where the other asks stand by their names
 
 
 def ask(kind: str = "branches", **fields) -> ConfigDict:
@@ -79,6 +83,8 @@ def check(config: ConfigDict) -> None:
         raise UserError(f"config.evaluate has no ask named {LOSS!r}; it has: {', '.join(config.evaluate) or 'none'}")
     for name, asked in config.evaluate.items():
         field = f"evaluate.{name}"
+        if not re.fullmatch(r"\w+", name) or name in PHASES:
+            raise UserError(f"{field}: {name!r} names files and columns; choose one word, none of {', '.join(PHASES)}")
         ASK.check(leaves(asked), f"{field}.")
         kind = ASKS[asked.kind]
         if config.data.corpus not in kind.corpora:
@@ -88,11 +94,56 @@ def check(config: ConfigDict) -> None:
                 f"{' | '.join(map(repr, fitting))}"
             )
         kind.check(config, asked, field)
+        model = remodelled(config, asked, field).model
+        tokens = asked.texts_per_row * config.data.text_length
+        streams.check_rows(model, f"{field}.texts_per_row x data.text_length", tokens)
 
 
-def column(config: ConfigDict) -> str:
-    """What results call the axis of the ask named loss."""
-    return ASKS[config.evaluate[LOSS].kind].column
+def remodelled(config: ConfigDict, asked: ConfigDict, field: str = "an ask") -> ConfigDict:
+    """The config with an ask's overrides laid over its model, for the same weights.
+
+    Raises UserError, calling the ask `field`, for an unknown field, a value that it cannot have, and overrides under
+    which the weights are others.
+    """
+    if not asked.model:
+        return config
+    changed, known = config.copy_and_resolve_references(), leaves(config.model)
+    for name, value in asked.model:
+        choose(f"a field of {field}.model", name, known)
+        try:
+            set_field(changed.model, name, value)
+        except TypeError:
+            kind = type(known[name]).__name__
+            raise UserError(f"{field}.model sets {name} = {value!r}, which is no {kind}") from None
+    try:
+        spec.check(changed.model)
+        streams.check_scan(changed.model, config.run)
+    except UserError as error:
+        raise UserError(f"{field}.model: {error}") from None
+    if _weights(changed) != _weights(config):
+        overrides = ", ".join(f"{name} = {value!r}" for name, value in asked.model)
+        raise UserError(
+            f"{field}.model sets {overrides}: its weights would be others than those that were trained; override "
+            "fields that leave the shapes of weights as they are, or train a cell"
+        )
+    return changed
+
+
+def _weights(config: ConfigDict):
+    """What a checkpoint holds of a model: shapes by name."""
+    trainable = parameter.split(abstract(config.model, config.run))[1]
+    return parameter.shapes(trainable)
+
+
+def resolved(asked: ConfigDict) -> dict:
+    """What is asked, as JSON keeps it: the kind, the options that it reads, and the overrides."""
+    values = leaves(asked)
+    return json.loads(json.dumps({name: values[name] for name in sorted(ASK.read(values))}))
+
+
+def column(config: ConfigDict, name: str = LOSS) -> str:
+    """What results call the axis of an ask."""
+    return ASKS[config.evaluate[name].kind].column
 
 
 def conditions(asked: ConfigDict) -> tuple:

@@ -1,7 +1,7 @@
 """Loss and accuracy by condition: every model is asked the same, under one number of branches or difficulty each."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -23,39 +23,36 @@ class Condition(NamedTuple):
     accuracy: float  # share of tokens whose label has the largest logit
     tokens: int  # labelled
     seconds: float  # steady, without compiling
+    executable: object
+
+
+def laid_over(config: ConfigDict, asked: ConfigDict, model, mesh):
+    """The model that an ask is about: the same weights, and what its overrides make of the rest."""
+    if not asked.model:
+        return model
+    return compiled.with_weights_of(compiled.described(asks.remodelled(config, asked), mesh), model)
 
 
 def evaluate(
-    config: ConfigDict,
-    model,
-    texts,
-    mesh,
-    *,
-    members: int = 1,
-    on_condition: Callable[[list[Condition]], None],
-    stop: Callable[[], bool],
-):
-    """([[Condition of each member] for every one of the ask's conditions], the executable).
-
-    One program serves them all. `model` is a stack where members > 1; seconds are those of all members together.
-    """
+    config: ConfigDict, name: str, model, texts, mesh, *, done: int = 0, stop: Callable[[], bool]
+) -> Iterator[Condition]:
+    """The conditions of the ask `name`, but for the first `done`, one by one as they are found; one program serves
+    them all. `model`: as it was trained. Raises Stopped, the condition at hand lost, when stop() says so."""
+    asked = config.evaluate[name]
+    model, config = laid_over(config, asked, model, mesh), asks.remodelled(config, asked)
     hosts = dict(process_index=jax.process_index(), process_count=jax.process_count())
-    conditions, run, arrange = [], None, Arrangement(config.model, config.run)
-    asked = config.evaluate[asks.LOSS]
-    batches_of = asks.ASKS[asked.kind].batches
-    make = compiled.evaluation_steps if members > 1 else compiled.evaluation_step
-    for value in asks.conditions(asked):
-        sums = np.zeros((3, members))  # nats, right answers and tokens; float64 on the host
+    run, arrange, batches_of = None, Arrangement(config.model, config.run), asks.ASKS[asked.kind].batches
+    for value in asks.conditions(asked)[done:]:
+        sums = np.zeros(3)  # nats, right answers and tokens; float64 on the host
         begun = time.perf_counter()
         for batch in batches_of(config, asked, texts, value, **hosts):
             placed = lab_mesh.place(arrange(batch)[0], mesh)
             if run is None:
-                run = make(model, placed, mesh)
+                run = compiled.evaluation_step(model, placed, mesh)
                 begun = time.perf_counter()
-            sums += [np.reshape(x, -1) for x in jax.device_get(run(model, placed))]
+            sums += jax.device_get(run(model, placed))
             if stop():
-                raise Stopped("the evaluation, which starts again")
+                raise Stopped(f"the ask {name}, {asks.ASKS[asked.kind].column} {value}")
+        nats, right, tokens = sums.tolist()
         seconds = time.perf_counter() - begun
-        conditions.append([Condition(value, n / t, right / t, int(t), seconds) for n, right, t in sums.T.tolist()])
-        on_condition(conditions[-1])
-    return conditions, run
+        yield Condition(value, nats / tokens, right / tokens, int(tokens), seconds, run)

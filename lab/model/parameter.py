@@ -137,6 +137,11 @@ def shardings(tree, mesh: Mesh):
     return _declared(tree, sharding)
 
 
+def shapes(tree) -> dict[str, tuple[int, ...]]:
+    """Of every leaf of a model or of a part of one, by the path to it."""
+    return {jax.tree_util.keystr(path): x.shape for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+
 def count(tree) -> int:
     """How many numbers the trainable part of a model (abstract or not) holds."""
     return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(split(tree)[1]))

@@ -13,6 +13,8 @@ import pandas as pd
 
 from lab.errors import UserError
 from lab.storage import read_json, write_atomically
+from lab.study import evaluations
+from lab.study.evaluations import LOSS
 
 REPOSITORY = Path(__file__).parents[2]
 TIMINGS = ("seconds", "tokens_per_second", "peak_bytes", "overhead_share")
@@ -22,18 +24,25 @@ MIXING = ("name", "layer", "of_layer", "weight")
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """One seed of one cell. `result` and `failure` are None where their files are missing; `metrics` may be empty."""
+    """One seed of one cell. `result`, of its training, and `failure` are None where their files are missing; `metrics`
+    may be empty. asked: the evaluation of every ask, as far as it was found; None where it was not begun."""
 
     cell: dict
     seed: int
     result: dict | None
     failure: dict | None
     metrics: list[dict]
+    asked: dict[str, dict | None]
 
     @property
     def status(self) -> str:
-        """done | failed | pending; a result outweighs the failure of an earlier attempt."""
-        return "done" if self.result else "failed" if self.failure else "pending"
+        """done | failed | pending; a run that is trained and asked everything outweighs an earlier failure."""
+        done = self.result and all(map(self.rows, self.asked))
+        return "done" if done else "failed" if self.failure else "pending"
+
+    def rows(self, ask: str = LOSS) -> list[dict]:
+        """What a trained run was found to have under each condition of an ask; none until all of them are found."""
+        return evaluations.rows(self.asked.get(ask)) if self.result else []
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,9 +74,21 @@ class Results:
         columns = ["cell", *self.labels, "seed", self.condition, *scores, "tokens", "parameters"]
         return pd.DataFrame(rows, columns=columns)
 
+    @property
+    def further_asks(self) -> dict[str, str]:
+        """{name: what its axis is called} of the asks beside the one named loss."""
+        return {name: column for name, column in self.plan.get("asks", {}).items() if name != LOSS}
+
+    def answers(self, ask: str) -> pd.DataFrame:
+        """Of a further ask: cell, the labels, seed, its axis, loss (nats per token), accuracy, tokens (labelled)."""
+        rows = [identity(self, run) | row for run in self.runs for row in run.rows(ask)]
+        columns = ["cell", *self.labels, "seed", self.further_asks[ask], "loss", "accuracy", "tokens"]
+        return pd.DataFrame(rows, columns=columns)
+
     @functools.cached_property
     def timings(self) -> pd.DataFrame:
-        """cell, the labels, seed, phase (train | eval), the condition, and the columns of TIMINGS where measured."""
+        """cell, the labels, seed, phase (train, eval, or the name of a further ask), the condition, and the columns of
+        TIMINGS where measured."""
         columns = ["cell", *self.labels, "seed", "phase", self.condition, *TIMINGS]
         return pd.DataFrame([row for run in self.runs for row in _timing_rows(self, run)], columns=columns)
 
@@ -113,6 +134,10 @@ def write_csv(study: Results) -> list[Path]:
     learned weights of layers; returns their paths."""
     results = [row for run in study.runs for row in _result_rows(study, run)]
     timings = [row for run in study.runs for row in _timing_rows(study, run)]
+    for name in study.further_asks:
+        frame = study.answers(name)
+        content = as_csv(list(frame.columns)[1:], frame.to_dict("records"))
+        write_atomically(study.directory / "results" / f"{name}.csv", content)
     written = [
         write_atomically(study.directory / "results.csv", as_csv(list(study.results.columns)[1:], results)),
         write_atomically(study.directory / "timings.csv", as_csv(list(study.timings.columns), timings)),
@@ -123,13 +148,10 @@ def write_csv(study: Results) -> list[Path]:
     return [*written, write_atomically(study.directory / "mixing.csv", content)]
 
 
-def judged_loss(result: Path, condition: str, judged: Sequence) -> float | None:
-    """Mean loss of a result.json over the judged values of the condition (none: all); None where there is no file."""
-    if not result.exists():
-        return None
-    found = json.loads(result.read_text())["conditions"]
-    losses = [one["loss"] for one in found if not judged or one[condition] in judged]
-    return sum(losses) / len(losses)
+def judged_loss(rows: Sequence[dict], condition: str, judged: Sequence) -> float | None:
+    """Mean loss over the judged values of the condition (none: all); None of no rows."""
+    losses = [row["loss"] for row in rows if not judged or row[condition] in judged]
+    return sum(losses) / len(losses) if rows else None
 
 
 def identity(study: Results, run: Outcome) -> dict:
@@ -143,7 +165,8 @@ def _run(directory: Path, cell: dict, seed: int) -> Outcome:
     result, failure = (
         read_json(place / name) if (place / name).exists() else None for name in ("result.json", "failure.json")
     )
-    return Outcome(cell, seed, result, failure, _metrics(place / "metrics.jsonl"))
+    asked = {name: evaluations.find(place, name, wanted) for name, wanted in cell.get("asks", {}).items()}
+    return Outcome(cell, seed, result, failure, _metrics(place / "metrics.jsonl"), asked)
 
 
 def _metrics(path: Path) -> list[dict]:
@@ -159,7 +182,7 @@ def _metrics(path: Path) -> list[dict]:
 
 
 def _result_rows(study: Results, run: Outcome) -> list[dict]:
-    if not run.result:
+    if not run.rows():
         return []
     known = identity(study, run)
     size = {"tokens": run.result["tokens"], "parameters": run.result["parameters"]}
@@ -168,7 +191,7 @@ def _result_rows(study: Results, run: Outcome) -> list[dict]:
         | {study.condition: entry[study.condition], "loss": entry["loss"], "ppl": _perplexity(entry["loss"])}
         | {name: entry[name] for name in ("accuracy",) if name in entry}
         | size
-        for entry in run.result["conditions"]
+        for entry in run.rows()
     ]
 
 
@@ -182,9 +205,13 @@ def _perplexity(loss: float) -> float:
 def _timing_rows(study: Results, run: Outcome) -> list[dict]:
     if not run.result:
         return []
-    known = identity(study, run)
+    known, rows = identity(study, run), list(run.result["timings"])
+    for name, column in {LOSS: study.condition, **study.further_asks}.items():
+        phase = "eval" if name == LOSS else name
+        timed = run.asked[name]["timings"] if run.rows(name) else []
+        rows += [entry | {"phase": phase, study.condition: entry[column]} for entry in timed]
     measured = ("phase", study.condition, *TIMINGS)
-    return [known | {name: entry.get(name) for name in measured} for entry in run.result["timings"]]
+    return [known | {name: entry.get(name) for name in measured} for entry in rows]
 
 
 def _mixing_rows(study: Results, run: Outcome) -> list[dict]:

@@ -16,7 +16,7 @@ from lab.train import optimizer, step
 from lab.train.digest import digest
 from lab.train.step import Program, State
 
-_digests: dict = {}  # of training steps, by what else is compiled once: cells that share an executable share it
+_digests: dict = {}  # of steps, by what else is compiled once: cells that share an executable share it
 
 
 def train_step(config: ConfigDict) -> str:
@@ -36,6 +36,19 @@ def train_step(config: ConfigDict) -> str:
         # Another number or coordinate, which this program does not read, must not push the others out of their places.
         names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(inputs[1:])]
         _digests[key] = digest(closed, [*range(len(jax.tree.leaves(state))), *names])
+    return _digests[key]
+
+
+def evaluation_step(config: ConfigDict, rows: int, length: int) -> str:
+    """Of the evaluation step on a batch of that many rows of `length` tokens. Weights and tables are inputs."""
+    config = canonical(config)
+    inputs = lab_model.abstract(config.model, config.run), _batch_of(rows, length)
+    leaves, structure = jax.tree.flatten(inputs)
+    key = structure, tuple((x.shape, str(x.dtype)) for x in leaves)
+    if key not in _digests:
+        closed = jax.make_jaxpr(step.evaluation_step)(*inputs)
+        names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(inputs[1])]
+        _digests[key] = digest(closed, [*range(len(jax.tree.leaves(inputs[0]))), *names])
     return _digests[key]
 
 
@@ -64,8 +77,11 @@ def canonical(config: ConfigDict) -> ConfigDict:
 
 def abstract_batch(config: ConfigDict) -> Batch:
     """A training batch of all hosts, by shape only."""
-    shape = config.data.rows, config.data.texts_per_row * config.data.text_length
-    numbers = jax.ShapeDtypeStruct(shape, np.int32)
+    return _batch_of(config.data.rows, config.data.texts_per_row * config.data.text_length)
+
+
+def _batch_of(rows: int, length: int) -> Batch:
+    numbers = jax.ShapeDtypeStruct((rows, length), np.int32)
     return Batch(numbers, numbers, Coordinates(*[numbers] * 4))
 
 

@@ -13,7 +13,6 @@ from lab.train.step import Program, State
 _train = jax.jit(step.train_step, donate_argnums=0, static_argnames="program")
 _train_many = jax.jit(step.train_steps, donate_argnums=0, static_argnames="program")
 _evaluate = jax.jit(step.evaluation_step)
-_evaluate_many = jax.jit(step.evaluation_steps)
 _executables = {}
 
 
@@ -38,6 +37,30 @@ def initial_state(config, program: Program, mesh: Mesh) -> State:
     with jax.set_mesh(mesh):
         trainable, optimizer = made(1)
         return State(nnx.merge(jax.eval_shape(parts, key)[0], trainable, made(2)), optimizer)
+
+
+def described(config, mesh: Mesh):
+    """The model of a config over the mesh, with its tables, and weights of which shapes, types and shardings are known:
+    what those of a checkpoint, or of a model that differs in tables and rules, are laid into."""
+
+    def parts(key):
+        return parameter.split(lab_model.build(config.model, key, config.run))
+
+    key = jax.random.key(config.model_seed)
+    with jax.set_mesh(mesh):
+        structure, weights, tables = jax.eval_shape(parts, key)
+        laid = jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            weights, parameter.shardings(weights, mesh),
+        )  # fmt: skip
+        made = jax.jit(lambda key: parts(key)[2], out_shardings=parameter.shardings(tables, mesh))(key)
+        return nnx.merge(structure, laid, made)
+
+
+def with_weights_of(model, other):
+    """A model with the weights of another one, whose weights have the same shapes."""
+    structure, _, rest = parameter.split(model)
+    return nnx.merge(structure, parameter.split(other)[1], rest)
 
 
 def stacked(states: list[State], mesh: Mesh) -> State:
@@ -77,11 +100,6 @@ def train_step(state: State, numbers, batch, program: Program, mesh: Mesh):
 def train_steps(states: State, numbers, batches, program: Program, mesh: Mesh):
     """The same for stacked members."""
     return _compile(_train_many, mesh, states, numbers, batches, program=program)
-
-
-def evaluation_steps(models, batch, mesh: Mesh):
-    """compiled(stacked models, one batch) -> the same for each member"""
-    return _compile(_evaluate_many, mesh, models, batch)
 
 
 def evaluation_step(model, batch, mesh: Mesh):

@@ -108,8 +108,3 @@ def evaluation_step(model, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Arra
     logits_BTC = model(batch.tokens, batch.coordinates)
     ce, _, tokens = _summed(logits_BTC, batch.labels)
     return ce, jnp.sum(jnp.argmax(logits_BTC, axis=-1) == batch.labels), tokens
-
-
-def evaluation_steps(models, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`evaluation_step` of each model of a stack, on the same batch."""
-    return jax.vmap(evaluation_step, in_axes=(0, None))(models, batch)

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 import lab.config
 from lab import model
 from lab.coordinates import Coordinates
-from lab.data import Batch, generated
-from lab.evaluate import conditions
+from lab.data import Batch
+from lab.evaluate import asks, conditions
 from lab.model import mesh
 from lab.train import step
 from lab.train.loop import Stopped
@@ -33,23 +33,21 @@ def test_one_call_against_numpy(seed, labelled):
 @pytest.fixture
 def config():
     config = lab.config.base()
-    mixer, feedforward = dict(heads=2, head_dim=4), dict(width=8)
-    config.model.update(dict(dim=8, layers=1, mixer=mixer, feedforward=feedforward, vocabulary=40))
-    config.data.update(dict(corpus="copy", text_length=20, rows=8))
-    config.evaluate.loss.update(dict(kind="difficulty", texts=24, rows=8, difficulties=(2, 7)))
+    config.model.update(dict(dim=8, layers=1, vocabulary=40))
+    config.model.mixer.update(dict(heads=2, kv_heads=1, head_dim=4))
+    config.model.feedforward.width = 8
     config.run.implementation = "reference"
+    config.data.update(dict(corpus="copy", text_length=20, texts_per_row=1, rows=8))
+    config.evaluate.loss = asks.ask("difficulty", texts=24, rows=8, difficulties=(2, 7))
     return config
 
 
 def test_conditions_are_weighted_by_tokens_over_all_batches(config):
-    net, seen = model.build(config.model, jax.random.key(0), config.run), []
-    devices = mesh.make(config.run.mesh)
-    found, _ = conditions.evaluate(config, net, None, devices, on_condition=seen.append, stop=lambda: False)
-    assert seen == found
-    found = [condition for (condition,) in found]
+    net = model.build(config.model, jax.random.key(0), config.run)
+    found = list(conditions.evaluate(config, "loss", net, None, mesh.make(config.run.mesh), stop=lambda: False))
     assert [condition.value for condition in found] == [2, 7]
     for condition in found:
-        batches = list(generated.evaluation_batches(config, config.evaluate.loss, None, condition.value))
+        batches = list(asks.ASKS["difficulty"].batches(config, config.evaluate.loss, None, condition.value))
         tokens, labels = (np.concatenate([getattr(b, name) for b in batches]) for name in ("tokens", "labels"))
         answers = np.argmax(net(tokens, Coordinates.single(*tokens.shape)), axis=-1)
         assert condition.accuracy == pytest.approx(np.mean(answers[labels >= 0] == labels[labels >= 0]))
@@ -67,8 +65,8 @@ def test_one_executable_serves_every_condition(config, monkeypatch):
 
     monkeypatch.setattr(conditions.compiled, "evaluation_step", counted)
     net = model.build(config.model, jax.random.key(0), config.run)
-    conditions.evaluate(
-        config, net, None, mesh.make(config.run.mesh), on_condition=lambda condition: None, stop=lambda: False
+    assert (
+        len(list(conditions.evaluate(config, "loss", net, None, mesh.make(config.run.mesh), stop=lambda: False))) == 2
     )
     assert shapes == [(8, 20)]
 
@@ -76,4 +74,4 @@ def test_one_executable_serves_every_condition(config, monkeypatch):
 def test_a_stop_is_answered(config):
     net = model.build(config.model, jax.random.key(0), config.run)
     with pytest.raises(Stopped):
-        conditions.evaluate(config, net, None, mesh.make(config.run.mesh), on_condition=None, stop=lambda: True)
+        next(conditions.evaluate(config, "loss", net, None, mesh.make(config.run.mesh), stop=lambda: True))

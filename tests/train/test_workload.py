@@ -6,7 +6,6 @@ import pytest
 import tiny
 
 from lab.data import train_batches
-from lab.evaluate import conditions
 from lab.kernels import order, rules, tiled
 from lab.train import compiled, loop
 from lab.train.checkpoint import Checkpoints
@@ -54,19 +53,6 @@ def test_a_member_is_what_it_would_be_alone(tmp_path, together, member):
     one = compiled.unstacked(made.state, member)
     assert jax.tree.structure(one) == jax.tree.structure(alone.state)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), one.model, alone.state.model)
-
-
-def test_members_are_evaluated_as_they_would_be_alone(together):
-    made, texts = together[0], tiny.texts(16, seed=5)
-    quiet = dict(on_condition=lambda condition: None, stop=lambda: False)
-    config = tiny.config()
-    found, _ = conditions.evaluate(config, made.state.model, texts, tiny.mesh(), members=len(VARIED), **quiet)
-    for member in range(len(VARIED)):
-        model = compiled.unstacked(made.state.model, member)
-        alone, _ = conditions.evaluate(config, model, texts, tiny.mesh(), **quiet)
-        for many, (one,) in zip(found, alone, strict=True):
-            assert (many[member].value, many[member].tokens) == (one.value, one.tokens)
-            assert many[member].loss == pytest.approx(one.loss, rel=1e-5)
 
 
 def test_a_stack_goes_on_from_its_checkpoint(tmp_path, together):

@@ -32,10 +32,8 @@ def check(cell: Cell) -> None:
     lab_data.check(config)
     asks.check(config)
     check_run(config)
-    rows = {"data": config.data} | {f"evaluate.{name}": ask for name, ask in config.evaluate.items()}
-    for field, room in rows.items():
-        tokens = room.texts_per_row * config.data.text_length
-        streams.check_rows(config.model, f"{field}.texts_per_row x data.text_length", tokens)
+    tokens = config.data.texts_per_row * config.data.text_length
+    streams.check_rows(config.model, "data.texts_per_row x data.text_length", tokens)
 
 
 def check_run(config) -> None:

@@ -36,8 +36,8 @@ def scores(study: Results, judged: Sequence) -> Scores:
     """Of all finished runs; `judged` conditions, or all of them if it is empty."""
     found: Scores = {cell["name"]: {} for cell in study.plan["cells"]}
     for run in study.runs:
-        if run.result:
-            losses = {entry[study.condition]: entry["loss"] for entry in run.result["conditions"]}
+        if run.rows():
+            losses = {row[study.condition]: row["loss"] for row in run.rows()}
             kept = {condition: loss for condition, loss in losses.items() if not judged or condition in judged}
             mean = statistics.fmean(kept.values()) if kept else math.nan
             found[run.cell["name"]][run.seed] = Score(run, mean, tuple(kept))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from lab.errors import UserError, choose
 from lab.study.judge.evidence import Findings
 from lab.study.numbers import number, short, whole
-from lab.study.report import accuracy, branches, costs, figures, mixing, series, trials, verdicts
+from lab.study.report import accuracy, answers, branches, costs, figures, mixing, series, trials, verdicts
 from lab.study.report.layout import arrange, grouped, line_label, run_label
 from lab.study.report.page import Block, Chart, Code, Section, Table, Text
 from lab.study.results import Results
@@ -82,10 +82,15 @@ def parts(entries: Sequence, labels: Sequence[str]) -> dict[str, tuple[str, Call
 def make(study: Results, findings: Findings | None) -> list[Section]:
     """The parts of the report, those that the plan names among them; `findings` of a study that compares its cells put
     the verdicts first. Raises what `parts` does."""
-    wanted = parts(study.plan["sections"], study.labels)
+    wanted, further = parts(study.plan["sections"], study.labels), answers.sections(study)
     if findings is None:
         named = [Section(title, function(study)) for title, function in wanted.values()]
-        return [Section("Overview", question(study) + runs(study)), *_if_any("Tuning", trials.section(study)), *named]
+        return [
+            Section("Overview", question(study) + runs(study)),
+            *_if_any("Tuning", trials.section(study)),
+            *named,
+            *further,
+        ]
     named = [Section(title, function(study)) for name, (title, function) in wanted.items() if name != "curves"]
     found = [
         Section("Verdicts", question(study) + verdicts.verdicts(study, findings)),
@@ -94,6 +99,7 @@ def make(study: Results, findings: Findings | None) -> list[Section]:
         Section("Loss by condition", [] if "branches" in wanted else costs.by_condition(study)),
         Section("Loss by cost", costs.pareto(study, findings)),
         *named,
+        *further,
         Section("Tuning", trials.section(study)),
         Section("Runs", costs.config_differences(study, findings) + runs(study)),
     ]
@@ -152,6 +158,8 @@ def _status(study: Results, cell: dict) -> str:
     runs = [run for run in study.runs if run.cell is cell]
     if len(runs) > 1:
         return f"{sum(run.status == 'done' for run in runs)} of {len(runs)} done"
+    if runs[0].status == "pending" and runs[0].result:
+        return "trained"
     started = runs[0].status == "pending" and runs[0].metrics
     return f"at step {runs[0].metrics[-1]['step']}" if started else runs[0].status
 

@@ -21,14 +21,15 @@ def write_figures(study: Results, charts: Sequence[Chart]) -> None:
     The file is named by the time of the newest result: the same results give the same bytes, and a server that
     follows the directory goes on to the file of newer ones.
     """
-    found = [study.directory / run.cell["directory"] / f"seed-{run.seed}" / "result.json" for run in study.runs]
-    times = [path.stat().st_mtime for path in found if path.exists()]
-    newest, content = max(times, default=0.0), io.BytesIO()
+    places = [study.directory / run.cell["directory"] / f"seed-{run.seed}" for run in study.runs]
+    found = [path for place in places for path in (*place.glob("result.json"), *place.glob("evaluations/*.json"))]
+    newest, content = max((path.stat().st_mtime for path in found), default=0.0), io.BytesIO()
+    done = sum(run.status == "done" for run in study.runs)
     events = RecordWriter(content)
-    for event in (Event(wall_time=newest, file_version="brain.Event:2"), _images(charts, len(times), newest)):
+    for event in (Event(wall_time=newest, file_version="brain.Event:2"), _images(charts, done, newest)):
         events.write(event.SerializeToString())
     events.flush()
-    path = study.directory / "tensorboard" / f"events.out.tfevents.{int(newest):010d}.{len(times)}.report"
+    path = study.directory / "tensorboard" / f"events.out.tfevents.{int(newest):010d}.{done}.report"
     write_atomically(path, content.getvalue())
     for other in path.parent.glob("events.out.tfevents.*.report"):
         if other != path:

@@ -2,6 +2,8 @@
 
 import math
 
+from lab.study import evaluations
+from lab.study.evaluations import LOSS
 from lab.study.judge import residuals
 from lab.study.numbers import number
 from lab.study.report import costs, figures
@@ -43,8 +45,9 @@ def _of(trials: list[dict], cell: dict) -> list[dict]:
 
 def _loss(study: Results, trial: dict) -> float:
     """The judged loss of a trial; nan where it failed or is still to be made."""
-    result = study.directory / trial["directory"] / f"seed-{trial['seed']}" / "result.json"
-    loss = judged_loss(result, study.condition, study.plan["config"]["study"]["judged"])
+    place = study.directory / trial["directory"] / f"seed-{trial['seed']}"
+    rows = evaluations.rows(evaluations.find(place, LOSS, trial["asks"][LOSS]))
+    loss = judged_loss(rows, study.condition, study.plan["config"]["study"]["judged"])
     return math.nan if loss is None else loss
 
 

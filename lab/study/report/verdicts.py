@@ -135,7 +135,7 @@ def _notes(study: Results, findings: Findings) -> Iterable[str]:
         yield f"**Seeds were added after a look at the results** ({shown}): no p-value is corrected for that."
     if open_runs := sum(run.status != "done" for run in study.runs):
         yield f"**Provisional**: {open_runs} of {len(study.runs)} runs are not done."
-    failed = [run_label(study, run) for run in study.runs if run.status == "failed"]
+    failed = [run_label(study, run) for run in study.runs if run.status == "failed" and not run.rows()]
     if failed:
         yield f"**Failed runs are in no difference**, which flatters their cells: {'; '.join(failed)}."
     counts = {one.estimate.n for one in findings.comparisons}

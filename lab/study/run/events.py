@@ -33,11 +33,13 @@ class Writer:
         self._step = step
         self._add(step, summary=_scalars(values))
 
-    def hparams(self, labels: Mapping[str, bool | float | str], metrics: Mapping[str, float]) -> None:
-        """Marks the run as finished with `metrics` under the hyperparameters `labels`; called once, at its end."""
+    def hparams(self, labels: Mapping[str, bool | float | str], metrics: Mapping[str, float], step: int) -> None:
+        """Marks the run as finished at `step`, with `metrics` under the hyperparameters `labels`.
+
+        Nothing that was written from that step is replaced: curves stay whole where a run is asked again."""
         for summary in (_experiment(labels, metrics), hparams_pb(dict(labels)), _session_end()):
             self._add(0, summary=summary)
-        self.scalars(self._step or 0, metrics)
+        self._add(step, summary=_scalars(metrics))
 
     def text(self, name: str, markdown: str) -> None:
         """Shows Markdown under `name` in the TEXT tab."""

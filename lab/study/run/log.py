@@ -1,10 +1,8 @@
-"""What a run tells: metrics.jsonl, TensorBoard and the display while it runs, mixing.csv at its end."""
+"""What a run tells: metrics.jsonl, TensorBoard and the display while it trains, mixing.csv at its end."""
 
 import json
 import time
 
-from lab.evaluate import asks
-from lab.evaluate.conditions import Condition
 from lab.storage import write_atomically
 from lab.study.report.layout import panel_rows
 from lab.study.run import weights as learned
@@ -20,7 +18,6 @@ class Meter:
         self._display, self._every = display, every
         self._name = unit[0].name + (f" and {len(unit) - 1} more, vmapped" if len(unit) > 1 else "")
         self._steps = unit[0].cell.config.train.steps
-        self._label = asks.column(unit[0].cell.config)
         self._tokens, self._since = 0, time.perf_counter()
 
     def start(self, step: int) -> None:
@@ -36,9 +33,6 @@ class Meter:
         rate, self._since, self._tokens = self._tokens / (now - self._since), now, 0
         self._display.step(records[0].step, records[0].loss, rate)
         return rate
-
-    def condition(self, conditions: list[Condition]) -> None:
-        self._display.condition(self._label, conditions[0].value, conditions[0].loss)
 
 
 class Log:
@@ -77,23 +71,30 @@ class Log:
         if self._writes and weights:
             self._board.scalars(step, learned.scalars(weights))
 
-    def finish(self, result: dict, weights: learned.Weights) -> None:
-        """The weights that it has learned for layers, and the run among the others, in the HPARAMS tab."""
+    def finish(self, weights: learned.Weights) -> None:
+        """The weights that it has learned for layers."""
         if weights:
             from lab.study.report import figures  # which loads matplotlib
 
             write_atomically(self._run.directory / "mixing.csv", learned.table(weights))
             image = figures.png(figures.weight_maps(panel_rows(weights)))
             self._board.image("mixing", image, "Weight of what layer i gave (column) in layer m (row)")
-        label = asks.column(self._run.cell.config)
-        metrics = {
-            f"eval/{name}_{label}_{c[label]}": c[field]
-            for name, field in (("loss_nats", "loss"), ("accuracy_share", "accuracy"))
-            for c in result["conditions"]
-        }
-        self._board.hparams(result["labels"] | {"seed": self._run.seed}, metrics)
 
     def close(self) -> None:
         if self._writes and self._file:
             self._file.close()
             self._board.close()
+
+
+def compare(run: Run, column: str, conditions: list[dict]) -> None:
+    """The run among the others, in the HPARAMS tab: what it was asked, after its last step."""
+    from lab.study.run import events
+
+    metrics = {
+        f"eval/{name}_{column}_{row[column]}": row[field]
+        for name, field in (("loss_nats", "loss"), ("accuracy_share", "accuracy"))
+        for row in conditions
+    }
+    board = events.Writer(run.directory / "tensorboard")
+    board.hparams(run.cell.labels | {"seed": run.seed}, metrics, run.cell.config.train.steps)
+    board.close()

@@ -1,4 +1,4 @@
-"""Makes one run of a study, or several as one vmapped program: trains, evaluates, and writes down the result."""
+"""Trains one run of a study, or several as one vmapped program, and writes down the result."""
 
 import contextlib
 import hashlib
@@ -11,7 +11,6 @@ import jax
 from ml_collections import ConfigDict
 
 from lab import runtime
-from lab.evaluate import asks, conditions
 from lab.model import mesh as lab_mesh
 from lab.model import parameter
 from lab.storage import write_json
@@ -27,18 +26,12 @@ from lab.train.step import State
 from lab.train.workload import Member, Record, Workload
 
 
-def make(unit: Unit, display: Display, stop: Callable[[int], bool]) -> list[str]:
-    """Trains and evaluates the runs of a unit; returns a line about each."""
+def train(unit: Unit, display: Display, stop: Callable[[int], bool]) -> tuple[str, object]:
+    """Trains the runs of a unit; returns a line about it, and the model where it is that of one run (else None)."""
     configs = [run.cell.seeded(run.seed) for run in unit]
     config, mesh = configs[0], lab_mesh.make(configs[0].run.mesh)
     writes = jax.process_index() == 0
     logs = [Log(run, writes) for run in unit]
-    for run in unit:
-        if writes:
-            (run.directory / "failure.json").unlink(missing_ok=True)
-            write_json(run.directory.parent / "config.json", run.cell.described())
-            identity.keep(run.directory.parent, run.identity)
-            run.data.tokenizer.save(run.directory.parent)
     meter = Meter(display, unit, config.run.log.every)
 
     here = segments.way(config, mesh, len(unit))
@@ -65,20 +58,13 @@ def make(unit: Unit, display: Display, stop: Callable[[int], bool]) -> list[str]
     try:
         callbacks = dict(on_start=on_start, on_step=on_step, on_checkpoint=on_checkpoint, stop=stop)
         trained = loop.train(workload, checkpoints, mesh, **callbacks)
-        found, executable = conditions.evaluate(
-            config, trained.state.model, unit[0].data.validation, mesh, members=len(unit),
-            on_condition=meter.condition, stop=lambda: stop(config.train.steps),
-        )  # fmt: skip
         weights = learned.of_members(trained.state.model.stream, len(unit))
         if workload.vmapped:
             _keep_members(unit, trained.state, config)
         if writes:
             for i, (run, log) in enumerate(zip(unit, logs, strict=True)):
-                result = _result(
-                    run, configs[i], mesh, trained, [members[i] for members in found], executable, len(unit)
-                )
-                log.finish(result, weights[i])
-                write_json(run.directory / "result.json", result)
+                log.finish(weights[i])
+                write_json(run.directory / "result.json", _result(run, configs[i], mesh, trained, len(unit)))
     finally:
         checkpoints.close()
         for log in logs:
@@ -87,7 +73,7 @@ def make(unit: Unit, display: Display, stop: Callable[[int], bool]) -> list[str]
         shutil.rmtree(_checkpoint_directory(unit).parent)
         with contextlib.suppress(OSError):  # another stack is there
             _checkpoint_directory(unit).parents[1].rmdir()
-    return [_told(trained, asks.column(config), condition) for condition in found[0]]
+    return _told(trained), None if workload.vmapped else trained.state.model
 
 
 def _checkpoint_directory(unit: Unit) -> pathlib.Path:
@@ -108,22 +94,18 @@ def _keep_members(unit: Unit, states, config: ConfigDict) -> None:
         checkpoints.close()
 
 
-def _told(trained: loop.Trained, label: str, condition: conditions.Condition) -> str:
-    text = f"loss {condition.loss:.3f}, accuracy {condition.accuracy:.1%} at {label} {condition.value}"
-    if trained.steps:
-        text += (
-            f", {trained.tokens / trained.seconds:,.0f} tokens/s, {trained.outside / trained.seconds:.1%} of "
-            f"{trained.seconds:.1f} s outside the compiled step"
-        )
-    return text
+def _told(trained: loop.Trained) -> str:
+    if not trained.steps:
+        return ""
+    return (
+        f"{trained.tokens / trained.seconds:,.0f} tokens/s, {trained.outside / trained.seconds:.1%} of "
+        f"{trained.seconds:.1f} s outside the compiled step"
+    )
 
 
-def _result(run: Run, config: ConfigDict, mesh, trained: loop.Trained, found, executable, members: int) -> dict:
-    label = asks.column(config)
+def _result(run: Run, config: ConfigDict, mesh, trained: loop.Trained, members: int) -> dict:
     lines = [json.loads(line) for line in (run.directory / "metrics.jsonl").read_text().splitlines()]
     hashes = "".join(line["text_hash"] for line in lines)
-    texts_per_second = lambda c: members * config.evaluate.loss.texts * config.data.text_length / c.seconds  # noqa: E731
-    peak = runtime.peak_bytes(executable)
     return {
         "cell": run.cell.name,
         "identity": identity.name_of(run.identity),
@@ -131,21 +113,11 @@ def _result(run: Run, config: ConfigDict, mesh, trained: loop.Trained, found, ex
         "labels": run.cell.labels,
         "parameters": parameter.count(trained.state.model) // members,
         "tokens": sum(line["tokens"] for line in lines),
-        "conditions": [
-            {label: c.value, "loss": c.loss, "accuracy": c.accuracy, "tokens": c.tokens} for c in found
-        ],
-        "timings": [
-            _train_timing(trained),
-            *(
-                {"phase": "eval", label: c.value, "seconds": c.seconds, "tokens_per_second": texts_per_second(c),
-                 "peak_bytes": peak}
-                for c in found
-            ),
-        ],
+        "timings": [_train_timing(trained)],
         "environment": runtime.environment(mesh),
         "segments": segments.read(run.directory),
         "text_hash": hashlib.sha256(hashes.encode()).hexdigest()[:16],
-    }  # fmt: skip
+    }
 
 
 def _train_timing(trained: loop.Trained) -> dict:

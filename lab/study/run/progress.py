@@ -46,6 +46,11 @@ class Display:
         self._live.reset(self._run, total=steps, completed=step, description=name, status="", visible=True)
         self._line(f"{name}: from step {step}" if step else f"{name}: begins", always=True)
 
+    def start_asking(self, name: str) -> None:
+        """A run that is trained is asked something."""
+        self._name, self._began = name, time.monotonic()
+        self._live.reset(self._run, total=None, description=name, status="", visible=True)
+
     def step(self, step: int, loss: float, tokens_per_second: float) -> None:
         status = f"loss {loss:.3f}  {tokens_per_second:,.0f} tokens/s"
         left = self._left((step + 1 - self._first_step) / max(self._steps - self._first_step, 1))

@@ -17,7 +17,8 @@ from lab.errors import UserError
 from lab.evaluate import asks
 from lab.model import mesh as lab_mesh
 from lab.storage import read_json, write_json
-from lab.study.define import contrasts, identity, plan
+from lab.study import results
+from lab.study.define import asked, contrasts, identity, plan
 from lab.study.define.cell import Cell
 
 
@@ -121,6 +122,7 @@ def write_plan(
             "identity": identity.name_of(of_cell[row["name"]][0].identity),
             "directory": of_cell[row["name"]][0].place,
             "seeds": [run.seed for run in of_cell[row["name"]]],
+            "asks": asked.wanted(of_cell[row["name"]][0].cell.config, of_cell[row["name"]][0].data),
         }
         for row in rows
     ]
@@ -130,6 +132,7 @@ def write_plan(
         "question": study.question,
         "labels": [list(pair) for pair in study.labels],
         "condition": asks.column(config),
+        "asks": {name: asks.column(config, name) for name in config.evaluate},
         "sections": list(study.sections),
         "published": study.published,
         "command": command,
@@ -150,8 +153,8 @@ def note_look(workdir: pathlib.Path) -> None:
     path = workdir / "plan.json"
     plan = json.loads(path.read_text())
     look = {"seeds": plan["config"]["study"]["seeds"]}
-    places = [workdir / cell["directory"] / f"seed-{seed}" for cell in plan["cells"] for seed in cell["seeds"]]
-    if all((place / "result.json").exists() for place in places) and plan["looks"][-1:] != [look]:
+    every = all(run.status == "done" for run in results.collect(workdir).runs)
+    if every and plan["looks"][-1:] != [look]:
         write_json(path, plan | {"looks": [*plan["looks"], look]})
 
 

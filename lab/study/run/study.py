@@ -1,4 +1,4 @@
-"""Runs a study: every cell and seed that has no result yet, one after another, each leaving its result behind."""
+"""Runs a study: every cell and seed that is not trained or not asked everything, one after another."""
 
 import contextlib
 import time
@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 import filelock
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
 from lab.storage import write_json
-from lab.study.run.make import make
+from lab.study.define import identity
+from lab.study.run import ask, make
+from lab.study.run.hosts import agreed
 from lab.study.run.progress import Display
 from lab.study.run.runs import Run, Unit
 from lab.train import loop
@@ -36,13 +36,14 @@ def run_study(
     after_run: Callable[[], None],
     retry_failed: bool,
 ) -> Summary:
-    """Makes every run that is not finished. A run that fails is written down, and the others go on.
+    """Trains every run that is not trained, and asks each what is missing. A run that fails is written down, and the
+    others go on.
 
     Processes that share the directory divide the runs: each run is made by one of them, and all wait for the last.
     Raises loop.Stopped when a stop was asked for; everything finished or checkpointed is kept.
     """
     runs = [run for unit in units for run in unit]
-    found = dict(zip((run.directory for run in runs), _agreed([_status(run) for run in runs]), strict=True))
+    found = dict(zip((run.directory for run in runs), agreed([_status(run) for run in runs]), strict=True))
     to_make = (WAITING, FAILED) if retry_failed else (WAITING,)
     waiting = [tuple(run for run in unit if found[run.directory] in to_make) for unit in units]
     waiting = [unit for unit in waiting if unit]
@@ -55,7 +56,7 @@ def run_study(
                 if not ours:
                     continue
                 held = [other for other in held if other is not unit]
-                now = _agreed([_status(run) for run in unit])
+                now = agreed([_status(run) for run in unit])
                 left = tuple(run for run, status in zip(unit, now, strict=True) if status == found[run.directory])
                 for run in set(unit) - set(left):
                     display.finish_run(run.name, "made by another process", fresh=False)
@@ -69,23 +70,46 @@ def run_study(
             if stop(0):
                 raise loop.Stopped("a run that another process makes")
         waiting = held
-    failed = sum(status == FAILED for status in _agreed([_status(run) for run in runs]))
+    failed = sum(status == FAILED for status in agreed([_status(run) for run in runs]))
     return Summary(len(runs) - failed, new, failed)
 
 
 def _make(unit: Unit, display: Display, stop: Callable[[int], bool]) -> None:
     """Makes the runs of a unit. One that fails is written down, and the others are made without it."""
-    while unit:
+    if jax.process_index() == 0:
+        for run in unit:
+            (run.directory / "failure.json").unlink(missing_ok=True)
+            write_json(run.directory.parent / "config.json", run.cell.described())
+            identity.keep(run.directory.parent, run.identity)
+            run.data.tokenizer.save(run.directory.parent)
+    trained = agreed([_trained(run) for run in unit])
+    untrained = tuple(run for run, done in zip(unit, trained, strict=True) if not done)
+    speed, model, failed = "", None, []
+    while untrained:
         try:
-            for run, text in zip(unit, make(unit, display, stop), strict=True):
-                display.finish_run(run.name, text)
-            return
+            speed, model = make.train(untrained, display, stop)
+            break
         except loop.NonFinite as error:
-            failed = unit[error.member]
-            if jax.process_index() == 0:
-                write_json(failed.directory / "failure.json", {"reason": str(error)})
-            display.finish_run(failed.name, f"FAILED: {error}", fresh=False)
-            unit = tuple(run for run in unit if run is not failed)
+            failed.append(untrained[error.member])
+            untrained = tuple(run for run in untrained if run is not failed[-1])
+            _fail(failed[-1], error, display)
+    for run in unit:
+        if run in failed:
+            continue
+        if model is None:
+            display.start_asking(run.name)
+        try:
+            told = ask.ask(run, display, stop, model if run in untrained else None)
+        except loop.NonFinite as error:
+            _fail(run, error, display)
+        else:
+            display.finish_run(run.name, ", ".join(filter(None, (told, speed))))
+
+
+def _fail(run: Run, error: loop.NonFinite, display: Display) -> None:
+    if jax.process_index() == 0:
+        write_json(run.directory / "failure.json", {"reason": str(error)})
+    display.finish_run(run.name, f"FAILED: {error}", fresh=False)
 
 
 @contextlib.contextmanager
@@ -100,17 +124,14 @@ def _locked(unit: Unit) -> Iterator[bool]:
                     locks.enter_context(filelock.FileLock(run.directory / ".lock", blocking=False))
             except filelock.Timeout:
                 held = False
-        yield bool(_agreed([held])[0])
+        yield bool(agreed([held])[0])
 
 
 def _status(run: Run) -> int:
-    if (run.directory / "result.json").exists():
+    if _trained(run) and ask.complete(run):
         return FINISHED
     return FAILED if (run.directory / "failure.json").exists() else WAITING
 
 
-def _agreed(values: list[int]) -> list[int]:
-    """What process 0 found, on every process."""
-    if jax.process_count() == 1:
-        return values
-    return multihost_utils.broadcast_one_to_all(np.asarray(values, np.int32)).tolist()
+def _trained(run: Run) -> bool:
+    return (run.directory / "result.json").exists()

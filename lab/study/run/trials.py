@@ -8,7 +8,9 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from lab.evaluate import asks
+from lab.study import evaluations
 from lab.study.define import tuning
+from lab.study.define.asked import wanted
 from lab.study.define.cell import Cell
 from lab.study.results import judged_loss
 from lab.study.run.runs import Run, runs_of
@@ -23,7 +25,9 @@ class Trial(NamedTuple):
 
     def describe(self) -> dict:
         """As plan.json has it."""
-        return {"cell": self.cell, "values": self.values, "directory": self.run.place, "seed": self.run.seed}
+        about = wanted(self.run.cell.config, self.run.data)
+        place = self.run.place
+        return {"cell": self.cell, "values": self.values, "directory": place, "seed": self.run.seed, "asks": about}
 
 
 def trials(config: ConfigDict, cells: list[Cell], workdir: pathlib.Path, remake: bool = False) -> list[Trial]:
@@ -62,6 +66,6 @@ def score(run: Run) -> float | None:
     """Mean loss over the judged conditions; infinite for a failed run, None for one that is still to be made."""
     if (run.directory / "failure.json").exists():
         return math.inf
-    study = run.cell.config.study
-    loss = judged_loss(run.directory / "result.json", asks.column(run.cell.config), study.judged)
-    return math.inf if loss is not None and math.isnan(loss) else loss
+    config = run.cell.config
+    found = evaluations.find(run.directory, asks.LOSS, wanted(config, run.data)[asks.LOSS])
+    return judged_loss(evaluations.rows(found), asks.column(config), config.study.judged)

@@ -4,7 +4,7 @@ import json
 import math
 
 import pytest
-from studies import write, write_study
+from studies import change_evaluation, write, write_study
 
 from lab.study import results
 from lab.study.judge import pairing
@@ -16,14 +16,14 @@ def loss(labels, count):
     return 2.0 - labels["rope_ratio"] + 0.001 * count
 
 
-def changed(directory, change, cell=0, seed=1):
-    """Rewrites one result of a study of two cells and three seeds; returns the differences of the two."""
+def changed(directory, change=lambda result: None, rows=lambda rows: None, cell=0, seed=1):
+    """Rewrites one result and its rows in a study of two cells and three seeds; returns the differences of the two."""
     write_study(directory, PAIR, loss=loss, counts=(1, 16), seeds=3)
-    place = results.collect(directory).plan["cells"][cell]["directory"]
-    path = directory / place / f"seed-{seed}" / "result.json"
-    result = json.loads(path.read_text())
+    place = directory / results.collect(directory).plan["cells"][cell]["directory"] / f"seed-{seed}"
+    result = json.loads((place / "result.json").read_text())
     change(result)
-    write(path, result)
+    write(place / "result.json", result)
+    change_evaluation(place, rows)
     return differences(directory)
 
 
@@ -41,7 +41,7 @@ def test_scores_are_means_over_the_judged_conditions(tmp_path):
 
 
 def test_pairs_of_a_seed_are_subtracted(tmp_path):
-    found = changed(tmp_path, lambda result: None)
+    found = changed(tmp_path)
     assert found.kept == pytest.approx({0: -1.0, 1: -1.0, 2: -1.0}) and not found.refused
 
 
@@ -66,12 +66,12 @@ def test_a_result_without_a_hash_is_not_taken_on_trust(tmp_path):
 
 
 def test_losses_that_are_not_finite_are_refused(tmp_path):
-    found = changed(tmp_path, lambda result: result["conditions"][0].update(loss=math.inf))
+    found = changed(tmp_path, rows=lambda rows: rows[0].update(loss=math.inf))
     assert "loss of rope_ratio=0.0 is inf" in found.refused[1] and set(found.kept) == {0, 2}
 
 
 def test_runs_evaluated_otherwise_are_refused(tmp_path):
-    found = changed(tmp_path, lambda result: result["conditions"].pop())
+    found = changed(tmp_path, rows=lambda rows: rows.pop())
     assert found.refused[1].startswith("conditions: ")
 
 

@@ -74,7 +74,7 @@ def test_hparams_tab_compares_the_cells(tmp_path):
     for ratio, draw, loss in ((0.5, "1-15", 2.5), (1.0, "fixed1", 2.0)):
         writer = Writer(tmp_path / "cells" / f"{ratio}" / "seed-0" / "tensorboard")
         writer.scalars(100, {LOSS: 3.0})
-        writer.hparams({"rope_ratio": ratio, "train_branch": draw, "seed": 0}, {"eval/loss_nats_1": loss})
+        writer.hparams({"rope_ratio": ratio, "train_branch": draw, "seed": 0}, {"eval/loss_nats_1": loss}, 100)
         writer.close()
     provider = MultiplexerDataProvider(read(tmp_path), str(tmp_path))
     context = backend_context.Context(TBContext(data_provider=provider))
@@ -104,8 +104,10 @@ def test_hparams_tab_compares_the_cells(tmp_path):
 def test_finished_runs_are_marked_successful_and_keep_their_curves(tmp_path):
     writer = Writer(tmp_path / "cell")
     writer.scalars(10, {LOSS: 3.0})
-    writer.hparams({"rope_ratio": 1.0}, {"eval/loss_nats_1": 2.0})
     writer.close()
+    again = Writer(tmp_path / "cell")  # as a later command that only asks
+    again.hparams({"rope_ratio": 1.0}, {"eval/loss_nats_1": 2.0}, 10)
+    again.close()
     content = read(tmp_path).SummaryMetadata("cell", SESSION_END_INFO_TAG).plugin_data
     assert content.plugin_name == PLUGIN_NAME
     assert parse_session_end_info_plugin_data(content.content).status == api_pb2.STATUS_SUCCESS
@@ -152,7 +154,7 @@ def test_the_server_shows_scalars_hparams_configs_and_figures(tmp_path):
         writer = Writer(directory / "cells" / f"{ratio}" / "seed-0" / "tensorboard")
         writer.text("config", describe(config, None))
         writer.scalars(100, {LOSS: 3.0 + ratio})
-        writer.hparams({"rope_ratio": ratio, "seed": 0}, {"eval/loss_nats_1": loss})
+        writer.hparams({"rope_ratio": ratio, "seed": 0}, {"eval/loss_nats_1": loss}, 10)
         writer.close()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

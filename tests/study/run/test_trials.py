@@ -1,13 +1,13 @@
 """Tuning: the same grid for every cell, the best point by the judged loss, and refusals."""
 
-import json
-
 import pytest
 
 import lab.config
 from lab.errors import UserError
-from lab.study import results
+from lab.study import evaluations, results
 from lab.study.define import cells, resolve
+from lab.study.define.asked import wanted
+from lab.study.evaluations import LOSS
 from lab.study.report import trials as section
 from lab.study.run import trials as tuning
 
@@ -28,9 +28,10 @@ def tried(config, tmp_path):
 
 
 def finish(trial, losses: dict[int, float]) -> None:
-    trial.run.directory.mkdir(parents=True)
-    conditions = [{"eval_branch": branches, "loss": loss} for branches, loss in losses.items()]
-    (trial.run.directory / "result.json").write_text(json.dumps({"conditions": conditions}))
+    rows = [{"eval_branch": branches, "loss": loss} for branches, loss in losses.items()]
+    about = wanted(trial.run.cell.config, trial.run.data)[LOSS]
+    found = evaluations.begun(LOSS, "eval_branch", about) | {"complete": True, "conditions": rows}
+    evaluations.save(trial.run.directory, found)
 
 
 def test_every_cell_is_tried_on_the_same_grid_and_seed(config, tmp_path):

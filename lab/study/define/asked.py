@@ -1,0 +1,36 @@
+"""What the rows of an ask depend on, beside the weights that it is asked of."""
+
+from ml_collections import ConfigDict
+
+from lab import data as lab_data
+from lab.evaluate import asks
+from lab.study.define.identity import versions
+from lab.train import canonical
+
+_programs: dict[tuple, list[str]] = {}  # a study looks at each of its runs many times
+
+
+def wanted(config: ConfigDict, data: lab_data.Data) -> dict[str, dict]:
+    """{name of an ask: {"parts", "versions"}} of all asks of a cell, that named loss first, as lab.study.evaluations
+    compares them."""
+    found = {}
+    for name in sorted(config.evaluate, key=lambda name: (name != asks.LOSS, name)):
+        asked = config.evaluate[name]
+        parts = {
+            "ask": asks.resolved(asked),
+            "data": data.validation_fingerprint,
+            "version": asks.ASKS[asked.kind].version,
+            "program": _program(config, asked),
+        }
+        found[name] = {"parts": parts, "versions": versions()}
+    return found
+
+
+def _program(config: ConfigDict, asked: ConfigDict) -> list[str]:
+    """Digests of the evaluation step and, where they are not those of training, of the tables that it reads."""
+    key = config.model.to_json_best_effort(), asked.to_json_best_effort(), config.data.text_length
+    if key not in _programs:
+        changed = asks.remodelled(config, asked)
+        step = canonical.evaluation_step(changed, asked.rows, asked.texts_per_row * config.data.text_length)
+        _programs[key] = [step, canonical.tables(changed)] if asked.model else [step]
+    return _programs[key]

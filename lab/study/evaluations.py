@@ -1,0 +1,53 @@
+"""What was asked of a run and what was found, as its directory keeps it: evaluations/<name>-<digest>.json.
+
+A file holds what its rows depend on (`parts`), the versions that made it, and the rows found so far. It is what is
+asked for if all parts are the same; a complete one that was made under other versions of jax, flax or optax need not
+have the same `program`, whose text depends on them.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from lab.storage import read_json, write_json
+
+LOSS = "loss"  # that of lab.evaluate.asks, without what it imports
+DIRECTORY = "evaluations"
+TRACED = ("program",)  # parts that compare under equal versions only
+
+
+def begun(name: str, column: str, wanted: Mapping) -> dict:
+    """An evaluation without rows. wanted: {"parts", "versions"}, all of it JSON."""
+    return {"name": name, "column": column, **wanted, "complete": False, "conditions": [], "timings": []}
+
+
+def find(run: Path, name: str, wanted: Mapping) -> dict | None:
+    """The evaluation of a run that is what is wanted, complete or not; None if there is none."""
+    there = [read_json(path) for path in sorted((run / DIRECTORY).glob(f"{name}-*.json"))]
+    for fits in (_same, _of_other_versions):
+        for found in there:
+            if found["name"] == name and fits(found, wanted):
+                return found
+    return None
+
+
+def save(run: Path, evaluation: Mapping) -> None:
+    """Writes it whole, in the place of what was found before."""
+    text = json.dumps([evaluation["parts"], evaluation["versions"]], sort_keys=True)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+    write_json(run / DIRECTORY / f"{evaluation['name']}-{digest}.json", evaluation)
+
+
+def rows(evaluation: Mapping | None) -> list[dict]:
+    """{column: value, loss, accuracy, tokens} by condition, once all are found."""
+    return evaluation["conditions"] if evaluation and evaluation["complete"] else []
+
+
+def _same(found: Mapping, wanted: Mapping) -> bool:
+    return all(found[key] == wanted[key] for key in ("parts", "versions"))
+
+
+def _of_other_versions(found: Mapping, wanted: Mapping) -> bool:
+    lasting = [{name: part for name, part in one["parts"].items() if name not in TRACED} for one in (found, wanted)]
+    return found["complete"] and found["versions"] != wanted["versions"] and lasting[0] == lasting[1]

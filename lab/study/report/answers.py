@@ -1,0 +1,33 @@
+"""The part of a report for each further ask: what was found, cell by condition."""
+
+from lab.study.judge.residuals import beside
+from lab.study.numbers import number
+from lab.study.report import costs
+from lab.study.report.page import Block, Section, Table
+from lab.study.results import Results
+
+
+def sections(study: Results) -> list[Section]:
+    """One for each ask beside the one named loss that any run has answered, titled by its name."""
+    found = [Section(name, _table(study, name, column)) for name, column in study.further_asks.items()]
+    return [section for section in found if section.blocks]
+
+
+def _table(study: Results, name: str, column: str) -> list[Block]:
+    frame = study.answers(name)
+    if frame.empty:
+        return []
+    means, beside_them = frame.groupby(["cell", column])["loss"].mean(), beside(study)
+    every = list(dict.fromkeys(frame[column]))
+    rows = [
+        [
+            *map(str, study.key(cell)),
+            *(number(means.get((cell["name"], value)), 4) for value in every),
+            *beside_them.cells[study.key(cell)],
+        ]
+        for cell in study.plan["cells"]
+        if cell["name"] in set(frame["cell"])
+    ]
+    caption = f"Loss (nats per token) by {column}: means over seeds."
+    table = Table([*study.labels, *map(str, every), *beside_them.columns], rows, caption, sortable=True)
+    return [table, costs.common(study)]

@@ -1,0 +1,81 @@
+"""Asks a trained run whatever it has not been asked yet, and keeps every row as it is found."""
+
+import math
+from collections.abc import Callable
+
+import jax
+from ml_collections import ConfigDict
+
+from lab import kernels, runtime
+from lab.evaluate import asks, conditions
+from lab.model import mesh as lab_mesh
+from lab.study import evaluations
+from lab.study.define.asked import wanted
+from lab.study.run import log
+from lab.study.run.hosts import agreed
+from lab.study.run.progress import Display
+from lab.study.run.runs import Run
+from lab.train import compiled, loop
+from lab.train.checkpoint import read_model
+
+
+def ask(run: Run, display: Display, stop: Callable[[int], bool], trained=None) -> str:
+    """Finds what is missing of every ask; returns a line about the first condition of the one named loss.
+
+    trained: the model, where it is in memory; else it has the weights of the run's last checkpoint. Raises
+    loop.NonFinite for a loss that is no number, which is not kept, and loop.Stopped: whole conditions are.
+    """
+    config = run.cell.seeded(run.seed)
+    model, mesh = trained, lab_mesh.make(config.run.mesh)
+    for name, about in wanted(config, run.data).items():
+        column = asks.column(config, name)
+        found = evaluations.find(run.directory, name, about) or evaluations.begun(name, column, about)
+        complete, done = agreed([found["complete"], len(found["conditions"])])
+        if complete:
+            continue
+        model = model or _from_checkpoint(run, config, mesh)
+        stopped = lambda: stop(config.train.steps)  # noqa: E731
+        for one in conditions.evaluate(config, name, model, run.data.validation, mesh, done=done, stop=stopped):
+            if math.isnan(one.loss):
+                raise loop.NonFinite(f"ask {name}, {column} {one.value}: loss {one.loss}", member=0)
+            display.condition(column, one.value, one.loss)
+            _keep(run, config, found, one, mesh)
+        if name == asks.LOSS and jax.process_index() == 0:
+            log.compare(run, column, found["conditions"])
+    return _told(run, config)
+
+
+def complete(run: Run) -> bool:
+    """Whether every ask of a run has all its rows."""
+    about = wanted(run.cell.config, run.data)
+    return all(evaluations.rows(evaluations.find(run.directory, name, about[name])) for name in about)
+
+
+def _from_checkpoint(run: Run, config: ConfigDict, mesh):
+    return read_model(run.directory / "checkpoints", compiled.described(config, mesh), config.train.steps)
+
+
+def _keep(run: Run, config: ConfigDict, found: dict, one: conditions.Condition, mesh) -> None:
+    """Adds a row and writes what there is by now."""
+    asked, column = config.evaluate[found["name"]], found["column"]
+    row = {column: one.value, "loss": one.loss, "accuracy": one.accuracy, "tokens": one.tokens}
+    timing = {
+        column: one.value,
+        "seconds": one.seconds,
+        "tokens_per_second": asked.texts * config.data.text_length / one.seconds,
+        "peak_bytes": runtime.peak_bytes(one.executable),
+    }
+    found["conditions"].append(row)
+    found["timings"].append(timing)
+    found["complete"] = one.value == asks.conditions(asked)[-1]
+    found["environment"] = runtime.environment(mesh) | {"implementation": kernels.resolve(config.run.implementation)}
+    if jax.process_index() == 0:
+        evaluations.save(run.directory, found)
+
+
+def _told(run: Run, config: ConfigDict) -> str:
+    about = wanted(config, run.data)[asks.LOSS]
+    rows, column = evaluations.rows(evaluations.find(run.directory, asks.LOSS, about)), asks.column(config)
+    if not rows:  # another host keeps them
+        return ""
+    return f"loss {rows[0]['loss']:.3f}, accuracy {rows[0]['accuracy']:.1%} at {column} {rows[0][column]}"
