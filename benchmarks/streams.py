@@ -36,8 +36,8 @@ from lab.model.streams import STREAMS  # noqa: E402
 from lab.train import compiled, optimizer, step  # noqa: E402
 
 MEBIBYTE = 2**20
-SHAPE = dict(dim=128, layers=8, heads=4, kv_heads=2, head_dim=32, ffn=256, rule="causal")
-SIZES = {"copies": 4, "rank": SHAPE["dim"] // 16, "blocks": SHAPE["layers"] // 2}  # where a stream reads them
+DIM, LAYERS = 128, 8
+SIZES = {"copies": 4, "rank": DIM // 16, "blocks": LAYERS // 2}  # where a stream reads them
 DENSE = "v4m1A"
 
 
@@ -51,20 +51,20 @@ class Measured(NamedTuple):
 def config_of(name: str, length: int, scan: bool):
     """The config of a stream on rows of so many tokens, its layers scanned or unrolled."""
     config = lab_config.base()
-    config.model.update(SHAPE)
-    config.model.position.update(dict(theta=1e4, ratio=0.0))
+    config.model.update(dict(dim=DIM, layers=LAYERS))
+    config.model.mixer.update(dict(heads=4, kv_heads=2, head_dim=32))
     config.model.stream.name, config.run.scan = name, scan
     sizes = SIZES | {"length": length}
-    config.model.stream.update({field: sizes[field] for field in STREAMS[name].fields if field in sizes})
+    config.model.stream.update({field: sizes[field] for field in STREAMS[name].options if field in sizes})
     return config
 
 
 def program_of(config, length: int):
     """(a function that makes one step and waits for it, its executable)"""
     tokens = np.random.default_rng(0).integers(0, config.model.vocabulary, (1, length)).astype(np.int32)
-    mesh, program = lab_mesh.make(config.run.mesh), step.Program.of(config.train)
+    mesh, program = lab_mesh.make(config.run.mesh), step.Program.of(config)
     batch = lab_mesh.place(Batch(tokens, np.roll(tokens, -1, axis=1), Coordinates.single(1, length)), mesh)
-    state = compiled.initial_state(config.model, program, mesh, seed=0)
+    state = compiled.initial_state(config, program, mesh)
     numbers = optimizer.numbers_by_step(config.train)(0)
     run = compiled.train_step(state, numbers, batch, program, mesh)
 

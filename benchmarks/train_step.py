@@ -50,8 +50,10 @@ def ours(rows: int, length: int):
     from lab.model import mesh as lab_mesh
     from lab.train import compiled, optimizer, step
 
-    config = lab_config.base()
-    config.model.update(dict(dim=DIM, layers=LAYERS, heads=HEADS, kv_heads=GROUPS, head_dim=DIM // HEADS, ffn=FFN))
+    config = lab_config.branches(lab_config.base())
+    config.model.update(dict(dim=DIM, layers=LAYERS))
+    config.model.mixer.update(dict(heads=HEADS, kv_heads=GROUPS, head_dim=DIM // HEADS))
+    config.model.feedforward.width = FFN
     data = np.gcd(rows, runtime.cores())
     config.run.mesh.update(dict(data=int(data), context=int(runtime.cores() // data)))
     jax.config.update("jax_num_cpu_devices", runtime.cores())
@@ -59,8 +61,8 @@ def ours(rows: int, length: int):
     x = pack(rows, length)
     coordinates = Coordinates(x["segment"], x["branch"], x["time"], x["index"])
     batch = lab_mesh.place(Batch(tokens=x["tokens"], labels=x["labels"], coordinates=coordinates), mesh)
-    program = step.Program("adamw", "declared", 1)
-    state = compiled.initial_state(config.model, program, mesh, seed=0)
+    program = step.Program.of(config)
+    state = compiled.initial_state(config, program, mesh)
     numbers = optimizer.numbers_by_step(config.train)(0)
     run = compiled.train_step(state, numbers, batch, program, mesh)
 

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from lab.errors import UserError, choose
 from lab.options import leaves, set_field
 
-EPILOG = """any field of the config can be set: --config.train.steps=50 --config.model.rotary.unselected=time
+EPILOG = """any field of the config can be set: --config.train.steps=50 --config.model.position.unselected=time
 a config takes a scale after a colon:  --config=configs/rope_ablation.py:gpu"""
 
 

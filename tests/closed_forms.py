@@ -3,6 +3,8 @@
 import functools
 import math
 
+NORMS_OF_SUBLAYER = {"pre": 1, "output": 1, "sandwich": 2}
+
 
 def widths(model) -> tuple[int, int, int]:
     """(K, R, V): a head of queries and keys, its rotated part, a head of values."""
@@ -27,7 +29,7 @@ def mixer_parameters(model) -> tuple[int, int]:
         "gta": D * (G * N + R + G * (V - N)),
         "s2": D * G * K,
         "s3": D * G * K,
-    }[model.mixer]
+    }[model.mixer.name]
     full = lambda rank, inner: rank * (D + inner) if rank else D * inner  # noqa: E731
     matrices = own + full(model.mixer.q_rank, maps * K) + full(model.mixer.o_rank, H * V) + model.mixer.output_gate * D * H * V
     latents = {"mla": C + model.mixer.q_rank, "s3": N}.get(model.mixer.name, 0) * model.mixer.latent_norm
@@ -48,7 +50,7 @@ def cache(model) -> int:
         "s2": G * K,
         "s3": G * K,
         "delta": 0,
-    }[model.mixer]
+    }[model.mixer.name]
 
 
 def layers(model) -> list:
@@ -66,7 +68,8 @@ def parameters(model) -> tuple[int, int]:
     """(numbers in matrices, in scales, biases and the stream) of a whole model, embeddings among the matrices."""
     mixers = [mixer_parameters(spec) for spec in layers(model)]
     matrices = sum(m for m, _ in mixers) + model.layers * 3 * model.dim * model.feedforward.width
-    vectors = sum(v for _, v in mixers) + (2 * model.layers + 1) * model.dim
+    norms = sum(2 * NORMS_OF_SUBLAYER[spec.placement.name] for spec in layers(model)) + 1
+    vectors = sum(v for _, v in mixers) + norms * model.dim
     return matrices + embeddings(model), vectors + stream_parameters(model)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 from flax import nnx
-from numpy_layers import normed, swiglu, turned, weights
+from numpy_layers import normed, placed, swiglu, turned, weights
 
 from lab.data import Batch
 from lab.kernels import rules
@@ -18,15 +18,15 @@ LENGTH = 24
 
 
 class Network:
-    """The sublayers of a model on one row. x: the stream at a layer's input; n: the same, normed."""
+    """The sublayers of a model on one row. x: the stream at a layer's input; n: what the placement makes of it."""
 
     def __init__(self, config, model, at):
         self.config, self.block, self.stream, self.at = config, model.blocks[0], model.stream, at
         self.seen_TS = np.asarray(rules.visible(rules.parse(config.rule), at, at))
-        self.d, self.eps, self.name, self.L = config.head_dim, config.norm_eps, config.stream.name, config.layers
+        self.d, self.eps, self.name, self.L = config.mixer.head_dim, config.norm.eps, config.stream.name, config.layers
 
     def n1(self, i: int, x_TD):
-        return normed(x_TD, weights(self.block.mixer_norm.weight)[i], self.eps)
+        return placed(self.block.mixer_placement, "input", i, x_TD, self.config)
 
     def q(self, i: int, n_TD) -> np.ndarray:
         return turned(np.tensordot(n_TD, weights(self.block.mixer.q)[i], 1), self.at, self.config)
@@ -43,7 +43,7 @@ class Network:
         return np.stack([(n if n.ndim == 2 else n[:, g]) @ weight_DGK[:, g] for g in range(G)], axis=1)
 
     def to_heads(self, x_SGK) -> np.ndarray:
-        return np.repeat(x_SGK, self.config.heads // self.config.kv_heads, axis=1)
+        return np.repeat(x_SGK, self.config.mixer.heads // self.config.mixer.kv_heads, axis=1)
 
     def scores(self, q_THK, k_SGK) -> np.ndarray:
         """q k^T [H, T, S], each group's keys for all of its heads."""
@@ -63,18 +63,21 @@ class Network:
         return self.softmax(self.own_scores(i, x_TD) / np.sqrt(self.d))
 
     def output(self, i: int, P_HTS, v_SGV) -> np.ndarray:
-        return np.einsum("hts,shv,hvd->td", P_HTS, self.to_heads(v_SGV), weights(self.block.mixer.o)[i])
+        """What the stream is given of attention, of its probabilities and values."""
+        y_TD = np.einsum("hts,shv,hvd->td", P_HTS, self.to_heads(v_SGV), weights(self.block.mixer.o)[i])
+        return placed(self.block.mixer_placement, "output", i, y_TD, self.config)
 
     def drawn(self, i: int, P_HTS, x_TD) -> np.ndarray:
-        """P (n1(x) W_V) W_O."""
+        """P (n1(x) W_V) W_O, placed."""
         return self.output(i, P_HTS, self.v(i, self.n1(i, x_TD)))
 
     def attention(self, i: int, x_TD) -> np.ndarray:
         return self.drawn(i, self.P(i, x_TD), x_TD)
 
     def mlp(self, i: int, h_TD) -> np.ndarray:
-        n2 = normed(h_TD, weights(self.block.feedforward_norm.weight)[i], self.eps)
-        return swiglu(self.block.feedforward, i, n2)
+        placement = self.block.feedforward_placement
+        y_TD = swiglu(self.block.feedforward, i, placed(placement, "input", i, h_TD, self.config))
+        return placed(placement, "output", i, y_TD, self.config)
 
     def layer(self, i: int, x_TD) -> np.ndarray:
         """An ordinary layer."""
@@ -96,7 +99,7 @@ class Double(NamedTuple):
 def double(made) -> Double:
     model = jax.tree.map(lambda x: np.asarray(x, np.float64), tiny.model(made, seed=2))
     found = position.frequencies(made.model)
-    model.position[0].frequencies[...] = np.stack([found[n] for n in ("index", "branch", "time")])
+    model.rotary[0].frequencies[...] = np.stack([found[n] for n in ("index", "branch", "time")])
     model.compute = jnp.dtype("float64")
     batch = tiny.batch(2, length=LENGTH)
     real = (batch.coordinates.segment >= 0)[..., None]

@@ -171,9 +171,8 @@ def _config(labels):
     heads = int(labels.get("head", "h4")[1:])
     return {
         "model": {
-            "heads": heads,
-            "kv_heads": heads // 4,
-            "rotary": {"ratio": labels.get("rope_ratio", 1.0), "theta": 1e6},
+            "mixer": {"name": "attention", "heads": heads, "kv_heads": heads // 4},
+            "position": {"ratio": labels.get("rope_ratio", 1.0), "theta": 1e6},
         },
         "data": {"draw": labels.get("train_branch", "1-15"), "corpus": "stdlib"},
         "train": {"steps": 250},

@@ -170,6 +170,21 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(place, study, 
     commands.same_results(work, undisturbed)
 
 
+def test_a_run_goes_on_in_another_way(place, study, undisturbed, halfway):
+    """Under other run fields it begins a new segment in the same directory, and says so; runs that are to begin do not."""
+    work = copied(halfway, place / "another-way")
+    (name,) = commands.runs(work)
+    command = ("main", f"--config={study}", f"--workdir={work}", "--config.run.remat=full", "--config.run.scan=true")
+    again = commands.finished(*command, log=place / "another-way-log")
+    assert len(re.findall("goes on from step .* in another way .*remat none -> full", again.out)) == 1
+    made = {key: json.loads((run / "segments.json").read_text()) for key, run in commands.runs(work).items()}
+    assert made.keys() == commands.runs(undisturbed).keys()
+    assert [one["remat"] for one in made[name]] == ["none", "full"] and made[name][0]["first_step"] == 0
+    assert all(len(segments) == 1 for key, segments in made.items() if key != name)
+    ours, theirs = (commands.metrics(commands.runs(of)[name]) for of in (work, undisturbed))
+    assert abs(ours[-1]["loss"] - theirs[-1]["loss"]) < 1e-3 and ours[0] == theirs[0]
+
+
 def test_two_processes_divide_a_study(place, study, undisturbed):
     work = place / "divided"
     arguments = (f"--config={study}", f"--workdir={work}")
@@ -356,7 +371,12 @@ def test_cells_that_differ_in_numbers_compile_once(place, corpus, monkeypatch):
     study = commands.write_study(
         place / "counted.py", corpus, NUMBERS, labels=(("name", "case"),), sections=("curves",)
     )
-    sizes = ("--config.data.rows=8", "--config.evaluate.loss.rows=8", "--config.evaluate.loss.texts=32", "--config.model.feedforward.width=40")
+    sizes = (
+        "--config.data.rows=8",
+        "--config.evaluate.loss.rows=8",
+        "--config.evaluate.loss.texts=32",
+        "--config.model.feedforward.width=40",
+    )
     assert main.main([f"--config={study}", f"--workdir={place / 'counted'}", *sizes]) == 1  # one diverges
     assert (counts.counts["train_step"], counts.counts["evaluation_step"]) == (1, 1)
     assert len(list((place / "counted").glob("cells/*/*/metrics.jsonl"))) == 6

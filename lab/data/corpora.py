@@ -112,7 +112,7 @@ def huggingface(data: ConfigDict) -> Corpus:
     )
 
 
-class Kind(NamedTuple):
+class CorpusKind(NamedTuple):
     """A row of the table: how a corpus is opened, of config.data, and what that reads."""
 
     open: Callable[[ConfigDict], Corpus]
@@ -123,11 +123,11 @@ TEXTS = packing.OPTIONS | OPTIONS  # what every corpus reads
 PATH = {"path": Option("", "globs joined by commas, or a dataset's name")}
 FIELD = {"field": Option("text", "of a JSON line, a parquet column, a dataset")}
 CORPORA = {
-    "stdlib": Kind(stdlib, TEXTS),
-    "files": Kind(files, TEXTS | PATH),
-    "jsonl": Kind(jsonl, TEXTS | PATH | FIELD),
-    "parquet": Kind(parquet, TEXTS | PATH | FIELD),
-    "huggingface": Kind(huggingface, TEXTS | PATH | FIELD),
+    "stdlib": CorpusKind(stdlib, TEXTS),
+    "files": CorpusKind(files, TEXTS | PATH),
+    "jsonl": CorpusKind(jsonl, TEXTS | PATH | FIELD),
+    "parquet": CorpusKind(parquet, TEXTS | PATH | FIELD),
+    "huggingface": CorpusKind(huggingface, TEXTS | PATH | FIELD),
 }
 
 

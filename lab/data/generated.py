@@ -12,7 +12,7 @@ from lab.data.checks import at_least, rows_of_process
 from lab.data.dataset import Data
 from lab.data.packing import parse_draw
 from lab.data.pipeline import Batch, Info, prefetched
-from lab.data.probes import BLANK, FIRST, PROBES, Probe, Settings
+from lab.data.probes import BLANK, FIRST, PROBES, Probe, RowSettings
 from lab.data.tokenizers import Symbols
 from lab.errors import UserError
 
@@ -62,7 +62,7 @@ def train_batches(
     """
     check(config)
     local = rows_of_process("data.rows", config.data.rows, process_index, process_count)
-    make = _Steps(config, local)
+    make = _ProbeSteps(config, local)
     return prefetched(grain.MapDataset.range(start, config.train.steps).map(make), config.run.workers)
 
 
@@ -89,13 +89,13 @@ def nominal_coordinates(config: ConfigDict, rows: int) -> Coordinates:
     return Coordinates.single(rows, config.data.text_length)
 
 
-def settings_of(data: ConfigDict) -> Settings:
+def settings_of(data: ConfigDict) -> RowSettings:
     """What the rows of config.data are made with."""
-    return Settings(data.text_length, data.probe.symbols, data.probe.objects)
+    return RowSettings(data.text_length, data.probe.symbols, data.probe.objects)
 
 
 def padded_row(
-    probe: Probe, rng: np.random.Generator, difficulty: int, settings: Settings
+    probe: Probe, rng: np.random.Generator, difficulty: int, settings: RowSettings
 ) -> tuple[np.ndarray, np.ndarray]:
     """tokens and labels, int32 [settings.length]: blanks without labels fill the row, whatever the difficulty."""
     tokens, labels = probe.row(rng, difficulty, settings)
@@ -103,7 +103,7 @@ def padded_row(
     return tuple(np.pad(x, short, constant_values=fill).astype(np.int32) for x, fill in ((tokens, BLANK), (labels, -1)))
 
 
-class _Steps:
+class _ProbeSteps:
     """Maps a step to this process's rows. A function of the step alone, so that any thread or process may call it."""
 
     def __init__(self, config: ConfigDict, local: range):

@@ -56,7 +56,7 @@ def train_batches(
     on (seed, step) alone. Close the iterator to end its worker processes early. Raises UserError for bad fields.
     """
     check_training(config)
-    pack = _Steps(config, texts, process_index, process_count)
+    pack = _TextSteps(config, texts, process_index, process_count)
     return prefetched(grain.MapDataset.range(start, config.train.steps).map(pack), config.run.workers)
 
 
@@ -114,7 +114,7 @@ def evaluation_layout(config: ConfigDict, ask: ConfigDict, branches: int) -> Lay
     return dataclasses.replace(training_layout(config), **fixed)
 
 
-class _Steps:
+class _TextSteps:
     """Maps a step to this process's rows. A function of the step alone, so that any thread or process may call it."""
 
     def __init__(self, config: ConfigDict, texts: Sequence[np.ndarray], process_index: int, process_count: int):

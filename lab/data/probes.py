@@ -25,7 +25,7 @@ SYMBOLS = {"probe.symbols": Option(32, "in the alphabet", least=2)}
 OBJECTS = {"probe.objects": Option(5, "that the permutations move: 5 is S5, 2 parity", least=2, most=6)}
 
 
-class Settings(NamedTuple):
+class RowSettings(NamedTuple):
     """length: tokens of a row; symbols: in the alphabet; objects: that the permutations of `state` move."""
 
     length: int
@@ -41,15 +41,15 @@ class Probe(NamedTuple):
     easiest: the least difficulty.
     """
 
-    row: Callable[[np.random.Generator, int, Settings], tuple[np.ndarray, np.ndarray]]
+    row: Callable[[np.random.Generator, int, RowSettings], tuple[np.ndarray, np.ndarray]]
     tokens: Callable[[int], int]
     symbols: Callable[[int], int]
-    alphabet: Callable[[Settings], int] = lambda settings: settings.symbols
+    alphabet: Callable[[RowSettings], int] = lambda settings: settings.symbols
     easiest: int = 1
     options: Mapping[str, Option] = OPTIONS | SYMBOLS
 
 
-def mqar(rng, difficulty: int, settings: Settings):
+def mqar(rng, difficulty: int, settings: RowSettings):
     """Multi-query associative recall (arXiv 2312.04927, appendix E): `difficulty` pairs of key and value, then every
     key once, among blanks, at gaps that follow a power law. Label of a key asked again: its value."""
     half = settings.symbols // 2
@@ -65,13 +65,13 @@ def mqar(rng, difficulty: int, settings: Settings):
     return tokens, labels
 
 
-def copy(rng, difficulty: int, settings: Settings):
+def copy(rng, difficulty: int, settings: RowSettings):
     """`difficulty` random symbols, a mark, and the symbols again, each the label of the token before it."""
     symbols = FIRST + rng.integers(settings.symbols, size=difficulty)
     return np.concatenate([symbols, [MARK], symbols[:-1]]), np.concatenate([np.full(difficulty, -1), symbols])
 
 
-def induction(rng, difficulty: int, settings: Settings):
+def induction(rng, difficulty: int, settings: RowSettings):
     """[A][B] ... [A] -> [B] (arXiv 2209.11895): `difficulty` different symbols, then all but the last in random order.
 
     Label of a symbol asked again: the one that followed it. In random order, so that places alone do not tell.
@@ -81,7 +81,7 @@ def induction(rng, difficulty: int, settings: Settings):
     return np.concatenate([symbols, symbols[asked]]), np.concatenate([np.full(difficulty, -1), symbols[asked + 1]])
 
 
-def state(rng, difficulty: int, settings: Settings):
+def state(rng, difficulty: int, settings: RowSettings):
     """The word problem of a symmetric group (arXiv 2404.08819): `difficulty` random permutations p1, p2, ...
 
     Label of the t-th: p1 p2 ... pt, where (p q)(i) = p(q(i)). Symbols number the permutations in lexicographic order;
@@ -93,7 +93,7 @@ def state(rng, difficulty: int, settings: Settings):
     return FIRST + drawn, FIRST + np.array([number[tuple(p)] for p in products])
 
 
-def needle(rng, difficulty: int, settings: Settings):
+def needle(rng, difficulty: int, settings: RowSettings):
     """One symbol of the second half of the alphabet among noise of the first; `difficulty` tokens later, a mark.
 
     Label of the mark: that symbol.

@@ -44,6 +44,7 @@ def check(config: ConfigDict) -> None:
 
 def open(config: ConfigDict) -> Data:
     """The data of a config: texts tokenised into the cache, or nothing to read. Raises UserError."""
+    check(config)
     return source(config).open(config)
 
 

@@ -15,7 +15,7 @@ from lab.model import abstract, parameter, spec, streams
 from lab.options import Option, Part, Room, leaves, nested, set_field
 
 
-class Kind(NamedTuple):
+class AskKind(NamedTuple):
     """A row of the table.
 
     column: what results call its axis. corpora: the data that it asks about. conditions: the field with the values of
@@ -42,7 +42,7 @@ BRANCHES = SIZES | {
 }
 DIFFICULTIES = SIZES | {"difficulties": Option((2, 4, 8), "of the rows of a probe", kind=tuple[int, ...])}
 ASKS = {
-    "branches": Kind(
+    "branches": AskKind(
         "eval_branch",
         tuple(CORPORA),
         "branches",
@@ -50,7 +50,7 @@ ASKS = {
         lambda config, ask, field: checks.check_branches(config, ask, field, ask.branches),
         pipeline.evaluation_batches,
     ),
-    "difficulty": Kind(
+    "difficulty": AskKind(
         "difficulty",
         tuple(PROBES),
         "difficulties",

@@ -1,4 +1,9 @@
-"""Attention over coordinates: one door, `attend`, and behind it one implementation per file."""
+"""Attention over coordinates: one door, `attend`, and behind it one implementation per file.
+
+All that depends on where tokens stand is said in one language (lab.kernels.expressions): a rule who sees whom
+(lab.kernels.rules), a bias what its score is given besides (lab.kernels.bias), a band which pairs rotate by which times
+(lab.kernels.bands, whose `attend_bands` calls `attend` for each).
+"""
 
 import contextlib
 import functools
@@ -13,14 +18,16 @@ import numpy as np
 
 from lab.coordinates import Coordinates
 from lab.errors import UserError, choose
+from lab.kernels import bias as biases
 from lab.kernels import order, rules, split
+from lab.kernels.bias import Bias
 from lab.kernels.order import Arranged
 from lab.kernels.rotary import rotate, rotation
 from lab.kernels.rules import Rule
 from lab.kernels.tiles import is_step
 
 __all__ = [
-    "IMPLEMENTATIONS", "arrange", "attend", "interpreted", "plan_tiles", "resolve", "rotates", "rules",
+    "IMPLEMENTATIONS", "Bias", "arrange", "attend", "interpreted", "plan_tiles", "resolve", "rotates", "rules",
 ]  # fmt: skip
 
 
@@ -30,11 +37,12 @@ class Implementation(NamedTuple):
     platform: str | None = None  # that it is written for; None: any
     interpretable: bool = False  # runs elsewhere as plain JAX, for tests
     rotates: bool = False  # rotates queries as it reads them
+    biases: bool = False  # adds a Bias to scores
 
 
 IMPLEMENTATIONS = {
-    "reference": Implementation(),
-    "tiled": Implementation(),
+    "reference": Implementation(biases=True),
+    "tiled": Implementation(biases=True),
     "pallas_tpu": Implementation("tpu", interpretable=True, rotates=True),
     "pallas_gpu": Implementation("gpu", rotates=True),
     "pallas_triton": Implementation("gpu", interpretable=True),
@@ -59,17 +67,20 @@ def interpreted():
         _interpreting = before
 
 
-def resolve(implementation: str | None, keys: int = 1) -> str:
+def resolve(implementation: str | None, keys: int = 1, biased: bool = False) -> str:
     """The implementation that a name means for rows of so many keys; None and "auto" pick the best one.
 
-    Raises UserError for an unknown name, and for one that cannot run here.
+    biased: whether scores have a `Bias`. Raises UserError for an unknown name, for one that cannot run here, and for
+    one that adds no bias where there is one.
     """
     if implementation in (None, "auto"):
-        return _auto(jax.default_backend(), keys)
+        return _auto(jax.default_backend(), keys, biased)
     choose("attention implementation", implementation, ("auto", *IMPLEMENTATIONS))
     obstacle = _obstacle(implementation)
     if obstacle and not (_interpreting and IMPLEMENTATIONS[implementation].interpretable):
         raise _refused(implementation, obstacle)
+    if biased and not IMPLEMENTATIONS[implementation].biases:
+        raise _refused(implementation, "adds no bias to scores", biased)
     return implementation
 
 
@@ -81,8 +92,9 @@ def rotates(implementation: str | None, keys: int) -> bool:
 def _module(name: str) -> ModuleType:
     """Of an implementation; loaded when it is first needed, since Pallas takes its time.
 
-    It has `attend`; `tile_sizes` and `plan` if it computes by tiles; `OBSTACLE` if what is installed may keep it from
-    running (why, or None); `refusal` if it does not take every width and precision.
+    It has `attend`, which takes a `bias` if its row says so; `tile_sizes` and `plan` if it computes by tiles;
+    `OBSTACLE` if what is installed may keep it from running (why, or None); `refusal` if it does not take every width
+    and precision.
     """
     return importlib.import_module(f"lab.kernels.{name}")
 
@@ -95,13 +107,16 @@ def _obstacle(name: str) -> str | None:
     return getattr(_module(name), "OBSTACLE", None)
 
 
-def _refused(implementation: str, why: str) -> UserError:
-    able = ["auto", *(name for name in IMPLEMENTATIONS if name != implementation and not _obstacle(name))]
+def _refused(implementation: str, why: str, biased: bool = False) -> UserError:
+    others = (name for name, row in IMPLEMENTATIONS.items() if name != implementation and (row.biases or not biased))
+    able = ["auto", *(name for name in others if not _obstacle(name))]
     return UserError(f"attention implementation {implementation!r} {why}; choose among: {', '.join(able)}")
 
 
-def _auto(platform: str, keys: int) -> str:
+def _auto(platform: str, keys: int, biased: bool) -> str:
     name, most = AUTO.get(platform, ("tiled", keys))
+    if biased and not IMPLEMENTATIONS[name].biases:
+        return _picked("tiled", f"{name} adds no bias to scores")
     if keys <= most:
         return _picked(name, f"what there is for {platform}")
     return _picked("tiled", f"{name} takes rows of {most} keys at most")
@@ -114,10 +129,17 @@ def _picked(name: str, why: str) -> str:
 
 
 def plan_tiles(
-    q_coordinates: Coordinates, k_coordinates: Coordinates, rule: Rule, implementation: str | None = None
+    q_coordinates: Coordinates,
+    k_coordinates: Coordinates,
+    rule: Rule,
+    implementation: str | None = None,
+    biased: bool = False,
 ) -> Any:
-    """What `attend` may be handed as `tiles`, so that layers of one rule share it; None where none is used."""
-    module = _module(resolve(implementation, k_coordinates.shape[1]))
+    """What `attend` may be handed as `tiles`, so that layers of one rule share it; None where none is used.
+
+    biased: whether it will be handed a bias, too.
+    """
+    module = _module(resolve(implementation, k_coordinates.shape[1], biased))
     return module.plan(rule, q_coordinates, k_coordinates) if hasattr(module, "plan") else None
 
 
@@ -149,6 +171,7 @@ def attend(
     tiles: Any = None,
     return_lse: bool = False,
     frequencies_3F=None,
+    bias: Bias | None = None,
 ):
     """Softmax attention in which a query sees the keys of its own segment that `rule` lets it see.
 
@@ -157,17 +180,22 @@ def attend(
     into c tanh(s / c). tiles: what `plan_tiles` gave for the same coordinates, rule and implementation.
     frequencies: radians per unit of index, branch and time; with them queries come unrotated, and the last 2F of their
     dimensions rotate here (lab.kernels.rotary), in the kernel where it can. Keys have rotated already.
+    bias: added to scores after the cap (lab.kernels.bias); gradients flow to its table or slopes. An implementation
+    that adds none refuses it by name, and "auto" takes another.
     Returns [B, T, H, V]; a query that sees no key gets zeros. With return_lse also the log of the softmax denominator,
     float32 [B, T, H] (-inf where no key is seen), differentiable like the output.
     """
     (B, T, H, K), (_, S, G, V) = q_BTHK.shape, v_BSGV.shape
     if H % G:
         raise UserError(f"{H} query heads cannot share {G} key heads; choose a divisor of {H}")
-    implementation = resolve(implementation, S)
+    implementation = resolve(implementation, S, bias is not None)
     row, module = IMPLEMENTATIONS[implementation], _module(implementation)
     if hasattr(module, "refusal") and (why := module.refusal(K, V, q_BTHK.dtype)):
         raise _refused(implementation, why)
     options = {} if tiles is None else {"tiles": tiles}
+    if bias is not None:
+        biases.check(bias, H)
+        options["bias"] = bias
     if frequencies_3F is not None and row.rotates:
         options["frequencies_3F"] = frequencies_3F
     elif frequencies_3F is not None:

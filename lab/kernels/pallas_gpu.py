@@ -35,7 +35,7 @@ ROTATED = 192  # the widest keys whose rotation has room beside them in the shar
 LOG2E = math.log2(math.e)
 
 
-class Static(NamedTuple):
+class HopperStatic(NamedTuple):
     """What the program is compiled for."""
 
     rule: Rule
@@ -85,7 +85,7 @@ def attend(q_BTHK, k_BSGK, v_BSGV, q_coordinates, k_coordinates, rule, scale, so
         return step.attend(q_BTHK, k_BSGK, v_BSGV, q_coordinates, k_coordinates, rule, scale, softcap, tiles, **options)
     q_tile, k_tile = tile_sizes(T, S)
     o_BTHV, lse_BHT = _attend(
-        Static(rule, float(scale), float(softcap or 0.0), q_tile, k_tile, parts),
+        HopperStatic(rule, float(scale), float(softcap or 0.0), q_tile, k_tile, parts),
         whole(q_BTHK, q_tile),
         whole(k_BSGK, k_tile),
         whole(v_BSGV, k_tile),
@@ -124,14 +124,14 @@ def _tanh(x):
     return 1 - 2 / (jnp.exp2(2 * LOG2E * x) + 1)
 
 
-def _scores(dot, static: Static):
+def _scores(dot, static: HopperStatic):
     """Scaled and capped, in base 2."""
     if static.softcap:
         return LOG2E * static.softcap * _tanh(static.scale / static.softcap * dot)
     return LOG2E * static.scale * dot
 
 
-def _before_cap(ds, s, static: Static):
+def _before_cap(ds, s, static: HopperStatic):
     """The gradient of scores before they were capped."""
     return ds * (1 - jnp.square(s / (LOG2E * static.softcap))) if static.softcap else ds
 
@@ -261,7 +261,7 @@ def _dkv_kernel(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(static: Static, q_BTHK, k_BSGK, v_BSGV, q_at, k_at, frequencies_3F, tiles):
+def _attend(static: HopperStatic, q_BTHK, k_BSGK, v_BSGV, q_at, k_at, frequencies_3F, tiles):
     return _forward(static, q_BTHK, k_BSGK, v_BSGV, q_at, k_at, frequencies_3F, tiles)[0]
 
 
@@ -273,7 +273,7 @@ def _turning(q_at, frequencies_3F, dtype) -> tuple:
     return tuple(x[:, :, 0].astype(dtype) for x in rotation(at, frequencies_3F))
 
 
-def _forward(static: Static, q_BTHK, k_BSGK, v_BSGV, q_at, k_at, frequencies_3F, tiles: BothWays):
+def _forward(static: HopperStatic, q_BTHK, k_BSGK, v_BSGV, q_at, k_at, frequencies_3F, tiles: BothWays):
     B, T, H, _ = q_BTHK.shape
     q, k = static.q_tile, static.k_tile
     inputs, turning = (q_BTHK, k_BSGK, v_BSGV, q_at, k_at), _turning(q_at, frequencies_3F, q_BTHK.dtype)
@@ -294,7 +294,7 @@ def _forward(static: Static, q_BTHK, k_BSGK, v_BSGV, q_at, k_at, frequencies_3F,
     return outputs, (*inputs, frequencies_3F, tiles, *outputs)
 
 
-def _backward(static: Static, residuals, cotangents):
+def _backward(static: HopperStatic, residuals, cotangents):
     *inputs, frequencies_3F, tiles, o_BTHV, lse_BHT = residuals
     do_BTHV, dlse_BHT = cotangents
     q_BTHK, k_BSGK, v_BSGV, q_at, _ = inputs
@@ -335,7 +335,7 @@ def _tile(x_BTHK, tokens: int):
     return jax.ShapeDtypeStruct((tokens, x_BTHK.shape[3]), x_BTHK.dtype)
 
 
-def _in_parts(x_BTHK, tokens: int, static: Static):
+def _in_parts(x_BTHK, tokens: int, static: HopperStatic):
     return [jax.ShapeDtypeStruct((tokens, part), x_BTHK.dtype) for part in static.parts]
 
 

@@ -37,7 +37,7 @@ ALL = slice(None)
 OF_QUERIES, OF_KEYS = 1, 2  # the axis of an array's heads; 0 is that of its tiles
 
 
-class Block(NamedTuple):
+class BlockSize(NamedTuple):
     """What a program holds at a time (rows: queries of one or several heads), and how it is compiled."""
 
     rows: int
@@ -49,20 +49,25 @@ class Block(NamedTuple):
 # Bytes of a number -> the widest head -> its block: what compiles for 99 KiB of shared memory and spills next to no
 # registers; float32 beyond 256 spills, and needs the 163 KiB of an A100. No GPU has timed any of it.
 BLOCKS = {
-    2: {128: Block(64, 64, 4, 2), 192: Block(64, 32, 8, 1), 256: Block(32, 32, 8, 1), math.inf: Block(16, 16, 8, 1)},
-    4: {128: Block(32, 32, 8, 1), math.inf: Block(16, 16, 8, 1)},
+    2: {
+        128: BlockSize(64, 64, 4, 2),
+        192: BlockSize(64, 32, 8, 1),
+        256: BlockSize(32, 32, 8, 1),
+        math.inf: BlockSize(16, 16, 8, 1),
+    },
+    4: {128: BlockSize(32, 32, 8, 1), math.inf: BlockSize(16, 16, 8, 1)},
 }
 
 
 # In a step of decoding: as many rows as there are registers for, since each block reads every key it sees.
 STEP_BLOCKS = {
-    2: {64: Block(256, 32, 8, 2), 128: Block(256, 32, 8, 1), 192: Block(128, 32, 8, 1), 256: Block(128, 16, 8, 1),
-        math.inf: Block(32, 16, 8, 1)},
-    4: {64: Block(64, 32, 8, 1)},
+    2: {64: BlockSize(256, 32, 8, 2), 128: BlockSize(256, 32, 8, 1), 192: BlockSize(128, 32, 8, 1),
+        256: BlockSize(128, 16, 8, 1), math.inf: BlockSize(32, 16, 8, 1)},
+    4: {64: BlockSize(64, 32, 8, 1)},
 }  # fmt: skip
 
 
-def block_of(width: int, dtype, step: bool) -> Block:
+def block_of(width: int, dtype, step: bool) -> BlockSize:
     """For heads of this width, in a step of decoding or else."""
     size = jnp.dtype(dtype).itemsize
     table = BLOCKS[size] | (STEP_BLOCKS[size] if step else {})
@@ -226,11 +231,11 @@ def _dkv_kernel(others, full, total, k, v, k_at, q, do, lse, delta, q_at, dk, dv
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(static: Static, block: Block, q_NCRK, k_MkGK, v_MkGV, q_at, k_at, tiles):
+def _attend(static: Static, block: BlockSize, q_NCRK, k_MkGK, v_MkGV, q_at, k_at, tiles):
     return _forward(static, block, q_NCRK, k_MkGK, v_MkGV, q_at, k_at, tiles)[0]
 
 
-def _forward(static: Static, block: Block, q_NCRK, k_MkGK, v_MkGV, q_at, k_at, tiles: BothWays):
+def _forward(static: Static, block: BlockSize, q_NCRK, k_MkGK, v_MkGV, q_at, k_at, tiles: BothWays):
     q_NCRK = (q_NCRK * static.scale).astype(q_NCRK.dtype)
     N, C, R, _ = q_NCRK.shape
     outputs = _call(
@@ -247,7 +252,7 @@ def _forward(static: Static, block: Block, q_NCRK, k_MkGK, v_MkGV, q_at, k_at, t
     return outputs, (q_NCRK, k_MkGK, v_MkGV, q_at, k_at, tiles, *outputs)
 
 
-def _backward(static: Static, block: Block, residuals, cotangents):
+def _backward(static: Static, block: BlockSize, residuals, cotangents):
     q_NCRK, k_MkGK, v_MkGV, q_at, k_at, tiles, o_NCRV, lse_NCR = residuals
     do_NCRV, dlse_NCR = cotangents
     rows = q_NCRK, do_NCRV, *of_rows(o_NCRV, lse_NCR, do_NCRV, dlse_NCR)
@@ -276,7 +281,7 @@ def _backward(static: Static, block: Block, residuals, cotangents):
 _attend.defvjp(_forward, _backward)
 
 
-def _call(kernel, compiled: tuple[bool, Block], lists: Tiles, own, others, outputs):
+def _call(kernel, compiled: tuple[bool, BlockSize], lists: Tiles, own, others, outputs):
     """Runs kernel(list, full, total, *own, *others, *outputs) for each tile and head of own[0].
 
     Of each (array [tiles, ..], axis of its heads or None) a program has one head, and one tile, or of others all tiles

@@ -4,13 +4,24 @@ import jax
 import jax.numpy as jnp
 
 from lab.coordinates import Coordinates
+from lab.kernels.bias import Bias, dense
 from lab.kernels.rules import Rule, visible
 
 
-def attend(q_BTHK, k_BSGK, v_BSGV, q_coordinates: Coordinates, k_coordinates: Coordinates, rule: Rule, scale, softcap):
-    """Returns (o_BTHV, lse_BTH): softmax(scale q k^T, soft-capped, over visible keys) v, and its log normaliser."""
+def attend(
+    q_BTHK,
+    k_BSGK,
+    v_BSGV,
+    q_coordinates: Coordinates,
+    k_coordinates: Coordinates,
+    rule: Rule,
+    scale,
+    softcap,
+    bias: Bias | None = None,
+):
+    """Returns (o_BTHV, lse_BTH): softmax(scale q k^T, soft-capped, plus bias, over visible keys) v, and its log sum."""
     s_BGRTS = scores(q_BTHK, k_BSGK, scale)
-    o_BTHV, lse_BTH = attend_scores(s_BGRTS, v_BSGV, q_coordinates, k_coordinates, rule, softcap)
+    o_BTHV, lse_BTH = attend_scores(s_BGRTS, v_BSGV, q_coordinates, k_coordinates, rule, softcap, bias)
     return o_BTHV.astype(q_BTHK.dtype), lse_BTH
 
 
@@ -23,11 +34,23 @@ def scores(q_BTHK, k_BSGK, scale):
     return scale * jnp.einsum("btgrk,bsgk->bgrts", q_BTGRK, k_BSGK.astype(precision))
 
 
-def attend_scores(s_BGRTS, v_BSGV, q_coordinates: Coordinates, k_coordinates: Coordinates, rule: Rule, softcap):
+def attend_scores(
+    s_BGRTS,
+    v_BSGV,
+    q_coordinates: Coordinates,
+    k_coordinates: Coordinates,
+    rule: Rule,
+    softcap,
+    bias: Bias | None = None,
+):
     """`attend` of scores, in their precision."""
     B, G, R, T, _ = s_BGRTS.shape
     if softcap:
         s_BGRTS = softcap * jnp.tanh(s_BGRTS / softcap)
+    if bias is not None:
+        pairs = q_coordinates.map(lambda x: x[:, :, None]), k_coordinates.map(lambda x: x[:, None, :])
+        b_HBTS = dense(bias, *pairs, s_BGRTS.dtype)
+        s_BGRTS = s_BGRTS + jnp.moveaxis(b_HBTS, 0, 1).reshape(s_BGRTS.shape)
     seen_B11TS = visible(rule, q_coordinates, k_coordinates)[:, None, None]
     top_BGRT1 = jax.lax.stop_gradient(jnp.max(s_BGRTS, axis=-1, keepdims=True, where=seen_B11TS, initial=-1e30))
     p_BGRTS = jnp.where(seen_B11TS, jnp.exp(jnp.where(seen_B11TS, s_BGRTS - top_BGRT1, 0)), 0)

@@ -1,145 +1,22 @@
-"""Who may see whom, written once as comparisons of query and key coordinates.
-
-The same expression is evaluated on arrays (the dense mask, the mask inside a kernel) and on ranges of coordinates
-(which tiles are empty, full or partial). A range answer may say maybe too often, but never a wrong never or always.
+"""Who may see whom, written once as comparisons of query and key coordinates (lab.kernels.expressions).
 
 `attend` itself adds that query and key share a segment that is not padding; rules speak of the rest.
 """
 
-import dataclasses
-import operator
-import re
-from typing import Any, NamedTuple
+import ast
+import inspect
+import warnings
 
 import numpy as np
 
 from lab.coordinates import Coordinates
 from lab.errors import UserError, choose
+from lab.kernels.expressions import Range, Rule, Term, k, maximum, minimum, q
 
-
-class Range(NamedTuple):
-    """Every value lies in low..high, both included. For truth values: low is certainly, high is possibly."""
-
-    low: Any
-    high: Any
-
-
-def _floordiv(a: Range, b: Range) -> Range:
-    return Range(a.low // b.low, a.high // b.low)
-
-
-def _modulo(a: Range, b: Range) -> Range:
-    period, within = b.low, a.low // b.low == a.high // b.low  # within: no multiple of the period lies between
-    return Range((a.low % period) * within, period - 1 - (period - 1 - a.high % period) * within)
-
-
-def _equal(a: Range, b: Range) -> Range:
-    return Range((a.low == a.high) & (b.low == b.high) & (a.low == b.low), (a.low <= b.high) & (b.low <= a.high))
-
-
-# name -> (on arrays, on ranges). // and % take a positive constant on the right.
-_OPERATORS = {
-    "+": (operator.add, lambda a, b: Range(a.low + b.low, a.high + b.high)),
-    "-": (operator.sub, lambda a, b: Range(a.low - b.high, a.high - b.low)),
-    "//": (operator.floordiv, _floordiv),
-    "%": (operator.mod, _modulo),
-    "<": (operator.lt, lambda a, b: Range(a.high < b.low, a.low < b.high)),
-    "<=": (operator.le, lambda a, b: Range(a.high <= b.low, a.low <= b.high)),
-    "==": (operator.eq, _equal),
-    "&": (operator.and_, lambda a, b: Range(a.low & b.low, a.high & b.high)),
-    "|": (operator.or_, lambda a, b: Range(a.low | b.low, a.high | b.high)),
-}
-
-
-def _evaluate(tree: tuple, q: Coordinates, k: Coordinates, on_ranges: bool):
-    kind, *rest = tree
-    if kind == "constant":
-        return Range(rest[0], rest[0]) if on_ranges else rest[0]
-    if kind == "coordinate":
-        side, name = rest
-        return getattr(q if side == "q" else k, name)
-    return _OPERATORS[kind][on_ranges](*(_evaluate(operand, q, k, on_ranges) for operand in rest))
-
-
-@dataclasses.dataclass(frozen=True)
-class Rule:
-    """A truth value of a query and a key. Compared and hashed by what it says."""
-
-    tree: tuple
-
-    def __and__(self, other: "Rule") -> "Rule":
-        return Rule(("&", self.tree, other.tree))
-
-    def __or__(self, other: "Rule") -> "Rule":
-        return Rule(("|", self.tree, other.tree))
-
-    def __bool__(self) -> bool:
-        # Python would read `a < b < c`, `!=`, `not`, `and` and `or` as half of what was meant.
-        raise TypeError("a rule is neither true nor false: join comparisons with & and |; no chains, no !=")
-
-    def visible(self, q: Coordinates, k: Coordinates):
-        """Truth values for arrays of coordinates that broadcast against each other, q [..., T, 1] and k [..., 1, S]."""
-        return _evaluate(self.tree, q, k, on_ranges=False)
-
-    def visible_range(self, q: Coordinates, k: Coordinates) -> Range:
-        """The same on coordinates whose fields are `Range`s: certainly visible, possibly visible."""
-        return _evaluate(self.tree, q, k, on_ranges=True)
-
-
-class Term:
-    """A number made of coordinates and constants; comparing two makes a Rule."""
-
-    __hash__ = None
-
-    def __init__(self, tree: tuple):
-        self.tree = tree
-
-    def _number(self, name: str, other: "Term | int") -> "Term":
-        return Term((name, self.tree, _term(other).tree))
-
-    def _rule(self, name: str, other: "Term | int") -> Rule:
-        return Rule((name, self.tree, _term(other).tree))
-
-    def __add__(self, other):
-        return self._number("+", other)
-
-    def __sub__(self, other):
-        return self._number("-", other)
-
-    def __floordiv__(self, other: int):
-        return self._number("//", _positive(other))
-
-    def __mod__(self, other: int):
-        return self._number("%", _positive(other))
-
-    def __lt__(self, other):
-        return self._rule("<", other)
-
-    def __le__(self, other):
-        return self._rule("<=", other)
-
-    def __gt__(self, other):
-        return _term(other)._rule("<", self)
-
-    def __ge__(self, other):
-        return _term(other)._rule("<=", self)
-
-    def __eq__(self, other):
-        return self._rule("==", other)
-
-
-def _term(value: Term | int) -> Term:
-    return value if isinstance(value, Term) else Term(("constant", int(value)))
-
-
-def _positive(value: int) -> int:
-    if not isinstance(value, int) or value < 1:
-        raise ValueError(f"a rule divides by {value!r}; // and % take a constant of at least 1")
-    return value
-
-
-q = Coordinates(*(Term(("coordinate", "q", f.name)) for f in dataclasses.fields(Coordinates)))
-k = Coordinates(*(Term(("coordinate", "k", f.name)) for f in dataclasses.fields(Coordinates)))
+__all__ = [
+    "RULES", "SIZED", "Range", "Rule", "Term", "all_branches", "causal", "k", "maximum", "mean_visible_keys", "minimum",
+    "own_branch", "pairs_visible", "parse", "q", "visible", "window",
+]  # fmt: skip
 
 causal = k.index <= q.index
 all_branches = (k.time < q.time) | (k.index == q.index)  # every branch, strictly earlier; and the token itself
@@ -154,22 +31,77 @@ def window(n: int) -> Rule:
 
 
 RULES = {"causal": causal, "all_branches": all_branches, "own_branch": own_branch}
+SIZED = {"window": window}  # name -> a function of whole numbers to a rule
+DEEPEST = 64  # levels of a spelled rule
+LARGEST = 2**29  # of its numbers: two of them still add up within int32
 
 
 def parse(text: str) -> Rule:
-    """The rule that a config spells, such as "own_branch & window(128)"."""
-    rules = []
-    for part in (part.strip() for part in text.split("&")):
-        sized = re.fullmatch(r"window\((\d+)\)", part)
-        if not sized:
-            choose("model.rule", part, [*RULES, "window(n)"])
-        if part == "window(n)":
-            raise UserError("model.rule = 'window(n)' needs a number, as in window(128)")
-        rules.append(window(int(sized[1])) if sized else RULES[part])
-    rule = rules[0]
-    for other in rules[1:]:
-        rule = rule & other
-    return rule
+    """The rule that a config spells: names of RULES, calls of SIZED such as window(128), &, | and parentheses.
+
+    As in Python & binds tighter than |. Raises UserError, in one line, for all else.
+    """
+    spelled = " ".join(text.split())
+    if not spelled or "#" in spelled:
+        raise _unread(text, "has a comment" if spelled else "names no rule")
+    try:
+        with warnings.catch_warnings(action="ignore"):  # Python doubts some of what is refused below
+            return _rule(ast.parse(spelled, mode="eval").body, text, DEEPEST)
+    except (RecursionError, MemoryError):
+        raise _unread(text, "is nested too deep") from None
+    except (SyntaxError, ValueError) as error:
+        raise _unread(text, f"does not parse ({_shown(getattr(error, 'msg', None) or str(error))})") from None
+
+
+def _rule(node: ast.expr, text: str, levels: int) -> Rule:
+    if not levels:
+        raise _unread(text, f"is nested too deep: beyond {DEEPEST} levels")
+    match node:
+        case ast.BinOp(left, ast.BitAnd(), right):
+            return _rule(left, text, levels - 1) & _rule(right, text, levels - 1)
+        case ast.BinOp(left, ast.BitOr(), right):
+            return _rule(left, text, levels - 1) | _rule(right, text, levels - 1)
+        case ast.Name(name) if name in SIZED:
+            raise _unread(text, f"leaves {name!r} without its number")
+        case ast.Name(name):
+            return RULES[choose("model.rule", name, _spellings())]
+        case ast.Call(ast.Name(name)) if name in RULES:
+            raise _unread(text, f"calls {name!r}, which takes no numbers")
+        case ast.Call(ast.Name(name)) if name in SIZED:
+            return _sized(node, text)
+        case ast.Call(ast.Name()):
+            choose("model.rule", _shown(ast.unparse(node)), _spellings())
+    raise _unread(text, f"has {_shown(ast.unparse(node))!r}, which is no rule")
+
+
+def _sized(call: ast.Call, text: str) -> Rule:
+    name, given = call.func.id, [*call.args, *call.keywords]
+    numbers = [argument.value for argument in given if isinstance(argument, ast.Constant)]
+    takes = len(inspect.signature(SIZED[name]).parameters)
+    if not len(given) == len(numbers) == takes or not all(type(number) is int for number in numbers):
+        count = "one whole number" if takes == 1 else f"{takes} whole numbers"
+        raise _unread(text, f"has {_shown(ast.unparse(call))!r}, and {name!r} takes {count}")
+    if max(numbers) > LARGEST:
+        raise _unread(text, f"gives {name!r} a number above {LARGEST}")
+    try:
+        return SIZED[name](*numbers)
+    except UserError as refused:
+        raise UserError(f"model.rule = {_shown(text)!r}: {refused}") from None
+
+
+def _spellings() -> list[str]:
+    return [*RULES, *(f"{name}({', '.join(inspect.signature(rule).parameters)})" for name, rule in SIZED.items())]
+
+
+def _shown(text: str, most: int = 60) -> str:
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def _unread(text: str, why: str) -> UserError:
+    return UserError(
+        f"model.rule = {_shown(text)!r} {why}; join {', '.join(_spellings())} by & and |, as in "
+        "own_branch & window(128)"
+    )
 
 
 def visible(rule: Rule, q: Coordinates, k: Coordinates):

@@ -3,8 +3,9 @@
 An outer loop over query tiles, an inner loop over the key tiles of its list: first those that need no mask, then
 those that do. The query heads of a group are folded into rows. The backward pass computes each tile again.
 
-N query tiles of all rows of the batch, M key tiles; q and k: tokens of a tile; R = H / G * q rows. FlashAttention-2
-(arXiv 2307.08691, algorithms 1 and 2) on tile lists.
+N query tiles of all rows of the batch, M key tiles; q and k: tokens of a tile; R = H / G * q rows. P runs of query
+tiles have a bias each: a single one, but under jax.vmap. FlashAttention-2 (arXiv 2307.08691, algorithms 1 and 2) on
+tile lists.
 """
 
 import functools
@@ -15,6 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from lab.coordinates import Coordinates
+from lab.kernels import bias as biases
+from lab.kernels.bias import Bias
 from lab.kernels.folding import fold_queries, key_tiles, unfold_queries
 from lab.kernels.rules import Rule, visible
 from lab.kernels.tiles import Tiles, is_step, make_tiles, pad_to_tiles
@@ -22,7 +25,7 @@ from lab.kernels.tiles import Tiles, is_step, make_tiles, pad_to_tiles
 MASKED = -1e30  # not -inf: a tile may hide every key of a query, and inf - inf is nan
 
 
-class Static(NamedTuple):
+class TiledStatic(NamedTuple):
     """What the program is compiled for."""
 
     rule: Rule
@@ -45,14 +48,25 @@ def plan(rule: Rule, q_coordinates: Coordinates, k_coordinates: Coordinates) -> 
     return make_tiles(rule, *padded, q_tile, k_tile)
 
 
-def attend(q_BTHK, k_BSGK, v_BSGV, q_coordinates, k_coordinates, rule, scale, softcap, tiles: Tiles | None = None):
+def attend(
+    q_BTHK,
+    k_BSGK,
+    v_BSGV,
+    q_coordinates,
+    k_coordinates,
+    rule,
+    scale,
+    softcap,
+    tiles: Tiles | None = None,
+    bias: Bias | None = None,
+):
     """Returns (o_BTHV, lse_BTH) as lab.kernels.reference.attend does."""
     tiles = plan(rule, q_coordinates, k_coordinates) if tiles is None else tiles
     q_tile, k_tile = tile_sizes(q_BTHK.shape[1], k_BSGK.shape[1])
     q_coordinates, k_coordinates = pad_to_tiles(q_coordinates, q_tile), pad_to_tiles(k_coordinates, k_tile)
     to_tiles = lambda x, tile: x.reshape(-1, tile)  # noqa: E731
     B, T, H, _ = q_BTHK.shape
-    static = Static(rule, float(scale), float(softcap or 0.0), q_tile, k_tile, is_step(T, k_BSGK.shape[1]))
+    static = TiledStatic(rule, float(scale), float(softcap or 0.0), q_tile, k_tile, is_step(T, k_BSGK.shape[1]))
     G = k_BSGK.shape[2]
     o_NGRV, lse_NGR = _attend(
         static,
@@ -62,6 +76,7 @@ def attend(q_BTHK, k_BSGK, v_BSGV, q_coordinates, k_coordinates, rule, scale, so
         q_coordinates.map(lambda x: to_tiles(x, q_tile)),
         k_coordinates.map(lambda x: to_tiles(x, k_tile)),
         _flat_lists(tiles),
+        jax.tree.map(lambda x: x[None], bias),
     )
     return unfold_queries(o_NGRV, B, T, H), unfold_queries(lse_NGR[..., None], B, T, H)[..., 0]
 
@@ -85,7 +100,7 @@ def _dot(spec: str, a, b):
     return jnp.einsum(spec, a, b, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))
 
 
-def _scores(static: Static, q_GRK, k_GkK, q_at: Coordinates, k_at: Coordinates | None):
+def _scores(static: TiledStatic, q_GRK, k_GkK, q_at: Coordinates, k_at: Coordinates | None):
     """Scaled and capped scores [G, R, k], MASKED where the rule hides; k_at None: nothing of this tile is hidden."""
     s_GRk = _dot("grd,gcd->grc", q_GRK, k_GkK)
     if static.softcap:
@@ -95,6 +110,23 @@ def _scores(static: Static, q_GRK, k_GkK, q_at: Coordinates, k_at: Coordinates |
     seen = visible(static.rule, q_at, k_at)
     G, R, k = s_GRk.shape
     return jnp.where(seen, s_GRk.reshape(G, R // static.q_tile, static.q_tile, k), MASKED).reshape(G, R, k)
+
+
+def _run(i, N: int, P: int):
+    """The run that query tile i of N belongs to."""
+    return i // (N // P)
+
+
+def _pairs(q_at: Coordinates, k_at: Coordinates) -> tuple[Coordinates, Coordinates]:
+    return q_at.map(lambda x: x[:, None]), k_at.map(lambda x: x[None, :])
+
+
+def _biased(s_GRk, bias: Bias | None, q_at: Coordinates, k_coordinates: Coordinates, j):
+    """Scores of key tile j, with what the bias adds: MASKED stays what it is, which is far beyond any bias."""
+    if bias is None:
+        return s_GRk
+    b_Hqk = biases.looked_up(bias, *_pairs(q_at, _at(k_coordinates, j)), s_GRk.dtype)
+    return s_GRk + b_Hqk.reshape(s_GRk.shape)
 
 
 def _over_tiles(lists: Tiles, i, body, carry, k_coordinates: Coordinates):
@@ -111,24 +143,28 @@ def _rows(q_at: Coordinates, R: int):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(static, q_NGRK, k_MkGK, v_MkGV, q_coordinates, k_coordinates, lists):
-    return _forward(static, q_NGRK, k_MkGK, v_MkGV, q_coordinates, k_coordinates, lists)[0]
+def _attend(static, q_NGRK, k_MkGK, v_MkGV, q_coordinates, k_coordinates, lists, bias_P: Bias | None):
+    return _forward(static, q_NGRK, k_MkGK, v_MkGV, q_coordinates, k_coordinates, lists, bias_P)[0]
 
 
-def _forward(static, q_NGRK, k_MkGK, v_MkGV, q_coordinates, k_coordinates, lists):
+def _forward(static, q_NGRK, k_MkGK, v_MkGV, q_coordinates, k_coordinates, lists, bias_P):
     q_NGRK = (q_NGRK * static.scale).astype(q_NGRK.dtype)
     keys, values = (x if static.step else x.swapaxes(1, 2) for x in (k_MkGK, v_MkGV))
     inputs = q_NGRK, keys, values, q_coordinates, k_coordinates, lists
-    outputs = _foldable(_forward_loop, static)(*inputs)
-    return outputs, (*inputs, *outputs)
+    outputs = _foldable(_forward_loop, static)(*inputs, *_given(bias_P))
+    return outputs, (*inputs, bias_P, *outputs)
 
 
-def _tile(static: Static, x, j):
+def _given(bias_P: Bias | None) -> tuple[Bias, ...]:
+    return () if bias_P is None else (bias_P,)
+
+
+def _tile(static: TiledStatic, x, j):
     """[G, k, ..] of keys or values [M, k, G, ..] of a step, else [M, G, k, ..]."""
     return _at(x, j).swapaxes(0, 1) if static.step else _at(x, j)
 
 
-def _forward_loop(static, q_NGRK, keys, values, q_coordinates, k_coordinates, lists):
+def _forward_loop(static, q_NGRK, keys, values, q_coordinates, k_coordinates, lists, bias_P=None):
     """(o_NGRV, lse_NGR) for scaled queries."""
     N, G, R, _ = q_NGRK.shape
     V = values.shape[-1]
@@ -136,10 +172,12 @@ def _forward_loop(static, q_NGRK, keys, values, q_coordinates, k_coordinates, li
 
     def query_tile(i, outputs):
         q_GRK, q_at = _at(q_NGRK, i), _at(q_coordinates, i)
+        bias = jax.tree.map(lambda x: _at(x, _run(i, N, len(x))), bias_P)
 
         def key_tile(j, k_at, carry):
             o_GRV, max_GR, sum_GR = carry
             s_GRk = _scores(static, q_GRK, _tile(static, keys, j), q_at, k_at)
+            s_GRk = _biased(s_GRk, bias, q_at, k_coordinates, j)
             new_GR = jnp.maximum(max_GR, s_GRk.max(-1))
             p_GRk = jnp.exp(s_GRk - new_GR[..., None])
             shrink_GR = jnp.exp(max_GR - new_GR)
@@ -160,7 +198,7 @@ def _forward_loop(static, q_NGRK, keys, values, q_coordinates, k_coordinates, li
 
 
 def _backward(static, residuals, cotangents):
-    *inputs, o_NGRV, lse_NGR = residuals
+    *inputs, bias_P, o_NGRV, lse_NGR = residuals
     do_NGRV, dlse_NGR = cotangents
     q_NGRK, keys, values = inputs[:3]
     acc = lse_NGR.dtype
@@ -168,7 +206,8 @@ def _backward(static, residuals, cotangents):
     # Rows that saw nothing: lse = +inf makes every probability 0, so nothing flows.
     lse_NGR = jnp.where(saw_NGR, lse_NGR, jnp.inf)
     delta_NGR = (o_NGRV.astype(acc) * do_NGRV.astype(acc)).sum(-1) - jnp.where(saw_NGR, dlse_NGR, 0)
-    dq_NGRK, dk_MGKk, dv_MGVk = _foldable(_backward_loop, static)(*inputs, do_NGRV, lse_NGR, delta_NGR)
+    rows = do_NGRV, lse_NGR, delta_NGR
+    dq_NGRK, dk_MGKk, dv_MGVk, *dbias_P = _foldable(_backward_loop, static)(*inputs, *rows, *_given(bias_P))
     return (
         (dq_NGRK * static.scale).astype(q_NGRK.dtype),
         dk_MGKk.transpose(0, 3, 1, 2).astype(keys.dtype),  # q was scaled before the scores
@@ -176,11 +215,14 @@ def _backward(static, residuals, cotangents):
         None,
         None,
         None,
+        jax.tree.map(lambda x, d: d.astype(x.dtype), bias_P, *dbias_P) if dbias_P else None,
     )
 
 
-def _backward_loop(static, q_NGRK, keys, values, q_coordinates, k_coordinates, lists, do_NGRV, lse_NGR, delta_NGR):
-    """(dq_NGRK of the scaled queries, dk_MGKk, dv_MGVk)."""
+def _backward_loop(
+    static, q_NGRK, keys, values, q_coordinates, k_coordinates, lists, do_NGRV, lse_NGR, delta_NGR, bias_P=None
+):
+    """(dq_NGRK of the scaled queries, dk_MGKk, dv_MGVk), and the gradient of bias_P if it is given."""
     N, G, R, K = q_NGRK.shape
     M, V, tile = len(values), values.shape[-1], static.k_tile
     acc = lse_NGR.dtype
@@ -190,29 +232,39 @@ def _backward_loop(static, q_NGRK, keys, values, q_coordinates, k_coordinates, l
         # Transposed once here: XLA's CPU dots would otherwise transpose them again for every key tile.
         q_GKR, do_GVR = lax.optimization_barrier((q_GRK.swapaxes(1, 2), do_GRV.swapaxes(1, 2)))
         lse_GR1, delta_GR1 = _at(lse_NGR, i)[..., None], _at(delta_NGR, i)[..., None]
+        bias = jax.tree.map(lambda x: _at(x, _run(i, N, len(x))), bias_P)
 
         def key_tile(j, k_at, carry):
-            dq_GRK, dk_MGKk, dv_MGVk = carry
+            dq_GRK, dk_MGKk, dv_MGVk, dbias = carry
             k_GkK, v_GkV = _tile(static, keys, j), _tile(static, values, j)
             s_GRk = _scores(static, q_GRK, k_GkK, q_at, k_at)
-            p_GRk = jnp.exp(s_GRk - lse_GR1)
+            p_GRk = jnp.exp(_biased(s_GRk, bias, q_at, k_coordinates, j) - lse_GR1)
             ds_GRk = p_GRk * (_dot("grv,gcv->grc", do_GRV, v_GkV) - delta_GR1)
+            if bias is not None:
+                ds_Hqk = ds_GRk.reshape(-1, static.q_tile, tile)
+                of_tile = biases.of_dense(bias, ds_Hqk, *_pairs(q_at, _at(k_coordinates, j)))
+                dbias = jax.tree.map(jnp.add, dbias, of_tile)
             if static.softcap:
                 ds_GRk = ds_GRk * jnp.where(s_GRk > MASKED, 1 - jnp.square(s_GRk / static.softcap), 0)
             p_GRk, ds_GRk = p_GRk.astype(v_GkV.dtype), ds_GRk.astype(k_GkK.dtype)
             dk_MGKk = _put(dk_MGKk, _at(dk_MGKk, j) + _dot("gdr,grc->gdc", q_GKR, ds_GRk), j)
             dv_MGVk = _put(dv_MGVk, _at(dv_MGVk, j) + _dot("gvr,grc->gvc", do_GVR, p_GRk), j)
-            return dq_GRK + _dot("grc,gcd->grd", ds_GRk, k_GkK), dk_MGKk, dv_MGVk
+            return dq_GRK + _dot("grc,gcd->grd", ds_GRk, k_GkK), dk_MGKk, dv_MGVk, dbias
 
-        carry = jnp.zeros((G, R, K), acc), *gradients[1:]
-        dq_GRK, *rest = _over_tiles(lists, i, key_tile, carry, k_coordinates)
-        return _put(gradients[0], dq_GRK, i), *rest
+        carry = jnp.zeros((G, R, K), acc), *gradients[1:3], jax.tree.map(lambda x: jnp.zeros(x.shape, acc), bias)
+        dq_GRK, dk_MGKk, dv_MGVk, dbias = _over_tiles(lists, i, key_tile, carry, k_coordinates)
+        dbias_P = jax.tree.map(lambda x, d: _put(x, d + _at(x, run := _run(i, N, len(x))), run), gradients[3], dbias)
+        return _put(gradients[0], dq_GRK, i), dk_MGKk, dv_MGVk, dbias_P
 
-    zeros = jnp.zeros((N, G, R, K), acc), jnp.zeros((M, G, K, tile), acc), jnp.zeros((M, G, V, tile), acc)
-    return lax.fori_loop(0, N, query_tile, zeros)
+    zeros = (
+        jnp.zeros((N, G, R, K), acc), jnp.zeros((M, G, K, tile), acc), jnp.zeros((M, G, V, tile), acc),
+        jax.tree.map(lambda x: jnp.zeros(x.shape, acc), bias_P),
+    )  # fmt: skip
+    dq_NGRK, dk_MGKk, dv_MGVk, dbias_P = lax.fori_loop(0, N, query_tile, zeros)
+    return dq_NGRK, dk_MGKk, dv_MGVk, *_given(dbias_P)
 
 
-def _foldable(loop, static: Static):
+def _foldable(loop, static: TiledStatic):
     """`loop` so that jax.vmap makes one longer loop of it: of its own, a batched trip count would run every tile."""
 
     @jax.custom_batching.custom_vmap

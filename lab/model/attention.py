@@ -4,7 +4,8 @@ A mixer says what a token keeps (its cache) and how keys and values are read fro
 Letters as in lab.model.transformer, and V value head width, R rotated dims at the end of a head.
 """
 
-from typing import Any, ClassVar, NamedTuple
+import dataclasses
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,9 @@ from lab.options import Option
 Kept = tuple[jax.Array, ...]  # what a token keeps, arrays [B, S, groups, width]
 
 
-class View(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class View:
     """What every layer of one spec shares in a call: who sees whom, and the rotation of the new tokens."""
 
     rotation: tuple[jax.Array, jax.Array]
@@ -31,11 +34,11 @@ class View(NamedTuple):
     keys: Coordinates
     tiles: Any  # what kernels.plan_tiles gave
     slots_BT: jax.Array | None  # of the new tokens in the cache, beyond it if they have none; None without a cache
-    implementation: str  # of attention
+    implementation: str = dataclasses.field(metadata=dict(static=True))  # of attention
 
     def of_rotated(self) -> "View":
         """The same for queries that have rotated already."""
-        return self._replace(frequencies=None)
+        return dataclasses.replace(self, frequencies=None)
 
     def put(self, old_BS, new_BT):
         """An array of the cache [B, S, ...] that holds what the new tokens have [B, T, ...] too."""

@@ -16,7 +16,7 @@ from lab.model.chains import Chains, faded
 CHUNK = 64  # tokens that one step of the scan over a row takes
 
 
-class State(NamedTuple):
+class DeltaState(NamedTuple):
     """What a row has become: s [B, H, K, V] in float32 or wider, and the segment [B] that it is of."""
 
     s_BHKV: jax.Array
@@ -78,19 +78,19 @@ class GatedDelta(nnx.Module):
         """Whether each branch is a chain of its own."""
         return self.rule == rules.own_branch
 
-    def init_cache(self, batch: int, length: int, dtype, branches: int = 1) -> State | Chains:
+    def init_cache(self, batch: int, length: int, dtype, branches: int = 1) -> DeltaState | Chains:
         """An empty state; a stacked mixer gives a stacked one. branches: the highest number that one may have."""
         stack, wide = self.q.shape[:-3], jnp.promote_types(dtype, jnp.float32)
         if self.branches_apart:
             return Chains.empty(1 + branches, batch, self.heads, self.head_dim, self.v_head_dim, wide, stack)
         s = jnp.zeros((*stack, batch, self.heads, self.head_dim, self.v_head_dim), wide)
-        return State(s, jnp.full((*stack, batch), -1, jnp.int32))
+        return DeltaState(s, jnp.full((*stack, batch), -1, jnp.int32))
 
-    def fork(self, cache: State | Chains, source, target) -> State | Chains:
+    def fork(self, cache: DeltaState | Chains, source, target) -> DeltaState | Chains:
         """The cache in which branch `target` goes on from the state of branch `source` (chains.fork)."""
         return chains.fork(cache, source, target) if self.branches_apart else cache  # a segment is one chain there
 
-    def join(self, cache: State | Chains, sources, target):
+    def join(self, cache: DeltaState | Chains, sources, target):
         """Refused: no state holds what two chains wrote."""
         raise UserError(
             "model.mixer.name = 'delta' cannot join branches: the state of a branch is no set of tokens; choose a "
@@ -98,8 +98,8 @@ class GatedDelta(nnx.Module):
         )
 
     def __call__(
-        self, x_BTD: jax.Array, view: View, cache: State | Chains | None = None
-    ) -> tuple[jax.Array, State | Chains | None]:
+        self, x_BTD: jax.Array, view: View, cache: DeltaState | Chains | None = None
+    ) -> tuple[jax.Array, DeltaState | Chains | None]:
         if mesh.current().get("context", 1) > 1:
             raise UserError(
                 "run.mesh.context must be 1 where a layer runs along the row, as model.mixer.name = 'delta' does"
@@ -120,7 +120,7 @@ class GatedDelta(nnx.Module):
         return y_BTD, None if cache is None else state
 
 
-def delta_rule(q_BTHK, k_BTHK, v_BTHV, decay_BTH, beta_BTH, segment_BT, state: State):
+def delta_rule(q_BTHK, k_BTHK, v_BTHV, decay_BTH, beta_BTH, segment_BT, state: DeltaState):
     """The recurrence over whole rows, `decay` being log alpha: (o [B, T, H, V], the state after the last token).
 
     Padding (segment -1) changes no state and reads none.
@@ -142,7 +142,7 @@ def delta_rule(q_BTHK, k_BTHK, v_BTHV, decay_BTH, beta_BTH, segment_BT, state: S
     return jnp.moveaxis(o_NBCHV, 0, 1).reshape(B, -1, H, v_BTHV.shape[-1])[:, :T], state
 
 
-def one_chunk(q_BCHK, k_BCHK, v_BCHV, decay_BCH, beta_BCH, segment_BC, state: State):
+def one_chunk(q_BCHK, k_BCHK, v_BCHV, decay_BCH, beta_BCH, segment_BC, state: DeltaState):
     """(the state after a chunk of tokens c, its outputs [B, C, H, V]): equations 8 and 9 of the paper.
 
     What the tokens of the chunk write, given what those before them wrote, solves a triangular system.
@@ -169,7 +169,7 @@ def one_chunk(q_BCHK, k_BCHK, v_BCHV, decay_BCH, beta_BCH, segment_BC, state: St
     o_BHCV = (since_BHC1 * q_BHCK) @ state.s_BHKV
     o_BHCV += (q_BHCK @ k_BHCK.swapaxes(-1, -2) * between_BHCc) @ written_BHCV
     s_BHKV = since_BHC1[..., -1:, :] * state.s_BHKV + (until_BHC1 * k_BHCK).swapaxes(-1, -2) @ written_BHCV
-    return State(s_BHKV, segment_BC[:, -1]), o_BHCV.swapaxes(1, 2)
+    return DeltaState(s_BHKV, segment_BC[:, -1]), o_BHCV.swapaxes(1, 2)
 
 
 def carried_segment(segment_BT, before_B):

@@ -18,7 +18,7 @@ HEADS = ("heads", "kv_heads")  # axes along which each head has a matrix of its 
 PER_HEAD = {"none": lambda of_input: False, "qkv": lambda of_input: not of_input, "all": lambda of_input: True}
 
 
-class Table(nnx.Variable):
+class FixedTable(nnx.Variable):
     """A value the model reads but does not train: rebuilt from the config, never checkpointed."""
 
 

@@ -15,11 +15,11 @@ from flax import nnx
 from lab.coordinates import Coordinates
 from lab.errors import UserError
 from lab.kernels.rotary import rotation
-from lab.model.parameter import Table
+from lab.model.parameter import FixedTable
 from lab.options import Option
 
 
-class Position(NamedTuple):
+class Encoding(NamedTuple):
     """How the position of tokens enters: radians per unit of index, branch and time for each of the rotary pairs of R
     dimensions, and what is added to the embedding of the tokens, made from the model config."""
 
@@ -62,7 +62,9 @@ class FourierCode(nnx.Module):
     def __init__(self, model):
         if model.dim % 2:
             raise UserError(f"model.dim = {model.dim} must be even: a fourier code is made of pairs")
-        self.frequencies = Table(jnp.asarray(10_000.0 ** (-2.0 * np.arange(model.dim // 2) / model.dim), jnp.float32))
+        self.frequencies = FixedTable(
+            jnp.asarray(10_000.0 ** (-2.0 * np.arange(model.dim // 2) / model.dim), jnp.float32)
+        )
         self.amplitude = (2 / model.dim) ** 0.5
 
     def __call__(self, coordinates: Coordinates) -> jax.Array:
@@ -83,8 +85,8 @@ BRANCHED = {
 }
 
 POSITIONS = {
-    "rope2d": Position(rope2d_frequencies, ROTARY | BRANCHED),
-    "fourier": Position(time_frequencies, ROTARY, code=FourierCode),
+    "rope2d": Encoding(rope2d_frequencies, ROTARY | BRANCHED),
+    "fourier": Encoding(time_frequencies, ROTARY, code=FourierCode),
 }
 
 
@@ -124,7 +126,9 @@ class Rotary(nnx.Module):
 
     def __init__(self, model):
         found = frequencies(model)
-        self.frequencies = Table(jnp.asarray(np.stack([found[n] for n in ("index", "branch", "time")]), jnp.float32))
+        self.frequencies = FixedTable(
+            jnp.asarray(np.stack([found[n] for n in ("index", "branch", "time")]), jnp.float32)
+        )
 
     def __call__(self, coordinates: Coordinates) -> tuple[jax.Array, jax.Array]:
         """cos and sin of the angles, float32 [B, T, 1, R / 2]."""

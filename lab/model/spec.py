@@ -60,6 +60,7 @@ def read_by_layers(model) -> list[set[str]]:
 
 def check(model) -> None:
     """Refuses a model config that means nothing, naming the value and the valid choices."""
+    OWN["layers"].check("model.layers", model.layers)
     specs = layer_specs(model)
     if not 1 <= len(specs) <= model.layers:
         raise UserError(

@@ -165,15 +165,15 @@ def test_a_prompt_comes_on_top_of_the_branches(config, texts):
 def test_rows_that_hosts_cannot_share_are_refused(config, texts):
     with pytest.raises(UserError, match=r"data\.rows = 4 cannot be shared by 3 processes"):
         pipeline.train_batches(config, texts, process_count=3)
-    with pytest.raises(UserError, match=r"evaluate\.rows = 4 cannot be shared by 3 processes"):
-        pipeline.evaluation_batches(config, texts, 2, process_count=3)
+    with pytest.raises(UserError, match=r"rows of an ask = 4 cannot be shared by 3 processes"):
+        pipeline.evaluation_batches(config, config.evaluate.loss, texts, 2, process_count=3)
 
 
 @pytest.mark.parametrize("branches", [1, 2, 3, 6])
 def test_evaluation_uses_one_shape_and_full_groups(config, texts, branches):
     config.data.slots = 9
     config.evaluate.loss.update(texts=48, rows=2)
-    batches = list(pipeline.evaluation_batches(config, texts, branches))
+    batches = list(pipeline.evaluation_batches(config, config.evaluate.loss, texts, branches))
     assert [batch.tokens.shape for batch in batches] == [(2, 24)] * 4
     for batch in batches:
         for segment, branch, time_ in zip(
@@ -192,22 +192,22 @@ def test_evaluation_reads_the_same_texts_for_every_cell(config, texts):
     for seed, branches, draw in itertools.product([0, 7], [1, 2, 3, 6], ["fixed1", "1-3"]):
         config.seed = seed
         config.data.draw = draw
-        read.append([ids_of(texts, batch) for batch in pipeline.evaluation_batches(config, texts, branches)])
+        read.append([ids_of(texts, batch) for batch in pipeline.evaluation_batches(config, config.evaluate.loss, texts, branches)])
     assert all(ids == read[0] for ids in read)
     assert len(set(itertools.chain(*read[0]))) == 48
 
 
 def test_evaluation_hosts_together_hold_the_batch_of_one(config, texts):
-    halves = [pipeline.evaluation_batches(config, texts, 3, process_index=i, process_count=2) for i in range(2)]
-    whole = list(pipeline.evaluation_batches(config, texts, 3))
+    halves = [pipeline.evaluation_batches(config, config.evaluate.loss, texts, 3, process_index=i, process_count=2) for i in range(2)]
+    whole = list(pipeline.evaluation_batches(config, config.evaluate.loss, texts, 3))
     joined = [jax.tree.map(lambda a, b: np.concatenate([a, b]), *step) for step in zip(*halves, strict=True)]
     for batch, other in zip(joined, whole, strict=True):
         jax.tree.map(np.testing.assert_array_equal, batch, other)
 
 
 def test_evaluation_needs_enough_texts(config, texts):
-    with pytest.raises(UserError, match=r"23 validation texts, fewer than evaluate\.texts = 24"):
-        pipeline.evaluation_batches(config, texts[:23], 2)
+    with pytest.raises(UserError, match="there are 23 validation texts, fewer than the 24 that are asked for"):
+        pipeline.evaluation_batches(config, config.evaluate.loss, texts[:23], 2)
 
 
 @pytest.mark.parametrize("options", [{}, dict(slots=5, prompt="first"), dict(draw="fixed1", align="right")])

@@ -13,6 +13,8 @@ from lab import data
 from lab.data import generated, tokenizers
 from lab.data.probes import PROBES, Settings
 from lab.errors import UserError
+from lab.evaluate import asks
+from lab.options import set_field
 
 LENGTH = 40
 
@@ -102,9 +104,10 @@ def test_answers_are_spread_over_the_alphabet(name):
 
 def small(name):
     config = lab.config.base()
-    config.data.update(dict(corpus=name, text_length=LENGTH, texts_per_row=1, rows=4))
-    config.data.probe.objects = 3
-    config.evaluate.loss.update(dict(texts=12, texts_per_row=1, rows=4, difficulties=(2, 5, 8)))
+    config.data.update(dict(corpus=name, text_length=LENGTH, rows=4))
+    if name == "state":
+        config.data.probe.objects = 3
+    config.evaluate.loss.update(dict(kind="difficulty", texts=12, rows=4, difficulties=(2, 5, 8)))
     config.train.steps = 5
     return config
 
@@ -151,11 +154,11 @@ def test_worker_processes_change_nothing():
 
 def test_seeds_steps_and_evaluation_share_no_row():
     config = lab.config.base()
-    config.data.update(dict(corpus="copy", text_length=32, texts_per_row=1, rows=4))
+    config.data.update(dict(corpus="copy", text_length=32, rows=4))
     config.data.probe.difficulty = "fixed16"
-    config.evaluate.loss.update(dict(texts=20, texts_per_row=1, rows=4, difficulties=(16,)))
+    config.evaluate.loss.update(dict(kind="difficulty", texts=20, rows=4, difficulties=(16,)))
     config.train.steps = 5
-    rows = [rows_of(data.evaluation_batches(config, None, 16))]
+    rows = [rows_of(generated.evaluation_batches(config, config.evaluate.loss, None, 16))]
     for seed in range(4):
         config.seed = seed
         rows.append(rows_of(batch for batch, _ in data.train_batches(config, None)))
@@ -164,16 +167,17 @@ def test_seeds_steps_and_evaluation_share_no_row():
 
 
 def test_evaluation_is_the_same_for_every_seed_and_training_difficulty(probe):
-    before = list(data.evaluation_batches(probe, None, 5))
+    before = list(generated.evaluation_batches(probe, probe.evaluate.loss, None, 5))
     probe.seed, probe.data.probe.difficulty, probe.data.rows = 7, "fixed2", 2
-    for one, other in zip(before, data.evaluation_batches(probe, None, 5), strict=True):
+    for one, other in zip(before, generated.evaluation_batches(probe, probe.evaluate.loss, None, 5), strict=True):
         jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
 def test_every_condition_has_the_shape_of_the_others(probe):
-    assert data.conditions(probe) == (2, 5, 8)
-    for difficulty in data.conditions(probe):
-        batches = list(data.evaluation_batches(probe, None, difficulty))
+    found = asks.conditions(probe.evaluate.loss)
+    assert found == (2, 5, 8) and asks.column(probe) == "difficulty"
+    for difficulty in found:
+        batches = list(generated.evaluation_batches(probe, probe.evaluate.loss, None, difficulty))
         assert [batch.tokens.shape for batch in batches] == [(4, LENGTH)] * 3
         counted = [(batch.labels >= 0).sum(axis=1) for batch in batches]
         expected = 1 if probe.data.corpus == "needle" else difficulty + ANSWERS[probe.data.corpus]
@@ -225,40 +229,49 @@ def test_a_probe_opens_without_texts_and_writes_ids_as_numbers(probe, tmp_path):
     "field, value, message",
     [
         ("data.corpus", "mqarr", "data.corpus = 'mqarr' is unknown .*'mqar'.*needle"),
-        ("data.texts_per_row", 2, "data.texts_per_row = 2: a row of the probe mqar is one text; choose 1"),
-        ("evaluate.loss.texts_per_row", 2, "evaluate.loss.texts_per_row = 2: a row of the probe mqar is one text; choose 1"),
+        ("data.texts_per_row", 2, "data.texts_per_row = 2 means nothing beside data.corpus = 'mqar'; choose 1, or one of: "),
+        ("evaluate.loss.texts_per_row", 2, "evaluate.loss.texts_per_row = 2 means nothing beside evaluate.loss.kind = 'difficulty'; choose 1"),
         ("data.probe.difficulty", "hard", "data.probe.difficulty = 'hard' is not a draw"),
         ("data.probe.difficulty", "2-11", "difficulty = 11 of the probe mqar needs rows of 44 tokens, over .* = 40"),
         ("data.probe.symbols", 15, "difficulty = 8 of the probe mqar needs 16 symbols, over data.probe.symbols = 15"),
-        ("data.probe.symbols", 1, "data.probe.symbols = 1 is too small"),
-        ("data.probe.objects", 7, "data.probe.objects = 7 is too many; choose 2 to 6"),
+        ("data.probe.symbols", 1, "data.probe.symbols = 1 must be at least 2"),
+        ("data.probe.objects", 7, "data.probe.objects = 7 means nothing beside data.corpus = 'mqar'; choose 5, or one of: data.corpus = 'state'"),
         ("evaluate.loss.difficulties", (), "evaluate.loss.difficulties is empty"),
         ("evaluate.loss.difficulties", (2, 0), "evaluate.loss.difficulties = 0 is too small"),
         ("evaluate.loss.difficulties", (2, 20), "evaluate.loss.difficulties = 20 of the probe mqar needs rows of 80 tokens"),
         ("evaluate.loss.texts", 10, "evaluate.loss.texts = 10 is not a multiple of evaluate.loss.rows = 4; the next is 12"),
         ("model.vocabulary", 33, "model.vocabulary = 33 is fewer than the 34 ids of the probe mqar.*at least 34"),
-        ("seed", -1, "seed = -1 is too small"),
-        ("data.rows", 0, "data.rows = 0 is too small"),
+        ("evaluate.loss.kind", "branches", "evaluate.loss.kind = 'branches' asks nothing of data.corpus = 'mqar'; choose 'difficulty'"),
+        ("data.rows", 0, "data.rows = 0 must be at least 1"),
     ],
 )
 def test_bad_fields_are_refused_by_name(field, value, message):
     config = lab.config.base()
-    config.data.update(dict(corpus="mqar", text_length=LENGTH, texts_per_row=1, rows=4))
-    config.evaluate.loss.update(dict(texts=12, texts_per_row=1, rows=4))
-    data.check(config)
-    config.update_from_flattened_dict({field: value})
+    config.data.update(dict(corpus="mqar", text_length=LENGTH, rows=4))
+    config.evaluate.loss.update(dict(kind="difficulty", texts=12, rows=4))
+    check(config)
+    set_field(config, field, value)
     with pytest.raises(UserError, match=message) as refusal:
-        data.check(config)
+        check(config)
     assert "\n" not in str(refusal.value)
+
+
+def check(config):
+    data.check(config)
+    asks.check(config)
 
 
 def test_what_a_probe_needs_is_its_own():
     config = lab.config.base()
-    config.data.update(dict(corpus="state", text_length=LENGTH, texts_per_row=1, rows=4))
-    config.evaluate.loss.update(dict(texts=12, texts_per_row=1, rows=4))
+    config.data.update(dict(corpus="state", text_length=LENGTH, rows=4))
+    config.evaluate.loss.update(dict(kind="difficulty", texts=12, rows=4))
     config.model.vocabulary = 100
     with pytest.raises(UserError, match="fewer than the 122 ids of the probe state"):
         data.check(config)
+    config.data.probe.objects = 7
+    with pytest.raises(UserError, match=r"data\.probe\.objects = 7 must be at most 6"):
+        data.check(config)
+    config.data.probe.objects = 5
     config.data.corpus = "induction"
     config.data.probe.difficulty = "1-8"
     with pytest.raises(UserError, match=r"data\.probe\.difficulty = 1 is too small; choose at least 2"):

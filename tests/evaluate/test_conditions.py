@@ -43,7 +43,7 @@ def config():
 
 
 def test_conditions_are_weighted_by_tokens_over_all_batches(config):
-    net = model.build(config.model, jax.random.key(0))
+    net = model.build(config.model, jax.random.key(0), config.run)
     found = list(conditions.evaluate(config, "loss", net, None, mesh.make(config.run.mesh), stop=lambda: False))
     assert [condition.value for condition in found] == [2, 7]
     for condition in found:
@@ -64,7 +64,7 @@ def test_one_executable_serves_every_condition(config, monkeypatch):
         return compiled(model, batch, mesh)
 
     monkeypatch.setattr(conditions.compiled, "evaluation_step", counted)
-    net = model.build(config.model, jax.random.key(0))
+    net = model.build(config.model, jax.random.key(0), config.run)
     assert (
         len(list(conditions.evaluate(config, "loss", net, None, mesh.make(config.run.mesh), stop=lambda: False))) == 2
     )
@@ -72,6 +72,6 @@ def test_one_executable_serves_every_condition(config, monkeypatch):
 
 
 def test_a_stop_is_answered(config):
-    net = model.build(config.model, jax.random.key(0))
+    net = model.build(config.model, jax.random.key(0), config.run)
     with pytest.raises(Stopped):
         next(conditions.evaluate(config, "loss", net, None, mesh.make(config.run.mesh), stop=lambda: True))

@@ -14,7 +14,11 @@ from lab.kernels import pallas_triton, rules
 from lab.kernels.rules import Rule
 
 KERNELS = ["_forward_kernel", "_dq_kernel", "_dkv_kernel"]
-EVERY_OPERATION = ((rules.q.time // 7 - rules.k.time % 5 + 1 < 3) | (rules.k.branch == 0)) & rules.window(40)
+EVERY_OPERATION = (
+    ((rules.q.time // 7 - rules.k.time % 5 * 2 + 1 < 3) | (rules.k.branch == 0))
+    & rules.window(40)
+    & (rules.minimum(rules.k.time.reached((3, 9)), rules.maximum(rules.q.index, 2)) <= 2)
+)
 A100 = AbstractMesh((1,), ("x",), abstract_device=AbstractDevice("NVIDIA A100", 1, "gpu"))
 ROWS, T, S = 2, 70, 150
 

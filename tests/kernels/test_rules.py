@@ -3,7 +3,7 @@ import operator
 import numpy as np
 import packs
 import pytest
-from drawn_rules import drawn_rules
+from drawn_rules import drawn_rules, terms
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -68,6 +68,33 @@ def test_the_range_of_each_operation(operation, seed, width, by):
                 assert certainly <= dense.all() and possibly >= dense.any()
             else:
                 assert (certainly, possibly) == (dense.all(), dense.any())
+
+
+@given(terms, seeds, st.sampled_from([1, 2, 6, 40]))
+def test_no_value_of_a_term_lies_outside_its_range(drawn, seed, width):
+    rng = np.random.default_rng(seed)
+    q, k = tile(rng, 8, width), tile(rng, 8, width)
+    values = drawn.plain(*pairs(q, k))
+    np.testing.assert_array_equal(drawn.made.values(*pairs(q, k)), values)
+    low, high = drawn.made.value_range(ranges(q), ranges(k))
+    assert low <= values.min() and values.max() <= high
+
+
+@given(seeds, st.sampled_from([1, 4, 20]), st.integers(-9, 9))
+def test_the_ranges_of_products_bounds_and_buckets_are_exact(seed, width, number):
+    rng = np.random.default_rng(seed)
+    q, k = tile(rng, 8, width), tile(rng, 8, width)
+    by_hand = {
+        "*": (rules.q.time * number, q.time * number),
+        "minimum": (rules.minimum(rules.q.time, rules.k.branch), np.minimum.outer(q.time, k.branch)),
+        "maximum": (rules.maximum(rules.q.time, 20 + number), np.maximum(q.time, 20 + number)),
+        "reached": (
+            rules.k.time.reached((5, 20 + number, 50)),
+            np.sum([k.time >= t for t in (5, 20 + number, 50)], 0),
+        ),
+    }
+    for made, values in by_hand.values():
+        assert made.value_range(ranges(q), ranges(k)) == (values.min(), values.max())
 
 
 @given(drawn_rules, seeds)
@@ -159,6 +186,24 @@ def test_mean_visible_keys_of_one_causal_text():
     assert rules.mean_visible_keys(rules.causal, Coordinates.padding(1, 4)) == 0.0
 
 
+@pytest.mark.parametrize("by", [0.5, rules.k.time, True])
+def test_a_product_takes_a_whole_constant(by):
+    with pytest.raises(ValueError, match="constant, a whole number"):
+        rules.q.time * by
+
+
+@pytest.mark.parametrize("thresholds", [(), (3, 3), (5, 2)])
+def test_thresholds_rise(thresholds):
+    with pytest.raises(ValueError, match="do not rise"):
+        rules.q.time.reached(thresholds)
+
+
+def test_a_term_knows_whose_coordinates_it_reads():
+    q, k = rules.q, rules.k
+    assert (q.time * 2 + q.index // 3).sides() == {"q"} and k.time.reached((1,)).sides() == {"k"}
+    assert rules.minimum(q.time, k.time).sides() == {"q", "k"} and (rules.maximum(4, 5)).sides() == set()
+
+
 @given(st.lists(st.sampled_from(sorted(rules.RULES)) | st.integers(1, 999), min_size=1, max_size=4))
 def test_parse_reads_what_a_config_spells(parts):
     made = [rules.window(part) if isinstance(part, int) else rules.RULES[part] for part in parts]
@@ -169,18 +214,59 @@ def test_parse_reads_what_a_config_spells(parts):
     assert rules.parse("&".join(spelled)) == rules.parse("  &  ".join(spelled)) == expected
 
 
+_ATOMS = {**rules.RULES, "window(7)": rules.window(7), "window( 300 )": rules.window(300)}
+_written = st.recursive(
+    st.sampled_from(sorted(_ATOMS)),
+    lambda inner: st.builds("({} {} {})".format, inner, st.sampled_from("&|"), inner),
+    max_leaves=6,
+)
+
+
+@given(_written)
+def test_parse_reads_joined_rules_as_python_would(text):
+    names = {name: rule for name, rule in _ATOMS.items() if name.isidentifier()}
+    assert rules.parse(text) == rules.parse(f"\n {text} ") == eval(text, {"window": rules.window, **names})
+
+
+def test_and_binds_tighter_than_or():
+    a, b, c = rules.causal, rules.own_branch, rules.window(3)
+    assert rules.parse("causal | own_branch & window(3)") == a | (b & c) != (a | b) & c
+    assert rules.parse("(causal | own_branch) & window(3)") == (a | b) & c
+
+
+def test_a_sized_rule_to_come_is_a_row(monkeypatch):
+    monkeypatch.setitem(rules.SIZED, "strided", lambda length, kept: rules.window(length) & rules.window(kept))
+    assert rules.parse("strided(4, 2) & causal") == rules.window(4) & rules.window(2) & rules.causal
+    with pytest.raises(UserError, match=r"'strided' takes 2 whole numbers.*window\(n\), strided\(length, kept\)"):
+        rules.parse("strided(4)")
+
+
 @pytest.mark.parametrize(("text", "names"), [
     ("own_branches", ["own_branches", "own_branch", "causal", "window(n)"]),
-    ("", ["model.rule = ''", "causal"]),
-    ("causal &", ["model.rule = ''"]),
-    ("causal | own_branch", ["causal | own_branch"]),
-    ("window", ["'window'", "window(n)"]),
-    ("window(n)", ["window(128)"]),
-    ("window(-1)", ["window(-1)", "window(n)"]),
-    ("causal & window(0)", ["window(0)", "at least 1"]),
+    ("causal | windo(3)", ["'windo(3)' is unknown", "did you mean 'window(n)'"]),
+    ("", ["''", "names no rule"]),
+    ("causal &", ["'causal &' does not parse"]),
+    ("(causal", ["'(causal' does not parse"]),
+    ("causal\0", ["does not parse"]),
+    ("causal # & own_branch", ["has a comment"]),
+    ("window", ["'window' without its number"]),
+    *((f"window({inner})", [f"'window({inner})'", "takes one whole number", "window(128)"])
+      for inner in ("n", "-1", "", "3, 4", "n=3", "*n", "True", "1.5", "1 + 2")),
+    ("causal & window(0)", ["causal & window(0)", "window(0)", "at least 1"]),
+    ("window(99999999999)", ["a number above 536870912"]),
+    (f"window({'9' * 5000})", ["does not parse"]),
+    ("causal(3)", ["calls 'causal', which takes no numbers"]),
+    *((text, [f"has {text!r}, which is no rule"]) for text in (
+        "causal and own_branch", "causal or own_branch", "not causal", "~causal", "q.time < 3", "rules.causal", "3",
+        "causal ^ own_branch", "window(3)(4)", "[causal]", "lambda: causal")),
+    ("(" * 300 + "causal" + ")" * 300, ["does not parse"]),
+    (" & ".join(["causal"] * 100), ["nested too deep"]),
+    (" & ".join(["causal"] * 100_000), ["nested too deep"]),
+    ("a" + ".b" * 5000, ["nested too deep"]),
 ])  # fmt: skip
 def test_parse_refuses_by_name(text, names):
     with pytest.raises(UserError) as refused:
         rules.parse(text)
-    assert "\n" not in str(refused.value)
-    assert all(name in str(refused.value) for name in names)
+    told = str(refused.value)
+    assert told.startswith("model.rule = ") and "\n" not in told and len(told) < 400
+    assert all(name in told for name in names) and ("choose" in told or "join causal, all_branches" in told)

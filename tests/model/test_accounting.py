@@ -15,11 +15,11 @@ from lab.model import accounting
 from lab.model.streams import STREAMS
 from lab.train import step
 
-PUBLISHED = {
-    "512": dict(dim=512, layers=8, heads=8, kv_heads=2, head_dim=64, ffn=1408),
-    "h8": dict(dim=1024, layers=24, heads=8, kv_heads=2, head_dim=128, ffn=2752),
-    "h16": dict(dim=1024, layers=24, heads=16, kv_heads=4, head_dim=64, ffn=2752),
-    "h32": dict(dim=1024, layers=24, heads=32, kv_heads=8, head_dim=32, ffn=2752),
+PUBLISHED = {  # (dim, layers, fields of the mixer, width of the feed-forward sublayer)
+    "512": (512, 8, dict(heads=8, kv_heads=2, head_dim=64), 1408),
+    "h8": (1024, 24, dict(heads=8, kv_heads=2, head_dim=128), 2752),
+    "h16": (1024, 24, dict(heads=16, kv_heads=4, head_dim=64), 2752),
+    "h32": (1024, 24, dict(heads=32, kv_heads=8, head_dim=32), 2752),
 }
 MILLIONS = {"512": 25.8, "h8": 272.4, "h16": 272.4, "h32": 272.4}
 
@@ -28,7 +28,8 @@ MILLIONS = {"512": 25.8, "h8": 272.4, "h16": 272.4, "h32": 272.4}
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_parameters_of_the_published_models(name, tied):
     config = tiny.config().model
-    config.update(PUBLISHED[name], vocabulary=6400, tied=tied)
+    dim, layers, mixer, width = PUBLISHED[name]
+    config.update(dim=dim, layers=layers, mixer=mixer, feedforward=dict(width=width), vocabulary=6400, tied=tied)
     counted = accounting.parameters(lab_model.abstract(config))
     assert counted["parameters"] == sum(closed_forms.parameters(config))
     outer = counted["parameters"] - counted["parameters_non_embedding"]
@@ -58,7 +59,7 @@ def test_flops_against_what_the_compiler_counts(variant):
     config = variants.config(variant, **WIDE)
     if config.model.position.dim:
         config.model.position.dim = 8
-    model, T = lab_model.abstract(config.model), 64 if variants.in_order(variant) else 128  # loops are counted once
+    model, T = lab_model.abstract(config.model, config.run), 64 if variants.in_order(variant) else 128  # loops are counted once
     tokens = jax.ShapeDtypeStruct((1, T), np.int32)
     batch = Batch(tokens, tokens, Coordinates(tokens, tokens, tokens, tokens))
     gradient = jax.jit(functools.partial(step.accumulated_gradient, z_loss=0.0, microbatches=1))
@@ -75,7 +76,7 @@ def test_flops_count_attention_on_visible_keys_of_each_pattern_entry():
     config = tiny.config(model__pattern=((("rule", "window(2)"),), ()), model__layers=3).model
     model = lab_model.abstract(config)
     none, local, global_ = (accounting.train_flops_per_token(model, keys) for keys in ([0, 0], [1, 0], [0, 1]))
-    per_key = 3 * 2 * 2 * config.heads * config.head_dim
+    per_key = 3 * 2 * 2 * config.mixer.heads * config.mixer.head_dim
     assert local - none == 2 * per_key  # layers 0 and 2
     assert global_ - none == per_key
 
@@ -101,16 +102,17 @@ def test_flops_count_what_streams_add():
         name: accounting.train_flops_per_token(lab_model.abstract(tiny.config(**variants.stream(name)).model), [keys])
         for name in STREAMS
     }
+    H, G, K = m.mixer.heads, m.mixer.kv_heads, m.mixer.head_dim
     pairs = L * (L - 1) // 2
-    values = D * m.kv_heads * m.head_dim + m.heads * m.head_dim * D + keys * 2 * m.heads * m.head_dim
-    scores = pairs * keys * m.heads * m.head_dim
+    values = D * G * K + H * K * D + keys * 2 * H * K
+    scores = pairs * keys * H * K
     inferred = sum(D * M + M * M for M in range(1, L + 1))
     N, R, size = variants.SIZES["copies"], variants.SIZES["rank"], 2 * L // variants.SIZES["blocks"]
     averages = [(4 if layer < L - 1 else 1) * (layer + 2) for layer in range(L)]
     reads = range(1, 2 * L + 1)
     for name in STREAMS:
         added = {
-            **dict.fromkeys(("v3m1", "v3m3.1", "v3m3.2"), pairs * (values + 3 * D * m.ffn)),
+            **dict.fromkeys(("v3m1", "v3m3.1", "v3m3.2"), pairs * (values + 3 * D * m.feedforward.width)),
             **dict.fromkeys(("v3m2", "v3m4.1", "v3m4.2"), pairs * values),
             **dict.fromkeys([f"v4m{k}" for k in (*range(1, 8), "1A", "1B", "1C")], scores),
             **dict.fromkeys(("v4m1D", "v4m1E"), scores + inferred),
@@ -137,7 +139,7 @@ def test_cache_formula_against_the_cache(overrides, beside):
     model = lab_model.abstract(config)
     cache = jax.eval_shape(lambda: model.init_cache(5, 7))
     numbers = sum(x.size for x in jax.tree.leaves((cache.layers, cache.stream))) / (5 * 7 * config.layers)
-    expected = 2 * config.kv_heads * config.head_dim + beside / config.layers
+    expected = 2 * config.mixer.kv_heads * config.mixer.head_dim + beside / config.layers
     assert accounting.cache_per_token_per_layer(model) == numbers == expected
 
 
@@ -145,6 +147,6 @@ def test_cache_formula_against_the_cache(overrides, beside):
 def test_attention_work_counts_what_streams_attend_with(name, maps):
     """Of the L (L - 1) / 2 pairs of a layer and an earlier one, v4 makes scores again, v3 scores and output."""
     m = tiny.config(**variants.stream(name)).model
-    one = 2 * m.heads * m.head_dim
+    one = 2 * m.mixer.heads * m.mixer.head_dim
     pairs = m.layers * (m.layers - 1) / 2
     assert accounting.attention_work(lab_model.abstract(m)) == pytest.approx(one + maps * one * pairs / m.layers)

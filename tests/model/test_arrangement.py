@@ -31,7 +31,8 @@ def test_logits_are_those_of_the_token_wherever_it_lies(variant):
 def test_a_batch_is_rearranged_whole(monkeypatch, overrides):
     monkeypatch.setattr(tiled, "tile_sizes", lambda T, S: (8, 8))
     batch = tiny.batch(rows=3, length=96)
-    found, share = Arrangement(tiny.config(**overrides).model)(batch)
+    config = tiny.config(**overrides)
+    found, share = Arrangement(config.model, config.run)(batch)
     before, after = (np.stack(jax.tree.leaves(b), axis=-1) for b in (batch, found))
     assert (before != after).any() and 0 < share < 1
     for row in range(3):  # the same tokens, each with its label and coordinates
@@ -42,6 +43,7 @@ def test_layers_that_read_tokens_in_turn_keep_their_order(monkeypatch):
     monkeypatch.setattr(tiled, "tile_sizes", lambda T, S: (8, 8))
     batch = tiny.batch(rows=3, length=96)
     hybrid = ((("rule", "own_branch"),), (("mixer.name", "delta"), ("rule", "causal")))
-    found, share = Arrangement(tiny.config(model__pattern=hybrid).model)(batch)
+    config = tiny.config(model__pattern=hybrid)
+    found, share = Arrangement(config.model, config.run)(batch)
     jax.tree.map(np.testing.assert_array_equal, found, batch)
     assert 0 < share < 1

@@ -16,7 +16,7 @@ SIZES = dict(data=-1, fsdp=1, tensor=1, context=1)
     (dict(data=1, tensor=8), (1, 1, 8, 1)),
 ])  # fmt: skip
 def test_a_mesh_covers_all_devices(asked, made):
-    config = tiny.config().mesh
+    config = tiny.config().run.mesh
     config.update(SIZES | asked)
     mesh = lab_mesh.make(config)
     assert tuple(mesh.shape.values()) == made and tuple(mesh.axis_names) == ("data", "fsdp", "tensor", "context")
@@ -26,18 +26,18 @@ def test_a_mesh_covers_all_devices(asked, made):
     "asked", [dict(data=3), dict(data=16), dict(fsdp=-1), dict(tensor=3), dict(data=0), dict(fsdp=0)]
 )
 def test_a_mesh_that_does_not_fit_is_refused(asked):
-    config = tiny.config().mesh
+    config = tiny.config().run.mesh
     config.update(SIZES | asked)
-    with pytest.raises(UserError, match=r"mesh \(data .*\) does not cover 8 devices"):
+    with pytest.raises(UserError, match=r"run.mesh \(data .*\) does not cover 8 devices"):
         lab_mesh.make(config)
 
 
 def test_batches_that_do_not_divide_are_refused():
     mesh = tiny.mesh(data=2, fsdp=2, context=2)
     lab_mesh.check_rows(mesh, "data.rows", 8, 6)
-    with pytest.raises(UserError, match=r"data.rows = 6 does not divide over mesh data x fsdp = 4"):
+    with pytest.raises(UserError, match=r"data.rows = 6 does not divide over run.mesh data x fsdp = 4"):
         lab_mesh.check_rows(mesh, "data.rows", 6, 6)
-    with pytest.raises(UserError, match=r"rows of 7 tokens do not divide over mesh.context = 2"):
+    with pytest.raises(UserError, match=r"rows of 7 tokens do not divide over run.mesh.context = 2"):
         lab_mesh.check_rows(mesh, "data.rows", 8, 7)
 
 

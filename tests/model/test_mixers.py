@@ -13,7 +13,7 @@ from lab import model as lab_model
 from lab.coordinates import Coordinates
 from lab.errors import UserError
 from lab.kernels import rules
-from lab.model import abstract, accounting, parameter, transformer
+from lab.model import abstract, accounting, parameter, spec
 from lab.model.mixers import MIXERS
 
 
@@ -39,8 +39,9 @@ def turn(x: np.ndarray, angle_F: np.ndarray) -> np.ndarray:
 
 def angles(config, at: Coordinates) -> np.ndarray:
     """[T, R / 2] at ratio 0: the index alone."""
-    R, K = config.rotary.dim or config.head_dim, config.head_dim
-    inverse = config.rotary.theta ** (-2 * np.arange(R // 2) / (R if config.rotary.table == "own" else K))
+    K = config.mixer.head_dim
+    R = config.position.dim or K
+    inverse = config.position.theta ** (-2 * np.arange(R // 2) / (R if config.position.table == "own" else K))
     return np.outer(at.index, inverse)
 
 
@@ -50,7 +51,8 @@ class Formula:
     def __init__(self, config, mixer, x_TD, at, seen_TS):
         self.config, self.mixer, self.x_TD, self.seen_TS = config, mixer, x_TD, seen_TS
         self.angle_TF = angles(config, at)
-        self.rotate = {"auto": "qkvo" if config.mixer == "s2" else "qk", "none": ""}.get(config.rotate, config.rotate)
+        asked, every = config.mixer.rotate, config.mixer.name == "s2"
+        self.rotate = {"auto": "qkvo" if every else "qk", "none": ""}.get(asked, asked)
 
     def through(self, weight, x=None):
         return np.tensordot(self.x_TD if x is None else x, weights(weight), 1)
@@ -63,23 +65,23 @@ class Formula:
     def queries(self):
         x = self.x_TD
         if self.mixer.q_down is not None:
-            x = normed(self.through(self.mixer.q_down), self.mixer.q_latent_norm, self.config.norm_eps)
-        return self.turned("q", normed(self.through(self.mixer.q, x), self.mixer.q_norm, self.config.norm_eps))
+            x = normed(self.through(self.mixer.q_down), self.mixer.q_latent_norm, self.config.norm.eps)
+        return self.turned("q", normed(self.through(self.mixer.q, x), self.mixer.q_norm, self.config.norm.eps))
 
     def keys_values(self):
         """Lists over query heads of [S, K] and [S, V]."""
-        k_SGK, v_SGV = getattr(self, self.config.mixer)()
+        k_SGK, v_SGV = getattr(self, self.config.mixer.name)()
         G, H = k_SGK.shape[1], self.mixer.heads
         return [k_SGK[:, h * G // H] for h in range(H)], [v_SGV[:, h * G // H] for h in range(H)]
 
     def attention(self):
-        k = normed(self.through(self.mixer.k), self.mixer.k_norm, self.config.norm_eps)
+        k = normed(self.through(self.mixer.k), self.mixer.k_norm, self.config.norm.eps)
         return self.turned("k", k), self.turned("v", self.through(self.mixer.v))
 
     differential = forgetting = attention
 
     def mla(self):
-        c_SGC = normed(self.through(self.mixer.kv_down), self.mixer.latent_norm, self.config.norm_eps)
+        c_SGC = normed(self.through(self.mixer.kv_down), self.mixer.latent_norm, self.config.norm.eps)
         rope_S1R = self.turned("k", self.through(self.mixer.rope))
         H, G, k, v = self.mixer.heads, self.mixer.kv_heads, [], []
         for h in range(H):
@@ -96,11 +98,11 @@ class Formula:
     gta = s1
 
     def s2(self):
-        kv = normed(self.through(self.mixer.kv), self.mixer.k_norm, self.config.norm_eps)
+        kv = normed(self.through(self.mixer.kv), self.mixer.k_norm, self.config.norm.eps)
         return (self.turned("k", kv),) * 2
 
     def s3(self):
-        c = normed(self.through(self.mixer.c), self.mixer.latent_norm, self.config.norm_eps)
+        c = normed(self.through(self.mixer.c), self.mixer.latent_norm, self.config.norm.eps)
         return np.concatenate([c, self.turned("k", self.through(self.mixer.rope))], -1), c
 
     def log_forget(self):
@@ -109,12 +111,13 @@ class Formula:
 
     def bias(self, h: int, i: int, j: int) -> float:
         """What is added to the score: for forgetting, log f of every token that i sees and j does not."""
-        if self.config.mixer != "forgetting":
+        if self.config.mixer.name != "forgetting":
             return 0.0
         return self.log_forget()[self.seen_TS[i] & ~self.seen_TS[j], h].sum()
 
     def output(self):
-        scale = self.config.softmax_scale or self.config.head_dim**-0.5
+        options = self.config.mixer
+        scale = options.softmax_scale or options.head_dim**-0.5
         q_THK, (k, v) = self.queries(), self.keys_values()
         T, H = q_THK.shape[:2]
         o_THV = np.zeros((T, H, v[0].shape[-1]))
@@ -122,15 +125,15 @@ class Formula:
             for i in range(T):
                 there = np.flatnonzero(self.seen_TS[i])
                 scores = np.array([scale * q_THK[i, h] @ k[h][j] for j in there])
-                if self.config.softcap:
-                    scores = self.config.softcap * np.tanh(scores / self.config.softcap)
+                if options.softcap:
+                    scores = options.softcap * np.tanh(scores / options.softcap)
                 e = np.exp(scores + [self.bias(h, i, j) for j in there])
                 rest = 0 if self.mixer.sink is None else np.exp(weights(self.mixer.sink)[h])
                 if len(there):
                     o_THV[i, h] = e @ v[h][there] / (e.sum() + rest)
         if "o" in self.rotate:
             o_THV = np.array([[turn(x, -a) for x in row] for row, a in zip(o_THV, self.angle_TF, strict=True)])
-        if self.config.mixer == "differential":
+        if self.config.mixer.name == "differential":
             share_TH = sigmoid(self.x_TD @ weights(self.mixer.subtracted))
             o_THV = o_THV[:, ::2] - share_TH[..., None] * o_THV[:, 1::2]
         if self.mixer.output_gate is not None:
@@ -161,7 +164,7 @@ def delta(config, mixer, x_TD, at: Coordinates) -> np.ndarray:
             state = alpha[t, h] * (state - beta[t, h] * np.outer(k_t, k_t @ state)) + beta[t, h] * np.outer(k_t, v_t)
             branches[at.branch[t]] = state
             o = unit(silu(q[t, h])) @ state / np.sqrt(q.shape[-1])
-            out_TD[t] += normed(o, mixer.norm, config.norm_eps) * silu(gate[t, h]) @ weights(mixer.o)[h]
+            out_TD[t] += normed(o, mixer.norm, config.norm.eps) * silu(gate[t, h]) @ weights(mixer.o)[h]
     return out_TD
 
 
@@ -213,7 +216,7 @@ def test_against_the_formula(variant, overrides):
     config, stacked, x_BTD, coordinates, got = float64_layer(variant, 40, **dict(overrides))
     at = coordinates.map(lambda x: np.asarray(x[0]))
     real = at.segment >= 0
-    if config.mixer == "delta":
+    if config.mixer.name == "delta":
         expected = delta(config, stacked, np.asarray(x_BTD[0]), at)
     else:
         seen = np.asarray(rules.visible(rules.parse(config.rule), at, at))
@@ -265,7 +268,7 @@ def test_s3_with_the_absorbed_weights_of_an_mla_is_that_mla(latent_norm):
     if latent_norm:
         outer.latent_norm.weight[...] = inner.latent_norm.weight[...]
     s3.embedding, s3.norm, s3.rotary = mla.embedding, mla.norm, mla.rotary
-    for name in ("mixer_norm", "feedforward_norm", "feedforward"):
+    for name in ("mixer_placement", "feedforward_placement", "feedforward"):
         setattr(s3.blocks[0], name, getattr(mla.blocks[0], name))
     batch = tiny.batch()
     got, expected = (jax.jit(type(m).__call__)(m, batch.tokens, batch.coordinates) for m in (s3, mla))
@@ -284,7 +287,7 @@ def test_naive_and_absorbed_mla_agree(groups):
 
     @jax.jit
     def attend(mixer):
-        q_BTHK, (kept, _) = mixer.queries(x_BTD, view.rotation), mixer.remember(x_BTD, view, None)
+        q_BTHK, (kept, _) = mixer.queries(x_BTD), mixer.remember(x_BTD, view, None)
         return [mixer.attend(q_BTHK, kept, view, decoding=form) for form in (True, False)]
 
     (absorbed, lse), (naive, expected_lse) = attend(mixer)
@@ -348,28 +351,28 @@ def test_no_two_weights_are_drawn_from_the_same_numbers(variant):
     (dict(model__mixer__name="mla", model__mixer__latent=12), "leaves none of model.mixer.head_dim = 8 unrotated"),
     (dict(model__mixer__name="s3"), "choose an even number of 2 to 6"),
     (dict(model__mixer__name="mla", model__position__dim=4, model__mixer__latent=0), "model.mixer.latent = 0 must be at least 1"),
-    (dict(model__mixer__name="mla", model__position__dim=4, model__mixer__qk_norm=True), "model.mixer.qk_norm = True: model.mixer.name = 'mla'"),
-    (dict(model__mixer__name="mla", model__position__dim=4, model__mixer__rotate="qkvo"), "auto, none, or letters of 'qk'"),
-    (dict(model__mixer__name="mla", model__position__dim=4, model__mixer__kv_heads=3), "choose model.mixer.kv_heads among: 1, 2, 4"),
+    (dict(model__mixer__name="mla", model__position__dim=4, model__mixer__qk_norm=True), "model.mixer.qk_norm = True means nothing beside model.mixer.name = 'mla'; choose False, or one of: "),
+    (variants.mixer("mla", model__mixer__rotate="qkvo"), "auto, none, or letters of 'qk'"),
+    (variants.mixer("mla", model__mixer__kv_heads=3), "choose model.mixer.kv_heads among: 1, 2, 4"),
     (dict(model__mixer__rotate="qkx"), "letters of 'qkvo'"),
     (dict(model__mixer__rotate="qq"), "letters of 'qkvo'"),
     (dict(model__mixer__name="s2", model__mixer__rotate="qk"), "have both k and v in it, or neither"),
-    (dict(model__mixer__name="s2", model__mixer__v_head_dim=4), "model.mixer.v_head_dim = 4: model.mixer.name = 's2' has no place for it"),
+    (dict(model__mixer__name="s2", model__mixer__v_head_dim=4), "model.mixer.v_head_dim = 4 means nothing beside model.mixer.name = 's2'; choose 0"),
     (dict(model__mixer__name="s1", model__position__dim=4, model__mixer__v_head_dim=4), "must be above 4"),
     (dict(model__mixer__name="s1", model__position__dim=4, model__mixer__v_head_dim=6, model__mixer__rotate="qkv"), "leave out v"),
     (dict(model__position__dim=8, model__mixer__v_head_dim=6, model__mixer__rotate="qkvo"), "does not fit into values of width 6"),
-    (dict(model__mixer__name="forgetting", model__mixer__softcap=2.0), "model.mixer.softcap = 2.0: model.mixer.name = 'forgetting'"),
+    (dict(model__mixer__name="forgetting", model__mixer__softcap=2.0), "model.mixer.softcap = 2.0 means nothing beside model.mixer.name = 'forgetting'; choose 0.0"),
     (dict(model__mixer__name="forgetting", model__rule="causal & window(4)"), "causal, all_branches, own_branch"),
     (dict(model__mixer__name="delta"), "model.rule of model.mixer.name = 'delta' = 'all_branches' is unknown"),
-    (dict(model__mixer__name="delta", model__rule="causal", model__mixer__sink=True), "model.mixer.sink = True: model.mixer.name = 'delta'"),
-    (dict(model__mixer__name="delta", model__rule="causal", model__mixer__rotate="qk"), "nothing rotates in model.mixer.name = 'delta'"),
-    (dict(model__mixer__q_rank=-1), "model.mixer.q_rank = -1 must be positive"),
-    (dict(model__mixer__latent=12), "model.mixer.latent = 12: model.mixer.name = 'attention' has none; choose 0"),
-    (dict(model__pattern=((("mixer.rotate", 3),),)), "model.pattern sets rotate = 3, which is of another type"),
+    (dict(model__mixer__name="delta", model__rule="causal", model__mixer__sink=True), "model.mixer.sink = True means nothing beside model.mixer.name = 'delta'; choose False"),
+    (dict(model__mixer__name="delta", model__rule="causal", model__mixer__rotate="qk"), "model.mixer.rotate = 'qk' means nothing beside model.mixer.name = 'delta'; choose 'auto'"),
+    (dict(model__mixer__q_rank=-1), "model.mixer.q_rank = -1 must be at least 0"),
+    (dict(model__mixer__latent=12), "model.mixer.latent = 12 means nothing beside model.mixer.name = 'attention'; choose 0, or one of: model.mixer.name = 'mla'"),
+    (dict(model__pattern=((("mixer.rotate", 3),),)), "model.pattern sets mixer.rotate = 3, which is of another type"),
 ], ids=str)  # fmt: skip
 def test_mixers_that_mean_nothing_are_refused(overrides, says):
     with pytest.raises(UserError) as refused:
-        transformer.check(tiny.config(**overrides).model)
+        spec.check(tiny.config(**overrides).model)
     assert says in str(refused.value) and "\n" not in str(refused.value)
 
 

@@ -12,7 +12,7 @@ import variants
 from lab import model as lab_model
 from lab.data import Batch
 from lab.kernels import rules
-from lab.model import transformer
+from lab.model.spec import layer_specs
 
 TOLERANCE = 3e-5
 
@@ -73,7 +73,8 @@ def test_rematerialisation_keeps_less(policy):
     batch = tiny.batch(rows=1, length=640)
 
     def kept(remat: str) -> int:
-        model = lab_model.abstract(variants.config("default", run__remat=remat, model__feedforward__width=512).model)
+        config = variants.config("default", run__remat=remat, model__feedforward__width=512)
+        model = lab_model.abstract(config.model, config.run)
         pull = jax.eval_shape(lambda model: jax.vjp(lambda m: m(batch.tokens, batch.coordinates), model)[1], model)
         return sum(x.size for x in jax.tree.leaves(pull))
 
@@ -91,7 +92,7 @@ def test_implementations_equal_the_reference(variant, implementation):
 def reachable(config, coordinates) -> np.ndarray:
     """bool [B, T, S]: may logits at t depend on the token at s? The rules of all layers, composed, and the stream."""
     reach = np.broadcast_to(np.eye(coordinates.shape[1], dtype=bool), (*coordinates.shape, coordinates.shape[1]))
-    specs = transformer.layer_specs(config)
+    specs = layer_specs(config)
     for layer in range(config.layers):
         seen = np.asarray(rules.visible(rules.parse(specs[layer % len(specs)].rule), coordinates, coordinates))
         reach = reach | (seen @ reach)

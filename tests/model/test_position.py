@@ -65,28 +65,28 @@ def test_ratio_zero_is_rope_over_the_index_and_ratio_one_never_reads_it():
 def test_pair_counts_of_the_published_head_shapes(head_dim, selected):
     config = tiny.config(model__mixer__head_dim=head_dim, model__position__ratio=1.0).model
     assert position.pair_counts(config) == {"branch": selected // 2, "time": selected // 2, "index": 0}
-    config.rotary.ratio = 0.25
+    config.position.ratio = 0.25
     quarter = selected // 4
     counted = {"branch": quarter // 2, "time": quarter // 2}
     assert position.pair_counts(config) == {**counted, "index": selected - quarter}
-    config.rotary.unselected = "time"
+    config.position.unselected = "time"
     assert position.pair_counts(config) == {"branch": quarter // 2, "time": selected - quarter // 2, "index": 0}
 
 
 @given(st.integers(1, 64), st.floats(0, 1), st.sampled_from(["index", "time"]))
 def test_every_pair_carries_one_thing(half, ratio, unselected):
     config = tiny.config(model__mixer__head_dim=2 * half, model__position__ratio=ratio).model
-    config.rotary.unselected = unselected
+    config.position.unselected = unselected
     assert sum(position.pair_counts(config).values()) == half
 
 
-@given(seed=seeds, half=st.sampled_from([1, 3, 8]), name=st.sampled_from(sorted(position.FREQUENCIES)))
+@given(seed=seeds, half=st.sampled_from([1, 3, 8]), name=st.sampled_from(sorted(position.POSITIONS)))
 def test_rotation_is_multiplication_by_a_complex_number(seed, half, name):
     rng = np.random.default_rng(seed)
     config = tiny.config(model__mixer__head_dim=2 * half, model__position__name=name).model
     at = packs.interleaved(rng, 2, 10)
     x_BTHK = rng.normal(size=(2, 10, 3, 2 * half))
-    table = position.FREQUENCIES[name](2 * half, config.rotary)
+    table = position.POSITIONS[name].frequencies(2 * half, config.position)
     angle = sum(getattr(at, field)[..., None, None] * table[field] for field in ("index", "branch", "time"))
     turned = (x_BTHK[..., :half] + 1j * x_BTHK[..., half:]) * np.exp(1j * angle)
     got = rotate(jnp.asarray(x_BTHK, jnp.float32), position.Rotary(config)(at))
@@ -114,7 +114,7 @@ def shifts_of(name: str) -> dict[str, float]:
     }
 
 
-@pytest.mark.parametrize("name", position.FREQUENCIES)
+@pytest.mark.parametrize("name", position.POSITIONS)
 def test_logits_depend_on_differences_of_coordinates(name):
     for field, shift in shifts_of(name).items():
         assert (shift < 2e-4) == (field in INVISIBLE_SHIFTS[name]), (field, shift)
@@ -133,7 +133,7 @@ def test_the_fourier_code_reads_the_branch_alone():
 
 
 def test_only_fourier_adds_to_the_embedding():
-    for name in position.FREQUENCIES:
+    for name in position.POSITIONS:
         model = tiny.model(tiny.config(model__position__name=name))
         batch = tiny.batch()
         added = model.embed(batch.tokens, batch.coordinates) - model.embedding[...][batch.tokens]
@@ -142,15 +142,15 @@ def test_only_fourier_adds_to_the_embedding():
 
 
 @pytest.mark.parametrize(("field", "value", "says"), [
-    ("model__position__ratio", 1.01, "model.position.ratio = 1.01 is outside 0..1"),
-    ("model__position__ratio", -0.5, "model.position.ratio = -0.5 is outside 0..1"),
-    ("model__position__ratio", math.nan, "model.position.ratio = nan is outside 0..1"),
+    ("model__position__ratio", 1.01, "model.position.ratio = 1.01 must be at most 1"),
+    ("model__position__ratio", -0.5, "model.position.ratio = -0.5 must be at least 0"),
+    ("model__position__ratio", math.nan, "model.position.ratio = nan must be a finite number"),
     ("model__mixer__head_dim", 7, "model.mixer.head_dim = 7 must be even"),
-    ("model__mixer__head_dim", 0, "model.mixer.head_dim = 0 must be even and at least 2"),
+    ("model__mixer__head_dim", 0, "model.mixer.head_dim = 0 must be at least 1"),
     ("model__position__unselected", "branch", "'branch' is unknown; choose one of: index, time"),
     ("model__position__name", "rope", "did you mean 'rope2d'"),
-    ("model__position__theta", 0.0, "model.position.theta = 0.0 must be positive"),
-    ("model__pattern", ((), (("position.ratio", 2.0),)), "model.position.ratio = 2.0 is outside 0..1"),
+    ("model__position__theta", 0.0, "model.position.theta = 0.0 must be above 0"),
+    ("model__pattern", ((), (("position.ratio", 2.0),)), "model.position.ratio = 2.0 must be at most 1"),
 ])  # fmt: skip
 def test_positions_that_mean_nothing_are_refused(field, value, says):
     with pytest.raises(UserError) as refused:

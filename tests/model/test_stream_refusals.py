@@ -9,6 +9,7 @@ from lab import model as lab_model
 from lab.errors import UserError
 from lab.model import streams
 from lab.model.streams import STREAMS
+from lab.options import set_field
 from lab.study.define import plan, resolve
 
 NAMES = [name for name in STREAMS if name[0] == "v" or name == "temperature"]
@@ -16,11 +17,11 @@ NAMES = [name for name in STREAMS if name[0] == "v" or name == "temperature"]
 
 @pytest.mark.parametrize(("overrides", "says"), [
     (dict(name="v1m8"), "did you mean 'v1m"),
-    (dict(name="v4m1A", length=0), "model.stream.length = 0: model.stream.name = 'v4m1A' needs it"),
-    (dict(name="v4m1", length=8), "model.stream.length = 8 means nothing to model.stream.name = 'v4m1'"),
-    (dict(name="v2m1", accumulate="post"), "model.stream.accumulate = 'post' means nothing to model.stream.name"),
+    (dict(name="v4m1A", length=0), "model.stream.length = 0 must be at least 1: tokens of a row at most"),
+    (dict(name="v4m1", length=8), "model.stream.length = 8 means nothing beside model.stream.name = 'v4m1'; choose 0, or one of: "),
+    (dict(name="v2m1", accumulate="post"), "model.stream.accumulate = 'post' means nothing beside model.stream.name = 'v2m1'; choose 'raw'"),
     (dict(name="v1m1", accumulate="sum"), "choose one of: raw, post"),
-    (dict(name="v4mC", length=8, input="normed"), "or one of: v4m1D, v4m1E, v4mD"),
+    (dict(name="v4mC", length=8, input="normed"), "or one of: model.stream.name = 'v4m1D', model.stream.name = 'v4m1E', model.stream.name = 'v4mD'"),
 ], ids=str)  # fmt: skip
 def test_streams_that_mean_nothing_are_refused(overrides, says):
     check_refused({f"model__stream__{field}": value for field, value in overrides.items()}, says)
@@ -29,20 +30,28 @@ def test_streams_that_mean_nothing_are_refused(overrides, says):
 @pytest.mark.parametrize(("name", "overrides", "says"), [
     *((name, dict(model__layers=1), f"model.layers = 1: model.stream.name = {name!r} combines layers")
       for name in NAMES if name not in ("v4mC", "v4mD", "temperature")),
-    *((name, dict(run__scan=True), f"run.scan = True: model.stream.name = {name!r} has a state that grows")
-      for name in NAMES if STREAMS[name].grows),
     *((name, dict(model__mixer__name="delta", model__rule="causal"),
        f"model.mixer.name under model.stream.name = {name!r} = 'delta' is unknown")
       for name in NAMES if name[:2] in ("v3", "v4", "te")),
     ("v3m1", dict(model__mixer__name="s2"), "choose one of: attention, differential"),
     ("v4m1", dict(model__mixer__name="forgetting"), "choose one of: attention, differential, mla, s1, s2, s3, gta"),
-    ("v4m1", dict(model__pattern=((), (("mixer.name", "s2"),))), "model.pattern has the mixers attention, s2"),
-    *((name, dict(model__mixer__softmax_scale=0.5), "model.mixer.softmax_scale = 0.5: model.stream.name")
+    ("v4m1", dict(model__pattern=((), (("mixer.name", "s2"),))), "model.pattern has the values attention, s2 of mixer.name"),
+    *((name, dict(model__mixer__softmax_scale=0.5), "model.mixer.softmax_scale = 0.5 means nothing beside model.stream.name")
       for name in ("v4m4", "v4m6", "v4m7")),
 ], ids=str)  # fmt: skip
 def test_streams_that_cannot_run_on_a_model_are_refused(name, overrides, says):
-    length = dict(model__stream__length=8) if "length" in STREAMS[name].fields else {}
+    length = dict(model__stream__length=8) if "length" in STREAMS[name].options else {}
     check_refused(dict(model__stream__name=name) | length | overrides, says)
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_a_state_that_grows_is_not_scanned(name):
+    made = tiny.config(**variants.stream(name, run__scan=True))
+    if not STREAMS[name].grows:
+        plan.check_run(made)
+        return
+    with pytest.raises(UserError, match=rf"run.scan = True: model.stream.name = '{name}' has a state that grows"):
+        plan.check_run(made)
 
 
 def check_refused(overrides: dict, says: str) -> None:
@@ -64,10 +73,10 @@ def test_longer_rows_than_trained_are_refused(name):
     streams.check_rows(tiny.config(**variants.stream("v4m1")).model, "data.texts_per_row", 25)
 
 
-@pytest.mark.parametrize("room", ["data", "evaluate"])
+@pytest.mark.parametrize("room", ["data", "evaluate.loss"])
 def test_a_study_of_longer_rows_than_trained_is_refused_before_it_runs(room):
     made = tiny.config(**variants.stream("v4m1B", model__stream__length=24))
     plan.check(*resolve.resolve(made))
-    made[room].update(texts_per_row=8)
+    set_field(made, f"{room}.texts_per_row", 8)
     with pytest.raises(UserError, match=rf"{room}.texts_per_row x data.text_length makes rows of 48 tokens"):
         plan.check(*resolve.resolve(made))

@@ -14,6 +14,7 @@ from numpy_network import LENGTH, Double, Network, check_forward, check_gradient
 from lab import model as lab_model
 from lab.kernels import reference
 from lab.model import parameter
+from lab.model.placement import PLACEMENTS
 from lab.model.streams import STREAMS, v1
 from lab.train import compiled, optimizer, step
 from lab.train.checkpoint import Checkpoints, Position
@@ -22,16 +23,17 @@ from lab.train.step import Program
 L = 4
 NAMES = [name for name in STREAMS if name[0] == "v" or name == "temperature"]
 POST = [f"{name}, post" for name in v1.METHODS]
-NORMED = [f"{name}, normed" for name in NAMES if "input" in STREAMS[name].fields]
+NORMED = [f"{name}, normed" for name in NAMES if "input" in STREAMS[name].options]
+PLACED = ["v1m7, sandwich", "v2m3, output", "v3m1, output", "v3m4.1, sandwich", "v4m1, sandwich"]
 FAST = ("v2m3", "v4m1D")
 
 
 def config(name: str, **overrides):
-    """Four layers; "v1m1, post" and "v4mD, normed" set the option of the stream."""
+    """Four layers; "v1m1, post" and "v4mD, normed" set the option of the stream, "v1m7, sandwich" where norms stand."""
     name, _, option = name.partition(", ")
-    field = {"post": "accumulate", "normed": "input"}.get(option)
-    given = {f"model__stream__{field}": option} if field else {}
-    if "length" in STREAMS[name].fields:
+    fields = {"post": "stream__accumulate", "normed": "stream__input"} | dict.fromkeys(PLACEMENTS, "placement__name")
+    given = {f"model__{fields[option]}": option} if option else {}
+    if "length" in STREAMS[name].options:
         given["model__stream__length"] = LENGTH
     return tiny.config(model__stream__name=name, model__layers=L, **given | overrides)
 
@@ -93,7 +95,7 @@ def inferred(net: Network, of, x_TD, layer: int, stacked: bool) -> np.ndarray:
     if stacked:
         norm, w1, w2, bias = norm[layer], w1[layer], w2[layer], bias[layer]
     X = net.n1(layer, x_TD) if net.config.stream.input == "normed" else x_TD
-    hidden = normed(X, norm, net.config.norm_eps) @ w1
+    hidden = normed(X, norm, net.config.norm.eps) @ w1
     gelu = hidden * (1 + np.vectorize(math.erf)(hidden / np.sqrt(2))) / 2
     return gelu @ w2 + bias
 
@@ -151,7 +153,7 @@ def marked(names: list) -> list:
 
 
 @pytest.mark.matrix("name")
-@pytest.mark.parametrize("name", marked(NAMES + POST + NORMED))
+@pytest.mark.parametrize("name", marked(NAMES + POST + NORMED + PLACED))
 def test_forward_against_numpy(name):
     check_forward(in_float64(name), lambda net, x: BY_VERSION[net.name[:2]](net.name, net, x))
 
@@ -378,4 +380,4 @@ def test_the_stream_stays_in_the_precision_of_the_model(variant, scan):
         views = model.views(batch.coordinates, batch.coordinates)
         return model.run_layers(model.embed(batch.tokens, batch.coordinates), views)[0]
 
-    assert jax.eval_shape(read_by_head, lab_model.abstract(made.model)).dtype == jnp.bfloat16
+    assert jax.eval_shape(read_by_head, lab_model.abstract(made.model, made.run)).dtype == jnp.bfloat16

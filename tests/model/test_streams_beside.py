@@ -23,7 +23,7 @@ FAST = ("mhc",)
 
 
 def config(name: str, **overrides):
-    sizes = {f"model__stream__{f}": size for f, size in SIZES.items() if f in STREAMS[name].fields}
+    sizes = {f"model__stream__{f}": size for f, size in SIZES.items() if f in STREAMS[name].options}
     return tiny.config(model__stream__name=name, model__layers=L, **sizes | overrides)
 
 
@@ -72,7 +72,7 @@ def by_copies(net: Network, x, connections):
     N = SIZES["copies"]
     H_TND = np.stack([x] * N, axis=1)
     for m in range(L):
-        for site, sublayer in (("mixer.name", net.attention), ("feedforward", net.mlp)):
+        for site, sublayer in (("mixer", net.attention), ("feedforward", net.mlp)):
             pre_TN, post_TN, res_TNM = connections(getattr(net.block.stream, site), m, H_TND)
             y_TD = sublayer(m, sum(pre_TN[:, n, None] * H_TND[:, n] for n in range(N)))
             copies = [
@@ -124,7 +124,7 @@ def resformer(net: Network, x):
 
 def laurel(net: Network, x):
     for m in range(L):
-        for site, sublayer in (("mixer.name", net.attention), ("feedforward", net.mlp)):
+        for site, sublayer in (("mixer", net.attention), ("feedforward", net.mlp)):
             own = getattr(net.block.stream, site)
             a, b, A, B = (weights(w)[m] for w in (own.a, own.b, own.A, own.B))
             x = a * sublayer(m, x) + b * (x + x @ A @ B)
@@ -224,7 +224,7 @@ def counted(name: str, m) -> int:
         "laurel": 2 * L * (2 + 2 * D * R),
         "attnres": 2 * L * D,
         "attnres-block": 2 * L * D,
-        "lime": m.kv_heads * (L * (L + 1) // 2 - 1),
+        "lime": m.mixer.kv_heads * (L * (L + 1) // 2 - 1),
         "unet": L // 2,
     }[name]
 
@@ -277,10 +277,10 @@ def test_mixing_weights_are_reported():
 
 
 @pytest.mark.parametrize(("name", "overrides", "says"), [
-    ("hyper", dict(copies=0), "model.stream.copies = 0: model.stream.name = 'hyper' needs it; choose how many"),
-    ("laurel", dict(rank=0), "model.stream.rank = 0: model.stream.name = 'laurel' needs it"),
-    ("plain", dict(copies=4), "model.stream.copies = 4 means nothing to model.stream.name = 'plain'; choose 0"),
-    ("attnres", dict(blocks=2), "model.stream.blocks = 2 means nothing to model.stream.name = 'attnres'"),
+    ("hyper", dict(copies=0), "model.stream.copies = 0 must be at least 1: of the stream"),
+    ("laurel", dict(rank=0), "model.stream.rank = 0 must be at least 1"),
+    ("plain", dict(copies=4), "model.stream.copies = 4 means nothing beside model.stream.name = 'plain'; choose 0, or one of: "),
+    ("attnres", dict(blocks=2), "model.stream.blocks = 2 means nothing beside model.stream.name = 'attnres'; choose 0"),
     ("attnres-block", dict(blocks=3), "does not divide model.layers = 4; choose one of: 1, 2, 4"),
 ])  # fmt: skip
 def test_sizes_that_mean_nothing_are_refused(name, overrides, says):
@@ -300,4 +300,4 @@ def test_one_layer_and_mixers_of_another_kind_are_refused(name):
 
 
 def test_variants_give_every_size():
-    assert {field for stream in STREAMS.values() for field in stream.fields} <= {*variants.SIZES, "accumulate", "input"}
+    assert {field for stream in STREAMS.values() for field in stream.options} <= {*variants.SIZES, "accumulate", "input"}

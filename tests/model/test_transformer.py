@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from numpy_layers import normed, swiglu, turned, weights
+from numpy_layers import normed, placed, swiglu, turned, weights
 
 from lab import model as lab_model
 from lab.coordinates import Coordinates
@@ -17,11 +17,12 @@ def attention(config, mixer, layer: int, x_TD: np.ndarray, at: Coordinates, seen
     q_THK = turned(np.tensordot(x_TD, q_DHK, 1), at, config)
     k_SGK = turned(np.tensordot(x_TD, k_DGK, 1), at, config)
     v_SGK, out_TD = np.tensordot(x_TD, v_DGK, 1), np.zeros_like(x_TD)
-    for h in range(config.heads):
-        g = h * config.kv_heads // config.heads
-        scores_TS = q_THK[:, h] @ k_SGK[:, g].T / np.sqrt(config.head_dim)
-        if config.softcap:
-            scores_TS = config.softcap * np.tanh(scores_TS / config.softcap)
+    H, G, softcap = config.mixer.heads, config.mixer.kv_heads, config.mixer.softcap
+    for h in range(H):
+        g = h * G // H
+        scores_TS = q_THK[:, h] @ k_SGK[:, g].T / np.sqrt(config.mixer.head_dim)
+        if softcap:
+            scores_TS = softcap * np.tanh(scores_TS / softcap)
         weight_TS = np.where(seen_TS, np.exp(scores_TS), 0)
         out_TD += weight_TS / np.maximum(weight_TS.sum(-1, keepdims=True), 1e-300) @ v_SGK[:, g] @ o_HKD[h]
     return out_TD
@@ -33,15 +34,20 @@ def forward(config, model, tokens_T: np.ndarray, at: Coordinates) -> np.ndarray:
     x_TD = weights(model.embedding)[tokens_T]
     block = model.blocks[0]
     for layer in range(config.layers):
-        mixer_norm, feedforward_norm = (weights(n.weight)[layer] for n in (block.mixer_norm, block.feedforward_norm))
-        x_TD = x_TD + attention(config, block.mixer, layer, normed(x_TD, mixer_norm, config.norm_eps), at, seen_TS)
-        x_TD = x_TD + swiglu(block.feedforward, layer, normed(x_TD, feedforward_norm, config.norm_eps))
+        for placement, sublayer in (
+            (block.mixer_placement, lambda n, i=layer: attention(config, block.mixer, i, n, at, seen_TS)),
+            (block.feedforward_placement, lambda n, i=layer: swiglu(block.feedforward, i, n)),
+        ):
+            y_TD = sublayer(placed(placement, "input", layer, x_TD, config))
+            x_TD = x_TD + placed(placement, "output", layer, y_TD, config)
     head = model.embedding if model.head is None else model.head
-    return normed(x_TD, weights(model.norm.weight), config.norm_eps) @ weights(head).T
+    return normed(x_TD, weights(model.norm.weight), config.norm.eps) @ weights(head).T
 
 
 @pytest.mark.parametrize("overrides", [
     dict(),
+    dict(model__placement__name="output"),
+    dict(model__placement__name="sandwich"),
     dict(model__tied=False, model__rule="own_branch", model__mixer__softcap=2.0, model__mixer__kv_heads=1, model__norm__eps=0.1),
 ])  # fmt: skip
 def test_forward_against_numpy(overrides):
@@ -85,7 +91,7 @@ def test_weights_are_drawn_with_the_declared_spread():
     }
     for name, (variable, spread) in expected.items():
         assert np.std(variable[...]) == pytest.approx(spread, rel=0.05), name
-    assert (block.mixer_norm.weight[...] == 1).all() and (model.norm.weight[...] == 1).all()
+    assert (block.mixer_placement.input_norm.weight[...] == 1).all() and (model.norm.weight[...] == 1).all()
     assert len(np.unique(block.mixer.q[...])) > 0.99 * block.mixer.q.size  # no two layers alike
 
 
@@ -105,5 +111,6 @@ def test_weights_are_drawn_with_the_declared_spread():
 ])  # fmt: skip
 def test_models_that_mean_nothing_are_refused(overrides, says):
     with pytest.raises(UserError) as refused:
-        lab_model.abstract(tiny.config(**overrides).model)
+        config = tiny.config(**overrides)
+        lab_model.abstract(config.model, config.run)
     assert says in str(refused.value) and "\n" not in str(refused.value)

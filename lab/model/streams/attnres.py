@@ -15,7 +15,7 @@ from lab.model.streams.stream import Stream
 from lab.options import Option
 
 
-class State(NamedTuple):
+class BlockSums(NamedTuple):
     """Sums over the blocks so far, the embedding first, and that of the block at work; None where it has begun none."""
 
     blocks: tuple[jax.Array, ...]
@@ -41,18 +41,18 @@ class AttnRes(Stream):
         return 1
 
     def start(self, x_BTD, cache):
-        return State((x_BTD,), None)
+        return BlockSums((x_BTD,), None)
 
-    def layer(self, state: State, block, view, cache, *, m):
+    def layer(self, state: BlockSums, block, view, cache, *, m):
         y_BTD, cache = block.mix(self.read(state, 2 * m), view, cache)
         state = self.write(state, y_BTD, 2 * m)
         y_BTD = block.feed(self.read(state, 2 * m + 1))
         return self.write(state, y_BTD, 2 * m + 1), cache
 
-    def finish(self, state: State):
+    def finish(self, state: BlockSums):
         return self.read(state, len(self.w)), ()
 
-    def read(self, state: State, s: int):
+    def read(self, state: BlockSums, s: int):
         """What sublayer s reads."""
         sources = [y for y in (*state.blocks, state.partial) if y is not None]
         if s == 0:
@@ -61,10 +61,12 @@ class AttnRes(Stream):
         weights = jax.nn.softmax(jnp.stack(scores), axis=0)
         return sum(w[..., None] * y for w, y in zip(weights, sources, strict=True)).astype(sources[0].dtype)
 
-    def write(self, state: State, y_BTD, s: int) -> State:
+    def write(self, state: BlockSums, y_BTD, s: int) -> BlockSums:
         """The state after sublayer s: its block has grown, and may be whole."""
         partial = y_BTD if state.partial is None else state.partial + y_BTD
-        return State((*state.blocks, partial), None) if (s + 1) % self.size == 0 else State(state.blocks, partial)
+        return (
+            BlockSums((*state.blocks, partial), None) if (s + 1) % self.size == 0 else BlockSums(state.blocks, partial)
+        )
 
     def work_per_token(self, blocks: list, visible: list[float]) -> float:
         """A product of w with every source."""

@@ -11,7 +11,7 @@ from lab.model.streams.stream import Stream
 from lab.model.streams.weights import triangle, weighted_sum
 
 
-class State(NamedTuple):
+class AveragedDepth(NamedTuple):
     """What the next layer reads, and the embedding and every layer's output before it."""
 
     x: jax.Array
@@ -31,14 +31,14 @@ class DenseFormer(Stream):
         self.alpha = nnx.List([parameter.mixing_start(jnp.eye(m + 2)[-1]) for m in range(model.layers)])
 
     def start(self, x_BTD, cache):
-        return State(x_BTD, (x_BTD,))
+        return AveragedDepth(x_BTD, (x_BTD,))
 
-    def layer(self, state: State, block, view, cache, *, m):
+    def layer(self, state: AveragedDepth, block, view, cache, *, m):
         y_BTD, cache = block(state.x, view, cache)
         y = *state.y, y_BTD
-        return State(weighted_sum(self.alpha[m][...], y), y), cache
+        return AveragedDepth(weighted_sum(self.alpha[m][...], y), y), cache
 
-    def finish(self, state: State):
+    def finish(self, state: AveragedDepth):
         return state.x, ()
 
     def mixing(self):

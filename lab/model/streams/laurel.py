@@ -21,7 +21,7 @@ class Augmented(nnx.Module):
         return (self.a[...] * f_BTD + self.b[...] * (x_BTD + x_BTD @ A_DR @ B_RD)).astype(x_BTD.dtype)
 
 
-class Residuals(nnx.Module):
+class AugmentedPair(nnx.Module):
     """Those of a layer's two sublayers."""
 
     def __init__(self, model, key: jax.Array):
@@ -36,7 +36,7 @@ class Laurel(Stream):
 
     @staticmethod
     def of_layer(model, key, m):
-        return Residuals(model, key)
+        return AugmentedPair(model, key)
 
     def layer(self, x_BTD, block, view, cache, *, m):
         a_BTD, cache = block.mix(x_BTD, view, cache)

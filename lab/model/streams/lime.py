@@ -12,7 +12,7 @@ from lab.model.streams.stream import Stream
 from lab.model.streams.weights import triangle
 
 
-class State(NamedTuple):
+class LayerInputs(NamedTuple):
     """The inputs of the layers so far, the one to come last."""
 
     inputs: tuple[jax.Array, ...]
@@ -33,9 +33,9 @@ class LayerIntegratedMemory(Stream):
         self.router = nnx.List([parameter.mixing((model.mixer.kv_heads, m + 1)) for m in range(1, model.layers)])
 
     def start(self, x_BTD, cache):
-        return State((x_BTD,))
+        return LayerInputs((x_BTD,))
 
-    def layer(self, state: State, block, view, cache, *, m):
+    def layer(self, state: LayerInputs, block, view, cache, *, m):
         mixer, x_BTD = block.mixer, state.inputs[-1]
         normed = [block.mixer_placement.before(y) for y in state.inputs]
         memory = normed[0] if m == 0 else mixture(self.weights(m), normed)
@@ -44,9 +44,9 @@ class LayerIntegratedMemory(Stream):
         o_BTHV, lse_BTH = mixer.attend(q_BTHK, kept, view, decoding=cache is not None)
         a_BTD = mixer.output(o_BTHV, lse_BTH, normed[-1], view.rotation)
         h_BTD = x_BTD + block.mixer_placement.after(a_BTD)
-        return State((*state.inputs, h_BTD + block.feed(h_BTD))), cache
+        return LayerInputs((*state.inputs, h_BTD + block.feed(h_BTD))), cache
 
-    def finish(self, state: State):
+    def finish(self, state: LayerInputs):
         return state.inputs[-1], ()
 
     def weights(self, m: int):

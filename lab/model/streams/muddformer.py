@@ -8,7 +8,7 @@ from flax import nnx
 
 from lab.model import parameter
 from lab.model.norm import rms_normed
-from lab.model.streams.denseformer import State
+from lab.model.streams.denseformer import AveragedDepth
 from lab.model.streams.stream import Stream
 from lab.model.streams.weights import triangle
 
@@ -60,17 +60,17 @@ class MUDDFormer(Stream):
         self.weights = nnx.List([DynamicWeights(model, ways[m], m + 2, keys[m]) for m in range(model.layers)])
 
     def start(self, x_BTD, cache):
-        return State(Inputs(*[x_BTD] * len(WAYS)), (x_BTD,))
+        return AveragedDepth(Inputs(*[x_BTD] * len(WAYS)), (x_BTD,))
 
-    def layer(self, state: State, block, view, cache, *, m):
+    def layer(self, state: AveragedDepth, block, view, cache, *, m):
         a_BTD, cache = attention(state.x, block, view, cache)
         h_BTD = state.x.residual + a_BTD
         y_BTD = h_BTD + block.feed(h_BTD)
         y = *state.y, y_BTD
         averaged = jnp.einsum("btwj,jbtd->wbtd", self.weights[m](y_BTD), jnp.stack(y)).astype(y_BTD.dtype)
-        return State(Inputs(*averaged) if len(averaged) > 1 else averaged[0], y), cache
+        return AveragedDepth(Inputs(*averaged) if len(averaged) > 1 else averaged[0], y), cache
 
-    def finish(self, state: State):
+    def finish(self, state: AveragedDepth):
         return state.x, ()
 
     def work_per_token(self, blocks: list, visible: list[float]) -> float:

@@ -9,7 +9,7 @@ from lab.model import parameter
 from lab.model.streams.stream import Stream
 
 
-class State(NamedTuple):
+class FirstValues(NamedTuple):
     """The stream before a layer, and the values of layer 0 for all keys."""
 
     x: jax.Array
@@ -28,9 +28,9 @@ class ValueResidual(Stream):
         self.weights = nnx.List([parameter.mixing((2,), 0.5) for _ in range(model.layers - 1)])
 
     def start(self, x_BTD, cache):
-        return State(x_BTD, None)
+        return FirstValues(x_BTD, None)
 
-    def layer(self, state: State, block, view, cache, *, m):
+    def layer(self, state: FirstValues, block, view, cache, *, m):
         x_BTD, first_BSGV = state
         mixer, normed_BTD = block.mixer, block.mixer_placement.before(x_BTD)
         q_BTHK, (k_BSGK, v_BSGV), cache = mixer.project(normed_BTD, view, cache)
@@ -42,7 +42,7 @@ class ValueResidual(Stream):
         o_BTHV, lse_BTH = mixer.attend(q_BTHK, (k_BSGK, v_BSGV), view, decoding=cache is not None)
         a_BTD = mixer.output(o_BTHV, lse_BTH, normed_BTD, view.rotation)
         h_BTD = x_BTD + block.mixer_placement.after(a_BTD)
-        return State(h_BTD + block.feed(h_BTD), first_BSGV), cache
+        return FirstValues(h_BTD + block.feed(h_BTD), first_BSGV), cache
 
-    def finish(self, state: State):
+    def finish(self, state: FirstValues):
         return state.x, ()

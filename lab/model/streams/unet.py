@@ -8,7 +8,7 @@ from lab.model import parameter
 from lab.model.streams.stream import Stream
 
 
-class State(NamedTuple):
+class Skips(NamedTuple):
     """The stream before a layer, and what layers of the first half gave."""
 
     x: jax.Array
@@ -26,15 +26,15 @@ class UNet(Stream):
         self.layers, self.s = model.layers, parameter.mixing((model.layers // 2,), 1.0)
 
     def start(self, x_BTD, cache):
-        return State(x_BTD, ())
+        return Skips(x_BTD, ())
 
-    def layer(self, state: State, block, view, cache, *, m):
+    def layer(self, state: Skips, block, view, cache, *, m):
         x_BTD, skips = state
         first, mirrored = m < self.layers // 2, self.layers - 1 - m
         if not first and mirrored < len(skips):
             x_BTD = (x_BTD + self.s[mirrored] * skips[mirrored]).astype(x_BTD.dtype)
         x_BTD, cache = block(x_BTD, view, cache)
-        return State(x_BTD, (*skips, x_BTD) if first else skips), cache
+        return Skips(x_BTD, (*skips, x_BTD) if first else skips), cache
 
-    def finish(self, state: State):
+    def finish(self, state: Skips):
         return state.x, ()

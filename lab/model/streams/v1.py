@@ -13,20 +13,20 @@ from lab.model.streams.stream import Stream
 from lab.options import Option
 
 
-class Method(NamedTuple):
+class SumMethod(NamedTuple):
     sums: str  # those that it needs, of A and F
     h: Callable  # of the sums, what layer 0 would divide by 0 mended, and a_m
     x: Callable  # of the sums, h_m and f_m
 
 
 METHODS = {
-    "v1m1": Method("A", lambda s, a: s.A + a, lambda s, h, f: h + f),
-    "v1m2": Method("A", lambda s, a: s.A / s.m + a, lambda s, h, f: h + f),
-    "v1m3": Method("F", lambda s, a: s.x + a, lambda s, h, f: s.F + f),
-    "v1m4": Method("F", lambda s, a: s.x + a, lambda s, h, f: s.F / s.m + f),
-    "v1m5": Method("A", lambda s, a: s.A + a, lambda s, h, f: s.A + f),
-    "v1m6": Method("F", lambda s, a: s.F + a, lambda s, h, f: s.F + f),
-    "v1m7": Method("AF", lambda s, a: s.A + a, lambda s, h, f: s.F + f),
+    "v1m1": SumMethod("A", lambda s, a: s.A + a, lambda s, h, f: h + f),
+    "v1m2": SumMethod("A", lambda s, a: s.A / s.m + a, lambda s, h, f: h + f),
+    "v1m3": SumMethod("F", lambda s, a: s.x + a, lambda s, h, f: s.F + f),
+    "v1m4": SumMethod("F", lambda s, a: s.x + a, lambda s, h, f: s.F / s.m + f),
+    "v1m5": SumMethod("A", lambda s, a: s.A + a, lambda s, h, f: s.A + f),
+    "v1m6": SumMethod("F", lambda s, a: s.F + a, lambda s, h, f: s.F + f),
+    "v1m7": SumMethod("AF", lambda s, a: s.A + a, lambda s, h, f: s.F + f),
 }
 
 

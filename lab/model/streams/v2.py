@@ -9,7 +9,7 @@ from lab.model.streams.stream import Stream
 from lab.model.streams.weights import SoftmaxWeights, weighted_sum
 
 
-class Sum(NamedTuple):
+class RunningSum(NamedTuple):
     """The stream before a layer, and the sum of what one kind of sublayer gave before it."""
 
     x: jax.Array
@@ -22,32 +22,32 @@ class MeanOfOutputs(Stream):
     needs = 2
 
     def start(self, x_BTD, cache):
-        return Sum(x_BTD, jnp.zeros_like(x_BTD))
+        return RunningSum(x_BTD, jnp.zeros_like(x_BTD))
 
-    def finish(self, state: Sum):
+    def finish(self, state: RunningSum):
         return state.x, ()
 
 
 class MeanOfFeedforward(MeanOfOutputs):
     """Method 1: x_(m+1) = h_m + (F + f_m) / (m + 1)."""
 
-    def layer(self, state: Sum, block, view, cache, *, m):
+    def layer(self, state: RunningSum, block, view, cache, *, m):
         x_BTD, F_BTD = state
         a_BTD, cache = block.mix(x_BTD, view, cache)
         h_BTD = x_BTD + a_BTD
         F_BTD = F_BTD + block.feed(h_BTD)
-        return Sum(h_BTD + F_BTD / (m + 1), F_BTD), cache
+        return RunningSum(h_BTD + F_BTD / (m + 1), F_BTD), cache
 
 
 class MeanOfAttention(MeanOfOutputs):
     """Method 2: h_m = x_m + (A + a_m) / (m + 1)."""
 
-    def layer(self, state: Sum, block, view, cache, *, m):
+    def layer(self, state: RunningSum, block, view, cache, *, m):
         x_BTD, A_BTD = state
         a_BTD, cache = block.mix(x_BTD, view, cache)
         A_BTD = A_BTD + a_BTD
         h_BTD = x_BTD + A_BTD / (m + 1)
-        return Sum(h_BTD + block.feed(h_BTD), A_BTD), cache
+        return RunningSum(h_BTD + block.feed(h_BTD), A_BTD), cache
 
 
 class Outputs(NamedTuple):

@@ -16,7 +16,7 @@ from lab.model.streams.stream import Stream
 from lab.model.streams.weights import SoftmaxWeights, weighted_sum
 
 
-class Method(NamedTuple):
+class ReplayMethod(NamedTuple):
     site: str  # whose outputs are combined: attention | feedforward
     combine: Callable  # of those outputs, the current layer's last, and of softmax weights if it learns them
     learns: bool = False
@@ -35,16 +35,16 @@ def weighted(outputs: list, weights: SoftmaxWeights):
 
 
 METHODS = {
-    "v3m1": Method("feedforward", total),
-    "v3m2": Method("attention", total),
-    "v3m3.1": Method("feedforward", mean),
-    "v3m3.2": Method("feedforward", weighted, learns=True),
-    "v3m4.1": Method("attention", mean),
-    "v3m4.2": Method("attention", weighted, learns=True),
+    "v3m1": ReplayMethod("feedforward", total),
+    "v3m2": ReplayMethod("attention", total),
+    "v3m3.1": ReplayMethod("feedforward", mean),
+    "v3m3.2": ReplayMethod("feedforward", weighted, learns=True),
+    "v3m4.1": ReplayMethod("attention", mean),
+    "v3m4.2": ReplayMethod("attention", weighted, learns=True),
 }
 
 
-class Layer(NamedTuple):
+class PastLayer(NamedTuple):
     """What of an earlier layer its replays need: its weights, what it saw, its queries and keys."""
 
     block: object
@@ -53,11 +53,11 @@ class Layer(NamedTuple):
     k_BSGK: jax.Array
 
 
-class State(NamedTuple):
+class ReplayState(NamedTuple):
     """The stream before a layer, the layers before it, and, decoding, the values of every replay."""
 
     x: jax.Array
-    past: tuple[Layer, ...]
+    past: tuple[PastLayer, ...]
     cache: tuple | None
 
 
@@ -78,9 +78,9 @@ class Replay(Stream):
         return tuple((jnp.zeros((batch, length, *self.values), dtype),) * m for m in range(self.layers))
 
     def start(self, x_BTD, cache):
-        return State(x_BTD, (), cache)
+        return ReplayState(x_BTD, (), cache)
 
-    def layer(self, state: State, block, view: View, cache, *, m):
+    def layer(self, state: ReplayState, block, view: View, cache, *, m):
         x_BTD, past, kept = state
         method = METHODS[self.name]
         again, kept = replayed_attention(x_BTD, past, kept, view)
@@ -92,16 +92,16 @@ class Replay(Stream):
             h_BTD = x_BTD + a_BTD
             f = [layer.block.feed(x_BTD + a) for layer, a in zip(past, again, strict=True)]
             x_BTD = h_BTD + method.combine([*f, block.feed(h_BTD)], self.weights)
-        return State(x_BTD, (*past, now), kept), cache
+        return ReplayState(x_BTD, (*past, now), kept), cache
 
-    def finish(self, state: State):
+    def finish(self, state: ReplayState):
         return state.x, state.cache or ()
 
     def cached(self, mixers: list):
         return (self.values,) * (len(mixers) * (len(mixers) - 1) // 2)
 
     def work_per_token(self, blocks: list, visible: list[float]) -> float:
-        """Layer i is replayed in the L - 1 - i layers after it: all of it but its queries and keys."""
+        """PastLayer i is replayed in the L - 1 - i layers after it: all of it but its queries and keys."""
         work = 0.0
         for i, (block, keys) in enumerate(zip(blocks, visible, strict=True)):
             mixer = block.mixer
@@ -119,14 +119,14 @@ class Replay(Stream):
         return self.weights.mixing() if self.weights else {}
 
 
-def attention(x_BTD, block, view: View, cache) -> tuple[jax.Array, Layer, tuple | None]:
+def attention(x_BTD, block, view: View, cache) -> tuple[jax.Array, PastLayer, tuple | None]:
     """a_m, what replays of this layer will need, and its new cache."""
     mixer, normed_BTD = block.mixer, block.mixer_placement.before(x_BTD)
     q_BTHK, kept, cache = mixer.project(normed_BTD, view, cache)
     q_BTHK, turned = mixer.turned("q", q_BTHK, view.rotation), view.of_rotated()  # since replays attend with it again
     o_BTHV, lse_BTH = mixer.attend(q_BTHK, kept, turned, decoding=cache is not None)
     a_BTD = block.mixer_placement.after(mixer.output(o_BTHV, lse_BTH, normed_BTD, view.rotation))
-    return a_BTD, Layer(block, turned, q_BTHK, mixer.read(kept)[0]), cache
+    return a_BTD, PastLayer(block, turned, q_BTHK, mixer.read(kept)[0]), cache
 
 
 def over_tensor(x_BSGK):
@@ -135,7 +135,9 @@ def over_tensor(x_BSGK):
     return jnp.repeat(x_BSGK, tensor // G, axis=2) if G % tensor and tensor % G == 0 else x_BSGK
 
 
-def replayed_attention(x_BTD, past: tuple[Layer, ...], cache: tuple | None, view: View) -> tuple[list, tuple | None]:
+def replayed_attention(
+    x_BTD, past: tuple[PastLayer, ...], cache: tuple | None, view: View
+) -> tuple[list, tuple | None]:
     """a~_(m,i) for every earlier layer i, and the new cache. Layers of one rule and cap are heads of one call."""
     normed = [layer.block.mixer_placement.before(x_BTD) for layer in past]
     values = [layer.block.mixer.values(n, layer.view.rotation) for layer, n in zip(past, normed, strict=True)]

@@ -16,7 +16,7 @@ from lab.model.streams.stream import Stream
 from lab.model.streams.weights import rows, triangle
 
 
-class State(NamedTuple):
+class ScoreState(NamedTuple):
     """The stream before a layer, queries and keys of the layers before it, and, decoding, what the stream caches."""
 
     x: jax.Array
@@ -40,9 +40,9 @@ class SummedScores(Stream):
         return ((),) * self.layers
 
     def start(self, x_BTD, cache):
-        return State(x_BTD, (), cache)
+        return ScoreState(x_BTD, (), cache)
 
-    def layer(self, state: State, block, view: View, cache, *, m):
+    def layer(self, state: ScoreState, block, view: View, cache, *, m):
         x_BTD, past, kept = state
         mixer, normed_BTD = block.mixer, block.mixer_placement.before(x_BTD)
         q_BTHK, seen, cache = mixer.project(normed_BTD, view, cache)
@@ -54,7 +54,7 @@ class SummedScores(Stream):
         o_BTHV, lse_BTH = self.attend(m, past, v_BSGV, on_queries, on_keys, view, mixer)
         a_BTD = mixer.output(o_BTHV, lse_BTH, normed_BTD, view.rotation)
         h_BTD = x_BTD + block.mixer_placement.after(a_BTD)
-        return State(h_BTD + block.feed(h_BTD), past, kept), cache
+        return ScoreState(h_BTD + block.feed(h_BTD), past, kept), cache
 
     def c(self, m: int):
         """[M] numbers c_(m,i)."""
@@ -74,7 +74,7 @@ class SummedScores(Stream):
         k_BSGX = jnp.concatenate([scaled(k, c) for (_, k), c in zip(past, on_keys, strict=True)], axis=-1)
         return attend_over_mesh(q_BTHX, k_BSGX, v_BSGV, view.of_rotated(), mixer, scale=1.0)
 
-    def finish(self, state: State):
+    def finish(self, state: ScoreState):
         return state.x, state.cache or ()
 
     def work_per_token(self, blocks: list, visible: list[float]) -> float:

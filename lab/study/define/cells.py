@@ -1,7 +1,7 @@
 """The cells of a study as data: plain overrides of one base config, made by combinators.
 
 An override is a tuple of (field, value) pairs; combinators take and give tuples of overrides:
-product(vary("model.rotary.ratio", (0.0, 1.0)), vary("data.draw", ("fixed1", "1-15"))) is four cells.
+product(vary("model.position.ratio", (0.0, 1.0)), vary("data.draw", ("fixed1", "1-15"))) is four cells.
 """
 
 import itertools
@@ -40,7 +40,7 @@ def named(name: str, *pairs: tuple[str, object]) -> tuple[Override, ...]:
 
 def matched(group: tuple[Override, ...], *, to, on: str, by: str, multiple: int = 1) -> tuple[Override, ...]:
     """The overrides, each matched to another cell: the multiple of `multiple` that brings `on` nearest is found for the
-    integer field `by`. matched(named("relu", ...), to="base", on="parameters", by="model.ffn", multiple=8).
+    integer field `by`. matched(named("mha", ...), to="base", on="parameters", by="model.feedforward.width", multiple=8)
 
     to: the name of a cell, or pairs (label, value) that the other cell has instead of this one's.
     on: parameters | train_flops (of a token) | cache (of a token, all layers).

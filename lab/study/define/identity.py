@@ -32,10 +32,10 @@ TRACED = ("program", "initial")  # compare under equal versions only
 SAMPLED_SEED = 0  # of the batches that are looked at: a cell has many seeds
 SAME, OTHER_VERSIONS = "same", "other versions"
 
-Record = dict[str, Any]
+Identity = dict[str, Any]
 
 
-def record(config: ConfigDict, data: lab_data.Data) -> Record:
+def record(config: ConfigDict, data: lab_data.Data) -> Identity:
     """Of a cell whose config was checked. JSON, and the same in every process."""
     return {
         "fields": fields(config),
@@ -62,12 +62,12 @@ def versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax")}
 
 
-def name_of(made: Record) -> str:
+def name_of(made: Identity) -> str:
     """Twelve digits for the name of a directory."""
     return _digest(made)[:12]
 
 
-def compare(asked: Record, found: Record) -> str | None:
+def compare(asked: Identity, found: Identity) -> str | None:
     """SAME, OTHER_VERSIONS, or None where a record that was found is of something else.
 
     A field that one of them lacks has its default there: it was declared later.
@@ -84,19 +84,19 @@ def compare(asked: Record, found: Record) -> str | None:
     return SAME if alike else OTHER_VERSIONS
 
 
-def records(workdir: pathlib.Path) -> dict[str, Record]:
+def records(workdir: pathlib.Path) -> dict[str, Identity]:
     """{directory of a cell, relative to the study's: its record} of all cells that were begun."""
     found = {path.parent: path for path in sorted(workdir.glob(f"cells/*/{FILE}"))}
     return {directory.relative_to(workdir).as_posix(): read_json(path) for directory, path in found.items()}
 
 
-def keep(directory: pathlib.Path, made: Record) -> None:
+def keep(directory: pathlib.Path, made: Identity) -> None:
     """Writes the record of a cell into its directory, unless it has one: it goes on as what it was begun."""
     if not (directory / FILE).exists():
         write_json(directory / FILE, made)
 
 
-def find(asked: Record, there: Mapping[str, Record], remake: bool = False) -> tuple[str, str] | None:
+def find(asked: Identity, there: Mapping[str, Identity], remake: bool = False) -> tuple[str, str] | None:
     """(directory, SAME or OTHER_VERSIONS) of the cell that is what is asked for; None if there is none.
 
     remake: a cell made under other versions is not.

@@ -189,7 +189,7 @@ def _set_nearest(config: ConfigDict, match: Match, name: str, to: str, target: f
 
     value = nearest_multiple(quantity, target, match.multiple)
     if value is None:
-        movers = ", ".join(("model.ffn", "model.dim", "model.layers"))
+        movers = ", ".join(("model.feedforward.width", "model.dim", "model.layers"))
         raise UserError(f"{name} is matched on {match.on} by {match.by}, which does not raise it; try {movers}")
     set_field(config, match.by, value)
 

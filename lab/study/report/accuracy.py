@@ -1,10 +1,10 @@
 """The report on probes: which share of the answers each cell gives right, by difficulty."""
 
-from lab.study.report.page import Block, Table, Text
+from lab.study.report.page import Piece, Table, Text
 from lab.study.results import Results
 
 
-def section(study: Results) -> list[Block]:
+def section(study: Results) -> list[Piece]:
     """Accuracy by cell and condition, the mean over the seeds that are done."""
     frame = study.results
     if "accuracy" not in frame.columns:

@@ -3,7 +3,7 @@
 from lab.study.judge.residuals import beside
 from lab.study.numbers import number
 from lab.study.report import costs
-from lab.study.report.page import Block, Section, Table
+from lab.study.report.page import Piece, Section, Table
 from lab.study.results import Results
 
 
@@ -13,7 +13,7 @@ def sections(study: Results) -> list[Section]:
     return [section for section in found if section.blocks]
 
 
-def _table(study: Results, name: str, column: str) -> list[Block]:
+def _table(study: Results, name: str, column: str) -> list[Piece]:
     frame = study.answers(name)
     if frame.empty:
         return []

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from lab.study.numbers import number
 from lab.study.report import costs, figures, tables
 from lab.study.report.layout import arrange, cell_label, describe, leaves
-from lab.study.report.page import Block, Chart, Code, Heading, Table, Text
+from lab.study.report.page import Chart, Code, Heading, Piece, Table, Text
 from lab.study.report.tables import Choice, Losses
 from lab.study.results import Results
 
@@ -30,12 +30,12 @@ class Names(NamedTuple):
     head: str = ""
 
 
-def section(ratio: str, draw: str, head: str = "") -> Callable[[Results], list[Block]]:
+def section(ratio: str, draw: str, head: str = "") -> Callable[[Results], list[Piece]]:
     """The section of a study with these labels, evaluated by branch count."""
     return functools.partial(_section, Names(ratio, draw, head))
 
 
-def _section(names: Names, study: Results) -> list[Block]:
+def _section(names: Names, study: Results) -> list[Piece]:
     ours, theirs = tables.losses(study), tables.published(study)
     if not ours:
         return [Text("No cell has finished yet."), *_configurations(names, study), *_all_published(study)]
@@ -52,7 +52,7 @@ def _section(names: Names, study: Results) -> list[Block]:
     ]
 
 
-def _recommendation(names: Names, study: Results, ours: Losses, theirs: Losses) -> list[Block]:
+def _recommendation(names: Names, study: Results, ours: Losses, theirs: Losses) -> list[Piece]:
     choices, published = tables.recommend(ours), tables.recommend(theirs)
     many = [count for count in tables.counts(ours) if 16 <= count <= 64]
     headings = ["use", *study.labels, "loss at 1", "mean 16-64", "fluctuation", "runner-up", "published"]
@@ -132,7 +132,7 @@ def _flags(study: Results, key: tuple) -> str:
     return " ".join(shlex.quote(f"--config.{field}={resolved[field]}") for field in fields)
 
 
-def _figures(names: Names, study: Results, ours: Losses) -> list[Block]:
+def _figures(names: Names, study: Results, ours: Losses) -> list[Piece]:
     rows, errors = (
         arrange(study, curves, names.ratio, rows_by=names.draw) for curves in (ours, tables.deviations(study))
     )
@@ -170,7 +170,7 @@ def _transpose(panel: Mapping) -> dict:
     return {count: {name: curve[count] for name, curve in panel.items() if count in curve} for count in counts}
 
 
-def _at_counts(names: Names, study: Results, ours: Losses, theirs: Losses) -> list[Block]:
+def _at_counts(names: Names, study: Results, ours: Losses, theirs: Losses) -> list[Piece]:
     """Ratio x head, or ratio x draw, at one branch, at the largest count, and at the largest published too."""
     every = tables.counts(ours)
     shared = [count for count in every if count in tables.counts(theirs)]
@@ -203,7 +203,7 @@ def _at_count(
     return Table(headings, rows, describe(where | {study.condition: count}))
 
 
-def _scaling(names: Names, study: Results, ours: Losses, theirs: Losses) -> list[Block]:
+def _scaling(names: Names, study: Results, ours: Losses, theirs: Losses) -> list[Piece]:
     every, place = tables.counts(ours), study.labels.index(names.draw)
     headings = [*(label for label in study.labels if label != names.draw), "source", *map(str, every), "fluctuation"]
     found = []
@@ -231,9 +231,9 @@ def _curve(curve: Mapping[int, float], every: list[int], flattest: float | None)
     return [*cells, _marked(fluctuation, 3, fluctuation is not None and fluctuation == flattest)]
 
 
-def _fixed(names: Names, study: Results, ours: Losses, theirs: Losses) -> list[Block]:
+def _fixed(names: Names, study: Results, ours: Losses, theirs: Losses) -> list[Piece]:
     """What is left between cells that train and decode the same fixed number of branches."""
-    blocks: list[Block] = []
+    blocks: list[Piece] = []
     for draw in tables.values(study, names.draw):
         trained = re.fullmatch(r"fixed(\d+)", str(draw))
         if trained and int(trained[1]) in tables.counts(ours):
@@ -260,7 +260,7 @@ def _fixed_table(names: Names, study: Results, ours: Losses, theirs: Losses, dra
     )
 
 
-def _configurations(names: Names, study: Results) -> list[Block]:
+def _configurations(names: Names, study: Results) -> list[Piece]:
     """Frequency pairs of a head and what rotates them."""
     labels = [label for label in study.labels if label != names.draw]
     rows = {}
@@ -277,7 +277,7 @@ def _configurations(names: Names, study: Results) -> list[Block]:
     return [Heading("Frequency pairs of a head"), Text(note), Table(headings, list(rows.values()))] if rows else []
 
 
-def _everything(study: Results, ours: Losses) -> list[Block]:
+def _everything(study: Results, ours: Losses) -> list[Piece]:
     every = tables.counts(ours)
     perplexity = {
         key: frame.groupby(study.condition)["ppl"].mean().to_dict()
@@ -293,7 +293,7 @@ def _everything(study: Results, ours: Losses) -> list[Block]:
     ]
 
 
-def _all_published(study: Results) -> list[Block]:
+def _all_published(study: Results) -> list[Piece]:
     frame = study.published()
     if frame is None or study.condition not in frame.columns:
         return []

@@ -9,7 +9,7 @@ from lab.study.judge.evidence import Comparison, compare, corrected
 from lab.study.judge.pairing import Scores
 from lab.study.judge.residuals import BETWEEN, COSTS, MEANINGS, relative, residuals, shown
 from lab.study.numbers import number
-from lab.study.report.page import Block, Section, Table, Text
+from lab.study.report.page import Piece, Section, Table, Text
 from lab.study.report.verdicts import DETAILS, JUDGED, details, judged, refusals
 from lab.study.results import Results
 
@@ -52,7 +52,7 @@ def _scores(study: Results) -> Scores:
     return pairing.scores(study, settings(study.plan["config"].get("study", {})).judged)
 
 
-def _cells(studies: dict[str, Results], scores: dict[str, Scores]) -> list[Block]:
+def _cells(studies: dict[str, Results], scores: dict[str, Scores]) -> list[Piece]:
     rows = []
     for name, study in studies.items():
         for cell in study.plan["cells"]:
@@ -65,7 +65,7 @@ def _cells(studies: dict[str, Results], scores: dict[str, Scores]) -> list[Block
     return [Table(columns, rows, caption, sortable=True)]
 
 
-def _paired(studies: dict[str, Results], scores: dict[str, Scores]) -> list[Block]:
+def _paired(studies: dict[str, Results], scores: dict[str, Scores]) -> list[Piece]:
     comparisons, first = paired(studies, scores), next(iter(studies))
     if not comparisons:
         return [Text(f"No later study has a cell named like one of {first}.")]

@@ -8,14 +8,14 @@ from lab.study.judge.residuals import COSTS, MEANINGS, beside
 from lab.study.numbers import number, short
 from lab.study.report import figures, tables
 from lab.study.report.layout import arrange, cell_label, differences, line_label
-from lab.study.report.page import Block, Chart, Heading, Table, Text
+from lab.study.report.page import Chart, Heading, Piece, Table, Text
 from lab.study.report.tables import Losses
 from lab.study.results import Results
 
 NOISE = 1.1  # evaluation times that differ by less are the same
 
 
-def pareto(study: Results, findings: Findings) -> list[Block]:
+def pareto(study: Results, findings: Findings) -> list[Piece]:
     """Judged loss against the costs of the plan and evaluation time, where the cells differ in them."""
     found = {name: [score.loss for score in by_seed.values()] for name, by_seed in findings.scores.items() if by_seed}
     losses = {name: sum(values) / len(values) for name, values in found.items()}
@@ -45,7 +45,7 @@ def common(study: Results) -> Text:
     return Text(f"{beside(study).common} {MEANINGS}".strip())
 
 
-def overview(study: Results) -> list[Block]:
+def overview(study: Results) -> list[Piece]:
     """What the cells cost, for a part of the report whose tables are not by cell."""
     costs = beside(study)
     rows = [[*map(str, key), *shown] for key, shown in costs.cells.items()]
@@ -60,7 +60,7 @@ def _cost(title: str, points: Mapping[str, tuple[float, float]], name: str) -> s
     return shown if figures.beaten(*points[name], points.values()) else f"**{shown}**"
 
 
-def by_condition(study: Results) -> list[Block]:
+def by_condition(study: Results) -> list[Piece]:
     """Mean losses with their deviations over seeds, the published ones beside them, and the same as a figure."""
     ours, errors, theirs = tables.losses(study), tables.deviations(study), tables.published(study)
     every = list(dict.fromkeys(condition for curve in ours.values() for condition in curve))
@@ -81,7 +81,7 @@ def by_condition(study: Results) -> list[Block]:
     return [*_condition_figure(study, ours, errors, every), table, common(study)]
 
 
-def config_differences(study: Results, findings: Findings) -> list[Block]:
+def config_differences(study: Results, findings: Findings) -> list[Piece]:
     """The fields of each cell that its baseline has otherwise; those of the layout of texts among them by name."""
     configs = {cell["name"]: study.config(cell) for cell in study.plan["cells"]}
     rows = []
@@ -110,7 +110,7 @@ def _costs(study: Results, findings: Findings) -> dict[str, dict[str, float]]:
     return planned | {"evaluation seconds": each}
 
 
-def _condition_figure(study: Results, ours: Losses, errors: Losses, every: list) -> list[Block]:
+def _condition_figure(study: Results, ours: Losses, errors: Losses, every: list) -> list[Piece]:
     if len(every) < 2 or not all(isinstance(count, (int, float)) and count > 0 for count in every):
         return []
     line = line_label(study)

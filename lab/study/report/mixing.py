@@ -5,11 +5,11 @@ import pandas as pd
 
 from lab.study.report import figures
 from lab.study.report.layout import describe, panel_rows
-from lab.study.report.page import Block, Chart, Text
+from lab.study.report.page import Chart, Piece, Text
 from lab.study.results import EMBEDDING, Results
 
 
-def section(study: Results) -> list[Block]:
+def section(study: Results) -> list[Piece]:
     """A heat map for each cell and name of weights: the mean over seeds."""
     frame = study.mixing
     if frame.empty:

@@ -46,13 +46,13 @@ class Chart:
     caption: str
 
 
-Block = Heading | Text | Code | Table | Chart
+Piece = Heading | Text | Code | Table | Chart
 
 
 @dataclasses.dataclass(frozen=True)
 class Section:
     title: str
-    blocks: list[Block]
+    blocks: list[Piece]
 
 
 def write(directory: Path, title: str, sections: list[Section], name: str = "report") -> list[Path]:

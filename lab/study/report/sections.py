@@ -9,23 +9,23 @@ from lab.study.judge.evidence import Findings
 from lab.study.numbers import number, short, whole
 from lab.study.report import accuracy, answers, branches, costs, figures, mixing, series, trials, verdicts
 from lab.study.report.layout import arrange, grouped, line_label, run_label
-from lab.study.report.page import Block, Chart, Code, Section, Table, Text
+from lab.study.report.page import Chart, Code, Piece, Section, Table, Text
 from lab.study.results import Results
 
 MEBIBYTE = 2**20
 
 
-def question(study: Results) -> list[Block]:
+def question(study: Results) -> list[Piece]:
     """What was asked, and how much of the answer is there; opens every report."""
     return [Text(study.plan["question"]), Text(_progress(study))]
 
 
-def runs(study: Results) -> list[Block]:
+def runs(study: Results) -> list[Piece]:
     """What each cell is and cost, what failed, where it ran and how to do it again."""
     return [*_cells(study), *_failures(study), *_evaluation_speed(study), *_environment(study), *_commands(study)]
 
 
-def curves(study: Results) -> list[Block]:
+def curves(study: Results) -> list[Piece]:
     """Learning curves: a colour for each value of one label, a panel for each combination of the others, or for each
     group of study.groups in it."""
     found: dict = {}
@@ -55,7 +55,7 @@ SECTIONS = {
 }  # title, and a function of the study's labels that the section needs to the section: a function of the results
 
 
-def parts(entries: Sequence, labels: Sequence[str]) -> dict[str, tuple[str, Callable[[Results], list[Block]]]]:
+def parts(entries: Sequence, labels: Sequence[str]) -> dict[str, tuple[str, Callable[[Results], list[Piece]]]]:
     """{name: (title, section)} of study.sections: names, or tuples (name, label, ...) where a section needs labels.
 
     Raises UserError for an unknown section, too few or too many labels, and one that the study (`labels`) lacks.
@@ -106,7 +106,7 @@ def make(study: Results, findings: Findings | None) -> list[Section]:
     return [section for section in found if section.blocks]
 
 
-def _if_any(title: str, blocks: list[Block]) -> list[Section]:
+def _if_any(title: str, blocks: list[Piece]) -> list[Section]:
     return [Section(title, blocks)] if blocks else []
 
 
@@ -120,7 +120,7 @@ def _progress(study: Results) -> str:
     return f"{text}. The study needs {executables} training executable{'s' if executables > 1 else ''}."
 
 
-def _cells(study: Results) -> list[Block]:
+def _cells(study: Results) -> list[Piece]:
     planned = {
         "parameters": lambda cell: f"{cell['parameters']:,}",
         "parameters besides embeddings": lambda cell: f"{cell['parameters_non_embedding']:,}",
@@ -174,7 +174,7 @@ def _training_cost(study: Results, cell: dict) -> list[str]:
     return [number(seconds, 1), number(speed, 0), share, number(peak / MEBIBYTE, 0)]
 
 
-def _failures(study: Results) -> list[Block]:
+def _failures(study: Results) -> list[Piece]:
     rows = [
         [run_label(study, run), str(run.failure.get("step", "—")), str(run.failure["reason"])]
         for run in study.runs
@@ -183,7 +183,7 @@ def _failures(study: Results) -> list[Block]:
     return [Table(["run", "step", "reason"], rows, "**Failed.** `--retry-failed` runs these again.")] * bool(rows)
 
 
-def _evaluation_speed(study: Results) -> list[Block]:
+def _evaluation_speed(study: Results) -> list[Piece]:
     frame = study.timings[study.timings["phase"] == "eval"]
     if frame.empty:
         return []
@@ -202,7 +202,7 @@ def _evaluation_speed(study: Results) -> list[Block]:
     return [Table([study.condition, "seconds", "tokens/s", "peak MiB"], rows, caption, folded=True)]
 
 
-def _environment(study: Results) -> list[Block]:
+def _environment(study: Results) -> list[Piece]:
     results = [run.result for run in study.runs if run.result]
     environments = _distinct([result["environment"] for result in results])
     if not environments:
@@ -230,7 +230,7 @@ def _texts(study: Results) -> str:
     return f"All finished cells of a seed read the same training texts in the same order (hash {shown})."
 
 
-def _commands(study: Results) -> list[Block]:
+def _commands(study: Results) -> list[Piece]:
     lines = [
         study.plan["command"],
         f"python -m lab.report {study.directory}",

@@ -12,7 +12,7 @@ from lab.study.judge.residuals import BETWEEN, COSTS, MEANINGS, relative, shown
 from lab.study.judge.statistics import half_widths
 from lab.study.numbers import number, short, whole
 from lab.study.report import tables
-from lab.study.report.page import Block, Heading, Table, Text
+from lab.study.report.page import Heading, Piece, Table, Text
 from lab.study.report.verdicts import JUDGED, interval, judged, signed
 from lab.study.results import Results
 
@@ -28,7 +28,7 @@ THEIRS = {  # what a published file may say of a variant besides its loss
 Published = Mapping[str, float]  # {name of a cell: its published loss (nats per token)}
 
 
-def section(study: Results) -> list[Block]:
+def section(study: Results) -> list[Piece]:
     """For studies whose published numbers are by its labels: one loss for each variant, or one by condition."""
     if study.results.empty:
         return [Text("No cell has finished yet.")]
@@ -110,7 +110,7 @@ def _difference(name: str, against: Mapping[str, Comparison], theirs: Published)
     return [*judged(one), signed(difference), "—" if difference is None else replicates(one, difference)]
 
 
-def _replications(study: Results, findings: Findings, theirs: Published) -> list[Block]:
+def _replications(study: Results, findings: Findings, theirs: Published) -> list[Piece]:
     """A line for each contrast: published on all sides, does its sign replicate?"""
     cells = {cell["name"]: cell["labels"] for cell in study.plan["cells"]}
     answers, lines, missing = [], [], []

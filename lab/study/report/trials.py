@@ -8,17 +8,17 @@ from lab.study.judge import residuals
 from lab.study.numbers import number
 from lab.study.report import costs, figures
 from lab.study.report.layout import arrange, describe, leaves, line_label
-from lab.study.report.page import Block, Chart, Table, Text
+from lab.study.report.page import Chart, Piece, Table, Text
 from lab.study.results import Results, judged_loss
 
 
-def section(study: Results) -> list[Block]:
+def section(study: Results) -> list[Piece]:
     """Nothing for a study that tunes nothing."""
     trials = study.plan.get("tuning", [])
     if not trials:
         return []
     seed = trials[0]["seed"]
-    blocks: list[Block] = [
+    blocks: list[Piece] = [
         Text(
             f"Every cell was tried at every point of one grid, with the same budget, on seed {seed}; it is judged on "
             "other seeds, at its best point. A best point on the edge of the grid may lie beyond it."

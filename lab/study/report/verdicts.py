@@ -9,7 +9,7 @@ from lab.study.judge.trends import EARLY, END, reading, trend
 from lab.study.numbers import number
 from lab.study.report import figures
 from lab.study.report.layout import describe, panel_rows, run_label
-from lab.study.report.page import Block, Chart, Table, Text
+from lab.study.report.page import Chart, Piece, Table, Text
 from lab.study.results import Results
 
 JUDGED = ["verdict", "difference", "95% interval"]
@@ -24,9 +24,9 @@ EXPLAINED = (
 )
 
 
-def verdicts(study: Results, findings: Findings) -> list[Block]:
+def verdicts(study: Results, findings: Findings) -> list[Piece]:
     """Every cell against its baseline, every contrast, and what limits them."""
-    blocks: list[Block] = [Text(note) for note in _notes(study, findings)]
+    blocks: list[Piece] = [Text(note) for note in _notes(study, findings)]
     against = {one.name: one for one in findings.of_kind("baseline")}
     rows = [
         [
@@ -69,7 +69,7 @@ def details(comparison: Comparison) -> list[str]:
     return [_p(comparison.adjusted), number(known.detectable, 4), interval(known.bootstrap_interval)]
 
 
-def evidence(findings: Findings) -> list[Block]:
+def evidence(findings: Findings) -> list[Piece]:
     """One row for each claim and layer, and for each contrast that bears on it."""
     rows = []
     for claim, found in _grouped(findings.evidence, lambda one: one.claim).items():
@@ -86,7 +86,7 @@ def evidence(findings: Findings) -> list[Block]:
     return [Table(["claim", "evidence", "layer", *OF_CONTRAST], rows, caption)]
 
 
-def through_training(study: Results, findings: Findings) -> list[Block]:
+def through_training(study: Results, findings: Findings) -> list[Piece]:
     """Paired differences of the training loss against tokens seen."""
     labels = {cell["name"]: describe(cell["labels"]) for cell in study.plan["cells"]}
     found = {one.name: trend(findings, one) for one in findings.of_kind("baseline")}
@@ -106,7 +106,7 @@ def through_training(study: Results, findings: Findings) -> list[Block]:
     return [chart, Table(["cell", "training loss against its baseline"], rows, note)]
 
 
-def refusals(comparisons: Iterable[Comparison]) -> list[Block]:
+def refusals(comparisons: Iterable[Comparison]) -> list[Piece]:
     """The pairs that were not made, and the field in which their runs differ."""
     rows = [
         [one.name, one.against, str(seed), reason]
@@ -174,7 +174,7 @@ def _costs(cell: Mapping, against: Mapping[str, Comparison]) -> list[str]:
     return [text if text == "—" else f"{text} ({by})" for text, by in zip(shown(cell).values(), more, strict=True)]
 
 
-def _effects(study: Results, findings: Findings) -> list[Block]:
+def _effects(study: Results, findings: Findings) -> list[Piece]:
     labels = {cell["name"]: describe(cell["labels"]) for cell in study.plan["cells"]}
     named = [(labels.get(one.name, one.name), one) for one in findings.comparisons if one.estimate.n]
     if not named:

@@ -28,7 +28,7 @@ class Run:
 
     cell: Cell
     seed: int
-    identity: identity.Record  # of the cell
+    identity: identity.Identity  # of the cell
     data: lab_data.Data
     directory: pathlib.Path
     baseline: Cell | None = None  # what the study compares it with

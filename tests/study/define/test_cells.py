@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import lab.config
 from lab.errors import UserError
+from lab.options import leaves, set_field
 from lab.study.define import cell as definition
 from lab.study.define.cells import chain, named, product, vary, zipped
 from lab.study.define.resolve import resolve
@@ -66,10 +67,10 @@ def test_cells_carry_their_overrides_and_nothing_else():
         "rope_ratio=1.0,train_branch=1-3",
     ]
     assert found[1].labels == {"rope_ratio": 0.0, "train_branch": "1-3"}
-    before = lab.config.leaves(config)
+    before = leaves(config)
     for cell, override in zip(found, made, strict=True):
-        assert lab.config.leaves(cell.config) == before | dict(override)
-    assert lab.config.leaves(config) == before
+        assert leaves(cell.config) == before | dict(override)
+    assert leaves(config) == before
 
 
 def test_a_study_without_cells_is_one_cell():
@@ -105,8 +106,8 @@ def test_an_override_of_what_the_study_varies_is_refused_by_name():
 def one(**settings):
     config = study()
     for name, value in settings.items():
-        lab.config.set_field(config, name.replace("__", "."), value)
-    return resolve(config)[0]
+        set_field(config, name.replace("__", "."), value)
+    return definition.make(config.study, (), config)
 
 
 def test_a_fingerprint_is_of_config_data_and_sources(monkeypatch):
@@ -117,10 +118,10 @@ def test_a_fingerprint_is_of_config_data_and_sources(monkeypatch):
     assert one().fingerprint("data") != fingerprint
 
 
-@pytest.mark.parametrize("room", ["model", "data", "train", "evaluate", "mesh"])
+@pytest.mark.parametrize("room", ["model", "data", "train", "evaluate"])
 def test_every_field_that_a_result_depends_on_is_in_the_fingerprint(room):
     prints = {one().fingerprint("data")}
-    fields = {name: value for name, value in lab.config.leaves(lab.config.base()).items() if name.startswith(room)}
+    fields = {name: value for name, value in leaves(lab.config.base()).items() if name.startswith(f"{room}.")}
     for name in definition.ELSEWHERE:
         fields.pop(f"data.{name}", None)
     for name, value in fields.items():
@@ -138,7 +139,7 @@ def test_every_field_that_a_result_depends_on_is_in_the_fingerprint(room):
 def test_what_changes_no_number_leaves_the_fingerprint():
     changed = one(
         run__checkpoint__every=7, run__checkpoint__keep=5, run__log__every=3, study__seeds=4, study__question="?",
-        data__path="moved", run__workers=2,
+        data__path="moved", run__workers=2, run__mesh__fsdp=2, run__scan=True, run__implementation="reference",
     )  # fmt: skip
     assert changed.fingerprint("data") == one().fingerprint("data")
 

@@ -116,8 +116,8 @@ def test_finished_runs_are_marked_successful_and_keep_their_curves(tmp_path):
 
 
 def test_config_and_its_differences_are_text(tmp_path):
-    config = {"model": {"dim": 96, "rotary": {"ratio": 1.0}}, "study": {"name": "x"}}
-    described = describe(config, config | {"model": {"dim": 96, "rotary": {"ratio": 0.5}}})
+    config = {"model": {"dim": 96, "position": {"ratio": 1.0}}, "study": {"name": "x"}}
+    described = describe(config, config | {"model": {"dim": 96, "position": {"ratio": 0.5}}})
     assert "| model.position.ratio | 1.0 | 0.5 |" in described and "    model.dim = 96" in described
     assert "| model.dim" not in described and "study.name" not in described
     assert describe(config, config).startswith("The same as") and describe(config, None).startswith("No baseline")

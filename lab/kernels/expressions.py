@@ -1,0 +1,206 @@
+"""Integer expressions of query and key coordinates: numbers (`Term`) and truth values (`Rule`).
+
+The same expression is evaluated on arrays (the dense mask, the mask inside a kernel, the index of a bias, a mapped
+time) and on ranges of coordinates (which tiles are empty, full or partial). A range answer may be too wide, but never
+wrong: a truth value may say maybe too often, but never a wrong never or always.
+"""
+
+import dataclasses
+import itertools
+import operator
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lab.coordinates import Coordinates
+
+
+class Range(NamedTuple):
+    """Every value lies in low..high, both included. For truth values: low is certainly, high is possibly."""
+
+    low: Any
+    high: Any
+
+
+def _floordiv(a: Range, b: Range) -> Range:
+    return Range(a.low // b.low, a.high // b.low)
+
+
+def _modulo(a: Range, b: Range) -> Range:
+    period, within = b.low, a.low // b.low == a.high // b.low  # within: no multiple of the period lies between
+    return Range((a.low % period) * within, period - 1 - (period - 1 - a.high % period) * within)
+
+
+def _equal(a: Range, b: Range) -> Range:
+    return Range((a.low == a.high) & (b.low == b.high) & (a.low == b.low), (a.low <= b.high) & (b.low <= a.high))
+
+
+def _times(a: Range, b: Range) -> Range:
+    ends = a.low * b.low, a.high * b.low
+    return Range(*(ends if b.low >= 0 else ends[::-1]))
+
+
+def _of_arrays(name: str):
+    """numpy's function of this name for numbers and arrays of the host, else that of jax.numpy."""
+    return lambda a, b: getattr(jnp if isinstance(a, jax.Array) or isinstance(b, jax.Array) else np, name)(a, b)
+
+
+_minimum, _maximum = _of_arrays("minimum"), _of_arrays("maximum")
+
+
+def _reached(value, thresholds: tuple[int, ...]):
+    return sum((value >= threshold) + 0 for threshold in thresholds)
+
+
+# name -> (on arrays, on ranges). // and % take a positive constant on the right, * any constant, reached a tuple.
+_OPERATORS = {
+    "+": (operator.add, lambda a, b: Range(a.low + b.low, a.high + b.high)),
+    "-": (operator.sub, lambda a, b: Range(a.low - b.high, a.high - b.low)),
+    "*": (operator.mul, _times),
+    "//": (operator.floordiv, _floordiv),
+    "%": (operator.mod, _modulo),
+    "minimum": (_minimum, lambda a, b: Range(_minimum(a.low, b.low), _minimum(a.high, b.high))),
+    "maximum": (_maximum, lambda a, b: Range(_maximum(a.low, b.low), _maximum(a.high, b.high))),
+    "reached": (_reached, lambda a, b: Range(_reached(a.low, b.low), _reached(a.high, b.low))),
+    "<": (operator.lt, lambda a, b: Range(a.high < b.low, a.low < b.high)),
+    "<=": (operator.le, lambda a, b: Range(a.high <= b.low, a.low <= b.high)),
+    "==": (operator.eq, _equal),
+    "&": (operator.and_, lambda a, b: Range(a.low & b.low, a.high & b.high)),
+    "|": (operator.or_, lambda a, b: Range(a.low | b.low, a.high | b.high)),
+}
+
+
+def _evaluate(tree: tuple, q: Coordinates, k: Coordinates, on_ranges: bool):
+    kind, *rest = tree
+    if kind == "constant":
+        return Range(rest[0], rest[0]) if on_ranges else rest[0]
+    if kind == "coordinate":
+        side, name = rest
+        return getattr(q if side == "q" else k, name)
+    return _OPERATORS[kind][on_ranges](*(_evaluate(operand, q, k, on_ranges) for operand in rest))
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """A truth value of a query and a key. Compared and hashed by what it says."""
+
+    tree: tuple
+
+    def __and__(self, other: "Rule") -> "Rule":
+        return Rule(("&", self.tree, other.tree))
+
+    def __or__(self, other: "Rule") -> "Rule":
+        return Rule(("|", self.tree, other.tree))
+
+    def __bool__(self) -> bool:
+        # Python would read `a < b < c`, `!=`, `not`, `and` and `or` as half of what was meant.
+        raise TypeError("a rule is neither true nor false: join comparisons with & and |; no chains, no !=")
+
+    def visible(self, q: Coordinates, k: Coordinates):
+        """Truth values for arrays of coordinates that broadcast against each other, q [..., T, 1] and k [..., 1, S]."""
+        return _evaluate(self.tree, q, k, on_ranges=False)
+
+    def visible_range(self, q: Coordinates, k: Coordinates) -> Range:
+        """The same on coordinates whose fields are `Range`s: certainly visible, possibly visible."""
+        return _evaluate(self.tree, q, k, on_ranges=True)
+
+
+class Term:
+    """A number made of coordinates and constants; comparing two makes a Rule. What it says is its `tree`."""
+
+    __hash__ = None
+
+    def __init__(self, tree: tuple):
+        self.tree = tree
+
+    def _number(self, name: str, other: "Term | int") -> "Term":
+        return Term((name, self.tree, term(other).tree))
+
+    def _rule(self, name: str, other: "Term | int") -> Rule:
+        return Rule((name, self.tree, term(other).tree))
+
+    def __add__(self, other):
+        return self._number("+", other)
+
+    def __sub__(self, other):
+        return self._number("-", other)
+
+    def __mul__(self, other: int):
+        if type(other) is not int:
+            raise ValueError(f"a term is multiplied by {other!r}; * takes a constant, a whole number")
+        return self._number("*", other)
+
+    def __floordiv__(self, other: int):
+        return self._number("//", _positive(other))
+
+    def __mod__(self, other: int):
+        return self._number("%", _positive(other))
+
+    def __lt__(self, other):
+        return self._rule("<", other)
+
+    def __le__(self, other):
+        return self._rule("<=", other)
+
+    def __gt__(self, other):
+        return term(other)._rule("<", self)
+
+    def __ge__(self, other):
+        return term(other)._rule("<=", self)
+
+    def __eq__(self, other):
+        return self._rule("==", other)
+
+    def reached(self, thresholds: Sequence[int]) -> "Term":
+        """How many of the rising thresholds the number has reached: buckets of any widths, monotone, without a log."""
+        thresholds = tuple(int(t) for t in thresholds)
+        if not thresholds or any(a >= b for a, b in itertools.pairwise(thresholds)):
+            raise ValueError(f"thresholds {thresholds} do not rise; give at least one, each above the one before")
+        return Term(("reached", self.tree, ("constant", thresholds)))
+
+    def values(self, q: Coordinates, k: Coordinates):
+        """The numbers, for arrays of coordinates that broadcast against each other; a constant stays one number."""
+        return _evaluate(self.tree, q, k, on_ranges=False)
+
+    def value_range(self, q: Coordinates, k: Coordinates) -> Range:
+        """The same on coordinates whose fields are `Range`s: no value lies outside."""
+        return _evaluate(self.tree, q, k, on_ranges=True)
+
+    def sides(self) -> set[str]:
+        """Which coordinates it reads: those of "q", of "k", of both or of none."""
+        return _sides(self.tree)
+
+
+def _sides(tree: tuple) -> set[str]:
+    kind, *rest = tree
+    if kind == "constant":
+        return set()
+    return {rest[0]} if kind == "coordinate" else set().union(*map(_sides, rest))
+
+
+def minimum(a: Term | int, b: Term | int) -> Term:
+    """The smaller of two numbers."""
+    return Term(("minimum", term(a).tree, term(b).tree))
+
+
+def maximum(a: Term | int, b: Term | int) -> Term:
+    """The larger of two numbers."""
+    return Term(("maximum", term(a).tree, term(b).tree))
+
+
+def term(value: Term | int) -> Term:
+    """A number as a term; itself if it is one."""
+    return value if isinstance(value, Term) else Term(("constant", int(value)))
+
+
+def _positive(value: int) -> int:
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"a rule divides by {value!r}; // and % take a constant of at least 1")
+    return value
+
+
+q = Coordinates(*(Term(("coordinate", "q", f.name)) for f in dataclasses.fields(Coordinates)))
+k = Coordinates(*(Term(("coordinate", "k", f.name)) for f in dataclasses.fields(Coordinates)))
