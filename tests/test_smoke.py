@@ -148,7 +148,7 @@ def test_a_vmapped_study_leaves_each_run_its_result(tmp_path_factory):
     run = commands.finished("main", *flags, log=place / "log")
     assert "train_steps 1 (" in run.out and "4 of 4 runs done" in run.out
     results = [json.loads(path.read_text()) for path in (place / "work").glob("cells/*/seed-0/result.json")]
-    assert len(results) == 4 and {result["environment"]["vmapped"] for result in results} == {4}
+    assert len(results) == 4 and {result["segments"][-1]["vmapped"] for result in results} == {4}
     model, tokenizer = lab.load(next((place / "work").glob("cells/*")))
     assert model(tokenizer.encode("word")[None]).shape[:2] == (1, 4)
     assert not (place / "work" / "stacks").exists()
