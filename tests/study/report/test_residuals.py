@@ -13,9 +13,8 @@ from studies import branches, write, write_study
 from test_verdicts import CONTRAST, STUDY, VALUES, loss, noise, table
 
 from lab import report
-from lab.study import results
+from lab.study import numbers, results
 from lab.study.judge import evidence, residuals
-from lab.study.report import layout
 
 NUMBERS = st.integers(1, 10**12)
 CELLS = st.builds(
@@ -77,12 +76,12 @@ def test_residuals_are_per_cents(value, text):
     (999.9, "1 k"), (0.0123, "0.0123"), (0, "0"), (math.nan, "—"),
 ])  # fmt: skip
 def test_short_numbers(value, text):
-    assert layout.short(value) == text
+    assert numbers.short(value) == text
 
 
 @pytest.mark.parametrize(("value", "text"), [(4096, "4,096"), (512.0, "512"), (341.3333, "341.3"), (math.nan, "—")])
 def test_whole_numbers(value, text):
-    assert layout.whole(value) == text
+    assert numbers.whole(value) == text
 
 
 def made(directory, study=STUDY, changed=lambda cell: {}, **options):
