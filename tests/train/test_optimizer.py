@@ -136,7 +136,8 @@ def test_matrices_decay_and_scales_do_not():
     ("warmup", 7, "train.warmup = 7 must lie in 0..train.steps = 6"),
     ("warmup", -1, "train.warmup = -1 must be at least 0"),
     ("cooldown", 0.5,
-     "train.cooldown = 0.5 means nothing beside train.schedule = 'cosine'; choose 0.2, or one of: train.schedule = 'wsd'"),
+     "train.cooldown = 0.5 means nothing beside train.schedule = 'cosine'; choose 0.2, or one of: "
+     "train.schedule = 'wsd'"),
     ("clip", 0.0, "train.clip = 0.0 must be above 0"),
 ])  # fmt: skip
 def test_settings_that_mean_nothing_are_refused(field, value, says):
