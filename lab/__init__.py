@@ -16,10 +16,10 @@ def load(path):
     """
     # Imported here: `import lab` must stay light, and must not touch JAX before lab.runtime has.
     import jax
-    from ml_collections import ConfigDict
 
     from lab.data import tokenizers
     from lab.model import build
+    from lab.options import leaves, nested, tuples
     from lab.train.checkpoint import read_model
 
     path = pathlib.Path(path)
@@ -33,6 +33,7 @@ def load(path):
     directory = path.parent if step is not None else path / "checkpoints"
     if not directory.is_dir():
         raise UserError(f"{directory} does not exist: nothing was saved there yet")
-    config = ConfigDict(json.loads((cell / "config.json").read_text()))
+    kept = leaves(json.loads((cell / "config.json").read_text()))
+    config = nested({name: tuples(value) for name, value in kept.items()})
     model = build(config.model, jax.random.key(0))
     return read_model(directory, model, step), tokenizers.load(cell)
