@@ -19,15 +19,15 @@ ONE_CELL = 'product(vary("model.position.ratio", (1.0,)), vary("data.draw", ("1-
 _STUDY = """\
 \"\"\"Does a tiny study run?\"\"\"
 
-from lab.config import base
+from lab.config import base, branches
 from lab.study.define.cells import chain, named, product, vary
 
 
 def get_config():
-    config = base()
+    config = branches(base())
     config.study.update(name="tiny", question="Does it run?", labels={labels!r}, sections={sections!r})
     config.study.cells = {cells}
-    config.model.update(dim=16, layers=1, heads=2, kv_heads=1, head_dim=8, ffn=32)
+    config.model.update(dim=16, layers=1, mixer=dict(heads=2, head_dim=8), feedforward=dict(width=32))
     config.data.update(corpus="jsonl", path={corpus!r}, text_length=16, texts_per_row=4, rows=4, draw="1-3")
     config.train.update(steps={steps}, warmup=2)
     config.evaluate.loss.update(branches=(1, 2, 4), texts=16, texts_per_row=4, rows=4)

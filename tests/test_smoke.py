@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import lab
 from lab import data as lab_data
-from lab.data import evaluation_batches
+from lab.data import pipeline
 from lab.errors import UserError
 from lab.train import step
 
@@ -102,7 +102,10 @@ def test_a_finished_cell_gives_its_model_back(work):
     result = json.loads((cell / "seed-0" / "result.json").read_text())
     evaluate = jax.jit(step.evaluation_step)
     for condition in result["conditions"]:
-        parts = [evaluate(model, batch) for batch in evaluation_batches(config, texts, condition["eval_branch"])]
+        parts = [
+            evaluate(model, batch)
+            for batch in pipeline.evaluation_batches(config, config.evaluate.loss, texts, condition["eval_branch"])
+        ]
         nats, right, tokens = (sum(map(float, part)) for part in zip(*parts, strict=True))
         assert tokens == condition["tokens"] and right / tokens == condition["accuracy"]
         np.testing.assert_allclose(nats / tokens, condition["loss"], rtol=1e-5)
