@@ -31,9 +31,10 @@ def mixer_parameters(model) -> tuple[int, int]:
         "s3": D * G * K,
     }[model.mixer.name]
     full = lambda rank, inner: rank * (D + inner) if rank else D * inner  # noqa: E731
-    matrices = own + full(model.mixer.q_rank, maps * K) + full(model.mixer.o_rank, H * V) + model.mixer.output_gate * D * H * V
-    latents = {"mla": C + model.mixer.q_rank, "s3": N}.get(model.mixer.name, 0) * model.mixer.latent_norm
-    return matrices, latents + (H if model.mixer.name == "forgetting" else 0) + model.mixer.sink * maps + model.mixer.qk_norm * 2 * K
+    m = model.mixer
+    matrices = own + full(m.q_rank, maps * K) + full(m.o_rank, H * V) + m.output_gate * D * H * V
+    latents = {"mla": C + m.q_rank, "s3": N}.get(m.name, 0) * m.latent_norm
+    return matrices, latents + (H if m.name == "forgetting" else 0) + m.sink * maps + m.qk_norm * 2 * K
 
 
 def cache(model) -> int:

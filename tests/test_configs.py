@@ -55,7 +55,9 @@ def test_every_scale_plans(path, scale):
     for cell, row in zip(cells, rows, strict=True):
         model, data, train = cell.config.model, cell.config.data, cell.config.train
         if "rope_ratio" in dict(config.study.labels).values():
-            assert model.mixer.heads * model.mixer.head_dim == model.dim and model.mixer.heads == 4 * model.mixer.kv_heads
+            assert (
+                model.mixer.heads * model.mixer.head_dim == model.dim and model.mixer.heads == 4 * model.mixer.kv_heads
+            )
         matrices, vectors = closed_forms.parameters(model)
         assert row["parameters"] == matrices + vectors
         assert row["parameters_non_embedding"] == matrices + vectors - closed_forms.embeddings(model)
@@ -101,7 +103,9 @@ def test_rope_ablation_is_ten_cells_of_one_program():
 def test_rope_ablation_on_a_gpu_gives_the_published_rows():
     config, cells, rows = planned("rope_ablation", "gpu")
     published = (commands.REPOSITORY / config.study.published).read_text().splitlines()[1:]
-    ours = {(c.config.model.position.ratio, c.config.data.draw, n) for c in cells for n in config.evaluate.loss.branches}
+    ours = {
+        (c.config.model.position.ratio, c.config.data.draw, n) for c in cells for n in config.evaluate.loss.branches
+    }
     theirs = {tuple(line.split(",")[:3]) for line in published}
     assert len(ours) == len(theirs) == 140
     assert ours == {(float(ratio), draw, int(count)) for ratio, draw, count in theirs}
@@ -141,7 +145,7 @@ def test_muon_ablation_compares_optimizers_of_one_model(scale, millions):
     assert {round(row["parameters"] / 1e6, 1 if millions < 100 else 0) for row in rows} == {millions}
     assert [cell.config.train.optimizer for cell in cells] == ["adamw"] + ["muon"] * 5
     assert len({row["executable"] for row in rows}) == 6
-    assert {cell.config.train.muon.adam_decay for cell in cells} == {cells[0].config.train.weight_decay}
+    assert {cell.config.train.muon.adam_decay for cell in cells[1:]} == {cells[0].config.train.weight_decay}
     # At the rate at which a square matrix moves as under Moonlight's scaling, decay and AdamW's rate are the same too.
     plain, *_, jordan, mup = (cell.config for cell in cells)
     for other in (jordan, mup):
@@ -250,7 +254,7 @@ def test_the_residual_study_confirms_the_six_best_of_the_published_losses():
     parts = {cell.labels["method"] for part in PARTS for cell in planned(RESIDUAL, f"cpu-{part}")[1]}
     assert {*losses} <= parts and len(losses) == 22
     halved = next(c for c in planned(RESIDUAL, "cpu-v4")[1] if c.labels["method"] == "temperature 2").config.model
-    assert halved.softmax_scale == 0.5 * halved.head_dim**-0.5
+    assert halved.mixer.softmax_scale == 0.5 * halved.mixer.head_dim**-0.5
 
 
 def test_groups_of_curves_that_name_nothing_are_refused():

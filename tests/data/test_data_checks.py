@@ -42,7 +42,11 @@ def test_the_base_config_passes():
         ("run.workers", -1, "run.workers = -1 must be at least 0"),
         ("seed", -1, "seed = -1 must be at least 0"),
         ("evaluate.loss.branches", (1, 0), "evaluate.loss.branches = 0 is too small"),
-        ("evaluate.loss.branches", (2, 4, 5), "evaluate.loss.texts_per_row = 6 .*\\(2, 4, 5\\); choose a multiple of 20"),
+        (
+            "evaluate.loss.branches",
+            (2, 4, 5),
+            "evaluate.loss.texts_per_row = 6 .*\\(2, 4, 5\\); choose a multiple of 20",
+        ),
         ("evaluate.loss.texts", 30, "evaluate.loss.texts = 30 is not a multiple .* 6 x 4; the next is 48"),
         ("evaluate.loss.rows", 0, "evaluate.loss.rows = 0 must be at least 1"),
     ],

@@ -192,13 +192,21 @@ def test_evaluation_reads_the_same_texts_for_every_cell(config, texts):
     for seed, branches, draw in itertools.product([0, 7], [1, 2, 3, 6], ["fixed1", "1-3"]):
         config.seed = seed
         config.data.draw = draw
-        read.append([ids_of(texts, batch) for batch in pipeline.evaluation_batches(config, config.evaluate.loss, texts, branches)])
+        read.append(
+            [
+                ids_of(texts, batch)
+                for batch in pipeline.evaluation_batches(config, config.evaluate.loss, texts, branches)
+            ]
+        )
     assert all(ids == read[0] for ids in read)
     assert len(set(itertools.chain(*read[0]))) == 48
 
 
 def test_evaluation_hosts_together_hold_the_batch_of_one(config, texts):
-    halves = [pipeline.evaluation_batches(config, config.evaluate.loss, texts, 3, process_index=i, process_count=2) for i in range(2)]
+    halves = [
+        pipeline.evaluation_batches(config, config.evaluate.loss, texts, 3, process_index=i, process_count=2)
+        for i in range(2)
+    ]
     whole = list(pipeline.evaluation_batches(config, config.evaluate.loss, texts, 3))
     joined = [jax.tree.map(lambda a, b: np.concatenate([a, b]), *step) for step in zip(*halves, strict=True)]
     for batch, other in zip(joined, whole, strict=True):

@@ -59,7 +59,8 @@ def test_flops_against_what_the_compiler_counts(variant):
     config = variants.config(variant, **WIDE)
     if config.model.position.dim:
         config.model.position.dim = 8
-    model, T = lab_model.abstract(config.model, config.run), 64 if variants.in_order(variant) else 128  # loops are counted once
+    model = lab_model.abstract(config.model, config.run)
+    T = 64 if variants.in_order(variant) else 128  # loops are counted once
     tokens = jax.ShapeDtypeStruct((1, T), np.int32)
     batch = Batch(tokens, tokens, Coordinates(tokens, tokens, tokens, tokens))
     gradient = jax.jit(functools.partial(step.accumulated_gradient, z_loss=0.0, microbatches=1))

@@ -75,7 +75,9 @@ def test_means_are_over_layers_not_over_entries_of_the_pattern(monkeypatch):
     assert accounting.state_per_layer(model) == 6 / 3
 
 
-@pytest.mark.parametrize(("overrides", "work"), [({}, 4 * (8 + 8)), (dict(model__mixer__heads=2, model__mixer__head_dim=24), 2 * 48)])
+@pytest.mark.parametrize(
+    ("overrides", "work"), [({}, 4 * (8 + 8)), (dict(model__mixer__heads=2, model__mixer__head_dim=24), 2 * 48)]
+)
 def test_attention_work_is_heads_times_both_widths(overrides, work):
     model = lab_model.abstract(tiny.config(**overrides).model)
     assert accounting.attention_work(model) == work

@@ -203,9 +203,12 @@ def marked(cases: list) -> list:
 @pytest.mark.parametrize(("variant", "overrides"), marked([
     *((name, ()) for name in EVERY if name.startswith("mixer ") or " on " in name),
     *((name, ()) for name in ("mla with a query latent", "low rank, everything rotates", "values of another width")),
-    *(("default", (("model__mixer__rotate", subset), ("model__position__dim", dim))) for subset in SUBSETS for dim in (0, 4)),
-    ("mixer mla", (("model__mixer__latent_norm", False), ("model__mixer__kv_heads", 1), ("model__mixer__v_head_dim", 10))),
-    ("mixer s3", (("model__mixer__latent_norm", False), ("model__mixer__softmax_scale", 0.2), ("model__mixer__softcap", 2.0))),
+    *(("default", (("model__mixer__rotate", subset), ("model__position__dim", dim)))
+      for subset in SUBSETS for dim in (0, 4)),
+    ("mixer mla", (("model__mixer__latent_norm", False), ("model__mixer__kv_heads", 1),
+     ("model__mixer__v_head_dim", 10))),
+    ("mixer s3", (("model__mixer__latent_norm", False), ("model__mixer__softmax_scale", 0.2),
+     ("model__mixer__softcap", 2.0))),
     ("mixer s1", (("model__mixer__v_head_dim", 10), ("model__mixer__rotate", "qkvo"))),
     ("mixer gta", (("model__mixer__v_head_dim", 14), ("model__mixer__rotate", "kv"))),
     ("mixer s2", (("model__mixer__rotate", "qkv"),)),
@@ -258,7 +261,9 @@ def test_s2_does_not_feel_where_it_is_thanks_to_the_inverse_rotation(dtype, most
 def test_s3_with_the_absorbed_weights_of_an_mla_is_that_mla(latent_norm):
     shape = dict(model__mixer__kv_heads=1, model__position__dim=4, model__mixer__latent_norm=latent_norm)
     mla = tiny.model(tiny.config(model__mixer__name="mla", model__mixer__latent=12, **shape))
-    s3 = tiny.model(tiny.config(model__mixer__name="s3", model__mixer__softmax_scale=8**-0.5, model__mixer__head_dim=16, **shape))
+    s3 = tiny.model(
+        tiny.config(model__mixer__name="s3", model__mixer__softmax_scale=8**-0.5, model__mixer__head_dim=16, **shape)
+    )
     inner, outer = mla.blocks[0].mixer, s3.blocks[0].mixer
     q_LDHN, q_LDHR = jnp.split(inner.q[...], [4], -1)
     absorbed = jnp.einsum("ldhn,lchn->ldhc", q_LDHN, inner.up_k[...])
@@ -350,24 +355,34 @@ def test_no_two_weights_are_drawn_from_the_same_numbers(variant):
     (dict(model__position__table="slice"), "own, head"),
     (dict(model__mixer__name="mla", model__mixer__latent=12), "leaves none of model.mixer.head_dim = 8 unrotated"),
     (dict(model__mixer__name="s3"), "choose an even number of 2 to 6"),
-    (dict(model__mixer__name="mla", model__position__dim=4, model__mixer__latent=0), "model.mixer.latent = 0 must be at least 1"),
-    (dict(model__mixer__name="mla", model__position__dim=4, model__mixer__qk_norm=True), "model.mixer.qk_norm = True means nothing beside model.mixer.name = 'mla'; choose False, or one of: "),
+    (dict(model__mixer__name="mla", model__position__dim=4, model__mixer__latent=0),
+     "model.mixer.latent = 0 must be at least 1"),
+    (dict(model__mixer__name="mla", model__position__dim=4, model__mixer__qk_norm=True),
+     "model.mixer.qk_norm = True means nothing beside model.mixer.name = 'mla'; choose False, or one of: "),
     (variants.mixer("mla", model__mixer__rotate="qkvo"), "auto, none, or letters of 'qk'"),
     (variants.mixer("mla", model__mixer__kv_heads=3), "choose model.mixer.kv_heads among: 1, 2, 4"),
     (dict(model__mixer__rotate="qkx"), "letters of 'qkvo'"),
     (dict(model__mixer__rotate="qq"), "letters of 'qkvo'"),
     (dict(model__mixer__name="s2", model__mixer__rotate="qk"), "have both k and v in it, or neither"),
-    (dict(model__mixer__name="s2", model__mixer__v_head_dim=4), "model.mixer.v_head_dim = 4 means nothing beside model.mixer.name = 's2'; choose 0"),
+    (dict(model__mixer__name="s2", model__mixer__v_head_dim=4),
+     "model.mixer.v_head_dim = 4 means nothing beside model.mixer.name = 's2'; choose 0"),
     (dict(model__mixer__name="s1", model__position__dim=4, model__mixer__v_head_dim=4), "must be above 4"),
-    (dict(model__mixer__name="s1", model__position__dim=4, model__mixer__v_head_dim=6, model__mixer__rotate="qkv"), "leave out v"),
-    (dict(model__position__dim=8, model__mixer__v_head_dim=6, model__mixer__rotate="qkvo"), "does not fit into values of width 6"),
-    (dict(model__mixer__name="forgetting", model__mixer__softcap=2.0), "model.mixer.softcap = 2.0 means nothing beside model.mixer.name = 'forgetting'; choose 0.0"),
+    (dict(model__mixer__name="s1", model__position__dim=4, model__mixer__v_head_dim=6, model__mixer__rotate="qkv"),
+     "leave out v"),
+    (dict(model__position__dim=8, model__mixer__v_head_dim=6, model__mixer__rotate="qkvo"),
+     "does not fit into values of width 6"),
+    (dict(model__mixer__name="forgetting", model__mixer__softcap=2.0),
+     "model.mixer.softcap = 2.0 means nothing beside model.mixer.name = 'forgetting'; choose 0.0"),
     (dict(model__mixer__name="forgetting", model__rule="causal & window(4)"), "causal, all_branches, own_branch"),
     (dict(model__mixer__name="delta"), "model.rule of model.mixer.name = 'delta' = 'all_branches' is unknown"),
-    (dict(model__mixer__name="delta", model__rule="causal", model__mixer__sink=True), "model.mixer.sink = True means nothing beside model.mixer.name = 'delta'; choose False"),
-    (dict(model__mixer__name="delta", model__rule="causal", model__mixer__rotate="qk"), "model.mixer.rotate = 'qk' means nothing beside model.mixer.name = 'delta'; choose 'auto'"),
+    (dict(model__mixer__name="delta", model__rule="causal", model__mixer__sink=True),
+     "model.mixer.sink = True means nothing beside model.mixer.name = 'delta'; choose False"),
+    (dict(model__mixer__name="delta", model__rule="causal", model__mixer__rotate="qk"),
+     "model.mixer.rotate = 'qk' means nothing beside model.mixer.name = 'delta'; choose 'auto'"),
     (dict(model__mixer__q_rank=-1), "model.mixer.q_rank = -1 must be at least 0"),
-    (dict(model__mixer__latent=12), "model.mixer.latent = 12 means nothing beside model.mixer.name = 'attention'; choose 0, or one of: model.mixer.name = 'mla'"),
+    (dict(model__mixer__latent=12),
+     "model.mixer.latent = 12 means nothing beside model.mixer.name = 'attention'; choose 0, or one of: "
+     "model.mixer.name = 'mla'"),
     (dict(model__pattern=((("mixer.rotate", 3),),)), "model.pattern sets mixer.rotate = 3, which is of another type"),
 ], ids=str)  # fmt: skip
 def test_mixers_that_mean_nothing_are_refused(overrides, says):

@@ -18,10 +18,13 @@ NAMES = [name for name in STREAMS if name[0] == "v" or name == "temperature"]
 @pytest.mark.parametrize(("overrides", "says"), [
     (dict(name="v1m8"), "did you mean 'v1m"),
     (dict(name="v4m1A", length=0), "model.stream.length = 0 must be at least 1: tokens of a row at most"),
-    (dict(name="v4m1", length=8), "model.stream.length = 8 means nothing beside model.stream.name = 'v4m1'; choose 0, or one of: "),
-    (dict(name="v2m1", accumulate="post"), "model.stream.accumulate = 'post' means nothing beside model.stream.name = 'v2m1'; choose 'raw'"),
+    (dict(name="v4m1", length=8),
+     "model.stream.length = 8 means nothing beside model.stream.name = 'v4m1'; choose 0, or one of: "),
+    (dict(name="v2m1", accumulate="post"),
+     "model.stream.accumulate = 'post' means nothing beside model.stream.name = 'v2m1'; choose 'raw'"),
     (dict(name="v1m1", accumulate="sum"), "choose one of: raw, post"),
-    (dict(name="v4mC", length=8, input="normed"), "or one of: model.stream.name = 'v4m1D', model.stream.name = 'v4m1E', model.stream.name = 'v4mD'"),
+    (dict(name="v4mC", length=8, input="normed"),
+     "or one of: model.stream.name = 'v4m1D', model.stream.name = 'v4m1E', model.stream.name = 'v4mD'"),
 ], ids=str)  # fmt: skip
 def test_streams_that_mean_nothing_are_refused(overrides, says):
     check_refused({f"model__stream__{field}": value for field, value in overrides.items()}, says)
@@ -35,8 +38,10 @@ def test_streams_that_mean_nothing_are_refused(overrides, says):
       for name in NAMES if name[:2] in ("v3", "v4", "te")),
     ("v3m1", dict(model__mixer__name="s2"), "choose one of: attention, differential"),
     ("v4m1", dict(model__mixer__name="forgetting"), "choose one of: attention, differential, mla, s1, s2, s3, gta"),
-    ("v4m1", dict(model__pattern=((), (("mixer.name", "s2"),))), "model.pattern has the values attention, s2 of mixer.name"),
-    *((name, dict(model__mixer__softmax_scale=0.5), "model.mixer.softmax_scale = 0.5 means nothing beside model.stream.name")
+    ("v4m1", dict(model__pattern=((), (("mixer.name", "s2"),))),
+     "model.pattern has the values attention, s2 of mixer.name"),
+    *((name, dict(model__mixer__softmax_scale=0.5),
+       f"model.mixer.softmax_scale = 0.5 means nothing beside model.stream.name = {name!r}")
       for name in ("v4m4", "v4m6", "v4m7")),
 ], ids=str)  # fmt: skip
 def test_streams_that_cannot_run_on_a_model_are_refused(name, overrides, says):

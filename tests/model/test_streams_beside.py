@@ -279,7 +279,8 @@ def test_mixing_weights_are_reported():
 @pytest.mark.parametrize(("name", "overrides", "says"), [
     ("hyper", dict(copies=0), "model.stream.copies = 0 must be at least 1: of the stream"),
     ("laurel", dict(rank=0), "model.stream.rank = 0 must be at least 1"),
-    ("plain", dict(copies=4), "model.stream.copies = 4 means nothing beside model.stream.name = 'plain'; choose 0, or one of: "),
+    ("plain", dict(copies=4),
+     "model.stream.copies = 4 means nothing beside model.stream.name = 'plain'; choose 0, or one of: "),
     ("attnres", dict(blocks=2), "model.stream.blocks = 2 means nothing beside model.stream.name = 'attnres'; choose 0"),
     ("attnres-block", dict(blocks=3), "does not divide model.layers = 4; choose one of: 1, 2, 4"),
 ])  # fmt: skip
@@ -296,8 +297,14 @@ def test_one_layer_and_mixers_of_another_kind_are_refused(name):
         lab_model.abstract(tiny.config(model__stream__name=name, model__layers=1).model)
     if STREAMS[name].mixers:
         with pytest.raises(UserError, match=r"'mla' is unknown.*; choose one of: attention, differential"):
-            lab_model.abstract(config(name, model__mixer__name="mla", model__mixer__latent=4, model__position__dim=4).model)
+            lab_model.abstract(
+                config(name, model__mixer__name="mla", model__mixer__latent=4, model__position__dim=4).model
+            )
 
 
 def test_variants_give_every_size():
-    assert {field for stream in STREAMS.values() for field in stream.options} <= {*variants.SIZES, "accumulate", "input"}
+    assert {field for stream in STREAMS.values() for field in stream.options} <= {
+        *variants.SIZES,
+        "accumulate",
+        "input",
+    }

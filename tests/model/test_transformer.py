@@ -48,7 +48,8 @@ def forward(config, model, tokens_T: np.ndarray, at: Coordinates) -> np.ndarray:
     dict(),
     dict(model__placement__name="output"),
     dict(model__placement__name="sandwich"),
-    dict(model__tied=False, model__rule="own_branch", model__mixer__softcap=2.0, model__mixer__kv_heads=1, model__norm__eps=0.1),
+    dict(model__tied=False, model__rule="own_branch", model__mixer__softcap=2.0, model__mixer__kv_heads=1,
+         model__norm__eps=0.1),
 ])  # fmt: skip
 def test_forward_against_numpy(overrides):
     config = tiny.config(**overrides).model
@@ -96,7 +97,8 @@ def test_weights_are_drawn_with_the_declared_spread():
 
 
 @pytest.mark.parametrize(("overrides", "says"), [
-    (dict(model__mixer__kv_heads=3), "model.mixer.heads = 4 is not divisible by model.mixer.kv_heads = 3; choose model.mixer.kv_heads among: 1"),
+    (dict(model__mixer__kv_heads=3),
+     "model.mixer.heads = 4 is not divisible by model.mixer.kv_heads = 3; choose model.mixer.kv_heads among: 1"),
     (dict(model__layers=0), "model.layers = 0 must be at least 1"),
     (dict(model__feedforward__width=-4), "model.feedforward.width = -4 must be at least 1"),
     (dict(model__mixer__name="attentoin"), "did you mean 'attention'"),

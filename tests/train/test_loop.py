@@ -96,10 +96,7 @@ def test_the_loop_does_what_its_steps_do(undisturbed):
     """By hand: the step on each batch in turn."""
     config, mesh = tiny.config(), tiny.mesh()
     program = ADAMW
-    state, numbers = (
-        compiled.initial_state(config.model, program, mesh, seed=0),
-        optimizer.numbers_by_step(config.train),
-    )
+    state, numbers = compiled.initial_state(config, program, mesh), optimizer.numbers_by_step(config.train)
     for n, (batch, _) in enumerate(train_batches(config, tiny.texts())):
         state, metrics = undisturbed.trained.executable(state, numbers(n), loop.lab_mesh.place(batch, mesh))
         assert float(metrics.loss) == undisturbed.records[n].loss
@@ -182,7 +179,7 @@ def test_a_save_waits_for_the_metrics_of_its_step(tmp_path):
 def test_the_position_of_the_data_is_saved(tmp_path):
     run_until(tmp_path, 3)
     config = tiny.config()
-    state = compiled.initial_state(config.model, ADAMW, tiny.mesh(), seed=0)
+    state = compiled.initial_state(config, ADAMW, tiny.mesh())
     position, _ = Checkpoints(tmp_path, keep=1).restore(state)
     assert position == Position(3, 3 * config.data.rows * config.data.texts_per_row)
 

@@ -25,10 +25,12 @@ FACTORS = {
     "keller-jordan": lambda d_in, d_out: max(1.0, d_out / d_in) ** 0.5,
     "mup": lambda d_in, d_out: (d_out / d_in) ** 0.5,
 }
-NUMBERS = Numbers(
-    learning_rate=0.1, weight_decay=0.2, b1=0.8, b2=0.9, eps=1e-3, clip=1.5, z_loss=0.0,
-    momentum=0.9, adam_rate=0.3, adam_decay=0.4,
-)  # fmt: skip
+NUMBERS = {
+    "learning_rate": 0.1, "weight_decay": 0.2, "clip": 1.5, "z_loss": 0.0,
+    "adamw.b1": 0.8, "adamw.b2": 0.9, "adamw.eps": 1e-3,
+    "muon.momentum": 0.9, "muon.adam_rate": 0.3, "muon.adam_decay": 0.4,
+}  # fmt: skip
+COMPILED_IN = ("muon.scaling", "muon.steps", "muon.per_head", "muon.on")
 
 # Weights of every shape: (shape, logical axes, the roles of these: inputs and outputs, h for heads).
 PROJECTIONS = {
@@ -37,7 +39,7 @@ PROJECTIONS = {
     "one_head": ((12, 1, 4), ("embed", "kv_heads", "head_dim"), "i ho"),
     "o": ((3, 4, 12), ("heads", "head_dim", "embed"), "hi o"),
     "to_latent": ((12, 5), ("embed", "latent"), "i o"),
-    "from_latent": ((5, 3, 4), ("mixer.latent", "heads", "head_dim"), "i ho"),
+    "from_latent": ((5, 3, 4), ("latent", "heads", "head_dim"), "i ho"),
     "of_each_head": ((12, 3), ("embed", "heads"), "i o"),  # one number a head: no matrix to split off
     "up": ((12, 20), ("embed", "ffn"), "i o"),
     "down": ((20, 12), ("ffn", "embed"), "i o"),
@@ -74,12 +76,12 @@ def newton_schulz(matrix: np.ndarray, coefficients) -> np.ndarray:
 
 def reference(weights, gradients, n: Numbers, coefficients, factor):
     """Muon with Nesterov momentum, its bias corrected; weights and gradients [steps] of matrices [N, d_in, d_out]."""
-    first = np.zeros_like(weights)
+    first, momentum = np.zeros_like(weights), n["muon.momentum"]
     for t, g in enumerate(gradients, 1):
-        first = n.momentum * first + (1 - n.momentum) * g
-        ahead = n.momentum * first / (1 - n.momentum ** (t + 1)) + (1 - n.momentum) * g / (1 - n.momentum**t)
+        first = momentum * first + (1 - momentum) * g
+        ahead = momentum * first / (1 - momentum ** (t + 1)) + (1 - momentum) * g / (1 - momentum**t)
         moves = np.stack([newton_schulz(matrix, coefficients) for matrix in ahead])
-        weights = weights - n.learning_rate * (factor(*weights.shape[1:]) * moves + n.weight_decay * weights)
+        weights = weights - n["learning_rate"] * (factor(*weights.shape[1:]) * moves + n["weight_decay"] * weights)
     return weights
 
 
@@ -116,14 +118,15 @@ def drawn(trainable, steps: int, seed: int = 0) -> list:
 
 
 def updated(trainable, gradients, options=(), numbers: Numbers = NUMBERS, name: str = "muon"):
-    """The parameters after a step with each of the gradients, and the state."""
+    """The parameters after a step with each of the gradients, and the state. options: of COMPILED_IN, in order."""
 
     @jax.jit
     def update(weights, state, gradient):
         updates, state = make().update(gradient, state, weights)
         return jax.tree.map(jnp.add, weights, updates), state
 
-    make = functools.partial(optimizer.transformation, name, "declared", numbers, trainable, options)
+    static = tuple(zip(COMPILED_IN, options, strict=False))
+    make = functools.partial(optimizer.transformation, name, "declared", numbers, trainable, static)
     state, weights = make().init(trainable), trainable
     for gradient in gradients:
         weights, state = update(weights, state, gradient)
@@ -144,7 +147,7 @@ def test_every_projection_moves_as_in_numpy(scaling, steps, per_head, layers):
         trainable = in_float64(parameters(layers))
         gradients = drawn(trainable, steps=3)
         got, _ = updated(trainable, gradients, (scaling, steps, per_head, ()))
-    used = clipped([{k: np.asarray(v[...]) for k, v in g.items()} for g in gradients], NUMBERS.clip)
+    used = clipped([{k: np.asarray(v[...]) for k, v in g.items()} for g in gradients], NUMBERS["clip"])
     for name, (_, _, roles) in PROJECTIONS.items():
         cut = functools.partial(matrices, roles=roles, split=splits(per_head, roles))
         weights = cut(trainable[name][...])
@@ -160,7 +163,7 @@ def test_the_tables_are_those_of_the_reference():
 @pytest.mark.parametrize("per_head", ["none", "all"])
 def test_singular_values_come_near_one(per_head):
     """About 0.7 to 1.2 after five steps, less where they were next to nothing; at one after the 8 + 2."""
-    momentum_only = NUMBERS._replace(learning_rate=1.0, weight_decay=0.0)
+    momentum_only = NUMBERS | {"learning_rate": 1.0, "weight_decay": 0.0}
     trainable = jax.tree.map(jnp.zeros_like, parameters(2))
     for steps, (low, high) in {"5": (0.4, 1.3), "8+2": (0.99, 1.01)}.items():
         got, _ = updated(trainable, drawn(trainable, 1), ("keller-jordan", steps, per_head, ()), momentum_only)
@@ -175,8 +178,8 @@ def test_the_rest_follows_adamw_with_its_own_rate_and_decay(on):
     trainable = parameters(2)
     gradients = drawn(trainable, steps=3)
     got, _ = updated(trainable, gradients, ("moonlight", "5", "none", on))
-    rate, decay = NUMBERS.learning_rate * NUMBERS.adam_rate, NUMBERS.adam_decay
-    of_adamw = NUMBERS._replace(learning_rate=rate, weight_decay=decay)
+    rate, decay = NUMBERS["learning_rate"] * NUMBERS["muon.adam_rate"], NUMBERS["muon.adam_decay"]
+    of_adamw = NUMBERS | {"learning_rate": rate, "weight_decay": decay}
     expected, _ = updated(trainable, gradients, numbers=of_adamw, name="adamw")
     rest = [name for name in trainable if name in REST or (on and name not in on)]
     for name in trainable:
@@ -222,7 +225,7 @@ def test_a_training_step_moves_every_matrix_of_a_model_as_in_numpy(per_head):
     """The compiled step, in float32, on layers stacked two and one deep."""
     config = variants.config("local : global", train__clip=0.5, train__weight_decay=0.1)
     config.train.update(dict(optimizer="muon", learning_rate=0.05, warmup=0, muon=dict(per_head=per_head)))
-    program, batch = Program.of(config.train), tiny.batch()
+    program, batch = Program.of(config), tiny.batch()
     state = step.initial_state(tiny.model(config), program)
     before = by_name(parameter.split(state.model)[1])
     _, gradient = jax.jit(functools.partial(step.accumulated_gradient, z_loss=0.0, microbatches=1))(state.model, batch)
@@ -244,7 +247,7 @@ def muon_config(**overrides):
 
 
 def placed_state(config, mesh):
-    state = step.initial_state(tiny.model(config), Program.of(config.train))
+    state = step.initial_state(tiny.model(config), Program.of(config))
     return jax.device_put(state, parameter.shardings(state, mesh))
 
 
@@ -252,7 +255,7 @@ def after_a_step(config, mesh):
     """(model's weights by name, optimizer's state by name)"""
     state, numbers = placed_state(config, mesh), optimizer.numbers_by_step(config.train)(3)
     batch = lab_mesh.place(tiny.batch(rows=8, length=32), mesh)
-    state, _ = compiled.train_step(state, numbers, batch, Program.of(config.train), mesh)(state, numbers, batch)
+    state, _ = compiled.train_step(state, numbers, batch, Program.of(config), mesh)(state, numbers, batch)
     return by_name(parameter.split(state.model)[1]), by_name(state.optimizer)
 
 
@@ -269,7 +272,7 @@ def test_a_step_is_the_same_on_a_mesh(per_head):
 def test_momentum_lies_over_the_mesh_as_its_weight():
     config = muon_config()
     mesh = tiny.mesh(data=2, fsdp=2, tensor=2)
-    state = compiled.initial_state(config.model, Program.of(config.train), mesh, seed=0)
+    state = compiled.initial_state(config, Program.of(config), mesh)
     q, embedding = state.model.blocks[0].mixer.q, state.model.embedding
     assert q.addressable_shards[0].data.shape == (2, 8, 2, 8)
     for weight, moments in ((q, 1), (embedding, 2)):
@@ -295,7 +298,7 @@ def test_a_checkpoint_brings_back_the_state_on_another_mesh(tmp_path):
 
 def test_members_of_a_stack_have_their_own_numbers():
     configs = [muon_config(), muon_config(train__muon__momentum=0.5, train__muon__adam_rate=2.0)]
-    program, mesh, batch = Program.of(configs[0].train), tiny.mesh(), tiny.batch()
+    program, mesh, batch = Program.of(configs[0]), tiny.mesh(), tiny.batch()
     numbers = [optimizer.numbers_by_step(config.train)(0) for config in configs]
     members = [step.initial_state(tiny.model(configs[0]), program) for _ in configs]
     solo = [jax.jit(step.train_step, static_argnames="program")(s, n, batch, program)[0] for s, n in zip(
@@ -310,7 +313,7 @@ def test_members_of_a_stack_have_their_own_numbers():
 
 
 def test_what_is_compiled_in_and_what_is_not():
-    programs = lambda **overrides: Program.of(tiny.config(**overrides).train)  # noqa: E731
+    programs = lambda **overrides: Program.of(tiny.config(**overrides))  # noqa: E731
     adamw = Program("adamw", "declared", 1)
     assert programs(train__muon__per_head="all", train__muon__on=("q",), train__muon__momentum=0.5) == adamw
     plain = programs(train__optimizer="muon")
@@ -325,10 +328,10 @@ def test_what_is_compiled_in_and_what_is_not():
      "moonlight, keller-jordan, mup"),
     ("steps", "10", "train.muon.steps = '10' is unknown; choose one of: 5, 8+2"),
     ("per_head", "q", "train.muon.per_head = 'q' is unknown; choose one of: none, qkv, all"),
-    ("momentum", 1.0, "train.muon.momentum = 1.0 must be at least 0 and below 1"),
+    ("momentum", 1.0, "train.muon.momentum = 1.0 must be below 1: of the gradients of matrices"),
 ])  # fmt: skip
 def test_settings_that_mean_nothing_are_refused(field, value, says):
-    train = tiny.config().train
+    train = muon_config().train
     train.muon[field] = value
     with pytest.raises(UserError) as refused:
         optimizer.check(train)

@@ -7,7 +7,7 @@ import pytest
 import tiny
 
 from lab.model import parameter
-from lab.train import step
+from lab.train import optimizer, step
 
 
 def gradient(z_loss: float = 0.0, microbatches: int = 1):
@@ -78,7 +78,7 @@ def test_the_reported_norm_is_that_of_the_whole_gradient_before_clipping():
     state = step.initial_state(tiny.model(config), program)
     _, grads = gradient()(state.model, batch)
     norm = np.sqrt(sum(np.sum(np.square(g, dtype=np.float64)) for g in jax.device_get(jax.tree.leaves(grads))))
-    numbers = step.Numbers(*np.float32([0.1, 0, 0.9, 0.9, 1e-3, 1e-3, 0, 0, 0, 0]))
+    numbers = optimizer.numbers_by_step(config.train)(0)
     _, metrics = jax.jit(step.train_step, static_argnames="program")(state, numbers, batch, program)
     assert float(metrics.grad_norm) == pytest.approx(norm, rel=1e-5)
 

@@ -67,8 +67,8 @@ def optimizers_in_turn() -> list:
 @pytest.mark.matrix("variant")
 @pytest.mark.parametrize(("variant", "name"), optimizers_in_turn())
 def test_an_optimizer_moves_every_weight_and_no_table_and_learns_a_batch(variant, name):
-    config = variants.config(variant, train__learning_rate=0.02, train__warmup=0)
-    program, mesh, batch = Program(name, "declared", 1), tiny.mesh(), tiny.batch()
+    config = variants.config(variant, train__optimizer=name, train__learning_rate=0.02, train__warmup=0)
+    program, mesh, batch = Program.of(config), tiny.mesh(), tiny.batch()
     before = state_of(config, program, mesh)
     _, trainable, tables = jax.device_get(parameter.split(before.model))
     state, numbers, placed = before, numbers_of(config), lab_mesh.place(batch, mesh)
@@ -159,7 +159,7 @@ def test_evaluation_is_the_same_on_a_mesh():
 
 
 def test_weights_lie_over_the_mesh_as_declared():
-    state = compiled.initial_state(tiny.config().model, ADAMW, tiny.mesh(**MESHES["data fsdp tensor"]), seed=0)
+    state = compiled.initial_state(tiny.config(), ADAMW, tiny.mesh(**MESHES["data fsdp tensor"]))
     q, norm = state.model.blocks[0].mixer.q, state.model.norm.weight
     assert q.shape == (2, 16, 4, 8) and q.addressable_shards[0].data.shape == (2, 8, 2, 8)
     assert norm.addressable_shards[0].data.shape == norm.shape
@@ -169,9 +169,8 @@ def test_weights_lie_over_the_mesh_as_declared():
 
 
 def test_first_weights_depend_on_the_seed_and_on_no_mesh():
-    config = tiny.config().model
     one, many, other = (
-        jax.device_get(jax.tree.leaves(compiled.initial_state(config, ADAMW, mesh, seed).model))
+        jax.device_get(jax.tree.leaves(compiled.initial_state(tiny.config(model_seed=seed), ADAMW, mesh).model))
         for mesh, seed in ((tiny.mesh(), 0), (tiny.mesh(**MESHES["data fsdp tensor"]), 0), (tiny.mesh(), 1))
     )
     for a, b in zip(one, many, strict=True):
@@ -188,7 +187,14 @@ def test_cells_that_differ_in_numbers_and_tables_share_one_executable():
         dict(model__position__ratio=0.0, model__position__unselected="time"),
         dict(model__position__theta=1e4, model__position__stride=128),
         dict(train__learning_rate=0.1, train__weight_decay=0.5, train__clip=0.1, train__z_loss=0.2),
-        dict(train__adamw__b1=0.5, train__adamw__b2=0.7, train__adamw__eps=0.1, train__schedule="wsd", seed=3, data__draw="fixed1"),
+        dict(
+            train__adamw__b1=0.5,
+            train__adamw__b2=0.7,
+            train__adamw__eps=0.1,
+            train__schedule="wsd",
+            seed=3,
+            data__draw="fixed1",
+        ),
     ]
     for cell in cells:
         config, mesh = tiny.config(**cell), tiny.mesh(data=2)
