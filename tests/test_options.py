@@ -123,7 +123,7 @@ def test_shapes_are_spelled_as_they_are_written():
 
 
 class One:
-    options = {"size": Option(1, "of one", least=1)}  # noqa: RUF012
+    options = {"size": Option(1, "of one", least=1)}
 
 
 class Same(One):
@@ -131,7 +131,7 @@ class Same(One):
 
 
 class Other:
-    options = {"size": Option(1, "of one", least=0)}  # noqa: RUF012
+    options = {"size": Option(1, "of one", least=0)}
 
 
 def test_two_entries_that_declare_an_option_differently_are_a_fault():

@@ -171,7 +171,7 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(place, study, 
 
 
 def test_a_run_goes_on_in_another_way(place, study, undisturbed, halfway):
-    """Under other run fields it begins a new segment in the same directory, and says so; runs that are to begin do not."""
+    """Under other run fields it begins a new segment in the same directory, and says so; new runs do not."""
     work = copied(halfway, place / "another-way")
     (name,) = commands.runs(work)
     command = ("main", f"--config={study}", f"--workdir={work}", "--config.run.remat=full", "--config.run.scan=true")

@@ -38,7 +38,7 @@ def traced(monkeypatch):
 
 @pytest.mark.parametrize("run", [
     dict(run__scan=True, run__remat="full", run__implementation="tiled", run__microbatches=2),
-    dict(run__mesh__data=2, run__mesh__fsdp=2, run__mesh__tensor=2, run__workers=1, run__checkpoint__every=1, study__name="another"),
+    dict(run__mesh__data=2, run__mesh__fsdp=2, run__mesh__tensor=2, run__workers=1, study__name="another"),
     dict(seed=5, model_seed=7, train__steps=40, train__schedule="wsd", data__draw="fixed2"),
     dict(train__learning_rate=0.1, train__weight_decay=0.3, train__adamw__b2=0.5, train__z_loss=0.1, train__clip=3.0),
 ])  # fmt: skip
