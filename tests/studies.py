@@ -95,7 +95,8 @@ def write_run(directory, cell, seed, loss=plausible, counts=COUNTS, speed=45000.
                 "overhead_share": 0.021,
             }
         ],
-        "environment": {"platform": "cpu", "devices": 2, "implementation": "tiled", "jax": "0.10.2"},
+        "environment": {"platform": "cpu", "devices": 2, "jax": "0.10.2"},
+        "segments": [{"first_step": 0, "implementation": "tiled", "platform": "cpu", "devices": 2, "vmapped": False}],
         "text_hash": f"{seed:x}" * 64,
     }
     write(place / "result.json", result)

@@ -51,11 +51,11 @@ def test_pairs_of_a_seed_are_subtracted(tmp_path):
 )
 def test_runs_that_differ_in_more_are_refused_by_field(tmp_path, field, value):
     def change(result):
-        where = result if field in result else result["environment"]
+        where = result if field in result else result["segments"][0]
         where[field] = value
 
     found = changed(tmp_path, change)
-    assert set(found.kept) == {0, 2} and found.refused[1].startswith(f"{field}: ") and str(value) in found.refused[1]
+    assert set(found.kept) == {0, 2} and found.refused[1].startswith(field) and str(value) in found.refused[1]
 
 
 def test_a_result_without_a_hash_is_not_taken_on_trust(tmp_path):

@@ -112,13 +112,15 @@ def test_refused_pairs_are_named_with_their_field(tmp_path):
     write_study(tmp_path, VALUES, loss, (1, 16), 3, study=STUDY, noise=noise)
     path = next(tmp_path.glob("cells/rope_ratio=1.0,train_branch=1-15*/seed-1/result.json"))
     result = json.loads(path.read_text())
-    write(path, result | {"environment": result["environment"] | {"platform": "gpu"}})
+    write(path, result | {"segments": [result["segments"][0] | {"platform": "gpu"}]})
     report.rebuild(tmp_path)
     rows = table((tmp_path / "report.md").read_text(), "compared")
-    assert {(row["compared"], row["seed"], row["differs in"]) for row in rows} == {
-        ("rope_ratio=1.0,train_branch=1-15", "1", "platform: gpu and cpu"),
-        ("all or nothing", "1", "platform: cpu and gpu"),
+    found = {(row["compared"], row["seed"], row["differs in"].partition(";")[0]) for row in rows}
+    assert found == {
+        ("rope_ratio=1.0,train_branch=1-15", "1", "platform from step 0 on: gpu and cpu"),
+        ("all or nothing", "1", "platform from step 0 on: cpu and gpu"),
     }
+    assert all("rm -r cells/" in row["differs in"] for row in rows)
 
 
 def test_one_seed_says_why_there_are_no_intervals(tmp_path):
