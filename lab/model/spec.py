@@ -16,7 +16,7 @@ OWN = {
     "layers": Option(3, "layers", least=1),
     "vocabulary": Option(258, "token ids", least=1),
     "tied": Option(True, "the head reads the embedding of tokens"),
-    "rule": Option("causal", "who sees whom: names of lab.kernels.rules joined by &"),
+    "rule": Option("causal", "who sees whom: rules of lab.kernels.rules, joined by & and |, in parentheses"),
     "pattern": Option(((),), "layer specs that repeat, each of (field of a layer's part, value) laid over the model's",
                       kind=tuple[tuple[tuple[str, object], ...], ...]),
     "compute": Option("float32", "of activations; weights stay float32", choices=("float32", "bfloat16")),
