@@ -34,6 +34,7 @@ def made(monkeypatch, tmp_path):
         with monkeypatch.context() as patch:
             patch.setattr(identity.runtime, "cache_directory", lambda: tmp_path / str(np.random.default_rng().random()))
             patch.setattr(canonical, "_digests", {})
+            patch.setattr(identity, "_packed", {})
             patch.setattr(step, "train_step", lambda *arguments: original(*arguments))  # jax keeps what it has traced
             return identity.record(tiny.config(model__layers=1, **overrides), of or data())
 
