@@ -140,6 +140,7 @@ def test_running_again_runs_nothing(work):
     assert (work / "results.csv").read_bytes() == results
 
 
+@pytest.mark.slow
 def test_a_vmapped_study_leaves_each_run_its_result(tmp_path_factory):
     """Marked, with a checkpoint of its own that loads, and nothing left of the stack."""
     place = tmp_path_factory.mktemp("vmapped")

@@ -75,8 +75,8 @@ VARIANTS = {
     "stream v3m3.2, local : global": stream("v3m3.2", model__pattern=LOCAL_GLOBAL),
     **{f"stream {name}": stream(name) for name in ("v2m3", "v4m4", "v4m1A", "v4m1E", "v4mD", "hyper", "muddformer")},
 }
-FAST = ("default", "local : global")
-SCANNED = (*FAST, "delta : attention", "mixer mla", "stream v1m7, local : global")
+FAST = ("default",)
+SCANNED = (*FAST, "local : global", "delta : attention", "mixer mla", "stream v1m7, local : global")
 ON_RULES = {  # every mixer on every rule that it supports, beside those that VARIANTS have
     f"{name} on {rule}": mixer(name, model__rule=rule)
     for name in MIXERS

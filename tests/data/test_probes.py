@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import lab.config
 from lab import data
 from lab.data import generated, tokenizers
-from lab.data.probes import PROBES, Settings
+from lab.data.probes import PROBES, RowSettings
 from lab.errors import UserError
 from lab.evaluate import asks
 from lab.options import set_field
@@ -55,7 +55,7 @@ ANSWERS = {"mqar": 0, "copy": 0, "induction": -1, "state": 0}  # labels of a row
 def drawn_rows(draw, name):
     """(difficulty, settings, tokens, labels) of a row at any difficulty that fits."""
     probe = PROBES[name]
-    settings = Settings(LENGTH, draw(st.integers(4, 40)), draw(st.integers(2, 5)))
+    settings = RowSettings(LENGTH, draw(st.integers(4, 40)), draw(st.integers(2, 5)))
     fits = [
         d
         for d in range(probe.easiest, LENGTH + 1)
@@ -95,7 +95,7 @@ def test_a_needle_lies_its_difficulty_before_the_mark(data):
 @pytest.mark.parametrize("name", PROBES)
 def test_answers_are_spread_over_the_alphabet(name):
     """A model that always gives the most frequent answer must not look as if it had the ability."""
-    settings, rng = Settings(LENGTH, 16, 3), np.random.default_rng(0)
+    settings, rng = RowSettings(LENGTH, 16, 3), np.random.default_rng(0)
     rows = [generated.padded_row(PROBES[name], rng, 4, settings)[1] for _ in range(1000)]
     counts = np.bincount(np.concatenate([row[row >= 0] for row in rows]))
     assert counts.max() / counts.sum() < 1.3 / np.count_nonzero(counts)

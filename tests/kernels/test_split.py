@@ -122,6 +122,7 @@ def test_a_step_gives_what_the_reference_gives(H, G, implementation):
     check_close(found, expected)
 
 
+@pytest.mark.slow
 def test_a_step_on_a_gpu_is_split(monkeypatch):
     case = Case(T=5, S=300, rule=rules.own_branch, H=4, G=2, K=8, V=6)
     arrays, _, _ = draw(case, 0)

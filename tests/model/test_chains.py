@@ -95,7 +95,7 @@ def test_branches_without_a_place_are_refused():
 @pytest.mark.parametrize("variant", ["delta on own_branch", "delta : attention"])
 def test_a_join_is_refused_where_there_is_a_state(variant):
     model = tiny.model(variants.config(variant))
-    with pytest.raises(UserError, match=r"model\.mixer = 'delta' cannot join branches"):
+    with pytest.raises(UserError, match=r"model\.mixer\.name = 'delta' cannot join branches"):
         model.join(model.init_cache(1, 8), (1, 2), 3)
 
 

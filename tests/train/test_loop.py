@@ -103,13 +103,16 @@ def test_the_loop_does_what_its_steps_do(undisturbed):
     check_equal(state, undisturbed.trained.state)
 
 
+@pytest.mark.slow
 def test_another_seed_is_another_run(tmp_path, undisturbed):
     other = run(tmp_path, tiny.config(seed=1))
     assert {r.text_hash for r in other.records}.isdisjoint(r.text_hash for r in undisturbed.records)
     assert other.records[0].loss != undisturbed.records[0].loss
 
 
-@pytest.mark.parametrize("mesh", [dict(), dict(data=2)], ids=["1 device", "2 devices"])
+@pytest.mark.parametrize(
+    "mesh", [dict(), pytest.param(dict(data=2), marks=pytest.mark.slow)], ids=["1 device", "2 devices"]
+)
 def test_stopped_and_resumed_equals_undisturbed_to_the_bit(tmp_path, undisturbed, mesh):
     mesh = tiny.mesh(**mesh)
     if mesh.size > 1:

@@ -220,7 +220,7 @@ def by_name(tree) -> dict[str, np.ndarray]:
     }
 
 
-@pytest.mark.parametrize("per_head", parameter.PER_HEAD)
+@pytest.mark.parametrize("per_head", ["qkv", *(pytest.param(one, marks=pytest.mark.slow) for one in ("none", "all"))])
 def test_a_training_step_moves_every_matrix_of_a_model_as_in_numpy(per_head):
     """The compiled step, in float32, on layers stacked two and one deep."""
     config = variants.config("local : global", train__clip=0.5, train__weight_decay=0.1)
@@ -259,7 +259,7 @@ def after_a_step(config, mesh):
     return by_name(parameter.split(state.model)[1]), by_name(state.optimizer)
 
 
-@pytest.mark.parametrize("per_head", ["none", "all"])
+@pytest.mark.parametrize("per_head", ["all", pytest.param("none", marks=pytest.mark.slow)])
 def test_a_step_is_the_same_on_a_mesh(per_head):
     config = muon_config(train__muon__per_head=per_head)
     one, many = (after_a_step(config, tiny.mesh(**mesh)) for mesh in ({}, dict(data=2, fsdp=2, tensor=2)))
@@ -296,6 +296,7 @@ def test_a_checkpoint_brings_back_the_state_on_another_mesh(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(found.optimizer), jax.device_get(saved.optimizer))
 
 
+@pytest.mark.slow
 def test_members_of_a_stack_have_their_own_numbers():
     configs = [muon_config(), muon_config(train__muon__momentum=0.5, train__muon__adam_rate=2.0)]
     program, mesh, batch = Program.of(configs[0]), tiny.mesh(), tiny.batch()

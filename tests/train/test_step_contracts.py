@@ -210,6 +210,7 @@ def test_cells_that_differ_in_numbers_and_tables_share_one_executable():
     assert len(losses) == 4  # the tables are not what they were: nothing was baked in
 
 
+@pytest.mark.slow
 def test_programs_that_differ_share_nothing():
     config, mesh = tiny.config(), tiny.mesh()
     state, batch = state_of(config, ADAMW, mesh), lab_mesh.place(tiny.batch(), mesh)

@@ -55,6 +55,7 @@ def test_a_member_is_what_it_would_be_alone(tmp_path, together, member):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), one.model, alone.state.model)
 
 
+@pytest.mark.slow
 def test_a_stack_goes_on_from_its_checkpoint(tmp_path, together):
     configs = [tiny.config(**o) for o in VARIED]
     with pytest.raises(loop.Stopped):
@@ -63,12 +64,14 @@ def test_a_stack_goes_on_from_its_checkpoint(tmp_path, together):
     jax.tree.map(np.testing.assert_array_equal, *map(jax.device_get, (resumed.state.model, together[0].state.model)))
 
 
+@pytest.mark.slow
 def test_a_stack_lies_over_a_mesh(tmp_path, together):
     _, every = trained(tmp_path, [tiny.config(**o) for o in VARIED], mesh=tiny.mesh(data=2))
     for one, many in zip(together[1], every, strict=True):
         np.testing.assert_allclose([r.loss for r in many], [r.loss for r in one], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_member_that_fails_is_named(tmp_path):
     configs = [tiny.config(), tiny.config(train__learning_rate=1e38, train__warmup=0)]
     with pytest.raises(loop.NonFinite) as stopped:

@@ -110,57 +110,5 @@ def one(**settings):
     return definition.make(config.study, (), config)
 
 
-def test_a_fingerprint_is_of_config_data_and_sources(monkeypatch):
-    fingerprint = one().fingerprint("data")
-    assert one().fingerprint("data") == fingerprint
-    assert one().fingerprint("other data") != fingerprint
-    monkeypatch.setattr(definition, "source_fingerprint", lambda: "edited")
-    assert one().fingerprint("data") != fingerprint
-
-
-@pytest.mark.parametrize("room", ["model", "data", "train", "evaluate"])
-def test_every_field_that_a_result_depends_on_is_in_the_fingerprint(room):
-    prints = {one().fingerprint("data")}
-    fields = {name: value for name, value in leaves(lab.config.base()).items() if name.startswith(f"{room}.")}
-    for name in definition.ELSEWHERE:
-        fields.pop(f"data.{name}", None)
-    for name, value in fields.items():
-        other = (
-            not value
-            if isinstance(value, bool)
-            else (*value, 3)
-            if isinstance(value, tuple)
-            else value + type(value)(1)
-        )
-        prints.add(one(**{name.replace(".", "__"): other}).fingerprint("data"))
-    assert len(prints) == len(fields) + 1
-
-
-def test_what_changes_no_number_leaves_the_fingerprint():
-    changed = one(
-        run__checkpoint__every=7, run__checkpoint__keep=5, run__log__every=3, study__seeds=4, study__question="?",
-        data__path="moved", run__workers=2, run__mesh__fsdp=2, run__scan=True, run__implementation="reference",
-    )  # fmt: skip
-    assert changed.fingerprint("data") == one().fingerprint("data")
-
-
-def test_sources_that_make_numbers_are_fingerprinted(monkeypatch, tmp_path):
-    """Of a copy of the sources: an edit of any room that makes numbers changes it, an edit of the report does not."""
-    rooms = ("data", "model", "kernels", "train", "evaluate", "study")
-    for room in rooms:
-        (tmp_path / room).mkdir()
-        (tmp_path / room / "code.py").write_text("x = 1")
-    (tmp_path / "coordinates.py").write_text("x = 1")
-    monkeypatch.setattr(definition, "__file__", str(tmp_path / "study" / "define" / "cell.py"))
-    fingerprint = definition.source_fingerprint.__wrapped__
-    before = fingerprint()
-    (tmp_path / "study" / "code.py").write_text("x = 2")
-    assert fingerprint() == before
-    for edited in [*(tmp_path / room / "code.py" for room in rooms[:-1]), tmp_path / "coordinates.py"]:
-        edited.write_text("x = 2")
-        assert fingerprint() != before, edited
-        edited.write_text("x = 1")
-
-
 def test_seeds_are_those_of_the_config():
     assert one(seed=3).seeded(5).seed == 5

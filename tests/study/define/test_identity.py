@@ -14,10 +14,11 @@ from lab.model import feedforward, parameter, position
 from lab.model.attention import Softmax
 from lab.model.norm import RMSNorm
 from lab.model.streams import STREAMS
-from lab.options import Option
+from lab.options import Option, leaves, set_field
 from lab.study.define import identity
 from lab.train import canonical, optimizer, step
 
+CHOOSING = ("name", "corpus", "optimizer", "schedule")  # fields that name an entry
 ELSEWHERE = {"jax": "0.0.1", "flax": "0.0.1", "optax": "0.0.1"}
 
 
@@ -83,6 +84,26 @@ def test_a_default_that_is_changed_later_changes_identity(made, monkeypatch):
     assert identity.compare(made(), before) is None
 
 
+def test_every_field_that_is_read_is_in_it_and_no_other():
+    config, read = tiny.config(), identity.fields(tiny.config())
+    for name, value in leaves(config).items():
+        changed = config.copy_and_resolve_references()
+        if name in ("model.pattern", "seed", "model_seed") or name.split(".")[-1] in (
+            "name",
+            "corpus",
+            "optimizer",
+            "schedule",
+        ):
+            continue
+        numeric = isinstance(value, int | float) and not isinstance(value, bool)
+        set_field(changed, name, not value if isinstance(value, bool) else value + 1 if numeric else type(value)())
+        assert (identity.fields(changed) != read) == (name in read and changed != config), name
+    assert not {name for name in read if name.split(".")[0] not in ("model", "data", "train", "model_seed - seed")}
+    assert {"model.rule", "data.draw", "train.adamw.b1", "train.cooldown"} & {*read} == {
+        "model.rule", "data.draw", "train.adamw.b1"
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("overrides", [
     dict(model__feedforward__width=32),
     dict(model__position__ratio=0.25),
@@ -111,7 +132,7 @@ def packing_order(patch):
 
 def rotary_table(patch):
     original = position.rope2d_frequencies
-    row = position.Position(
+    row = position.Encoding(
         lambda R, p: {k: 2 * v for k, v in original(R, p).items()}, position.ROTARY | position.BRANCHED
     )
     patch.setitem(position.POSITIONS, "rope2d", row)

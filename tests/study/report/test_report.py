@@ -129,6 +129,7 @@ def test_recommended_config_changes_all_that_the_cell_changes(tmp_path):
     assert shlex.split(line) == [f"--config.{field}" for field in wanted]
 
 
+@pytest.mark.slow
 def test_head_study_has_a_table_for_each_draw_and_its_frequency_pairs(tmp_path):
     text, _ = built(tmp_path, values=HEADS, published="configs/published/head_dim_1024.csv")
     row = rows_of(text, "Loss by rope_ratio and head", "train_branch 1-15, eval_branch 64")[-1]

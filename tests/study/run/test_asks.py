@@ -95,6 +95,7 @@ DONE = run_study.Summary(done=1, new=1, failed=0)
 NOTHING = run_study.Summary(done=1, new=0, failed=0), 0, 0
 
 
+@pytest.mark.slow
 def test_what_is_asked_later_trains_nothing_and_repeats_nothing(study):
     first = config()
     assert study.make(first) == (DONE, 2, 3)
