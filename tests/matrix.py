@@ -12,8 +12,8 @@ import subprocess
 
 import pytest
 
-ONE_IN = 6  # of a contract's slow tests
-FEWEST = 3
+ONE_IN = 9  # of a contract's slow tests
+FEWEST = 2
 
 
 def pytest_addoption(parser):
