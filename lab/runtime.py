@@ -57,8 +57,8 @@ def start(config) -> None:
     processes = int(os.environ.get("JAX_NUM_PROCESSES", 1)) if address else 1
     explicit = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if not explicit and "JAX_NUM_CPU_DEVICES" not in os.environ:
-        asked = (ask.rows for ask in config.evaluate.values())
-        rows = math.gcd(config.data.rows // max(config.run.microbatches, 1), *asked)
+        # Of the asks the one that every study has: a further one must fit the devices, and change none.
+        rows = math.gcd(config.data.rows // max(config.run.microbatches, 1), config.evaluate.loss.rows)
         jax.config.update("jax_num_cpu_devices", cpu_devices(rows, config.run.mesh, processes))
     jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
