@@ -6,7 +6,7 @@ Each option is declared where it is read, with its default and its meaning: see 
 from ml_collections import ConfigDict
 
 from lab.data import DATA
-from lab.errors import choose
+from lab.errors import UserError, choose
 from lab.evaluate.asks import LOSS, ask
 from lab.model import execution, mesh
 from lab.model.spec import MODEL
@@ -53,10 +53,13 @@ def restored(stored: dict) -> ConfigDict:
     config = base()
     with config.unlocked():
         for name, asked in stored.get("evaluate", {}).items():
-            config.evaluate[name] = ask(asked["kind"])
+            config.evaluate[name] = ask(asked.get("kind") if isinstance(asked, dict) else None)
     known = leaves(config)
     for name, value in leaves(stored).items():
-        set_field(config, choose("a field of config.json", name, known), tuples(value))
+        try:
+            set_field(config, choose("a field of config.json", name, known), tuples(value))
+        except TypeError:
+            raise UserError(f"config.json has {name} = {value!r}, which is of another type") from None
     return config
 
 

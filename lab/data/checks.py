@@ -20,6 +20,7 @@ def check_branches(config: ConfigDict, ask: ConfigDict, field: str, branch_count
     """The sizes of an ask by branches, called `field`: every count fills its groups, and the texts fill every call."""
     if not branch_counts:
         raise UserError(f"{field}.branches is empty; choose at least one number of branches, such as (1, 2, 4)")
+    at_most_once(f"{field}.branches", branch_counts)
     for branches in branch_counts:
         at_least(f"{field}.branches", branches, 1)
     sizes = [branches + prompts_of_group(config.data.prompt) for branches in branch_counts]
@@ -57,6 +58,12 @@ def _check_draw(data: ConfigDict) -> None:
             f"data.slots = {data.slots} is fewer than the {high} branches of data.draw = {data.draw!r}; "
             f"choose 0 (slots 1, 2, ...) or at least {high}"
         )
+
+
+def at_most_once(field: str, values: Sequence) -> None:
+    """Raises UserError for a condition that is asked twice."""
+    if len({*values}) < len(values):
+        raise UserError(f"{field} = {tuple(values)} has a value twice; choose each once")
 
 
 def at_least(field: str, value: int, least: int) -> None:

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from lab.coordinates import Coordinates
 from lab.data import cache
-from lab.data.checks import at_least, rows_of_process
+from lab.data.checks import at_least, at_most_once, rows_of_process
 from lab.data.dataset import Data
 from lab.data.packing import parse_draw
 from lab.data.pipeline import Batch, Info, prefetched
@@ -41,6 +41,7 @@ def check_difficulties(config: ConfigDict, ask: ConfigDict, field: str) -> None:
         )
     if not ask.difficulties:
         raise UserError(f"{field}.difficulties is empty; choose at least one difficulty, as (2, 4, 8)")
+    at_most_once(f"{field}.difficulties", ask.difficulties)
     for difficulty in ask.difficulties:
         _check_difficulty(config, f"{field}.difficulties", difficulty)
 

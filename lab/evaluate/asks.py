@@ -70,7 +70,7 @@ PHASES = ("train", "eval")  # of timings.csv, where the other asks stand by thei
 def ask(kind: str = "branches", **fields) -> ConfigDict:
     """An ask for config.evaluate, the rest of its fields at their defaults."""
     made = nested({name: option.default for name, option in ASK.declared().items()})
-    made.kind = kind
+    made.kind = choose("the kind of an ask", kind, ASKS)
     for name, value in fields.items():
         choose("a field of an ask", name, ASK.declared())
         made[name] = value

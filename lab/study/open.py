@@ -2,11 +2,14 @@
 
 import dataclasses
 import functools
+import itertools
 import pathlib
 
 import jax
 from ml_collections import ConfigDict
 
+from lab import config as lab_config
+from lab.options import leaves
 from lab.study.define import plan, tuning
 from lab.study.define.cell import Cell
 from lab.study.define.resolve import resolve
@@ -55,8 +58,10 @@ def open(
 ) -> Study:
     """The study of a config whose fields `overridden` were set by the command; its files go to `workdir`, or to
     runs/<study>. Reads no data. Raises UserError for whatever cannot run or be reported."""
+    lab_config.ROOMS["study"].check(leaves(config.study), "study.")
     cells = resolve(config, overridden)
     sections.parts(config.study.sections, [label for _, label in config.study.labels])
     rows = plan.table(config, cells)
-    tuning.points(config, cells)
+    for point, cell in itertools.product(tuning.points(config, cells), cells):
+        plan.check(tuning.with_values(cell, point))
     return Study(config, cells, rows, workdir or pathlib.Path("runs") / config.study.name, remake)

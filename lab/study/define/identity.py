@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 from lab import config as lab_config
 from lab import data as lab_data
 from lab import runtime
+from lab.errors import UserError
 from lab.model.spec import read_by_layers
 from lab.options import leaves
 from lab.storage import read_json, write_atomically, write_json
@@ -28,6 +29,7 @@ from lab.train.step import Program
 
 FILE = "identity.json"
 ELSEWHERE = ("data.path",)  # the texts themselves are in the data's fingerprint, wherever they lie
+PARTS = {"fields", "data", "program", "initial", "tables", "batches", "schedule", "versions"}
 TRACED = ("program", "initial")  # compare under equal versions only
 SAMPLED_SEED = 0  # of the batches that are looked at: a cell has many seeds
 SAME, OTHER_VERSIONS = "same", "other versions"
@@ -42,7 +44,8 @@ def record(config: ConfigDict, data: lab_data.Data) -> Identity:
         "data": data.fingerprint,
         **_traced(config),
         "batches": _batches(config, data),
-        "schedule": _digest(optimizer.schedule(config.train).tolist()),
+        # Six digits: devices and versions of XLA round a cosine otherwise in the last.
+        "schedule": _digest([f"{rate:.6g}" for rate in optimizer.schedule(config.train).tolist()]),
         "versions": versions(),
     }
 
@@ -84,24 +87,37 @@ def compare(asked: Identity, found: Identity) -> str | None:
     return SAME if alike else OTHER_VERSIONS
 
 
-def records(workdir: pathlib.Path) -> dict[str, Identity]:
-    """{directory of a cell, relative to the study's: its record} of all cells that were begun."""
-    found = {path.parent: path for path in sorted(workdir.glob(f"cells/*/{FILE}"))}
-    return {directory.relative_to(workdir).as_posix(): read_json(path) for directory, path in found.items()}
+def read(directory: pathlib.Path) -> list[Identity]:
+    """The records of a cell, one for each set of versions under which it was made, the oldest first."""
+    path = directory / FILE
+    found = read_json(path) if path.exists() else []
+    if not isinstance(found, list) or not all(isinstance(one, dict) and {*one} >= PARTS for one in found):
+        raise UserError(f"{path} is no identity of a cell; delete the directory to make the cell again")
+    return found
+
+
+def records(workdir: pathlib.Path) -> dict[str, list[Identity]]:
+    """{directory of a cell, relative to the study's: its records} of all cells that were begun."""
+    found = [path.parent for path in sorted(workdir.glob(f"cells/*/{FILE}"))]
+    return {directory.relative_to(workdir).as_posix(): read(directory) for directory in found}
 
 
 def keep(directory: pathlib.Path, made: Identity) -> None:
-    """Writes the record of a cell into its directory, unless it has one: it goes on as what it was begun."""
-    if not (directory / FILE).exists():
-        write_json(directory / FILE, made)
+    """Adds a record to the directory of its cell, unless there is one of its versions."""
+    there = read(directory)
+    if all(one["versions"] != made["versions"] for one in there):
+        write_json(directory / FILE, [*there, made])
 
 
-def find(asked: Identity, there: Mapping[str, Identity], remake: bool = False) -> tuple[str, str] | None:
+def find(asked: Identity, there: Mapping[str, list[Identity]], remake: bool = False) -> tuple[str, str] | None:
     """(directory, SAME or OTHER_VERSIONS) of the cell that is what is asked for; None if there is none.
 
     remake: a cell made under other versions is not.
     """
-    compared = {directory: compare(asked, found) for directory, found in there.items()}
+    compared = {}
+    for directory, found in there.items():
+        alike = [one for one in found if one["versions"] == asked["versions"]]
+        compared[directory] = compare(asked, (alike or found)[-1]) if found else None
     for wanted in (SAME,) if remake else (SAME, OTHER_VERSIONS):
         for directory, answer in compared.items():
             if answer == wanted:

@@ -57,10 +57,10 @@ def _changed(config: ConfigDict, override: Override) -> ConfigDict:
     for field, value in override:
         if field not in (NAME, MATCH):
             choose("a field of study.cells", field, fields)
-            if field.startswith("run."):
+            if field.split(".")[0] in ("run", "evaluate", "study"):
                 raise UserError(
-                    f"the study varies {field}: how a cell runs is no part of what it is, so two cells would share "
-                    f"their results; set it for all with --config.{field}=..."
+                    f"the study varies {field}: how a cell runs and what it is asked are no part of what it is, so two "
+                    f"cells would share their results; set it for all with --config.{field}=..."
                 )
             try:
                 set_field(changed, field, value)

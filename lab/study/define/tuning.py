@@ -9,6 +9,8 @@ from lab.errors import UserError, choose
 from lab.options import leaves, set_field
 from lab.study.define.cell import Cell
 
+COMPUTED = ("model.", "data.", "train.")  # the rooms that make a cell what it is
+
 
 def points(config: ConfigDict, cells: list[Cell]) -> list[dict[str, object]]:
     """The points of config.study.tune, each {field: value}. None where nothing is tuned.
@@ -26,6 +28,8 @@ def points(config: ConfigDict, cells: list[Cell]) -> list[dict[str, object]]:
         )
     for field, values in study.tune:
         choose("a field of study.tune", field, leaves(config))
+        if not field.startswith(COMPUTED):
+            raise UserError(f"study.tune names {field}, which is no part of what a cell computes; tune another field")
         if len(set(values)) < len(values):
             raise UserError(f"study.tune has a value of {field} twice: {tuple(values)}")
         if len({repr(leaves(cell.config)[field]) for cell in cells}) > 1:
@@ -39,5 +43,8 @@ def with_values(cell: Cell, values: dict[str, object]) -> Cell:
     """The cell with some fields set."""
     config = cell.config.copy_and_resolve_references()
     for field, value in values.items():
-        set_field(config, field, value)
+        try:
+            set_field(config, field, value)
+        except TypeError:
+            raise UserError(f"study.tune sets {field} = {value!r}, which is of another type") from None
     return dataclasses.replace(cell, config=config)

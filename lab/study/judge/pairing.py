@@ -5,7 +5,10 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 
+from lab.study.evaluations import LOSS
 from lab.study.results import Outcome, Results
+
+ASKED_ON = ("platform", "device_kind", "devices", "implementation", "jax", "jaxlib")  # of an evaluation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +69,10 @@ def mismatch(one: Score, other: Score) -> str:
     if unlike := _other_segments(one.fact("segments") or [], other.fact("segments") or []):
         place = f"{other.run.cell['directory']}/seed-{other.run.seed}"
         return f"{unlike}; to make it again: rm -r {place}, and the study's command"
+    asked = [(score.run.asked.get(LOSS) or {}).get("environment", {}) for score in (one, other)]
+    for field in ASKED_ON:
+        if asked[0].get(field) != asked[1].get(field):
+            return f"{field} where they were asked: {asked[0].get(field)} and {asked[1].get(field)}"
     if one.conditions != other.conditions:
         return f"conditions: {one.conditions} and {other.conditions}"
     if not _same_texts(one, other):

@@ -68,7 +68,7 @@ def _keep(run: Run, config: ConfigDict, found: dict, one: conditions.Condition, 
     }
     found["conditions"].append(row)
     found["timings"].append(timing)
-    found["complete"] = one.value == asks.conditions(asked)[-1]
+    found["complete"] = len(found["conditions"]) == len(asks.conditions(asked))
     found["environment"] = runtime.environment(mesh) | {"implementation": kernels.resolve(config.run.implementation)}
     if jax.process_index() == 0:
         evaluations.save(run.directory, found)

@@ -38,7 +38,7 @@ def train(unit: Unit, display: Display, stop: Callable[[int], bool]) -> tuple[st
 
     def on_start(step: int) -> None:
         meter.start(step)
-        for run in unit if writes else ():
+        for run in unit if writes and step < config.train.steps else ():
             if told := segments.begin(run.directory, step, here):
                 display.say(f"{run.name} {told}")
         for log in logs:

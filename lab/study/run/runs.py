@@ -20,6 +20,7 @@ from lab.storage import read_json, write_json
 from lab.study import results
 from lab.study.define import asked, contrasts, identity, plan
 from lab.study.define.cell import Cell
+from lab.study.run import segments
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -74,11 +75,13 @@ def runs_of(cells: list[Cell], seeds: Sequence[int], workdir: pathlib.Path, rema
     by_name = {cell.name: cell for cell in cells}
     pairs = contrasts.settings(cells[0].config.study).baseline if cells else ()
     against = contrasts.baselines({name: cell.labels for name, cell in by_name.items()}, pairs)
-    there, runs = identity.records(workdir), []
+    there, runs, taken = identity.records(workdir), [], {}
     for cell, data in zip(cells, _open_data(cells), strict=True):
         made = identity.record(cell.config, data)
         found = identity.find(made, there, remake)
         directory = found[0] if found else f"cells/{cell.name.replace('/', '_')}-{identity.name_of(made)}"
+        if taken.setdefault(directory, cell) is not cell:
+            raise UserError(f"the cells {taken[directory].name!r} and {cell.name!r} compute the same; leave one out")
         for seed in seeds:
             place = workdir / directory / f"seed-{seed}"
             runs.append(Run(cell, seed, made, data, place, by_name.get(against.get(cell.name))))
@@ -104,7 +107,9 @@ def write_plan(
     path = workdir / "plan.json"
     looks = []
     if path.exists():
-        there = json.loads(path.read_text())
+        there = read_json(path)
+        if not isinstance(there, dict) or "study" not in there:
+            raise UserError(f"{path} is no plan of a study; delete it, or choose another --workdir")
         looks = there.get("looks", [])
         if there["study"] != config.study.name:
             raise UserError(
@@ -151,7 +156,7 @@ def note_look(workdir: pathlib.Path) -> None:
     Seeds that are added after a look are not what was planned; the report says so.
     """
     path = workdir / "plan.json"
-    plan = json.loads(path.read_text())
+    plan = read_json(path)
     look = {"seeds": plan["config"]["study"]["seeds"]}
     every = all(run.status == "done" for run in results.collect(workdir).runs)
     if every and plan["looks"][-1:] != [look]:
@@ -163,8 +168,8 @@ def made_elsewhere(runs: list[Run]) -> str:
     counted = collections.Counter()
     for run in runs:
         if (run.directory / "result.json").exists():
-            made = read_json(run.directory.parent / identity.FILE)["versions"]
-            counted[", ".join(f"{name} {version}" for name, version in made.items())] += 1
+            made = segments.read(run.directory)[-1:] or [{}]
+            counted[", ".join(f"{name} {made[0].get(name)}" for name in identity.versions())] += 1
     here = ", ".join(f"{name} {version}" for name, version in identity.versions().items())
     told = [f"{count} made under {made}" for made, count in counted.items() if made != here]
     return f"{'; '.join(told)}, and this is {here}: they are kept; --remake makes them again" if told else ""
@@ -182,7 +187,7 @@ def check_devices(runs: list[Run]) -> None:
 
 def check_hosts_agree(runs: list[Run]) -> None:
     """Stops hosts that hold other code, data or configs: they would silently train something else, or wait forever."""
-    text = json.dumps([(run.name, run.identity, run.cell.config.to_json_best_effort()) for run in runs])
+    text = json.dumps([(run.name, run.place, run.identity, run.cell.config.to_json_best_effort()) for run in runs])
     ours = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
     if jax.process_count() > 1 and len(np.unique(multihost_utils.process_allgather(ours), axis=0)) > 1:
         raise UserError("the hosts differ in config, data or code; give each the same command and the same files")

@@ -1,6 +1,7 @@
 """Runs a study: every cell and seed that is not trained or not asked everything, one after another."""
 
 import contextlib
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -9,6 +10,7 @@ import filelock
 import jax
 
 from lab.storage import write_json
+from lab.study import evaluations
 from lab.study.define import identity
 from lab.study.run import ask, make
 from lab.study.run.hosts import agreed
@@ -79,9 +81,11 @@ def _make(unit: Unit, display: Display, stop: Callable[[int], bool]) -> None:
     if jax.process_index() == 0:
         for run in unit:
             (run.directory / "failure.json").unlink(missing_ok=True)
-            write_json(run.directory.parent / "config.json", run.cell.described())
-            identity.keep(run.directory.parent, run.identity)
-            run.data.tokenizer.save(run.directory.parent)
+            if not _trained(run):
+                write_json(run.directory.parent / "config.json", run.cell.described())
+                identity.keep(run.directory.parent, run.identity)
+                run.data.tokenizer.save(run.directory.parent)
+                shutil.rmtree(run.directory / evaluations.DIRECTORY, ignore_errors=True)  # of other weights
     trained = agreed([_trained(run) for run in unit])
     untrained = tuple(run for run, done in zip(unit, trained, strict=True) if not done)
     speed, model, failed = "", None, []

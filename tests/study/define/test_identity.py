@@ -164,9 +164,11 @@ def test_programs_compare_under_equal_versions_only(made):
     assert identity.compare(here, there) == identity.OTHER_VERSIONS
     assert identity.compare(here, there | {"versions": here["versions"]}) is None
     assert identity.compare(here, there | {"tables": "other"}) is None
-    assert identity.find(here, {"cells/a": there, "cells/b": here}) == ("cells/b", identity.SAME)
-    assert identity.find(here, {"cells/a": there}) == ("cells/a", identity.OTHER_VERSIONS)
-    assert identity.find(here, {"cells/a": there}, remake=True) is None
+    assert identity.find(here, {"cells/a": [there], "cells/b": [here]}) == ("cells/b", identity.SAME)
+    assert identity.find(here, {"cells/a": [there]}) == ("cells/a", identity.OTHER_VERSIONS)
+    assert identity.find(here, {"cells/a": [there]}, remake=True) is None
+    assert identity.find(here, {"cells/a": [there, here]}, remake=True) == ("cells/a", identity.SAME)
+    assert identity.find(here | {"program": "changed here since"}, {"cells/a": [there, here]}) is None
 
 
 def test_directories_are_found_by_what_they_hold(made, tmp_path):
@@ -177,7 +179,18 @@ def test_directories_are_found_by_what_they_hold(made, tmp_path):
     identity.keep(directory, here)
     identity.keep(directory, here | {"data": "is not written over"})
     there = identity.records(tmp_path)
+    assert there == {f"cells/{directory.name}": [here]}
+    identity.keep(directory, here | {"versions": ELSEWHERE})
+    assert [one["versions"] for one in identity.read(directory)] == [here["versions"], ELSEWHERE]
+    there = identity.records(tmp_path)
     assert identity.find(here, there) == (f"cells/{directory.name}", identity.SAME)
+
+
+@pytest.mark.parametrize("text", ["{}", "[]x", "[{}]", "[1]"])
+def test_a_damaged_record_is_named(tmp_path, text):
+    (tmp_path / identity.FILE).write_text(text)
+    with pytest.raises(UserError, match=str(tmp_path)):
+        identity.read(tmp_path)
 
 
 def test_a_record_is_the_same_in_every_process(made):
