@@ -125,9 +125,8 @@ def collect(directory: str | Path) -> Results:
     if not (directory / "plan.json").exists():
         raise UserError(f"{directory} has no plan.json: give the directory of a study, such as runs/rope_ablation")
     plan = read_json(directory / "plan.json")
-    if not isinstance(plan, dict) or not all(
-        "asks" in one for one in (*plan.get("cells", [{}]), *plan.get("tuning", []))
-    ):
+    planned = [*plan.get("cells", [{}]), *plan.get("tuning", [])] if isinstance(plan, dict) else [{}]
+    if not all("asks" in one for one in planned):
         raise UserError(f"{directory / 'plan.json'} is of an older lab: run the study's command again, then its report")
     runs = [_run(directory, cell, seed) for cell in plan["cells"] for seed in cell["seeds"]]
     return Results(directory, plan, runs)

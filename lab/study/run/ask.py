@@ -7,6 +7,7 @@ import jax
 from ml_collections import ConfigDict
 
 from lab import kernels, runtime
+from lab.errors import UserError
 from lab.evaluate import asks, conditions
 from lab.model import mesh as lab_mesh
 from lab.study import evaluations
@@ -17,6 +18,10 @@ from lab.study.run.progress import Display
 from lab.study.run.runs import Run
 from lab.train import compiled, loop
 from lab.train.checkpoint import read_model
+
+
+class NoCheckpoint(Exception):
+    """A run that is to be asked more has no weights left."""
 
 
 def ask(run: Run, display: Display, stop: Callable[[int], bool], trained=None) -> str:
@@ -53,7 +58,10 @@ def complete(run: Run) -> bool:
 
 
 def _from_checkpoint(run: Run, config: ConfigDict, mesh):
-    return read_model(run.directory / "checkpoints", compiled.described(config, mesh), config.train.steps)
+    try:
+        return read_model(run.directory / "checkpoints", compiled.described(config, mesh), config.train.steps)
+    except UserError as error:
+        raise NoCheckpoint(f"{error}; delete {run.directory} to train it again") from error
 
 
 def _keep(run: Run, config: ConfigDict, found: dict, one: conditions.Condition, mesh) -> None:

@@ -104,13 +104,13 @@ def _make(unit: Unit, display: Display, stop: Callable[[int], bool]) -> None:
             display.start_asking(run.name)
         try:
             told = ask.ask(run, display, stop, model if run in untrained else None)
-        except loop.NonFinite as error:
+        except (loop.NonFinite, ask.NoCheckpoint) as error:
             _fail(run, error, display)
         else:
             display.finish_run(run.name, ", ".join(filter(None, (told, speed))))
 
 
-def _fail(run: Run, error: loop.NonFinite, display: Display) -> None:
+def _fail(run: Run, error: Exception, display: Display) -> None:
     if jax.process_index() == 0:
         write_json(run.directory / "failure.json", {"reason": str(error)})
     display.finish_run(run.name, f"FAILED: {error}", fresh=False)

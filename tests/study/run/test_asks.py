@@ -13,7 +13,7 @@ from lab.errors import UserError
 from lab.evaluate import asks, conditions
 from lab.model import mesh as lab_mesh
 from lab.study import evaluations, results
-from lab.study.define import asked, cell
+from lab.study.define import asked, cell, identity
 from lab.study.run import study as run_study
 from lab.study.run.progress import Display
 from lab.study.run.runs import Run
@@ -59,7 +59,7 @@ class Study:
 
     def run(self, made) -> Run:
         data = Data(*TEXTS, tokenizers.Bytes(), "training", self.validation)
-        return Run(cell.make(made.study, (), made), 0, dict(), data, self.directory)
+        return Run(cell.make(made.study, (), made), 0, dict.fromkeys(identity.PARTS, ""), data, self.directory)
 
     def make(self, made, **settings) -> tuple[run_study.Summary, int, int]:
         """(how it ended, training steps taken, evaluation calls made)"""
