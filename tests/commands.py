@@ -93,7 +93,7 @@ class Process:
     def code(self) -> int | None:
         return self._popen.poll()
 
-    def wait(self, timeout: float = 180) -> int:
+    def wait(self, timeout: float = 400) -> int:
         try:
             return self._popen.wait(timeout)
         except subprocess.TimeoutExpired:
@@ -104,7 +104,7 @@ class Process:
     def signal(self, number: signal.Signals) -> None:
         self._popen.send_signal(number)
 
-    def until(self, happened, timeout: float = 180) -> bool:
+    def until(self, happened, timeout: float = 400) -> bool:
         """Waits until `happened()`; False if the process ended first."""
         limit = time.monotonic() + timeout
         while not happened():
