@@ -7,9 +7,10 @@ import shlex
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
+from lab.options import leaves
 from lab.study.numbers import number
 from lab.study.report import costs, figures, tables
-from lab.study.report.layout import arrange, cell_label, describe, leaves
+from lab.study.report.layout import arrange, cell_label, describe
 from lab.study.report.page import Chart, Code, Heading, Piece, Table, Text
 from lab.study.report.tables import Choice, Losses
 from lab.study.results import Results

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+from lab.options import leaves
 from lab.study.results import Outcome, Results, identity
 
 WIDEST = 3  # panels in a row, where rows mean nothing
@@ -49,14 +50,6 @@ def panel_rows(panels: Mapping[str, object]) -> list[dict]:
     """Panels {title: content} cut into rows, where rows mean nothing."""
     items = list(panels.items())
     return [dict(items[start : start + WIDEST]) for start in range(0, len(items), WIDEST)]
-
-
-def leaves(config: Mapping, prefix: str = "") -> dict:
-    """Every field of a config as JSON keeps it, by its dotted name."""
-    found: dict = {}
-    for name, value in config.items():
-        found |= leaves(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
-    return found
 
 
 def differences(config: Mapping, other: Mapping) -> dict[str, tuple]:

@@ -2,12 +2,13 @@
 
 import math
 
+from lab.options import leaves
 from lab.study import evaluations
 from lab.study.evaluations import LOSS
 from lab.study.judge import residuals
 from lab.study.numbers import number
 from lab.study.report import costs, figures
-from lab.study.report.layout import arrange, describe, leaves, line_label
+from lab.study.report.layout import arrange, describe, line_label
 from lab.study.report.page import Chart, Piece, Table, Text
 from lab.study.results import Results, judged_loss
 

@@ -14,7 +14,8 @@ from tensorboard.plugins.hparams.summary_v2 import hparams_pb
 from tensorboard.plugins.text import metadata as text_metadata
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-from lab.study.report.layout import differences, leaves
+from lab.options import leaves
+from lab.study.report.layout import differences
 from lab.study.report.tensorboard import image
 
 
