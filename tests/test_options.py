@@ -242,7 +242,7 @@ def test_a_cell_that_means_nothing_is_refused(field, value, says):
 
 IN_A_STUDY = [
     (vary("model.heads", (2,)), "field of study.cells = 'model.heads' is unknown (did you mean 'model.mixer.heads'?)"),
-    (vary("run.scan", (False, True)), "the study varies run.scan: how a cell runs is no part of what it is"),
+    (vary("run.scan", (False, True)), "varies run.scan: how a cell runs and what it is asked are no part of it"),
     (vary("model.mixer.heads", ("two",)), "a cell of the study sets model.mixer.heads = 'two', which is no int"),
     (vary("model.mixer.latent", (0, 8)), "model.mixer.latent = 8 means nothing beside model.mixer.name = 'attention'"),
     (chain(named("a", ("train.optimizer", "muon")), named("b", ("train.muon.momentum", 0.5))),

@@ -14,7 +14,7 @@ from lab.data import Batch
 from lab.kernels import rules
 from lab.model.spec import layer_specs
 
-TOLERANCE = 3e-5
+TOLERANCE = 1e-4  # float32 in another order; hyper-connections amplify it to half of this
 
 
 def unrolled_streams() -> list:
@@ -162,7 +162,7 @@ def test_decoding_with_a_cache_equals_the_full_pass(variant, scan):
     full = jax.jit(type(model).__call__)(model, batch.tokens, batch.coordinates)
     real = batch.coordinates.segment >= 0
     for chunks in ([1] * 24, [9, 1, 1, 1, 9, 1, 1, 1]):
-        np.testing.assert_allclose(decoded(model, batch, chunks)[real], full[real], atol=TOLERANCE * 10)
+        np.testing.assert_allclose(decoded(model, batch, chunks)[real], full[real], atol=TOLERANCE * 3)
 
 
 @pytest.mark.slow
