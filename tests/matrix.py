@@ -12,7 +12,7 @@ import subprocess
 
 import pytest
 
-ONE_IN = 9  # of a contract's slow tests
+ONE_IN = 14  # of a contract's slow tests
 FEWEST = 2
 
 

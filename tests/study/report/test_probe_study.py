@@ -36,6 +36,7 @@ def test_accuracies_reach_the_csv_and_the_report(tmp_path):
     assert table.rows == [["0.0", "5.0%", "5.0%"], ["1.0", "55.0%", "30.0%"]]
 
 
+@pytest.mark.whole
 @pytest.mark.slow
 def test_the_cpu_study_separates_its_variants(tmp_path):
     command = [sys.executable, "-m", "lab.main", "--config=configs/probes.py", f"--workdir={tmp_path / 'probes'}"]
