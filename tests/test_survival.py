@@ -9,7 +9,9 @@ import commands
 import pytest
 
 pytestmark = pytest.mark.slow
-TWELVE = 'product(vary("model.position.ratio", (0.0, 0.5, 1.0)), vary("data.draw", ("fixed1", "1-2", "1-3", "2-4")))'
+TWELVE = (
+    'product(vary("model.position.ratio", (0.0, 0.5, 1.0)), vary("data.draw", ("fixed1", "fixed2", "fixed4", "1-3")))'
+)
 
 
 @pytest.fixture(scope="module")

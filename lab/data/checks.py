@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from ml_collections import ConfigDict
 
 from lab.data import tokenizers
-from lab.data.packing import parse_draw, prompts_of_group
+from lab.data.packing import LARGEST_BATCH, LONGEST_ROW, parse_draw, texts_of_draw
 from lab.errors import UserError
 
 
@@ -23,7 +23,7 @@ def check_branches(config: ConfigDict, ask: ConfigDict, field: str, branch_count
     at_most_once(f"{field}.branches", branch_counts)
     for branches in branch_counts:
         at_least(f"{field}.branches", branches, 1)
-    sizes = [branches + prompts_of_group(config.data.prompt) for branches in branch_counts]
+    sizes = [texts_of_draw(branches, branches, config.data.prompt) for branches in branch_counts]
     if any(ask.texts_per_row % size for size in sizes):
         raise UserError(
             f"{field}.texts_per_row = {ask.texts_per_row} does not hold whole groups of every one of "
@@ -37,6 +37,21 @@ def check_branches(config: ConfigDict, ask: ConfigDict, field: str, branch_count
         )
 
 
+def check_size(room: str, batch: ConfigDict, text_length: int) -> None:
+    """Refuses rows, and batches of them, that no host could hold; room: whose fields `batch` has, such as data."""
+    row = batch.texts_per_row * text_length
+    if row > LONGEST_ROW:
+        raise UserError(
+            f"{room}.texts_per_row x data.text_length = {batch.texts_per_row} x {text_length} makes rows of {row} "
+            f"tokens; choose at most {LONGEST_ROW} tokens"
+        )
+    if batch.rows * row > LARGEST_BATCH:
+        raise UserError(
+            f"{room}.rows = {batch.rows} of {row} tokens make batches of {batch.rows * row} tokens; choose at most "
+            f"{LARGEST_BATCH // row} rows"
+        )
+
+
 def rows_of_process(field: str, rows: int, process_index: int, process_count: int) -> range:
     """The rows that one of the hosts packs, contiguous. Raises UserError if they cannot be shared equally."""
     if rows % process_count:
@@ -46,12 +61,14 @@ def rows_of_process(field: str, rows: int, process_index: int, process_count: in
 
 
 def _check_draw(data: ConfigDict) -> None:
-    _, high = parse_draw(data.draw)
-    texts = high + prompts_of_group(data.prompt)
-    if texts > data.texts_per_row:
+    low, high = parse_draw(data.draw)
+    texts = texts_of_draw(low, high, data.prompt)
+    if data.texts_per_row % texts:
+        groups = "whole groups" if low == high else f"pairs of groups, whose branches sum to {low + high},"
         raise UserError(
-            f"data.draw = {data.draw!r} with data.prompt = {data.prompt!r} asks for groups of up to {texts} texts, "
-            f"over data.texts_per_row = {data.texts_per_row}; lower the draw or raise texts_per_row"
+            f"data.texts_per_row = {data.texts_per_row} does not hold {groups} of data.draw = {data.draw!r} with "
+            f"data.prompt = {data.prompt!r}; choose a multiple of {texts}; the next is "
+            f"{-(-data.texts_per_row // texts) * texts}"
         )
     if data.slots and data.slots < high:
         raise UserError(

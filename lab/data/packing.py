@@ -13,16 +13,19 @@ from lab.options import Option
 
 ALIGNMENTS = ("left", "right")
 PROMPTS = ("none", "first")
+LONGEST_ROW, LARGEST_BATCH = 2**20, 2**28  # tokens: what one host can count the visible keys of, and can hold
 OF_ROWS = {  # of every kind of data
-    "text_length": Option(128, "tokens of a text at most; of a probe, of a row", least=2),
+    "text_length": Option(128, "tokens of a text at most; of a probe, of a row", least=2, most=LONGEST_ROW),
     "rows": Option(8, "of a training step, over all devices and hosts", least=1),
 }
 OPTIONS = OF_ROWS | {
-    "texts_per_row": Option(1, "texts of a training row", least=1),
-    "draw": Option("fixed1", "branches of a group: fixedN or LOW-HIGH"),
+    "texts_per_row": Option(
+        1, "of a training row: a multiple of N for draw = fixedN, of LOW + HIGH for LOW-HIGH", least=1, most=LONGEST_ROW
+    ),
+    "draw": Option("fixed1", "branches of a group: fixedN, or LOW-HIGH, each number of them equally often"),
     "stagger": Option(False, "each branch starts later by a random offset"),
     "align": Option("left", "which ends of the branches of a group stand together", choices=ALIGNMENTS),
-    "slots": Option(0, "0: branches take the numbers 1, 2, ...; S: a random subset of 1..S", least=0),
+    "slots": Option(0, "0: branches take the numbers 1, 2, ...; S: a random subset of 1..S", least=0, most=2**16),
     "prompt": Option("none", "first: the first text of a group is its shared prompt", choices=PROMPTS),
 }
 
@@ -37,7 +40,10 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """How a row is laid out: `texts` texts in `length` tokens, in groups of low..high branches each."""
+    """How a row is laid out: `texts` texts in `length` tokens, in groups of low..high branches each.
+
+    `texts` is a multiple of `texts_of_draw`.
+    """
 
     texts: int
     length: int
@@ -70,11 +76,21 @@ def parse_draw(draw: str, field: str = "data.draw") -> tuple[int, int]:
     return low, high
 
 
+def texts_of_draw(low: int, high: int, prompt: str = "none") -> int:
+    """The texts of which a row must hold a multiple: of one group if all have one size, else of a pair of groups."""
+    least, most = (branches + prompts_of_group(prompt) for branches in (low, high))
+    return least if low == high else least + most
+
+
 def draw_groups(n: int, low: int, high: int, rng: np.random.Generator) -> list[int]:
-    """Sizes of groups, each uniform over low..high, that sum to n: the last takes what is left."""
-    ends = np.minimum(np.cumsum(rng.integers(low, high + 1, size=n)), n)
-    sizes = np.diff(ends, prepend=0)
-    return sizes[sizes > 0].tolist()
+    """Sizes of groups that sum to n, a multiple of `texts_of_draw`, each uniform over low..high in every place.
+
+    They are antithetic pairs, s and low + high - s with s uniform, in random order: however s falls, the row is full.
+    """
+    if low == high:
+        return [low] * (n // low)
+    sizes = rng.integers(low, high + 1, size=n // (low + high))
+    return rng.permutation([*sizes, *(low + high - sizes)]).tolist()
 
 
 def pack_row(

@@ -39,6 +39,7 @@ def check(config: ConfigDict) -> None:
     """Raises UserError for the first field of config.data that cannot work."""
     choose("data.corpus", config.data.corpus, SOURCES)
     DATA.check(leaves(config.data), "data.")
+    checks.check_size("data", config.data, config.data.text_length)
     source(config).check(config)
 
 

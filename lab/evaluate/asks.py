@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from lab.data import Batch, checks, generated, pipeline
 from lab.data.corpora import CORPORA
+from lab.data.packing import LONGEST_ROW
 from lab.data.probes import PROBES
 from lab.errors import UserError, choose
 from lab.model import abstract, parameter, spec, streams
@@ -38,7 +39,9 @@ SIZES = {
 }
 BRANCHES = SIZES | {
     "branches": Option((1,), "numbers of branches", kind=tuple[int, ...]),
-    "texts_per_row": Option(1, "a multiple of every number of branches, so that it fills its groups", least=1),
+    "texts_per_row": Option(
+        1, "a multiple of every number of branches, so that it fills its groups", least=1, most=LONGEST_ROW
+    ),
 }
 DIFFICULTIES = SIZES | {"difficulties": Option((2, 4, 8), "of the rows of a probe", kind=tuple[int, ...])}
 ASKS = {
@@ -93,6 +96,7 @@ def check(config: ConfigDict) -> None:
                 f"{field}.kind = {asked.kind!r} asks nothing of data.corpus = {config.data.corpus!r}; choose "
                 f"{' | '.join(map(repr, fitting))}"
             )
+        checks.check_size(field, asked, config.data.text_length)
         kind.check(config, asked, field)
         model = remodelled(config, asked, field).model
         tokens = asked.texts_per_row * config.data.text_length

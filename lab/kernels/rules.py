@@ -114,9 +114,13 @@ def pairs_visible(rule: Rule, q: Coordinates, k: Coordinates):
     return (q.segment == k.segment) & (q.segment >= 0) & rule.visible(q, k)
 
 
-def mean_visible_keys(rule: Rule, coordinates: Coordinates, block: int = 1024) -> float:
-    """Mean number of keys that a token which is not padding sees, counted exactly; numpy coordinates [B, T]."""
+def mean_visible_keys(rule: Rule, coordinates: Coordinates, pairs: int = 2**22) -> float:
+    """Mean number of keys that a token which is not padding sees, counted exactly; numpy coordinates [B, T].
+
+    pairs: of queries and keys, that are held at once.
+    """
     seen = tokens = 0
+    block = max(1, pairs // coordinates.shape[1])
     for row in range(coordinates.shape[0]):
         keys = coordinates.map(lambda x, row=row: x[row])
         for start in range(0, coordinates.shape[1], block):

@@ -21,7 +21,7 @@ def cache_root(tmp_path, monkeypatch):
 def config():
     """Rows small enough to check by hand: 4 rows of 6 texts of at most 4 tokens."""
     config = lab.config.base()
-    config.data.update(text_length=4, texts_per_row=6, rows=4, draw="1-3")
+    config.data.update(text_length=4, texts_per_row=6, rows=4, draw="1-5")
     config.evaluate.loss.update(branches=(1, 2, 3), texts=24, texts_per_row=6, rows=4)
     config.train.steps = 5
     return config

@@ -122,18 +122,39 @@ def test_slots_of_a_prompted_group():
     )
 
 
-@given(st.integers(1, 70), st.integers(1, 20), st.integers(0, 20), st.integers(0, 2**32))
-def test_groups_sum_to_the_row(n, low, more, seed):
-    groups = packing.draw_groups(n, low, low + more, np.random.default_rng(seed))
-    assert sum(groups) == n
-    assert all(low <= size <= low + more for size in groups[:-1])
-    assert 1 <= groups[-1] <= low + more
+@given(st.integers(1, 20), st.integers(0, 20), st.integers(1, 4), st.integers(0, 2**32))
+def test_groups_fill_the_row_with_sizes_of_the_draw(low, more, count, seed):
+    high = low + more
+    groups = packing.draw_groups(count * packing.texts_of_draw(low, high), low, high, np.random.default_rng(seed))
+    assert sum(groups) == count * packing.texts_of_draw(low, high)
+    assert len(groups) == (2 * count if more else count)
+    assert all(low <= size <= high for size in groups)
 
 
-def test_group_sizes_are_uniform():
-    rng = np.random.default_rng(0)
-    sizes = [packing.draw_groups(16, 1, 15, rng)[0] for _ in range(6000)]
-    np.testing.assert_allclose(np.bincount(sizes, minlength=16)[1:] / 6000, 1 / 15, atol=0.015)
+@pytest.mark.parametrize("n, low, high", [(16, 1, 15), (16, 1, 7), (16, 1, 3), (36, 8, 10), (9, 1, 2)])
+def test_sizes_are_uniform_over_all_groups_and_in_every_place_of_a_row(n, low, high):
+    """Of 6,000 rows. Partners, whose sizes sum to low + high, stand anywhere: no two places are more often a pair."""
+    rng, draws, values = np.random.default_rng(0), 6000, high - low + 1
+    rows, five_deviations = [packing.draw_groups(n, low, high, rng) for _ in range(draws)], 5 / (values * draws) ** 0.5
+    share = np.bincount(np.concatenate(rows), minlength=high + 1) / sum(map(len, rows))
+    np.testing.assert_allclose(share, [0] * low + [1 / values] * values, atol=five_deviations)
+    places = 2 * n // (low + high)
+    sizes_RG = np.array(rows)
+    assert sizes_RG.shape == (draws, places) and (sizes_RG.sum(1) == n).all()
+    for size in range(low, high + 1):
+        np.testing.assert_allclose((sizes_RG == size).mean(0), 1 / values, atol=five_deviations)
+    partners = 1 / (places - 1)
+    for place in range(1, places):
+        pairs = (sizes_RG[:, 0] + sizes_RG[:, place] == low + high).mean()
+        assert pairs == pytest.approx(partners + (1 - partners) / values, abs=0.03)
+
+
+@pytest.mark.parametrize(
+    "low, high, prompt, texts", [(1, 1, "none", 1), (3, 3, "first", 4), (1, 15, "none", 16), (1, 15, "first", 18)]
+)
+def test_texts_of_a_draw(low, high, prompt, texts):
+    """One group where all have one size, else two whose sizes sum to low + high; a prompt is a text of its group."""
+    assert packing.texts_of_draw(low, high, prompt) == texts
 
 
 @pytest.mark.parametrize(

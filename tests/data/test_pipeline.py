@@ -34,7 +34,7 @@ def ids_of(texts, batch):
     return sorted(set(batch.tokens[batch.coordinates.segment >= 0] // 10))
 
 
-@pytest.mark.parametrize("options", [{}, dict(slots=5, prompt="first"), dict(align="right", stagger=False)])
+@pytest.mark.parametrize("options", [{}, dict(slots=5, draw="1-3", prompt="first"), dict(align="right", stagger=False)])
 @pytest.mark.parametrize("processes", [2, 4])
 def test_hosts_together_hold_the_batch_of_one(config, texts, processes, options):
     config.data.update(options)
@@ -73,7 +73,9 @@ def test_starting_far_away_is_immediate(config, texts):
 @pytest.mark.parametrize("prompt", ["none", "first"])
 def test_every_draw_sees_the_same_texts(config, texts, prompt):
     seen = []
-    for draw, slots, stagger in [("fixed1", 0, True), ("1-3", 0, True), ("2-5", 9, False)]:
+    config.data.update(texts_per_row=24, rows=1)
+    draws = {"none": ("fixed1", "1-5", "3-9"), "first": ("fixed1", "1-3", "2-8")}[prompt]
+    for draw, slots, stagger in zip(draws, (0, 0, 9), (True, True, False), strict=True):
         config.data.update(draw=draw, prompt=prompt, slots=slots, stagger=stagger)
         steps = list(pipeline.train_batches(config, texts))
         seen.append([(ids_of(texts, batch), info) for batch, info in steps])
@@ -117,7 +119,7 @@ def test_the_hash_is_of_the_order_of_texts(config, texts):
 
 def test_the_hash_is_of_the_whole_step_and_not_of_its_rows(config, texts):
     def first_hash(rows, texts_per_row):
-        config.data.update(rows=rows, texts_per_row=texts_per_row)
+        config.data.update(rows=rows, texts_per_row=texts_per_row, draw="fixed1")
         return next(pipeline.train_batches(config, texts))[1].text_hash
 
     assert first_hash(4, 6) == first_hash(3, 8) == first_hash(1, 24)
@@ -125,7 +127,7 @@ def test_the_hash_is_of_the_whole_step_and_not_of_its_rows(config, texts):
 
 
 def test_every_row_of_every_step_and_seed_draws_anew(config):
-    config.data.update(texts_per_row=12, draw="1-9", slots=20)
+    config.data.update(texts_per_row=12, draw="1-11", slots=20)
     drawn = set()
     for seed in range(3):
         config.seed = seed
@@ -143,16 +145,20 @@ def test_fill_and_tokens_are_those_of_the_whole_step(config, texts):
         assert 0.5 < info.fill < 1
 
 
-def test_group_sizes_follow_the_draw(config, texts):
-    config.data.draw = "2-3"
-    config.train.steps = 30
-    sizes = set()
-    for batch, _ in pipeline.train_batches(config, texts):
-        for segment, branch in zip(batch.coordinates.segment, batch.coordinates.branch, strict=True):
-            branches = [len(set(branch[segment == s])) for s in range(segment.max() + 1)]
-            assert sum(branches) == 6 and max(branches) <= 3
-            sizes |= set(branches[:-1])
-    assert sizes == {2, 3}
+@pytest.mark.parametrize(
+    "low, high, prompt, texts_per_row", [(1, 5, "none", 6), (2, 4, "none", 12), (1, 3, "first", 12), (3, 3, "none", 6)]
+)
+def test_groups_of_every_row_have_the_sizes_of_the_draw_equally_often(config, low, high, prompt, texts_per_row):
+    config.data.update(draw=f"{low}-{high}", prompt=prompt, texts_per_row=texts_per_row, text_length=2)
+    c = pipeline.nominal_coordinates(config, 1500)
+    sizes = [
+        len({*branch[(segment == s) & (branch > 0)]})
+        for segment, branch in zip(c.segment, c.branch, strict=True)
+        for s in range(segment.max() + 1)
+    ]
+    share = np.bincount(sizes, minlength=high + 1) / len(sizes)
+    values = high - low + 1
+    np.testing.assert_allclose(share, [0] * low + [1 / values] * values, atol=0.025)
 
 
 def test_a_prompt_comes_on_top_of_the_branches(config, texts):
@@ -189,7 +195,7 @@ def test_evaluation_uses_one_shape_and_full_groups(config, texts, branches):
 def test_evaluation_reads_the_same_texts_for_every_cell(config, texts):
     config.evaluate.loss.update(texts=48, rows=2)
     read = []
-    for seed, branches, draw in itertools.product([0, 7], [1, 2, 3, 6], ["fixed1", "1-3"]):
+    for seed, branches, draw in itertools.product([0, 7], [1, 2, 3, 6], ["fixed1", "1-5"]):
         config.seed = seed
         config.data.draw = draw
         read.append(
@@ -218,7 +224,7 @@ def test_evaluation_needs_enough_texts(config, texts):
         pipeline.evaluation_batches(config, config.evaluate.loss, texts[:23], 2)
 
 
-@pytest.mark.parametrize("options", [{}, dict(slots=5, prompt="first"), dict(draw="fixed1", align="right")])
+@pytest.mark.parametrize("options", [{}, dict(slots=5, draw="1-3", prompt="first"), dict(draw="fixed1", align="right")])
 def test_nominal_coordinates_are_those_of_full_texts(config, options):
     config.data.update(options)
     full = [np.arange(4, dtype=np.int32)] * 50

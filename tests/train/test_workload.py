@@ -13,7 +13,7 @@ from lab.train.workload import Member, Workload
 
 VARIED = [
     dict(seed=0, model__position__ratio=0.0),
-    dict(seed=0, model__position__ratio=1.0, data__draw="2-4", train__learning_rate=1e-2),
+    dict(seed=0, model__position__ratio=1.0, data__draw="fixed2", train__learning_rate=1e-2),
     dict(seed=7, model_seed=7, train__weight_decay=0.3),
 ]
 
@@ -81,7 +81,7 @@ def test_the_member_that_fails_is_named(tmp_path):
 
 def test_batches_are_laid_out_for_the_model_and_tell_their_share_of_tiles(monkeypatch):
     monkeypatch.setattr(tiled, "tile_sizes", lambda T, S: (4, 4))
-    config = tiny.config(model__rule="own_branch", data__draw="3-4")
+    config = tiny.config(model__rule="own_branch", data__draw="fixed4")
     packed = [batch for batch, _ in train_batches(config, tiny.texts())]
     moved = 0
     for before, (after, (sent,)) in zip(packed, Workload([Member(config, tiny.texts())]).batches(0), strict=True):

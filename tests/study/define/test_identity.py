@@ -108,7 +108,7 @@ def test_every_field_that_is_read_is_in_it_and_no_other():
     dict(model__feedforward__width=32),
     dict(model__position__ratio=0.25),
     dict(train__learning_rate=0.1),
-    dict(data__draw="1-2"),
+    dict(data__draw="fixed2"),
     dict(model_seed=1),
 ], ids=str)  # fmt: skip
 def test_a_field_that_is_read_changes_it(made, overrides):
