@@ -1,7 +1,7 @@
 """Checkpoints of a run, by Orbax: asynchronous, the last few kept, a damaged newest one set aside.
 
-What is damaged stays on the disk, in SET_ASIDE beside the checkpoints. What cannot be read for now, for want of rights or
-of a disk that answers, is not damaged: it stops the command.
+What is damaged stays on the disk, in SET_ASIDE beside the checkpoints. What cannot be read for now, for want of rights
+or of a disk that answers, is not damaged: it stops the command.
 """
 
 import errno
@@ -166,7 +166,7 @@ class Checkpoints:
         if jax.process_index() == 0:
             place = self.directory.parent / SET_ASIDE
             place.mkdir(exist_ok=True)
-            names = (place / f"{step}{number and f'-{number}' or ''}" for number in itertools.count())
+            names = (place / f"{step}-{number}" for number in itertools.count(1))
             os.rename(self.directory / str(step), next(name for name in names if not name.exists()))
         _any_host(False)  # all wait for it
         self._manager.reload()

@@ -142,7 +142,7 @@ def check_falls_back(directory: pathlib.Path, caplog) -> None:
     said = [record.getMessage() for record in caplog.records if "cannot be read" in record.getMessage()]
     assert len(said) == 1 and str(directory / "2") in said[0] and "the one before" in said[0] and "\n" not in said[0]
     assert not (directory / "2").exists()  # else the run would not save it again
-    assert (directory.parent / checkpoint.SET_ASIDE / "2").is_dir()
+    assert (directory.parent / checkpoint.SET_ASIDE / "2-1").is_dir()
 
 
 @pytest.mark.parametrize("part", ["state", "position", "state/d", "state/ocdbt.process_0"])
@@ -294,7 +294,7 @@ def test_later_checkpoints_are_set_aside_and_said(two_checkpoints, tmp_path, cap
         checkpoints.save(Position(2, 20), state_of(2))
         checkpoints.wait()
         checkpoints.close()
-    assert {path.name for path in (tmp_path / "run" / checkpoint.SET_ASIDE).iterdir()} == {"2", "2-1"}
+    assert {path.name for path in (tmp_path / "run" / checkpoint.SET_ASIDE).iterdir()} == {"2-1", "2-2"}
     assert restore(directory, state_of(3))[0] == Position(2, 20)
     assert [record.getMessage() for record in caplog.records].count(
         f"checkpoint {directory / '2'} is set aside: a reason"
