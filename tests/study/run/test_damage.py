@@ -10,6 +10,7 @@ import tiny
 from studies import write_study
 from test_asks import DONE, SIZES, Study
 
+import lab
 from lab import report, storage
 from lab.errors import UserError
 from lab.study import evaluations, results
@@ -221,3 +222,20 @@ def test_a_damaged_file_is_said_once(tmp_path, caplog, kind):
     assert len(caplog.records) == 1 and "is damaged" in caplog.records[0].getMessage()
     with pytest.raises(UserError, match=r"a\.json is no"):
         storage.read_json(path)
+
+
+@pytest.mark.parametrize("kind", [*GARBAGE, "asks"])
+def test_a_damaged_config_of_a_cell_is_one_line_where_it_is_loaded(tmp_path, kind):
+    (tmp_path / "config.json").write_bytes(GARBAGE.get(kind, b'{"evaluate": [1]}'))
+    (tmp_path / "seed-0" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"config\.json") as error:
+        lab.load(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_the_first_seed_of_a_cell_is_the_lowest(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    for name in ("seed-10", "seed-2", "seed-2 copy"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(UserError, match=r"/seed-2/checkpoints does not exist"):
+        lab.load(tmp_path)
