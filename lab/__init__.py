@@ -1,6 +1,5 @@
 """Transformer ablations: studies of one change at a time, on a laptop, GPUs and TPU pods."""
 
-import json
 import pathlib
 
 from lab.errors import UserError
@@ -20,6 +19,7 @@ def load(path):
     from lab.config import restored
     from lab.data import tokenizers
     from lab.model import build
+    from lab.storage import read_json
     from lab.train.checkpoint import read_model
 
     path = pathlib.Path(path)
@@ -27,12 +27,12 @@ def load(path):
     if cell is None:
         raise UserError(f"{path} is in no cell: neither it nor a directory above it has a config.json")
     if path == cell:
-        seeds = sorted(cell.glob("seed-*"))
-        path = seeds[0] if seeds else cell / "seed-0"
-    step = int(path.name) if path.name.isdigit() else None
+        seeds = [int(seed.name[5:]) for seed in cell.glob("seed-*") if seed.name[5:].isdecimal()]
+        path = cell / f"seed-{min(seeds, default=0)}"
+    step = int(path.name) if path.name.isdecimal() else None
     directory = path.parent if step is not None else path / "checkpoints"
     if not directory.is_dir():
         raise UserError(f"{directory} does not exist: nothing was saved there yet")
-    config = restored(json.loads((cell / "config.json").read_text()))
+    config = restored(read_json(cell / "config.json"))
     model = build(config.model, jax.random.key(0))
     return read_model(directory, model, step), tokenizers.load(cell)

@@ -4,6 +4,7 @@ import argparse
 import ast
 import errno
 import importlib.util
+import os
 import pathlib
 import signal
 import sys
@@ -20,18 +21,27 @@ a config takes a scale after a colon:  --config=configs/rope_ablation.py:gpu"""
 
 
 def run(main: Callable[[list[str]], int | None]) -> None:
-    """Runs a command: a user's mistake ends it with one line, code 2 where nothing was run."""
+    """Runs a command: a user's mistake ends it with one line, code 2 where nothing was run; so does a file that cannot
+    be read or written, with code 1. What a terminal has no letter for is shown as ?."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")
     try:
         sys.exit(main(sys.argv[1:]))
     except UserError as error:
         print(f"lab: {error}", file=sys.stderr)
         sys.exit(getattr(error, "exit_code", 2))
+    except BrokenPipeError:  # who read the output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno is None:
             raise
-        print(
-            f"lab: the disk is full ({error}); free space and run the same command again: it goes on", file=sys.stderr
+        said = (
+            f"the disk is full ({error}); free space"
+            if error.errno in (errno.ENOSPC, errno.EDQUOT)
+            else f"{error}; mend that"
         )
+        print(f"lab: {said} and run the same command again: it goes on", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("lab: interrupted; run the same command again: it goes on", file=sys.stderr)
@@ -106,7 +116,7 @@ def override(config: ConfigDict, name: str, text: str) -> None:
     choose("a config field", name, fields)
     try:
         value = _convert(text, fields[name])
-    except (ValueError, SyntaxError, KeyError):
+    except (ValueError, SyntaxError, KeyError, TypeError, RecursionError, MemoryError):
         kind = type(fields[name]).__name__
         raise UserError(f"--config.{name}={text!r} is no {kind}; the default is {fields[name]!r}") from None
     set_field(config, name, value)

@@ -50,9 +50,11 @@ def restored(stored: dict) -> ConfigDict:
 
     Raises UserError for a field that is declared no more.
     """
-    config = base()
+    config, asks = base(), stored.get("evaluate", {})
+    if not isinstance(asks, dict):
+        raise UserError(f"config.json has evaluate = {asks!r}, which is of another type")
     with config.unlocked():
-        for name, asked in stored.get("evaluate", {}).items():
+        for name, asked in asks.items():
             config.evaluate[name] = ask(asked.get("kind") if isinstance(asked, dict) else None)
     known = leaves(config)
     for name, value in leaves(stored).items():

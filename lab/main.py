@@ -3,19 +3,21 @@
     python -m lab.main --config=configs/rope_ablation.py
 
 What is trained is never trained again, and is asked only what is missing; an interrupted study goes on where it was.
-Exit codes: 0 all cells done; 1 some cell failed, or the disk is full; 2 a mistake in what was asked, nothing was run;
-75 stopped by SIGTERM or Ctrl-C with everything saved: run the same command again.
+Exit codes: 0 all cells done; 1 some cell failed, or a file cannot be read or written; 2 a mistake in what was asked,
+nothing was run; 75 stopped by SIGTERM or Ctrl-C with everything saved: run the same command again.
 """
 
 from lab import runtime
 
 runtime.tune_allocator()  # before anything imports JAX
 
+import contextlib  # noqa: E402
 import functools  # noqa: E402
 import logging  # noqa: E402
 import pathlib  # noqa: E402
 import shlex  # noqa: E402
 import time  # noqa: E402
+from collections.abc import Callable  # noqa: E402
 
 from lab import command  # noqa: E402
 
@@ -26,8 +28,8 @@ REPORTING = 0.05  # share of the time that reports may take while runs go on
 class Reporter:
     """Rebuilds the report of a directory, after runs for at most a share REPORTING of the time."""
 
-    def __init__(self, workdir: pathlib.Path, writes: bool):
-        self._workdir, self._writes = workdir, writes
+    def __init__(self, workdir: pathlib.Path, writes: bool, say: Callable[[str], None]):
+        self._workdir, self._writes, self._say = workdir, writes, say
         self._due = 0.0
 
     def after_run(self) -> None:
@@ -39,8 +41,30 @@ class Reporter:
             from lab import report
 
             begun = time.monotonic()
-            report.rebuild(self._workdir)
+            self._guarded(report.rebuild)
             self._due = time.monotonic() + (time.monotonic() - begun) / REPORTING
+
+    def note_look(self) -> None:
+        """Writes into the plan that the study can now be read, before its last report."""
+        if self._writes:
+            from lab.study.run import runs
+
+            self._guarded(runs.note_look)
+
+    def _guarded(self, make: Callable[[pathlib.Path], object]) -> None:
+        """No error of a report ends a study that runs, unless the disk is full."""
+        from lab.train.checkpoint import is_disk_full
+
+        try:
+            make(self._workdir)
+        except Exception as error:
+            if is_disk_full(error):
+                raise
+            said = " ".join(str(error).split())
+            self._say(
+                f"no report could be made ({type(error).__name__}: {said}); the runs go on, and python -m lab.report "
+                f"{shlex.quote(str(self._workdir))} makes it"
+            )
 
 
 def main(argv: list[str]) -> int:
@@ -58,7 +82,7 @@ def main(argv: list[str]) -> int:
 
     from lab.study.define import resolve
     from lab.study.open import open
-    from lab.study.run import runs
+    from lab.study.run import hosts, places, runs
     from lab.study.run import study as run
     from lab.study.run.progress import Display
     from lab.train.loop import Stopped
@@ -69,15 +93,17 @@ def main(argv: list[str]) -> int:
     names = {cell.name for cell in study.cells[resolve.share(flags.cells)]}
     workdir, line = study.workdir, shlex.join(["python", "-m", "lab.main", *argv])
     first = jax.process_index() == 0
-    reporter = Reporter(workdir, writes=first)
+    replaced, held = [], contextlib.ExitStack()
+    hosts.first(lambda: replaced.append(places.replaced(places.check(workdir, config), config)))
     tried = [trial.run for trial in study.trials if trial.cell in names]
-    ours = [each for each in study.planned(line) if each.cell.name in names]
+    ours = [each for each in study.planned(line, held) if each.cell.name in names]
     stop = runtime.stop_requests()
-    with Display(len(tried) + len(ours), quiet=not first) as display:
+    with held, Display(len(tried) + len(ours), quiet=not first) as display:
+        reporter = Reporter(workdir, writes=first, say=display.say)
         devices = f"{jax.device_count()} {jax.devices()[0].platform} devices"
         display.say(f"{config.study.name}: {len(tried) + len(ours)} runs on {devices}, in {workdir}")
-        if kept := runs.made_elsewhere(tried + ours):
-            display.say(kept)
+        for told in filter(None, (*replaced, runs.made_elsewhere(tried + ours))):
+            display.say(told)
         make = functools.partial(
             run.run_study, display=display, stop=stop, after_run=reporter.after_run, retry_failed=flags.retry_failed
         )
@@ -90,8 +116,7 @@ def main(argv: list[str]) -> int:
             reporter.rebuild()
             display.say(f"stopped and saved at {stopped}; run the same command again to go on")
             return STOPPED
-        if first:
-            runs.note_look(workdir)
+        reporter.note_look()
         display.say(f"compiled: {counts}, for {tuning_summary.new + summary.new} new runs")
         reporter.rebuild()
         display.say(f"{summary.done} of {len(ours)} runs done, {summary.failed} failed; open {workdir / 'report.html'}")

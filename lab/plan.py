@@ -58,7 +58,7 @@ def main(argv: list[str]) -> None:
     for row in rows:
         table.add_row(*(_shown(row[name]) for name in COLUMNS))
     programs = len({row["executable"] for row in rows})
-    console = Console(width=max(Console().width, 150), highlight=False)
+    console = Console(width=max(Console().width, 150), highlight=False, markup=False, emoji=False)
     console.print(table)
     console.print(over_devices(rows))
     for line in _matches(rows):

@@ -8,6 +8,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from lab import command
 from lab.errors import UserError
 from lab.study import results
 
@@ -54,11 +55,11 @@ def main(arguments: list[str] | None = None) -> int:
         paths = compare(flags.directories, flags.output or ".") if several else rebuild(flags.directories[0])
         for path in paths:
             print(path)
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command.run(main)

@@ -10,9 +10,10 @@ import math
 import os
 import pathlib
 import platform
+import re
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from lab.errors import UserError
 
@@ -53,8 +54,7 @@ def start(config) -> None:
     """Configures JAX for this process and joins the other hosts that the environment names. Call once, first."""
     import jax
 
-    address = os.environ.get("JAX_COORDINATOR_ADDRESS")
-    processes = int(os.environ.get("JAX_NUM_PROCESSES", 1)) if address else 1
+    address, processes, process = hosts(os.environ)
     explicit = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if not explicit and "JAX_NUM_CPU_DEVICES" not in os.environ:
         # Of the asks the one that every study has: a further one must fit the devices, and change none.
@@ -63,17 +63,50 @@ def start(config) -> None:
     jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     if address:
-        process = os.environ.get("JAX_PROCESS_ID")
-        if process is None or not 0 <= int(process) < processes:
+        try:
+            jax.distributed.initialize(address, processes, process)
+        except Exception as error:  # of the network, and of what JAX reads in the variables of SLURM and others
+            said = (str(error).strip().splitlines() or [""])[0]
             raise UserError(
-                f"JAX_PROCESS_ID = {process} must lie in 0..{processes - 1} (JAX_NUM_PROCESSES = {processes})"
+                f"process {process} of {processes} cannot join the others at JAX_COORDINATOR_ADDRESS = {address}: "
+                f"{type(error).__name__}: {said}"
+            ) from error
+
+
+def hosts(environment: Mapping[str, str]) -> tuple[str, int, int]:
+    """(address of process 0, processes, the number of this one) as the environment names them: ("", 1, 0) of none.
+
+    Raises UserError for what names no process, naming the variable.
+    """
+    address, named = environment.get("JAX_COORDINATOR_ADDRESS", ""), ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    if not address:
+        if found := [name for name in named if environment.get(name, "") not in ("", "0", "1")]:
+            raise UserError(
+                f"{found[0]} = {environment[found[0]]} means nothing without JAX_COORDINATOR_ADDRESS: set it to the "
+                "host:port of process 0, or unset both"
             )
-        jax.distributed.initialize(address, processes, int(process))
+        return "", 1, 0
+    port = re.fullmatch(r"[^\s/]+:(\d+)", address, re.ASCII)
+    if not port or not 0 < int(port[1]) < 2**16:
+        raise UserError(f"JAX_COORDINATOR_ADDRESS = {address!r} is no host:port of process 0, such as 10.0.0.1:1234")
+    processes, process = (_whole(environment, name, default) for name, default in zip(named, ("1", ""), strict=True))
+    if processes < 1:
+        raise UserError(f"JAX_NUM_PROCESSES = {processes} must be at least 1")
+    if process >= processes:
+        raise UserError(f"JAX_PROCESS_ID = {process} must lie in 0..{processes - 1} (JAX_NUM_PROCESSES = {processes})")
+    return address, processes, process
+
+
+def _whole(environment: Mapping[str, str], name: str, default: str) -> int:
+    text = environment.get(name, default)
+    if not re.fullmatch(r"\d{1,9}", text, re.ASCII):
+        raise UserError(f"{name} = {text!r} is no whole number; every process needs its own JAX_PROCESS_ID, from 0 on")
+    return int(text)
 
 
 def cache_directory() -> pathlib.Path:
     """Where tokenised corpora, tokenizers and compiled programs are kept: $LAB_CACHE, or ~/.cache/lab."""
-    return pathlib.Path(os.environ.get("LAB_CACHE", "~/.cache/lab")).expanduser()
+    return pathlib.Path(os.environ.get("LAB_CACHE") or "~/.cache/lab").expanduser()
 
 
 def environment(mesh) -> dict:

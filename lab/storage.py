@@ -1,6 +1,8 @@
 """Files that appear whole or not at all, and JSON kept in them."""
 
+import functools
 import json
+import logging
 import os
 import secrets
 from pathlib import Path
@@ -25,9 +27,32 @@ def write_json(path: Path, value) -> None:
     write_atomically(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
-def read_json(path: Path) -> dict:
-    """Raises UserError where the file is not JSON."""
+def read_json(path: Path, kind: type = dict):
+    """What a file holds, a `kind`. Raises UserError where it holds something else."""
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
+        found = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON: {error}") from error
+    if not isinstance(found, kind):
+        raise UserError(f"{path} is no JSON {kind.__name__}, but {type(found).__name__}")
+    return found
+
+
+def find_json(path: Path, kind: type = dict):
+    """What a file holds, a `kind`; None where there is no such file, and where it is damaged, as a machine that crashed
+    leaves one. That is said once."""
+    try:
+        found = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (ValueError, RecursionError):
+        found = None
+    if isinstance(found, kind):
+        return found
+    _say_damaged(path)
+    return None
+
+
+@functools.cache
+def _say_damaged(path: Path) -> None:
+    logging.warning("%s is damaged: it is taken as missing", path)

@@ -86,8 +86,11 @@ def check(config: ConfigDict) -> None:
         raise UserError(f"config.evaluate has no ask named {LOSS!r}; it has: {', '.join(config.evaluate) or 'none'}")
     for name, asked in config.evaluate.items():
         field = f"evaluate.{name}"
-        if not re.fullmatch(r"\w+", name) or name in PHASES:
-            raise UserError(f"{field}: {name!r} names files and columns; choose one word, none of {', '.join(PHASES)}")
+        if not re.fullmatch(r"\w{1,50}", name) or name in PHASES:
+            raise UserError(
+                f"{field}: {name!r} names files and columns; choose one word of at most 50 letters, none of "
+                f"{', '.join(PHASES)}"
+            )
         ASK.check(leaves(asked), f"{field}.")
         kind = ASKS[asked.kind]
         if config.data.corpus not in kind.corpora:

@@ -7,10 +7,11 @@ have the same `program`, whose text depends on them.
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
-from lab.storage import read_json, write_json
+from lab.storage import find_json, write_json
 
 LOSS = "loss"  # that of lab.evaluate.asks, without what it imports
 DIRECTORY = "evaluations"
@@ -23,8 +24,8 @@ def begun(name: str, column: str, wanted: Mapping) -> dict:
 
 
 def find(run: Path, name: str, wanted: Mapping) -> dict | None:
-    """The evaluation of a run that is what is wanted, complete or not; None if there is none."""
-    there = [read_json(path) for path in sorted((run / DIRECTORY).glob(f"{name}-*.json"))]
+    """The evaluation of a run that is what is wanted, complete or not; None if there is none that is whole."""
+    there = [found for path in sorted((run / DIRECTORY).glob(f"{name}-*.json")) if _whole(found := find_json(path))]
     for fits in (_same, _of_other_versions):
         for found in there:
             if found["name"] == name and fits(found, wanted):
@@ -42,6 +43,14 @@ def save(run: Path, evaluation: Mapping) -> None:
 def rows(evaluation: Mapping | None) -> list[dict]:
     """{column: value, loss, accuracy, tokens} by condition, once all are found."""
     return evaluation["conditions"] if evaluation and evaluation["complete"] else []
+
+
+def _whole(found: Mapping | None) -> bool:
+    """Whether a file holds an evaluation, every loss of it a number: others were once kept."""
+    if found is None or not {*begun("", "", {"parts": {}, "versions": {}})} <= {*found}:
+        return False
+    losses = [row["loss"] for row in found["conditions"]]
+    return all(isinstance(loss, int | float) and math.isfinite(loss) for loss in losses)
 
 
 def _same(found: Mapping, wanted: Mapping) -> bool:

@@ -1,11 +1,11 @@
 """Opens a study: everything checked that shows before its data is read."""
 
+import contextlib
 import dataclasses
 import functools
 import itertools
 import pathlib
 
-import jax
 from ml_collections import ConfigDict
 
 from lab import config as lab_config
@@ -14,7 +14,7 @@ from lab.study.define import plan, tuning
 from lab.study.define.cell import Cell
 from lab.study.define.resolve import resolve
 from lab.study.report import sections
-from lab.study.run import runs, trials
+from lab.study.run import hosts, places, runs, trials
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +32,9 @@ class Study:
         """Every cell at every point of the grid; none where nothing is tuned."""
         return trials.trials(self.config, self.cells, self.workdir, self.remake)
 
-    def planned(self, command: str) -> list[runs.Run]:
+    def planned(self, command: str, held: contextlib.ExitStack | None = None) -> list[runs.Run]:
         """Every run, cells at their best points as far as trials are made; plan.json is written, with the command.
+        held: closes what keeps other configs out of the directory, from here on.
 
         Raises UserError for a mesh or batches that do not fit the devices, hosts that differ, and a directory that
         holds something else.
@@ -44,9 +45,15 @@ class Study:
         every = runs.runs_of(cells, seeds, self.workdir, self.remake)
         runs.check_devices(every)
         runs.check_hosts_agree(every)
-        if jax.process_index() == 0:
-            tried = [trial.describe() for trial in self.trials]
+        tried = [trial.describe() for trial in self.trials]
+
+        def write() -> None:
+            if held is not None:
+                places.check(self.workdir, self.config)
+                held.enter_context(places.held(self.workdir, self.config))
             runs.write_plan(self.workdir, self.config, rows, every, tried, command)
+
+        hosts.first(write)
         return every
 
 

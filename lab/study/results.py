@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import functools
 import io
+import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -11,15 +12,26 @@ from pathlib import Path
 
 import pandas as pd
 
-from lab.errors import UserError
-from lab.storage import read_json, write_atomically
+from lab.errors import SHOWN, UserError
+from lab.options import tuples
+from lab.storage import find_json, read_json, write_atomically
 from lab.study import evaluations
 from lab.study.evaluations import LOSS
 
 REPOSITORY = Path(__file__).parents[2]
+NUMBERS = ("loss", "parameters_millions", "cache_per_token_per_layer")  # of published files, where they have them
 TIMINGS = ("seconds", "tokens_per_second", "peak_bytes", "overhead_share")
 EMBEDDING = "embedding"  # in the column of_layer: no layer gave it
 MIXING = ("name", "layer", "of_layer", "weight")
+RUN, SCORES, SIZES = ("cell", "seed"), ("loss", "ppl", "accuracy"), ("tokens", "parameters")
+# What stands in tables of runs besides the labels: a label of such a name would write over it.
+COLUMNS = {*RUN, *SCORES, *SIZES, "phase", *TIMINGS, "step", *MIXING}
+RESULT = {"parameters", "tokens", "timings", "environment", "text_hash"}  # what is read of a result.json
+# What every report reads of a plan.json, of its cells and of its trials.
+PLAN = dict(study=str, question=str, labels=list, condition=str, sections=list, published=str, command=str)
+PLAN |= dict(config=dict, cells=list)
+CELL = dict(asks=dict, name=str, labels=dict, directory=str, seeds=list, tokens=int, parameters=int, executable=str)
+TRIAL = dict(asks=dict, cell=str, values=dict, directory=str, seed=int)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +50,7 @@ class Outcome:
     def status(self) -> str:
         """done | failed | pending; a run that is trained and asked everything outweighs an earlier failure."""
         done = self.result and all(map(self.rows, self.asked))
-        return "done" if done else "failed" if self.failure else "pending"
+        return "done" if done else "failed" if self.failure is not None else "pending"
 
     def rows(self, ask: str = LOSS) -> list[dict]:
         """What a trained run was found to have under each condition of an ask; none until all of them are found."""
@@ -70,8 +82,8 @@ class Results:
         """cell, the labels, seed, the condition, loss (nats per token), ppl, tokens (trained), parameters; and
         accuracy (share of tokens) where any run has it."""
         rows = [row for run in self.runs for row in _result_rows(self, run)]
-        scores = ["loss", "ppl", *["accuracy"] * any("accuracy" in row for row in rows)]
-        columns = ["cell", *self.labels, "seed", self.condition, *scores, "tokens", "parameters"]
+        scores = [name for name in SCORES if name != "accuracy" or any(name in row for row in rows)]
+        columns = ["cell", *self.labels, "seed", self.condition, *scores, *SIZES]
         return pd.DataFrame(rows, columns=columns)
 
     @property
@@ -110,13 +122,26 @@ class Results:
         return read_json(path) if path.exists() else {}
 
     def published(self) -> pd.DataFrame | None:
-        """The published numbers that the plan names. Raises UserError where their file is missing."""
-        if not self.plan["published"]:
-            return None
-        path = REPOSITORY / self.plan["published"]
-        if not path.exists():
-            raise UserError(f"study.published = {self.plan['published']!r}: there is no such file")
-        return pd.read_csv(path, keep_default_na=False, na_values=[""])  # a variant may be called None
+        """The published numbers that the plan names. Raises UserError where their file has none."""
+        return published(self.plan["published"]) if self.plan["published"] else None
+
+
+def published(name: str) -> pd.DataFrame:
+    """The numbers of study.published. Raises UserError where it is no csv file with a column `loss` of numbers."""
+    field, path = f"study.published = {name!r}", REPOSITORY / name
+    if not path.is_file():
+        raise UserError(f"{field}: there is no such file in the repository")
+    try:
+        frame = pd.read_csv(path, keep_default_na=False, na_values=[""])  # a variant may be called None
+    except ValueError as error:
+        raise UserError(f"{field} is no csv: {' '.join(str(error).split())}") from error
+    if "loss" not in frame.columns:
+        shown = ", ".join(map(str, frame.columns[:SHOWN]))
+        raise UserError(f"{field} is no csv with a column loss; its first line is {shown[:200]!r}")
+    for column in (name for name in NUMBERS if name in frame.columns):
+        if not pd.api.types.is_numeric_dtype(frame[column]):
+            raise UserError(f"{field} has something in its column {column} that is no number")
+    return frame
 
 
 def collect(directory: str | Path) -> Results:
@@ -124,12 +149,26 @@ def collect(directory: str | Path) -> Results:
     directory = Path(directory)
     if not (directory / "plan.json").exists():
         raise UserError(f"{directory} has no plan.json: give the directory of a study, such as runs/rope_ablation")
-    plan = read_json(directory / "plan.json")
-    planned = [*plan.get("cells", [{}]), *plan.get("tuning", [])] if isinstance(plan, dict) else [{}]
-    if not all("asks" in one for one in planned):
-        raise UserError(f"{directory / 'plan.json'} is of an older lab: run the study's command again, then its report")
+    plan = read_plan(directory / "plan.json")
     runs = [_run(directory, cell, seed) for cell in plan["cells"] for seed in cell["seeds"]]
     return Results(directory, plan, runs)
+
+
+def read_plan(path: Path) -> dict:
+    """A plan.json. Raises UserError where it is none, or one of a lab that had other fields in it."""
+    plan = read_json(path)
+    cells, trials = (plan.get(name) or () for name in ("cells", "tuning"))
+    rows = [*(("a cell", one, CELL) for one in cells), *(("a trial", one, TRIAL) for one in trials)]
+    for name, one, fields in [("it", plan, PLAN), *rows]:
+        for field, kind in fields.items():
+            if not isinstance(one, dict) or not isinstance(one.get(field), kind):
+                raise UserError(
+                    f"{path} is of an older lab, or no plan of a study: {name} lacks {field}; run the study's command "
+                    "again, then its report"
+                )
+    for cell in cells:
+        cell["labels"] = {label: tuples(value) for label, value in cell["labels"].items()}
+    return plan
 
 
 def write_csv(study: Results) -> list[Path]:
@@ -151,6 +190,38 @@ def write_csv(study: Results) -> list[Path]:
     return [*written, write_atomically(study.directory / "mixing.csv", content)]
 
 
+def trained(run: Path) -> dict | None:
+    """The result.json of a run's directory; None where there is none that is whole."""
+    found = find_json(run / "result.json")
+    return found if found and {*found} >= RESULT else None
+
+
+def failed(run: Path) -> dict | None:
+    """Its failure.json."""
+    return find_json(run / "failure.json")
+
+
+def metrics(run: Path) -> list[dict]:
+    """Its metrics.jsonl, one line for each step: a resumed run takes steps again, and the last line of a step counts.
+    What is no line, as a crash leaves them, is passed over."""
+    path, steps = run / "metrics.jsonl", {}
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        known = entry if isinstance(entry, dict) else {}
+        if isinstance(known.get("step"), int) and isinstance(known.get("loss"), int | float):
+            steps[entry["step"]] = entry
+    return [steps[step] for step in sorted(steps)]
+
+
+def steps_logged(run: Path) -> int:
+    """How many steps, from the first on, have a line that says what they read."""
+    there = {line["step"] for line in metrics(run) if {"tokens", "text_hash"} <= {*line}}
+    return next(step for step in itertools.count() if step not in there)
+
+
 def judged_loss(rows: Sequence[dict], condition: str, judged: Sequence) -> float | None:
     """Mean loss over the judged values of the condition (none: all); None of no rows."""
     losses = [row["loss"] for row in rows if not judged or row[condition] in judged]
@@ -165,30 +236,15 @@ def identity(study: Results, run: Outcome) -> dict:
 
 def _run(directory: Path, cell: dict, seed: int) -> Outcome:
     place = directory / cell["directory"] / f"seed-{seed}"
-    result, failure = (
-        read_json(place / name) if (place / name).exists() else None for name in ("result.json", "failure.json")
-    )
     asked = {name: evaluations.find(place, name, wanted) for name, wanted in cell.get("asks", {}).items()}
-    return Outcome(cell, seed, result, failure, _metrics(place / "metrics.jsonl"), asked)
-
-
-def _metrics(path: Path) -> list[dict]:
-    """One line for each step: a resumed run takes steps again, and a killed one may leave half a line."""
-    steps = {}
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue
-        steps[entry["step"]] = entry
-    return [steps[step] for step in sorted(steps)]
+    return Outcome(cell, seed, trained(place), failed(place), metrics(place), asked)
 
 
 def _result_rows(study: Results, run: Outcome) -> list[dict]:
     if not run.rows():
         return []
     known = identity(study, run)
-    size = {"tokens": run.result["tokens"], "parameters": run.result["parameters"]}
+    size = {name: run.result[name] for name in SIZES}
     return [
         known
         | {study.condition: entry[study.condition], "loss": entry["loss"], "ppl": _perplexity(entry["loss"])}
@@ -221,7 +277,7 @@ def _mixing_rows(study: Results, run: Outcome) -> list[dict]:
     path = study.directory / run.cell["directory"] / f"seed-{run.seed}" / "mixing.csv"
     if not run.result or not path.exists():
         return []
-    return [identity(study, run) | row for row in csv.DictReader(io.StringIO(path.read_text()))]
+    return [identity(study, run) | row for row in csv.DictReader(io.StringIO(path.read_text("utf-8")))]
 
 
 def as_csv(columns: Sequence[str], rows: list[dict]) -> bytes:

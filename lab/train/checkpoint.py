@@ -1,15 +1,23 @@
-"""Checkpoints of a run, by Orbax: asynchronous, the last few kept, an unreadable newest one passed over."""
+"""Checkpoints of a run, by Orbax: asynchronous, the last few kept, a damaged newest one set aside.
+
+What is damaged stays on the disk, in SET_ASIDE beside the checkpoints. What cannot be read for now, for want of rights
+or of a disk that answers, is not damaged: it stops the command.
+"""
 
 import errno
+import itertools
 import logging
 import math
+import os
 import pathlib
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
+from jax.experimental import multihost_utils
 
 from lab.errors import UserError
 from lab.model import parameter
@@ -68,19 +76,32 @@ def _with_weights(model, named: dict):
     return nnx.merge(structure, _unnamed(named, trainable), rest)
 
 
+SET_ASIDE = "set_aside"  # beside the directory of checkpoints
+MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)  # what a damaged checkpoint gives; any other error may pass
+PASSING = ("PERMISSION_DENIED", "UNAVAILABLE", "DEADLINE_EXCEEDED")  # as TensorStore spells such errors
+
+
 def read_model(directory: pathlib.Path, model, step: int | None = None):
-    """`model` with the weights of a checkpoint, the newest by default. Raises UserError where there is none."""
-    manager = ocp.CheckpointManager(pathlib.Path(directory).absolute())
+    """`model` with the weights of a checkpoint, the newest by default. Raises UserError where there is none or it is
+    damaged, and Unreadable where it cannot be read for now."""
+    directory = pathlib.Path(directory).absolute()
+    manager = ocp.CheckpointManager(directory)
     steps = manager.all_steps()
     if not steps or (step is not None and step not in steps):
         raise UserError(
             f"{directory} has no checkpoint{'' if step is None else f' {step}'}; there are: {sorted(steps)}"
         )
+    step = max(steps) if step is None else step
     target = {"model": _restorable(_named(parameter.split(model)[1]))}
     arguments = ocp.checkpoint_utils.construct_restore_args(target)
     only_model = ocp.args.PyTreeRestore(target, restore_args=arguments, partial_restore=True)
-    found = manager.restore(max(steps) if step is None else step, args=ocp.args.Composite(state=only_model))
-    return _with_weights(model, found["state"]["model"])
+    try:
+        found = manager.restore(step, args=ocp.args.Composite(state=only_model))
+        return _with_weights(model, found["state"]["model"])
+    except Exception as error:  # Orbax raises many kinds for a damaged one, and a bare Exception among them
+        place = directory / str(step)
+        damaged = UserError(f"checkpoint {place} cannot be read ({_reason(error)})")
+        raise passing_error(place, error) or damaged from error
 
 
 class Checkpoints:
@@ -105,26 +126,50 @@ class Checkpoints:
         self._named_if_full(self._manager.wait_until_finished)
 
     def restore(self, like: State) -> tuple[Position, State] | None:
-        """The newest checkpoint that can be read, laid over devices as `like` is; None where there is none."""
+        """The newest checkpoint that can be read, laid over devices as `like` is; None where there is none. Damaged
+        ones are set aside. Raises Unreadable where one cannot be read for now."""
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            place, found, failed = self.directory / str(step), None, None
+            try:
+                found = self._read(step, like)
+            except Exception as error:  # Orbax raises many kinds for a damaged one, and a bare Exception among them
+                failed = error
+            if not _any_host(failed is not None):
+                return found
+            passing = failed and passing_error(place, failed)
+            if _any_host(bool(passing)):
+                raise passing or Unreadable(place, "another host cannot")
+            reason = _reason(failed) if failed else "another host cannot"
+            logging.warning("checkpoint %s cannot be read (%s): taking the one before", place, reason)
+            self._set_aside(step)
+        return None
+
+    def take_back(self, step: int, why: str) -> None:
+        """Sets aside the checkpoints of more than `step` updates, and says why."""
+        for later in [one for one in self._manager.all_steps() if one > step]:
+            logging.warning("checkpoint %s is set aside: %s", self.directory / str(later), why)
+            self._set_aside(later)
+
+    def _read(self, step: int, like: State) -> tuple[Position, State]:
         target = ocp.args.Composite(
             state=ocp.args.StandardRestore(_restorable(_saved(like))), position=ocp.args.JsonRestore()
         )
-        for step in sorted(self._manager.all_steps(), reverse=True):
-            try:
-                found = self._manager.restore(step, args=target)
-                checksum = found["position"].pop("checksum")
-                if found["position"]["step"] != step or checksum != int(_checksum(found["state"])):
-                    raise ValueError("its numbers are not those that were saved")
-                model = _with_weights(like.model, found["state"]["model"])
-                optimizer = _unnamed(found["state"]["optimizer"], like.optimizer)
-                return Position(**found["position"]), State(model, optimizer)
-            except Exception as error:  # Orbax raises many kinds for a damaged one, and a bare Exception among them
-                reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-                logging.warning(
-                    "checkpoint %s cannot be read (%s): taking the one before", self.directory / str(step), reason
-                )
-                self._manager.delete(step)
-        return None
+        found = self._manager.restore(step, args=target)
+        checksum = found["position"].pop("checksum")
+        if found["position"]["step"] != step or checksum != int(_checksum(found["state"])):
+            raise ValueError("its numbers are not those that were saved")
+        model = _with_weights(like.model, found["state"]["model"])
+        return Position(**found["position"]), State(model, _unnamed(found["state"]["optimizer"], like.optimizer))
+
+    def _set_aside(self, step: int) -> None:
+        """Moves a checkpoint out of the way, so that its step is saved again; process 0 does for all hosts."""
+        if jax.process_index() == 0:
+            place = self.directory.parent / SET_ASIDE
+            place.mkdir(exist_ok=True)
+            names = (place / f"{step}-{number}" for number in itertools.count(1))
+            os.rename(self.directory / str(step), next(name for name in names if not name.exists()))
+        _any_host(False)  # all wait for it
+        self._manager.reload()
 
     def close(self) -> None:
         self._manager.close()
@@ -137,6 +182,62 @@ class Checkpoints:
                 raise
             logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # it would tell of every write that failed
             raise DiskFull(self.directory) from error
+
+
+def _any_host(mine: bool) -> bool:
+    """Whether it is so on any host; every host asks."""
+    return mine if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.int32(mine)).any())
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of an error, and no more of it than fits on one."""
+    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+
+
+class Unreadable(UserError):
+    """A checkpoint is there, and cannot be read for now."""
+
+    exit_code = 1
+
+    def __init__(self, place: pathlib.Path, reason: str):
+        super().__init__(
+            f"checkpoint {place} cannot be read for now ({reason}): nothing is changed; mend that and run the same "
+            "command again"
+        )
+
+
+def passing_error(place: pathlib.Path, error: BaseException) -> BaseException | None:
+    """What to raise where a checkpoint could not be read for a reason that may pass; None where it is damaged.
+
+    Orbax takes what it may not look at for missing, so all files are looked at here.
+    """
+    for one in _chain(error):
+        if isinstance(one, MemoryError) or "RESOURCE_EXHAUSTED" in str(one):
+            return error  # of the memory of a host or a device
+        if isinstance(one, OSError) and one.errno is not None and one.errno not in MISSING:
+            return Unreadable(place, _reason(one))
+        if str(one).startswith(PASSING):
+            return Unreadable(place, _reason(one))
+    try:
+        for directory, _, files in os.walk(place, onerror=_raise):
+            for name in files:
+                with open(os.path.join(directory, name), "rb") as file:
+                    while file.read(2**20):
+                        pass
+    except OSError as found:
+        return None if found.errno in MISSING else Unreadable(place, _reason(found))
+    return None
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _chain(error: BaseException | None):
+    """An error, and what caused it."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 class DiskFull(UserError):
@@ -153,8 +254,7 @@ class DiskFull(UserError):
 
 def is_disk_full(error: BaseException | None) -> bool:
     """Whether an error, or what caused it, says that no space is left."""
-    while error is not None:
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+    return any(
+        getattr(one, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(one)
+        for one in _chain(error)
+    )

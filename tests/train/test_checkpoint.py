@@ -1,3 +1,4 @@
+import builtins
 import errno
 import gc
 import logging
@@ -8,13 +9,14 @@ import subprocess
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import tiny
 
 from lab.errors import UserError
 from lab.model import parameter
 from lab.train import checkpoint, step
-from lab.train.checkpoint import Checkpoints, DiskFull, Position
+from lab.train.checkpoint import Checkpoints, DiskFull, Position, Unreadable
 from lab.train.step import Program, State
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -121,13 +123,13 @@ DAMAGES = {"truncated": truncated, "emptied": emptied, "overwritten": overwritte
 
 @pytest.fixture(scope="module")
 def two_checkpoints(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("run") / "checkpoints"
+    directory = tmp_path_factory.mktemp("two") / "run" / "checkpoints"
     save(directory, state_of(1), state_of(2))
     return directory
 
 
 def damaged(two_checkpoints, directory: pathlib.Path) -> pathlib.Path:
-    """A copy whose newest checkpoint is to be damaged."""
+    """A copy, in a run of its own, whose newest checkpoint is to be damaged."""
     shutil.copytree(two_checkpoints, directory)
     return directory / "2"
 
@@ -140,6 +142,7 @@ def check_falls_back(directory: pathlib.Path, caplog) -> None:
     said = [record.getMessage() for record in caplog.records if "cannot be read" in record.getMessage()]
     assert len(said) == 1 and str(directory / "2") in said[0] and "the one before" in said[0] and "\n" not in said[0]
     assert not (directory / "2").exists()  # else the run would not save it again
+    assert (directory.parent / checkpoint.SET_ASIDE / "2-1").is_dir()
 
 
 @pytest.mark.parametrize("part", ["state", "position", "state/d", "state/ocdbt.process_0"])
@@ -219,6 +222,83 @@ def test_a_checkpoint_that_was_being_written_is_passed_over(two_checkpoints, tmp
     position, found = restore(tmp_path / "run", state_of(3))
     assert position.step == 1
     check_equal(found, state_of(1))
+
+
+PASSING = {
+    "rights": PermissionError(errno.EACCES, "Permission denied", "state/_METADATA"),
+    "disk": OSError(errno.EIO, "Input/output error", "position/metadata"),
+    "handle": OSError(errno.ESTALE, "Stale file handle", "state/d"),
+    "tensorstore": ValueError('PERMISSION_DENIED: Error opening "zarr" driver: Permission denied'),
+    "memory": MemoryError(),
+    "device": RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 123 bytes"),
+}
+
+
+@pytest.mark.parametrize("kind", PASSING)
+@pytest.mark.parametrize("read", ["restore", "read_model"])
+def test_what_may_pass_stops_and_loses_nothing(two_checkpoints, tmp_path, monkeypatch, kind, read):
+    """Raised by a thread of Orbax, as it wraps what its threads raise."""
+    directory = damaged(two_checkpoints, tmp_path / "run").parent
+    before = {path.relative_to(directory) for path in directory.rglob("*")}
+
+    def fail(*args, **kwargs):
+        raise ValueError("a thread failed") from PASSING[kind]
+
+    monkeypatch.setattr(ocp.CheckpointManager, "restore", fail)
+    expected = ValueError if kind in ("memory", "device") else Unreadable
+    with pytest.raises(expected) as stopped:
+        restore(directory, state_of(3)) if read == "restore" else checkpoint.read_model(directory, state_of(3).model)
+    if expected is Unreadable:
+        assert isinstance(stopped.value, UserError) and stopped.value.exit_code == 1 and "\n" not in str(stopped.value)
+        assert str(directory / "2") in str(stopped.value) and "run the same command again" in str(stopped.value)
+    assert {path.relative_to(directory) for path in directory.rglob("*")} == before
+    assert not (tmp_path / checkpoint.SET_ASIDE).exists()
+
+
+def test_what_orbax_takes_for_missing_is_looked_at(two_checkpoints, tmp_path, monkeypatch):
+    """A directory without rights is FileNotFoundError to Orbax."""
+    newest, whole = damaged(two_checkpoints, tmp_path / "run"), builtins.open
+
+    def missing(*args, **kwargs):
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", "position/metadata")
+
+    def refusing(path, *args, **kwargs):
+        if str(path).startswith(str(newest)):
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return whole(path, *args, **kwargs)
+
+    monkeypatch.setattr(ocp.CheckpointManager, "restore", missing)
+    monkeypatch.setattr(checkpoint, "open", refusing, raising=False)
+    with pytest.raises(Unreadable, match="Input/output error"):
+        restore(tmp_path / "run", state_of(3))
+    assert newest.is_dir()
+
+
+def test_damaged_weights_are_named_where_a_model_is_loaded(two_checkpoints, tmp_path):
+    newest = damaged(two_checkpoints, tmp_path / "run")
+    for path in [path for path in newest.rglob("*") if path.is_file()]:
+        truncated(path)
+    with pytest.raises(UserError, match="run/2 cannot be read") as error:
+        checkpoint.read_model(tmp_path / "run", state_of(3).model)
+    assert not isinstance(error.value, Unreadable) and "\n" not in str(error.value) and newest.is_dir()
+
+
+def test_later_checkpoints_are_set_aside_and_said(two_checkpoints, tmp_path, caplog):
+    """Twice: what was set aside before stays."""
+    directory = tmp_path / "run" / "checkpoints"
+    damaged(two_checkpoints, directory)
+    for _ in range(2):
+        checkpoints = Checkpoints(directory, keep=5)
+        checkpoints.take_back(1, "a reason")
+        assert checkpoints.restore(state_of(3))[0] == Position(1, 10)
+        checkpoints.save(Position(2, 20), state_of(2))
+        checkpoints.wait()
+        checkpoints.close()
+    assert {path.name for path in (tmp_path / "run" / checkpoint.SET_ASIDE).iterdir()} == {"2-1", "2-2"}
+    assert restore(directory, state_of(3))[0] == Position(2, 20)
+    assert [record.getMessage() for record in caplog.records].count(
+        f"checkpoint {directory / '2'} is set aside: a reason"
+    ) == 2
 
 
 @pytest.mark.parametrize("error", [

@@ -10,6 +10,7 @@ from lab.errors import UserError
 
 Override = tuple[tuple[str, object], ...]
 NAME = "name"  # a pair of this field names an override; labels may show it like any other field
+ASIDE = ("run", "evaluate", "study")  # rooms of the config that say nothing of what a cell is
 MATCH = "match"  # a pair of this field asks for a field to be solved: see `matched`
 
 

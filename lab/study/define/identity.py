@@ -23,7 +23,7 @@ from lab import runtime
 from lab.errors import UserError
 from lab.model.spec import read_by_layers
 from lab.options import leaves
-from lab.storage import read_json, write_atomically, write_json
+from lab.storage import find_json, read_json, write_atomically, write_json
 from lab.train import canonical, optimizer
 from lab.train.step import Program
 
@@ -90,8 +90,8 @@ def compare(asked: Identity, found: Identity) -> str | None:
 def read(directory: pathlib.Path) -> list[Identity]:
     """The records of a cell, one for each set of versions under which it was made, the oldest first."""
     path = directory / FILE
-    found = read_json(path) if path.exists() else []
-    if not isinstance(found, list) or not all(isinstance(one, dict) and {*one} >= PARTS for one in found):
+    found = read_json(path, list) if path.exists() else []
+    if not all(isinstance(one, dict) and {*one} >= PARTS for one in found):
         raise UserError(f"{path} is no identity of a cell; delete the directory to make the cell again")
     return found
 
@@ -142,8 +142,8 @@ def _traced(config: ConfigDict) -> dict[str, str]:
     shape = config.data.rows, config.data.texts_per_row * config.data.text_length
     key = _digest([_sources(), versions(), read, shape, repr(Program.of(config))])
     path = runtime.cache_directory() / "programs" / f"{key}.json"
-    if path.exists():
-        return read_json(path)
+    if found := find_json(path):
+        return found
     made = {
         "program": canonical.train_step(config),
         "initial": canonical.initial_state(config),
@@ -177,7 +177,7 @@ def _batches(config: ConfigDict, data: lab_data.Data) -> str:
 def _sources() -> str:
     """Of all code that a traced program may depend on."""
     lab = pathlib.Path(__file__).resolve().parents[2]
-    return _digest([(file.relative_to(lab).as_posix(), file.read_text()) for file in sorted(lab.rglob("*.py"))])
+    return _digest([(file.relative_to(lab).as_posix(), file.read_text("utf-8")) for file in sorted(lab.rglob("*.py"))])
 
 
 def _digest(value) -> str:

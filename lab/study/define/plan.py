@@ -1,6 +1,8 @@
 """What a study would cost, cell by cell, before anything is trained."""
 
 import hashlib
+import unicodedata
+from collections.abc import Iterator
 
 import jax
 
@@ -15,16 +17,20 @@ from lab.model.mixers import MIXERS
 from lab.options import leaves
 from lab.study.define import contrasts
 from lab.study.define.cell import Cell
-from lab.study.results import REPOSITORY
+from lab.study.results import COLUMNS, published
 from lab.train import optimizer, step
+from lab.train.workload import Record
 
 DEVICES = (1, 2, 4, 8)  # over which tensor parallelism would lay a cache
+LONGEST_NAME = 100  # bytes: a file name has at most 255, and names are parts of it
 TOKENS_COUNTED = 32_768  # of training rows over which visible keys are averaged
 
 
 def check(cell: Cell) -> None:
     """Refuses a cell that cannot run, naming the field: everything that shows before the data is read."""
     config = cell.config
+    if unprintable(cell.name):
+        raise UserError(f"the cell {cell.name!r} has a control character in its name; choose another label or value")
     lab_config.check_seeds(config)
     lab_spec.check(config.model)
     optimizer.check(config.train)
@@ -57,10 +63,51 @@ def check_run(config) -> None:
 def check_study(study) -> None:
     """Refuses what would show only once cells are run, or in the report."""
     lab_config.ROOMS["study"].check(leaves(study), "study.")
+    check_names(study)
+    if study.published:
+        published(study.published)
+
+
+def reserved() -> set[str]:
+    """What stands in tables of runs besides the labels."""
+    return {*COLUMNS, *Record._fields, *(kind.column for kind in asks.ASKS.values())}
+
+
+def check_names(study) -> None:
+    """Refuses names that a directory, a column or a terminal cannot carry."""
     if not study.name:
         raise UserError("study.name is empty; choose a word for it")
-    if study.published and not (REPOSITORY / study.published).is_file():
-        raise UserError(f"study.published = {study.published!r}: there is no such file in the repository")
+    if "/" in study.name or study.name.startswith(".") or len(study.name.encode(errors="replace")) > LONGEST_NAME:
+        raise UserError(
+            f"study.name = {study.name!r} names a directory; choose one of at most {LONGEST_NAME} bytes, without a / "
+            "and without a . in front"
+        )
+    for field, value in leaves(study).items():
+        for text in _texts(value):
+            if unprintable(text, allowed="\n\t" if field == "question" else ""):
+                raise UserError(f"study.{field}: {text!r} has a control character; leave it out")
+    labels = [label for _, label in study.labels]
+    for label in labels:
+        if label in reserved() or not label.strip():
+            raise UserError(
+                f"study.labels: {label!r} is empty, or a column of every study; choose another word than "
+                f"{', '.join(sorted(reserved()))}"
+            )
+        if labels.count(label) > 1:
+            raise UserError(f"study.labels has {label!r} twice: one column would write over the other; rename one")
+
+
+def unprintable(text: str, allowed: str = "") -> bool:
+    """Whether a terminal would obey some of it, or a file cannot hold it: control characters, lone surrogates."""
+    return any(unicodedata.category(letter) in ("Cc", "Cs") and letter not in allowed for letter in text)
+
+
+def _texts(value) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, tuple):
+        for item in value:
+            yield from _texts(item)
 
 
 def check_groups(study, cells: list[Cell]) -> None:

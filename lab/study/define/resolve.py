@@ -10,7 +10,7 @@ from lab.errors import UserError, choose
 from lab.model import spec as lab_spec
 from lab.options import leaves, names_of, set_field
 from lab.study.define import cell, matching
-from lab.study.define.cells import MATCH, NAME, Override
+from lab.study.define.cells import ASIDE, MATCH, NAME, Override
 
 READ = ("model", "data", "train")  # the rooms of which a cell reads what its entries read
 
@@ -57,7 +57,7 @@ def _changed(config: ConfigDict, override: Override) -> ConfigDict:
     for field, value in override:
         if field not in (NAME, MATCH):
             choose("a field of study.cells", field, fields)
-            if field.split(".")[0] in ("run", "evaluate", "study"):
+            if field.split(".")[0] in ASIDE:
                 raise UserError(
                     f"the study varies {field}: how a cell runs and what it is asked are no part of what it is, so two "
                     f"cells would share their results; set it for all with --config.{field}=..."

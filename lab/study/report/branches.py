@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 from lab.options import leaves
+from lab.study.define.cells import ASIDE
 from lab.study.numbers import number
 from lab.study.report import costs, figures, tables
 from lab.study.report.layout import arrange, cell_label, describe
@@ -129,7 +130,7 @@ def _flags(study: Results, key: tuple) -> str:
     base, resolved = leaves(study.plan["config"]), leaves(study.config(cell))
     labelled = [field for field, _ in study.plan["labels"] if field in resolved]
     changed = [field for field, value in resolved.items() if field in base and base[field] != value]
-    fields = dict.fromkeys(labelled + [field for field in changed if not field.startswith("study.")])
+    fields = dict.fromkeys(labelled + [field for field in changed if field.split(".")[0] not in ASIDE])
     return " ".join(shlex.quote(f"--config.{field}={resolved[field]}") for field in fields)
 
 

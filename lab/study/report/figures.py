@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from lab.study.judge.evidence import UNKNOWN, Comparison
 from lab.study.judge.trends import Trend
@@ -27,6 +28,8 @@ Curves = Mapping[object, Mapping[float, float]]  # {name of a line: {x: y}}
 def png(figure: Figure) -> bytes:
     """The same figure gives the same bytes."""
     content = io.BytesIO()
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)  # a $ that a user writes is one
     figure.savefig(content, format="png", dpi=150, metadata={"Software": None})
     return content.getvalue()
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from lab.options import leaves
+from lab.study.define.cells import ASIDE
 from lab.study.results import Outcome, Results, identity
 
 WIDEST = 3  # panels in a row, where rows mean nothing
@@ -53,9 +54,10 @@ def panel_rows(panels: Mapping[str, object]) -> list[dict]:
 
 
 def differences(config: Mapping, other: Mapping) -> dict[str, tuple]:
-    """{field: (its value, the other's)} of the fields in which two configs differ; fields of the study aside."""
+    """{field: (its value, the other's)} of the fields in which two configs differ; those aside that
+    say nothing of what a cell is: how it runs, what it is asked, the study."""
     ours, theirs = leaves(config), leaves(other)
-    fields = [field for field in ours | theirs if not field.startswith("study.")]
+    fields = [field for field in ours | theirs if field.split(".")[0] not in ASIDE]
     found = {field: (ours.get(field, "—"), theirs.get(field, "—")) for field in fields}
     return {field: pair for field, pair in found.items() if pair[0] != pair[1]}
 

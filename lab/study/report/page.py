@@ -92,7 +92,7 @@ def html(title: str, sections: list[Section]) -> str:
 def _markdown_table(table: Table) -> str:
     aligned = ["--:" if number else ":--" for number in _numeric(table)]
     rows = [table.columns, aligned, *table.rows]
-    lines = ["| " + " | ".join(_cell(text) for text in row) + " |" for row in rows]
+    lines = ["| " + " | ".join(map(cell, row)) + " |" for row in rows]
     body = "\n".join(lines)
     if not table.folded:
         return f"{_plain(table.caption)}\n\n{body}" if table.caption else body
@@ -102,10 +102,16 @@ def _markdown_table(table: Table) -> str:
 _MARKDOWN = {
     Heading: lambda block: f"### {_plain(block.text)}",
     Text: lambda block: _plain(block.text),
-    Code: lambda block: f"```\n{block.text}\n```",
+    Code: lambda block: _fenced(block.text),
     Table: _markdown_table,
     Chart: lambda block: f"![{_plain(block.name)}](figures/{block.name}.png)\n\n{_plain(block.caption)}",
 }
+
+
+def _fenced(text: str) -> str:
+    """Between fences that are longer than any in it."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}\n{text}\n{fence}"
 
 
 def _plain(text: str) -> str:
@@ -113,8 +119,9 @@ def _plain(text: str) -> str:
     return " ".join(text.split()).replace("<", "&lt;")
 
 
-def _cell(text: str) -> str:
-    return _plain(text).replace("|", "\\|")
+def cell(text: object) -> str:
+    """Text of a Markdown table: a | that ends no column, whatever stands before it."""
+    return re.sub(r"(\\*)\|", r"\1\1\\|", _plain(str(text)))
 
 
 def _inline(text: str) -> Markup:

@@ -176,7 +176,7 @@ def _training_cost(study: Results, cell: dict) -> list[str]:
 
 def _failures(study: Results) -> list[Piece]:
     rows = [
-        [run_label(study, run), str(run.failure.get("step", "—")), str(run.failure["reason"])]
+        [run_label(study, run), str(run.failure.get("step", "—")), str(run.failure.get("reason", "—"))]
         for run in study.runs
         if run.status == "failed"
     ]

@@ -17,11 +17,11 @@ from lab.study.run.hosts import agreed
 from lab.study.run.progress import Display
 from lab.study.run.runs import Run
 from lab.train import compiled, loop
-from lab.train.checkpoint import read_model
+from lab.train.checkpoint import Unreadable, read_model
 
 
 class NoCheckpoint(Exception):
-    """A run that is to be asked more has no weights left."""
+    """A run that is to be asked more has no weights left that can be read."""
 
 
 def ask(run: Run, display: Display, stop: Callable[[int], bool], trained=None) -> str:
@@ -42,7 +42,7 @@ def ask(run: Run, display: Display, stop: Callable[[int], bool], trained=None) -
         model = _from_checkpoint(run, config, mesh) if model is None else model
         stopped = lambda: stop(config.train.steps)  # noqa: E731
         for one in conditions.evaluate(config, name, model, run.data.validation, mesh, done=done, stop=stopped):
-            if math.isnan(one.loss):
+            if not math.isfinite(one.loss):
                 raise loop.NonFinite(f"ask {name}, {column} {one.value}: loss {one.loss}", member=0)
             display.condition(column, one.value, one.loss)
             _keep(run, config, found, one, mesh)
@@ -60,6 +60,8 @@ def complete(run: Run) -> bool:
 def _from_checkpoint(run: Run, config: ConfigDict, mesh):
     try:
         return read_model(run.directory / "checkpoints", compiled.described(config, mesh), config.train.steps)
+    except Unreadable:
+        raise
     except UserError as error:
         raise NoCheckpoint(f"{error}; delete {run.directory} to train it again") from error
 

@@ -15,6 +15,7 @@ from tensorboard.plugins.text import metadata as text_metadata
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from lab.options import leaves
+from lab.study.report import page
 from lab.study.report.layout import differences
 from lab.study.report.tensorboard import image
 
@@ -38,7 +39,8 @@ class Writer:
         """Marks the run as finished at `step`, with `metrics` under the hyperparameters `labels`.
 
         Nothing that was written from that step is replaced: curves stay whole where a run is asked again."""
-        for summary in (_experiment(labels, metrics), hparams_pb(dict(labels)), _session_end()):
+        labels = {name: _plain(value) for name, value in labels.items()}
+        for summary in (_experiment(labels, metrics), hparams_pb(labels), _session_end()):
             self._add(0, summary=summary)
         self._add(step, summary=_scalars(metrics))
 
@@ -63,7 +65,7 @@ class Writer:
 def describe(config: Mapping, baseline: Mapping | None) -> str:
     """A run's config as Markdown: what it changes of its baseline's (None: it has none), then every field."""
     changed = differences(config, baseline) if baseline else {}
-    rows = [f"| {field} | {ours} | {theirs} |" for field, (ours, theirs) in changed.items()]
+    rows = [f"| {field} | {page.cell(ours)} | {page.cell(theirs)} |" for field, (ours, theirs) in changed.items()]
     head = ["| field | here | baseline |", "| --- | --- | --- |"]
     intro = [*head, *rows] if rows else ["The same as its baseline." if baseline else "No baseline."]
     every = [f"    {field} = {value!r}" for field, value in leaves(config).items() if not field.startswith("study.")]
@@ -80,6 +82,11 @@ def _experiment(labels: Mapping, metrics: Mapping) -> Summary:
     infos = [api.MetricInfo(name=api.MetricName(tag=name)) for name in metrics]
     experiment = api.Experiment(hparam_infos=hparams, metric_infos=infos)
     return _plugin(metadata.EXPERIMENT_TAG, HParamsPluginData(experiment=experiment))
+
+
+def _plain(value) -> bool | float | str:
+    """What the tab can hold: tuples and the like as text."""
+    return value if isinstance(value, bool | int | float | str) else str(value)
 
 
 def _type(value: bool | float | str) -> int:

@@ -4,6 +4,7 @@ import json
 import time
 
 from lab.storage import write_atomically
+from lab.study import results
 from lab.study.report.layout import panel_rows
 from lab.study.run import weights as learned
 from lab.study.run.progress import Display
@@ -48,12 +49,15 @@ class Log:
         if self._writes:
             from lab.study.run import events  # slow to import, and only one host needs it
 
-            kept = self._path.read_text().splitlines(keepends=True)[:step] if self._path.exists() else []
-            write_atomically(self._path, "".join(kept).encode())
-            self._file = self._path.open("a", buffering=1)  # a checkpoint must never outlive the lines before it
+            self._begin(step)
             self._board = events.Writer(self._run.directory / "tensorboard")
             config, baseline = (cell and cell.described() for cell in (self._run.cell, self._run.baseline))
             self._board.text("config", events.describe(config, baseline))
+
+    def _begin(self, step: int) -> None:
+        kept = [json.dumps(line) + "\n" for line in results.metrics(self._run.directory) if line["step"] < step]
+        write_atomically(self._path, "".join(kept).encode())
+        self._file = self._path.open("a", buffering=1)  # a checkpoint must never outlive the lines before it
 
     def step(self, record: Record, rate: float | None) -> None:
         if self._writes:

@@ -11,12 +11,15 @@ import jax
 from ml_collections import ConfigDict
 
 from lab import runtime
+from lab.errors import UserError
 from lab.model import mesh as lab_mesh
 from lab.model import parameter
 from lab.storage import write_json
+from lab.study import results
 from lab.study.define import identity
 from lab.study.run import segments
 from lab.study.run import weights as learned
+from lab.study.run.hosts import agreed
 from lab.study.run.log import Log, Meter
 from lab.study.run.progress import Display
 from lab.study.run.runs import Run, Unit
@@ -56,6 +59,8 @@ def train(unit: Unit, display: Display, stop: Callable[[int], bool]) -> tuple[st
     checkpoints = Checkpoints(_checkpoint_directory(unit), config.run.checkpoint.keep)
     workload = Workload([Member(c, run.data.train) for c, run in zip(configs, unit, strict=True)])
     try:
+        logged = agreed([min(results.steps_logged(run.directory) for run in unit)])[0]
+        checkpoints.take_back(logged, f"metrics.jsonl has no line of step {logged}, which is made again")
         callbacks = dict(on_start=on_start, on_step=on_step, on_checkpoint=on_checkpoint, stop=stop)
         trained = loop.train(workload, checkpoints, mesh, **callbacks)
         weights = learned.of_members(trained.state.model.stream, len(unit))
@@ -70,10 +75,23 @@ def train(unit: Unit, display: Display, stop: Callable[[int], bool]) -> tuple[st
         for log in logs:
             log.close()
     if workload.vmapped and writes:
-        shutil.rmtree(_checkpoint_directory(unit).parent)
-        with contextlib.suppress(OSError):  # another stack is there
-            _checkpoint_directory(unit).parents[1].rmdir()
+        shutil.rmtree(_checkpoint_directory(unit))
+        with contextlib.suppress(OSError):  # another stack is there, or what was set aside
+            for directory in _checkpoint_directory(unit).parents[:2]:
+                directory.rmdir()
     return _told(trained), None if workload.vmapped else trained.state.model
+
+
+class LostLines(UserError):
+    """The log of a run was damaged while it was trained."""
+
+    exit_code = 1
+
+    def __init__(self, run: Run, step: int):
+        super().__init__(
+            f"{run.directory / 'metrics.jsonl'} has lost the line of step {step}, so that its tokens cannot be "
+            "counted; run the same command again: it makes that step again"
+        )
 
 
 def _checkpoint_directory(unit: Unit) -> pathlib.Path:
@@ -104,7 +122,9 @@ def _told(trained: loop.Trained) -> str:
 
 
 def _result(run: Run, config: ConfigDict, mesh, trained: loop.Trained, members: int) -> dict:
-    lines = [json.loads(line) for line in (run.directory / "metrics.jsonl").read_text().splitlines()]
+    lines, logged = results.metrics(run.directory), results.steps_logged(run.directory)
+    if logged < config.train.steps:
+        raise LostLines(run, logged)
     hashes = "".join(line["text_hash"] for line in lines)
     return {
         "cell": run.cell.name,

@@ -12,12 +12,12 @@ class Display:
     """Cells done, and of the current one: step, loss, tokens per second; and the time left for the study."""
 
     def __init__(self, runs: int, quiet: bool = False):
-        self.console = Console(quiet=quiet, soft_wrap=True, highlight=False)
+        self.console = Console(quiet=quiet, soft_wrap=True, highlight=False, markup=False, emoji=False)
         self._live = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[status]}"),
+            TextColumn("{task.fields[status]}", markup=False),
             TimeElapsedColumn(),
             console=self.console,
             disable=quiet or not self.console.is_terminal,
@@ -38,7 +38,7 @@ class Display:
 
     def say(self, text: str) -> None:
         """A line that stays."""
-        self.console.print(text, markup=False)
+        self.console.print(text)
 
     def start_run(self, name: str, step: int, steps: int) -> None:
         """A run begins, or goes on, at `step` of `steps`."""
@@ -95,4 +95,4 @@ class Display:
         """Terminals have the live display; elsewhere a line when it matters, or after a silence."""
         if always or (not self.console.is_terminal and time.monotonic() - self._last_line > SILENCE):
             self._last_line = time.monotonic()
-            self.console.print(text, markup=False)
+            self.console.print(text)

@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import json
 import pathlib
+import sys
 from collections.abc import Sequence
 
 import jax
@@ -16,11 +17,11 @@ from lab import data as lab_data
 from lab.errors import UserError
 from lab.evaluate import asks
 from lab.model import mesh as lab_mesh
-from lab.storage import read_json, write_json
+from lab.storage import write_json
 from lab.study import results
 from lab.study.define import asked, contrasts, identity, plan
 from lab.study.define.cell import Cell
-from lab.study.run import segments
+from lab.study.run import places, segments
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -79,13 +80,20 @@ def runs_of(cells: list[Cell], seeds: Sequence[int], workdir: pathlib.Path, rema
     for cell, data in zip(cells, _open_data(cells), strict=True):
         made = identity.record(cell.config, data)
         found = identity.find(made, there, remake)
-        directory = found[0] if found else f"cells/{cell.name.replace('/', '_')}-{identity.name_of(made)}"
+        directory = found[0] if found else f"cells/{_file_name(cell.name)}-{identity.name_of(made)}"
         if taken.setdefault(directory, cell) is not cell:
             raise UserError(f"the cells {taken[directory].name!r} and {cell.name!r} compute the same; leave one out")
         for seed in seeds:
             place = workdir / directory / f"seed-{seed}"
             runs.append(Run(cell, seed, made, data, place, by_name.get(against.get(cell.name))))
     return runs
+
+
+def _file_name(name: str) -> str:
+    """As much of a cell's name as a directory can carry; the identity behind it is what tells cells apart."""
+    encoding = sys.getfilesystemencoding()
+    plain = "".join(letter if letter.isprintable() and letter != "/" else "_" for letter in name)
+    return plain.encode(encoding, "replace")[: plan.LONGEST_NAME].decode(encoding, "ignore")
 
 
 def units_of(runs: list[Run], vmap: str) -> list[Unit]:
@@ -104,20 +112,8 @@ def write_plan(
     workdir: pathlib.Path, config: ConfigDict, rows: list[dict], runs: list[Run], tuning: list[dict], command: str
 ) -> None:
     """plan.json: what the study is, for the report and for whoever finds the directory. Refuses another study's."""
-    path = workdir / "plan.json"
-    looks = []
-    if path.exists():
-        there = read_json(path)
-        if not isinstance(there, dict) or "study" not in there:
-            raise UserError(f"{path} is no plan of a study; delete it, or choose another --workdir")
-        looks = there.get("looks", [])
-        if there["study"] != config.study.name:
-            raise UserError(
-                f"--workdir={workdir} holds the study {there['study']!r}, not {config.study.name!r}; "
-                "choose another directory"
-            )
-    elif workdir.exists() and any(not entry.name.startswith(".plan.json.") for entry in workdir.iterdir()):
-        raise UserError(f"--workdir={workdir} holds other files and no study; choose an empty or new directory")
+    path, looks = workdir / "plan.json", places.check(workdir, config).get("looks") or []
+    looks = [look for look in looks if isinstance(look, dict) and "seeds" in look]
     of_cell: dict[str, list[Run]] = {}
     for run in runs:
         of_cell.setdefault(run.cell.name, []).append(run)
@@ -132,7 +128,7 @@ def write_plan(
         for row in rows
     ]
     study = config.study
-    plan = {
+    written = {
         "study": study.name,
         "question": study.question,
         "labels": [list(pair) for pair in study.labels],
@@ -146,8 +142,8 @@ def write_plan(
         "looks": looks,
         "cells": cells,
     }
-    workdir.mkdir(parents=True, exist_ok=True)
-    write_json(path, plan)
+    with places.writable(workdir):
+        write_json(path, written)
 
 
 def note_look(workdir: pathlib.Path) -> None:
@@ -156,18 +152,18 @@ def note_look(workdir: pathlib.Path) -> None:
     Seeds that are added after a look are not what was planned; the report says so.
     """
     path = workdir / "plan.json"
-    plan = read_json(path)
-    look = {"seeds": plan["config"]["study"]["seeds"]}
+    there = results.read_plan(path)
+    looks, look = there.get("looks") or [], {"seeds": there["config"]["study"]["seeds"]}
     every = all(run.status == "done" for run in results.collect(workdir).runs)
-    if every and plan["looks"][-1:] != [look]:
-        write_json(path, plan | {"looks": [*plan["looks"], look]})
+    if every and looks[-1:] != [look]:
+        write_json(path, there | {"looks": [*looks, look]})
 
 
 def made_elsewhere(runs: list[Run]) -> str:
     """How many finished runs were made under which other versions of the libraries; "" if none."""
     counted = collections.Counter()
     for run in runs:
-        if (run.directory / "result.json").exists():
+        if results.trained(run.directory):
             made = segments.read(run.directory)[-1:] or [{}]
             counted[", ".join(f"{name} {made[0].get(name)}" for name in identity.versions())] += 1
     here = ", ".join(f"{name} {version}" for name, version in identity.versions().items())

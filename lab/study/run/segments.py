@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from lab import kernels, runtime
 from lab.config import ROUNDING
 from lab.options import leaves
-from lab.storage import read_json, write_json
+from lab.storage import find_json, write_json
 
 FILE = "segments.json"
 MADE_ON = ("platform", "device_kind", "devices", "processes", "jax", "jaxlib")  # of runtime.environment
@@ -48,6 +48,6 @@ def begin(directory: pathlib.Path, step: int, here: dict) -> str:
 
 
 def read(directory: pathlib.Path) -> list[dict]:
-    """The segments of a run so far."""
-    path = directory / FILE
-    return read_json(path) if path.exists() else []
+    """The segments of a run so far; none where the file is damaged, so that the run is paired with no other."""
+    found = find_json(directory / FILE, list) or []
+    return [one for one in found if isinstance(one, dict) and isinstance(one.get("first_step"), int)]

@@ -10,7 +10,7 @@ import filelock
 import jax
 
 from lab.storage import write_json
-from lab.study import evaluations
+from lab.study import evaluations, results
 from lab.study.define import identity
 from lab.study.run import ask, make
 from lab.study.run.hosts import agreed
@@ -85,7 +85,8 @@ def _make(unit: Unit, display: Display, stop: Callable[[int], bool]) -> None:
                 write_json(run.directory.parent / "config.json", run.cell.described())
                 identity.keep(run.directory.parent, run.identity)
                 run.data.tokenizer.save(run.directory.parent)
-                shutil.rmtree(run.directory / evaluations.DIRECTORY, ignore_errors=True)  # of other weights
+                with contextlib.suppress(FileNotFoundError):
+                    shutil.rmtree(run.directory / evaluations.DIRECTORY)  # of other weights
     trained = agreed([_trained(run) for run in unit])
     untrained = tuple(run for run, done in zip(unit, trained, strict=True) if not done)
     speed, model, failed = "", None, []
@@ -134,8 +135,8 @@ def _locked(unit: Unit) -> Iterator[bool]:
 def _status(run: Run) -> int:
     if _trained(run) and ask.complete(run):
         return FINISHED
-    return FAILED if (run.directory / "failure.json").exists() else WAITING
+    return FAILED if results.failed(run.directory) is not None else WAITING
 
 
 def _trained(run: Run) -> bool:
-    return (run.directory / "result.json").exists()
+    return results.trained(run.directory) is not None

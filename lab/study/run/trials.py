@@ -12,7 +12,7 @@ from lab.study import evaluations
 from lab.study.define import tuning
 from lab.study.define.asked import wanted
 from lab.study.define.cell import Cell
-from lab.study.results import judged_loss
+from lab.study.results import failed, judged_loss
 from lab.study.run.runs import Run, runs_of
 
 
@@ -64,7 +64,7 @@ def best(trials: list[Trial]) -> Trial | None:
 
 def score(run: Run) -> float | None:
     """Mean loss over the judged conditions; infinite for a failed run, None for one that is still to be made."""
-    if (run.directory / "failure.json").exists():
+    if failed(run.directory) is not None:
         return math.inf
     config = run.cell.config
     found = evaluations.find(run.directory, asks.LOSS, wanted(config, run.data)[asks.LOSS])
