@@ -24,9 +24,10 @@ from faults import FAULTS, Fault
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 SECONDS = 1800  # for the tests of a room; a fault may hang them
 OF_THE_TEXT = ("tests/test_repository.py", "tests/test_faults.py", "tests/test_matrix.py")  # notice any change of it
-ROOMS = {  # the longest that begins the name of a file, below lab/: its tests
+ROOMS = {  # the longest that begins the name of a file, below lab/: its tests, in the order in which they run
     "kernels": ["tests/kernels"],
-    "model/streams": ["tests/model/test_streams.py", "tests/model/test_streams_beside.py"],
+    "model/streams/v": ["tests/model/test_streams.py"],
+    "model/streams": ["tests/model/test_streams_beside.py", "tests/model/test_streams.py"],
     "model": ["tests/model"],
     "data": ["tests/data"],
     "train": ["tests/train"],
