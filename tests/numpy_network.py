@@ -10,11 +10,28 @@ import tiny
 from flax import nnx
 from numpy_layers import normed, placed, swiglu, turned, weights
 
+from lab import model as lab_model
 from lab.data import Batch
-from lab.kernels import rules
+from lab.kernels import reference, rules
 from lab.model import parameter, position
+from lab.model.streams import hyper, laurel, muddformer, v4_tokens
+from lab.model.transformer import Block
 
 LENGTH = 24
+COMPILED = [  # what streams put together, and weights that they infer for it: compiled once for all streams
+    (owner, name, jax.jit(getattr(owner, name), static_argnames=static))
+    for owner, name, static in [
+        (Block, "mix", ()),
+        (Block, "feed", ()),
+        (hyper.Hyper, "__call__", ()),
+        (hyper.Constrained, "__call__", ()),
+        (laurel.Augmented, "__call__", ()),
+        (muddformer.DynamicWeights, "__call__", ()),
+        (v4_tokens.InferredWeights, "__call__", ()),
+        (reference, "attend", ("rule", "scale", "softcap")),
+        (reference, "attend_scores", ("rule", "softcap")),
+    ]
+]
 
 
 class Network:
@@ -96,11 +113,18 @@ class Double(NamedTuple):
     objective: object
 
 
-def double(made) -> Double:
-    model = jax.tree.map(lambda x: np.asarray(x, np.float64), tiny.model(made, seed=2))
+def drawn(made):
+    """A model with generic weights in float64 numpy, of one kind of layer."""
+    structure, trainable, table = parameter.split(lab_model.abstract(made.model, made.run))
     found = position.frequencies(made.model)
-    model.rotary[0].frequencies[...] = np.stack([found[n] for n in ("index", "branch", "time")])
+    exact = np.stack([found[n] for n in ("index", "branch", "time")])
+    model = nnx.merge(structure, tiny.drawn(trainable, seed=2), jax.tree.map(lambda _: exact, table))
     model.compute = jnp.dtype("float64")
+    return model
+
+
+def double(made) -> Double:
+    model = drawn(made)
     batch = tiny.batch(2, length=LENGTH)
     real = (batch.coordinates.segment >= 0)[..., None]
     pull = np.random.default_rng(0).normal(size=(2, LENGTH, tiny.VOCABULARY)) * real
@@ -116,15 +140,41 @@ def double(made) -> Double:
     return Double(made.model, model, batch, logits, gradient, lambda model: run(model)[0][0])
 
 
-def check_forward(got: Double, stream) -> None:
-    """stream: a function (network, embedding of a row) to what the head reads."""
+def check_stream(made, formula) -> None:
+    """What the head reads, of layers that run op by op over the parts that are COMPILED, with reference attention.
+
+    formula: a function (network, embedding of a row) to that.
+    """
+    made.run.implementation = "reference"
+    model, batch = drawn(made), tiny.batch(2, length=LENGTH)
+    x_BTD = weights(model.embedding)[batch.tokens]
+    with jax.enable_x64(True), pytest.MonkeyPatch.context() as patch:
+        for part in COMPILED:
+            patch.setattr(*part)
+        view = model.views(batch.coordinates, batch.coordinates)[0]
+        state = model.stream.start(jnp.asarray(x_BTD), None)
+        for m in range(model.layers):
+            block = jax.tree.map(lambda w, m=m: w[m], model.blocks[0])
+            state, _ = model.stream.layer(state, block, view, None, m=m)
+        got_BTD, _ = model.stream.finish(state)
+    assert got_BTD.dtype == np.float64
+    for got_TD, x_TD, net in zip(got_BTD, x_BTD, networks(made.model, model, batch), strict=True):
+        real = net.at.segment >= 0
+        np.testing.assert_allclose(got_TD[real], formula(net, x_TD)[real], rtol=1e-6, atol=1e-6)
+
+
+def networks(config, model, batch: Batch) -> list[Network]:
+    """Of each row."""
+    return [Network(config, model, batch.coordinates.map(lambda x, b=b: x[b])) for b in range(len(batch.tokens))]
+
+
+def check_logits(got: Double, formula) -> None:
+    """Of the whole model as it is compiled, with the attention that it has by itself."""
     model = got.model
-    for b in range(2):
-        at = got.batch.coordinates.map(lambda x, b=b: x[b])
-        net, real = Network(got.config, model, at), at.segment >= 0
-        x_TD = stream(net, weights(model.embedding)[got.batch.tokens[b]])
+    for logits, tokens, net in zip(got.logits, got.batch.tokens, networks(got.config, model, got.batch), strict=True):
+        real, x_TD = net.at.segment >= 0, formula(net, weights(model.embedding)[tokens])
         expected = normed(x_TD, weights(model.norm.weight), net.eps) @ weights(model.embedding).T
-        np.testing.assert_allclose(got.logits[b][real], expected[real], rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(logits[real], expected[real], rtol=1e-6, atol=1e-6)
 
 
 def check_gradients(got: Double) -> None:

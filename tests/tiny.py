@@ -42,19 +42,24 @@ def config(**overrides) -> ConfigDict:
 
 
 def model(made: ConfigDict, seed: int = 0):
-    """A model with generic weights: even those that start at zero or one in a real model. No program draws them."""
-    rng = np.random.default_rng(seed)
+    """A model with generic weights, drawn without a program."""
     structure, trainable, _ = parameter.split(lab_model.abstract(made.model, made.run))
     tables = jax.jit(lambda: parameter.split(lab_model.build(made.model, jax.random.key(0), made.run))[2])()
+    weights = jax.tree.map(lambda w: jnp.asarray(w, jnp.float32), drawn(trainable, seed))
+    return nnx.merge(structure, weights, tables)
+
+
+def drawn(trainable, seed: int):
+    """Generic weights, float64: even those that start at zero or one in a real model."""
+    rng = np.random.default_rng(seed)
 
     def draw(variable: nnx.Variable) -> nnx.Variable:
         """Scales and what else is one number for each of something around one, matrices and tables around zero."""
         declared, shape = variable.get_metadata(), variable.get_raw_value().shape
         around = not declared["decay"] and len(declared["axes"]) == 1
-        return variable.replace(jnp.asarray(around + 0.3 * rng.normal(size=shape), jnp.float32))
+        return variable.replace(around + 0.3 * rng.normal(size=shape))
 
-    is_variable = lambda x: isinstance(x, nnx.Variable)  # noqa: E731
-    return nnx.merge(structure, jax.tree.map(draw, trainable, is_leaf=is_variable), tables)
+    return jax.tree.map(draw, trainable, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
 def texts(count: int = 40, seed: int = 0, longest: int = 6) -> list[np.ndarray]:

@@ -1,4 +1,3 @@
-import functools
 import math
 
 import jax
@@ -9,7 +8,7 @@ import tiny
 import variants
 from flax import nnx
 from numpy_layers import normed, weights
-from numpy_network import LENGTH, Double, Network, check_forward, check_gradients, double
+from numpy_network import LENGTH, Network, check_gradients, check_logits, check_stream, double
 
 from lab import model as lab_model
 from lab.kernels import reference
@@ -143,25 +142,25 @@ def by_v4(name: str, net: Network, x):
 BY_VERSION = {"v1": by_v1, "v2": by_v2, "v3": by_v3, "v4": by_v4, "te": by_v4}
 
 
-@functools.cache
-def in_float64(name: str) -> Double:
-    return double(config(name))
+def formula(net: Network, x):
+    return BY_VERSION[net.name[:2]](net.name, net, x)
 
 
 def marked(names: list) -> list:
     return [pytest.param(name, marks=[] if name in FAST else pytest.mark.slow) for name in names]
 
 
-@pytest.mark.matrix("name")
-@pytest.mark.parametrize("name", marked(NAMES + POST + NORMED + PLACED))
-def test_forward_against_numpy(name):
-    check_forward(in_float64(name), lambda net, x: BY_VERSION[net.name[:2]](net.name, net, x))
+@pytest.mark.parametrize("name", NAMES + POST + NORMED + PLACED)
+def test_stream_against_numpy(name):
+    check_stream(config(name), formula)
 
 
 @pytest.mark.matrix("name")
 @pytest.mark.parametrize("name", marked(NAMES + POST))
-def test_gradients_against_finite_differences(name):
-    check_gradients(in_float64(name))
+def test_logits_against_numpy_and_gradients_against_finite_differences(name):
+    got = double(config(name))
+    check_logits(got, formula)
+    check_gradients(got)
 
 
 class Fixed:

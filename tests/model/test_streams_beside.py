@@ -10,7 +10,7 @@ import tiny
 import variants
 from flax import nnx
 from numpy_layers import normed, weights
-from numpy_network import Double, Network, check_forward, check_gradients, double
+from numpy_network import Network, check_gradients, check_logits, check_stream, double
 
 from lab import model as lab_model
 from lab.errors import UserError
@@ -188,21 +188,17 @@ FORMULAS = {
 MARKED = [pytest.param(name, marks=[] if name in FAST else pytest.mark.slow) for name in FORMULAS]
 
 
-@functools.cache
-def in_float64(name: str) -> Double:
-    return double(config(name))
+@pytest.mark.parametrize("name", FORMULAS)
+def test_stream_against_numpy(name):
+    check_stream(config(name), FORMULAS[name])
 
 
 @pytest.mark.matrix("name")
 @pytest.mark.parametrize("name", MARKED)
-def test_forward_against_numpy(name):
-    check_forward(in_float64(name), FORMULAS[name])
-
-
-@pytest.mark.matrix("name")
-@pytest.mark.parametrize("name", MARKED)
-def test_gradients_against_finite_differences(name):
-    check_gradients(in_float64(name))
+def test_logits_against_numpy_and_gradients_against_finite_differences(name):
+    got = double(config(name))
+    check_logits(got, FORMULAS[name])
+    check_gradients(got)
 
 
 def test_every_stream_has_its_formula_here_or_there():

@@ -1,0 +1,238 @@
+"""Faults that the tests must notice, for tests/mutate.py: each is a wrong line that a careful hand could write.
+
+A row is (name, file below lab/, text that occurs there exactly once, what stands in its place).
+"""
+
+from typing import NamedTuple
+
+
+class Fault(NamedTuple):
+    name: str
+    file: str
+    old: str
+    new: str
+
+
+ROWS = {
+    "kernels/rules.py": [
+        ("causal hides the token itself", "causal = k.index <= q.index", "causal = k.index < q.index"),
+        ("all branches see their own time", "all_branches = (k.time < q.time)", "all_branches = (k.time <= q.time)"),
+        ("own branch without its prompt", "((k.branch == 0) | (k.branch == q.branch))", "(k.branch == q.branch)"),
+        ("window one longer", "return q.time - k.time < n", "return q.time - k.time <= n"),
+        ("padding sees padding", "(q.segment == k.segment) & (q.segment >= 0)", "(q.segment == k.segment)"),
+        ("& taken for |", "text, levels - 1) & _rule(", "text, levels - 1) | _rule("),
+        ("padding counts as a query", "tokens += int(np.sum(queries.segment >= 0))", "tokens += queries.segment.size"),
+    ],
+    "kernels/expressions.py": [
+        ("range of a difference", "Range(a.low - b.high, a.high - b.low)", "Range(a.low - b.low, a.high - b.high)"),
+        ("certain when possible", 'Range(a.high < b.low, a.low < b.high)', 'Range(a.low < b.high, a.low < b.high)'),
+        ("q.x > k.x read as <", 'return term(other)._rule("<", self)', 'return self._rule("<", other)'),
+    ],
+    "kernels/tiles.py": [
+        ("padded keys in full tiles", "(k_any & ~k_padded)[:, None, :]", "k_any[:, None, :]"),
+        ("full tiles of two segments", "        & (columns.segment.low == columns.segment.high)\n", ""),
+        ("transposed lists unsorted", "jnp.take_along_axis(kind, jnp.argsort(tiles.keys, axis=-1), axis=-1)", "kind"),
+    ],
+    "kernels/tiled.py": [
+        ("running sum grows", "shrink_GR = jnp.exp(max_GR - new_GR)", "shrink_GR = jnp.exp(new_GR - max_GR)"),
+        ("gradient of the cap", "1 - jnp.square(s_GRk / static.softcap)", "1 - s_GRk / static.softcap"),
+        ("gradient of the log sum", "- jnp.where(saw_NGR, dlse_NGR, 0)", "+ jnp.where(saw_NGR, dlse_NGR, 0)"),
+        ("rows share tile lists", "[:, None, None] * m", "[:, None, None] * 0"),
+        ("queries scaled back once", "(dq_NGRK * static.scale)", "dq_NGRK"),
+    ],
+    "kernels/folding.py": [
+        ("heads and tokens swapped", ".transpose(0, 1, 3, 4, 2, 5)", ".transpose(0, 1, 3, 2, 4, 5)"),
+    ],
+    "kernels/split.py": [
+        ("parts weigh alike", "/ total_BTH[..., None]", "/ weight_BPTH.shape[1]"),
+        ("log sum without its top", "jnp.where(saw_BTH, top_B1TH[:, 0] + jnp.log(", "jnp.where(saw_BTH, jnp.log("),
+    ],
+    "kernels/pallas_triton.py": [
+        ("Triton: hidden keys are seen", "_coordinates(k_at, j).map(_row)), s_Rk, MASKED)",
+         "_coordinates(k_at, j).map(_row)), s_Rk, s_Rk)"),
+    ],
+    "kernels/bias.py": [
+        ("bias of negative indices", "(index >= 0) & (index < N)", "(index < N)"),
+        ("gradient of slopes", "slope_H=(d_H * index.astype(d_H.dtype)).sum(pairs)", "slope_H=d_H.sum(pairs)"),
+    ],
+    "kernels/rotary.py": [("a shear for a rotation", "b * cos + a * sin", "b * cos - a * sin")],
+    "kernels/bands.py": [
+        ("keys turn by the time of queries", "k_coordinates, band.k_time)", "k_coordinates, band.q_time)"),
+    ],
+    "model/streams/v1.py": [
+        ("v1m5 keeps the stream", "lambda s, a: s.A + a, lambda s, h, f: s.A + f)",
+         "lambda s, a: s.A + a, lambda s, h, f: h + s.A + f)"),
+        ("v1m4 divides by m + 1", "s.F / s.m + f", "s.F / (s.m + 1) + f"),
+    ],
+    "model/streams/v2.py": [("v2m2 divides by m + 2", "A_BTD / (m + 1)", "A_BTD / (m + 2)")],
+    "model/streams/v3.py": [
+        ("v3 replays on the later stream", "layer.block.feed(x_BTD + a)", "layer.block.feed(h_BTD + a)"),
+        ("v3 replays layer 0", "mixer.output(*found, normed[i],", "mixer.output(*found, normed[0],"),
+    ],
+    "model/streams/v4.py": [
+        ("v4 drops the attention", "ScoreState(h_BTD + block.feed(h_BTD)", "ScoreState(x_BTD + block.feed(h_BTD)"),
+        ("v4m4 counts layers from 0", "self.d ** -self.a[m] * M **", "self.d ** -self.a[m] * max(m, 1) **"),
+        ("v4 mixes up its layers", "zip(past, on_queries, strict=True)", "zip(past[::-1], on_queries, strict=True)"),
+    ],
+    "model/streams/v4_tokens.py": [
+        ("v4m1A transposed", "jnp.exp(W[t_BT1, u_B1S])", "jnp.exp(W[u_B1S, t_BT1])"),
+        ("v4m1E raw for normed", "self.infer[m](normed_BTD if self.normed else x_BTD)", "self.infer[m](x_BTD)"),
+        ("v4m1C by keys", "self.w[m][:, view.queries.index]) *", "self.w[m][:, view.queries.time]) *"),
+    ],
+    "model/streams/hyper.py": [
+        ("mHC from the right", "res_BTNN.swapaxes(-1, -2)  #", "res_BTNN  #"),
+        ("Sinkhorn one step short", "steps: int = 20", "steps: int = 19"),
+        ("mHC post below 1", "2 * jax.nn.sigmoid(a_post", "jax.nn.sigmoid(a_post"),
+    ],
+    "model/streams/attnres.py": [("AttnRes by another query", "@ self.w[s - 1]", "@ self.w[s - 2]")],
+    "model/streams/unet.py": [("U-net not mirrored", "* skips[mirrored]", "* skips[-1]")],
+    "model/streams/laurel.py": [
+        ("LAuReL weighs x alone", "* (x_BTD + x_BTD @ A_DR @ B_RD)", "* x_BTD + x_BTD @ A_DR @ B_RD"),
+    ],
+    "model/streams/lime.py": [
+        ("LIMe over groups", "self.router[m - 1][...], axis=-1)", "self.router[m - 1][...], axis=0)"),
+    ],
+    "model/streams/resformer.py": [
+        ("ResFormer swaps weights", "from_first * first_BSGV + own * v_BSGV", "own * first_BSGV + from_first * v_BSGV"),
+    ],
+    "model/streams/muddformer.py": [("MUDD keys by queries", "mixer.keys(normed.key,", "mixer.keys(normed.query,")],
+    "model/attention.py": [
+        ("sink helps", "jax.nn.sigmoid(lse_BTH - self.sink[...])", "jax.nn.sigmoid(lse_BTH + self.sink[...])"),
+        ("outputs turn on", "rotate(o_BTHV, (cos, -sin))", "rotate(o_BTHV, (cos, sin))"),
+        ("output matrix drawn too wide", "gain=1.0 if o_rank else gain,", "gain=1.0,"),
+    ],
+    "model/differential.py": [("maps are added", "[..., 0, :] - share_BTH", "[..., 0, :] + share_BTH")],
+    "model/forgetting.py": [("forgets the new", "parts(-total_BSH1[..., 0]", "parts(total_BSH1[..., 0]")],
+    "model/delta.py": [
+        ("states cross segments", "segment_BC == state.segment_B[:, None], ", "segment_BC > -2, "),
+        ("padding decays the state", "(decay_BTH, beta_BTH))\n    inputs", "(decay_BTH, decay_BTH))\n    inputs"),
+    ],
+    "model/norm.py": [("eps outside of the root", "keepdims=True) + eps)", "keepdims=True)) + eps")],
+    "model/position.py": [
+        ("branch and time exchanged", "even = (pair - (F - n)) % 2 == 0", "even = (pair - (F - n)) % 2 == 1"),
+        ("whole table for a part", "chosen.theta **= R / model.mixer.head_dim", "chosen.theta **= 1"),
+    ],
+    "model/slots.py": [
+        ("padding takes slots", "jnp.cumsum(real_BT, axis=1) - 1", "jnp.arange(real_BT.shape[1])"),
+        ("used counts last slots", "1 + slots_BT.max(", "slots_BT.max("),
+    ],
+    "model/parameter.py": [
+        ("norms decay", 'axes=("channel",), inputs=0, decay=False', 'axes=("channel",), inputs=0, decay=True'),
+        ("Muon splits the wrong heads", '"qkv": lambda of_input: not of_input', '"qkv": lambda of_input: of_input'),
+        ("embedding by the vocabulary", "weight = shape[1] ** -0.5", "weight = shape[0] ** -0.5"),
+    ],
+    "model/feedforward.py": [("output drawn too wide", ", gain=(2 * model.layers) ** -0.5", "")],
+    "model/transformer.py": [
+        ("scanned layers miscounted", "(P * jnp.arange(full), repeats)", "(jnp.arange(full), repeats)"),
+        ("logits in bfloat16", "preferred_element_type=wide", "preferred_element_type=x_BTD.dtype"),
+    ],
+    "model/accounting.py": [
+        ("backward as dear as forward", "return 3 * 2 * float(forward)", "return 2 * 2 * float(forward)"),
+        ("cache of shared groups", "max(1, groups // devices)", "(groups / devices)"),
+    ],
+    "data/packing.py": [
+        ("labels cross texts", "labels[ends - 1] = -1", "labels[ends[-1] - 1] = -1"),
+        ("prompts count in alignment", "branches[first] = 0", "branches[first] = lengths[first]"),
+        ("slots unsorted", "sorted(1 + rng.permutation(slots)[:count])", "list(1 + rng.permutation(slots)[:count])"),
+        ("stagger one short", "rng.integers(0, lengths + 1) if stagger", "rng.integers(0, lengths) if stagger"),
+        ("index through the row", "(np.cumsum(group_lengths) - group_lengths)[segment]", "0 * segment"),
+    ],
+    "data/pipeline.py": [
+        ("every step packed alike", "default_rng((seed, step, row))", "default_rng((seed, row))"),
+        ("epochs in one order", ".shuffle(mixed).repeat()", ".repeat().seed(mixed)"),
+        ("evaluation repeats its texts", "range((first + row) * n, (first + row + 1) * n)",
+         "range(row * n, (row + 1) * n)"),
+        ("seeds share epochs", ".shuffle(mixed)", ".shuffle(seed)"),
+    ],
+    "data/probes.py": [
+        ("induction asks itself", "symbols[asked + 1]", "symbols[asked]"),
+        ("products reversed", "lambda p, q: p[q]", "lambda p, q: q[p]"),
+    ],
+    "data/generated.py": [
+        ("one difficulty too few", "self._low, self._high + 1))", "self._low, max(self._high, self._low + 1)))"),
+        ("train on what is asked", "(_TRAINING, self._seed, step, row)", "(_EVALUATION, 0, self._low, row)"),
+    ],
+    "data/dataset.py": [("fingerprint without the cap", '["digest"], len(kept), data', '["digest"], data')],
+    "train/step.py": [
+        ("unlabelled tokens count", "jnp.sum(jnp.where(labelled, x, 0))", "jnp.sum(x)"),
+        ("z-loss rewarded", "(ce + z_loss * z) / tokens", "(ce - z_loss * z) / tokens"),
+        ("means of means", "ce / tokens\n\n    gradient",
+         "ce / jnp.maximum(jnp.sum(part.labels >= 0), 1)\n\n    gradient"),
+        ("norm of the clipped", "optax.tree.norm(grads)", "optax.tree.norm(updates)"),
+    ],
+    "train/optimizer.py": [
+        ("first step stands still", "* (step + 1) / max(warmup, 1)", "* step / max(warmup, 1)"),
+        ("cool-down never begins", "[max(left - cooling, 0)]", "[left]"),
+        ("final rate of the cosine", "alpha=final / peak if peak else 0.0", "alpha=final"),
+        ("AdamW's decay is Muon's", '"weight_decay": numbers["muon.adam_decay"]',
+         '"weight_decay": numbers["weight_decay"]'),
+        ("b1 and b2 exchanged", "b1, b2, eps = (numbers", "b2, b1, eps = (numbers"),
+    ],
+    "train/muon.py": [
+        ("moonlight by the short side", "0.2 * math.sqrt(max(d_in, d_out))", "0.2 * math.sqrt(min(d_in, d_out))"),
+        ("mup the wrong way", '"mup": lambda d_in, d_out: math.sqrt(d_out / d_in)',
+         '"mup": lambda d_in, d_out: math.sqrt(d_in / d_out)'),
+    ],
+    "train/workload.py": [
+        ("resumed from the first text", "start=start, **hosts", "start=0, **hosts"),
+        ("rate of the first member", "rate[i], of.fill", "rate[0], of.fill"),
+    ],
+    "train/loop.py": [("gradient norms unchecked", " and math.isfinite(record.grad_norm)", "")],
+    "train/canonical.py": [("remat is another program", 'remat="none", ', "")],
+    "evaluate/conditions.py": [
+        ("conditions asked again", "asks.conditions(asked)[done:]", "asks.conditions(asked)"),
+        ("the last batch alone", "sums += jax", "sums = jax"),
+    ],
+    "evaluate/asks.py": [("other weights pass", "if _weights(changed) != _weights(config)", "if False")],
+    "study/define/cells.py": [
+        ("first group fastest", "itertools.product(*groups))", "itertools.product(*groups[::-1]))"),
+    ],
+    "study/define/contrasts.py": [("a baseline of itself", " and there[0] != name", "")],
+    "study/define/identity.py": [
+        ("other versions are the same", "return SAME if alike else OTHER_VERSIONS", "return SAME"),
+        ("seeds of the model forgotten", "config.model_seed - config.seed}", "0}"),
+    ],
+    "study/judge/statistics.py": [
+        ("Bonferroni for Holm", "(len(known) - rank) * p", "len(known) * p"),
+        ("adjusted p may fall", "largest = max(largest, min(1.0,", "largest = max(0.0, min(1.0,"),
+        ("one-sided interval", "stats.t.ppf(1 - LEVEL / 2, n - 1) * values", "stats.t.ppf(1 - LEVEL, n - 1) * values"),
+        ("power of a known spread", "critical * spreads - shift) +", "critical - shift) +"),
+    ],
+    "study/judge/pairing.py": [
+        ("kernels may differ", '"devices", "implementation", ', '"devices", '),
+        ("losses of all conditions", "if not judged or condition in judged", "if True"),
+        ("unequal texts are paired", " and hashes[0][:shared] == hashes[1][:shared]", ""),
+    ],
+    "study/judge/residuals.py": [
+        ("relative to the first side", "reference = means[1] if", "reference = means[0] if"),
+    ],
+    "study/judge/evidence.py": [
+        ("a higher loss is better", '"better" if self.estimate.mean < 0', '"better" if self.estimate.mean > 0'),
+        ("uncorrected verdicts", "if self.adjusted >= LEVEL", "if self.estimate.p >= LEVEL"),
+        ("any support is enough", 'if outcomes == {"supported"}', 'if "supported" in outcomes'),
+    ],
+    "study/judge/trends.py": [
+        ("lower for higher", 'side = "lower" if ends.mean() < 0', 'side = "lower" if ends.mean() > 0'),
+        ("tokens of each step", "np.cumsum([line.get(", "np.array([line.get("),
+    ],
+    "study/report/verdicts.py": [
+        ("expected sign turned", '"below 0" if one.sign < 0', '"below 0" if one.sign > 0'),
+        ("interval of the bootstrap", "signed(known.mean), interval(known.t_interval)]",
+         "signed(known.mean), interval(known.bootstrap_interval)]"),
+    ],
+    "study/report/series.py": [
+        ("replicates the other sign", "found == np.sign(difference)", "found != np.sign(difference)"),
+    ],
+    "study/report/tables.py": [
+        ("the worst recommended", "ranked = sorted(scores, key=scores.get)",
+         "ranked = sorted(scores, key=scores.get, reverse=True)"),
+        ("population deviations", "statistics.stdev(values)", "statistics.pstdev(values)"),
+    ],
+    "study/report/compare.py": [
+        ("first less later", "[scores[first][cell]]], (1, -1))", "[scores[first][cell]]], (-1, 1))"),
+    ],
+    "study/report/costs.py": [
+        ("cost of a seed summed", '["cell", "seed"])["seconds"].sum()', '["cell", "seed"])["seconds"].mean()'),
+    ],
+}  # fmt: skip
+FAULTS = [Fault(name, file, old, new) for file, rows in ROWS.items() for name, old, new in rows]
