@@ -61,7 +61,7 @@ def masks(T: int) -> dict[str, tuple[str, Coordinates]]:
         f"own_branch {many}": ("own_branch", branches(*many)),
         f"all_branches {few}": ("all_branches", branches(*few)),
         f"own_branch, 4 groups of {four[:3]}": ("own_branch", branches(*four)),
-        f"window({width})": (f"causal & window({width})", alone),
+        f"causal & window({width})": (f"causal & window({width})", alone),
     }
 
 

@@ -31,7 +31,9 @@ def get_config(scale: str = "cpu"):
 def cells(probes: tuple[str, ...], narrow: str):
     """Every probe with the whole model, with one layer of it, and with a window too narrow to reach back by layers."""
     models = chain(
-        named("full"), named("1 layer", ("model.layers", 1)), named(narrow, ("model.rule", f"causal & {narrow}"))
+        named("full"),
+        named("1 layer", ("model.layers", 1)),
+        named(f"causal & {narrow}", ("model.rule", f"causal & {narrow}")),
     )
     return product(vary("data.corpus", probes), models)
 

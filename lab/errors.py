@@ -9,6 +9,16 @@ class UserError(Exception):
 
 
 SHOWN = 12  # choices that fit on one line
+LONGEST = 300  # letters of a value that fit on it
+
+
+def shown(value) -> str:
+    """A value as Python spells it, on one line and cut."""
+    try:
+        text = " ".join(repr(value).split())
+    except ValueError:  # Python spells no number of more than 4,300 digits
+        text = f"a {type(value).__name__} that is too long to spell"
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."
 
 
 def choose(what: str, value, choices: Iterable):

@@ -7,14 +7,18 @@ room that it needs, and `replaces`, names of those that mean nothing beside it. 
 
 import dataclasses
 import math
+import operator
 import types
 import typing
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 from ml_collections import ConfigDict
 
-from lab.errors import SHOWN, UserError, choose
+from lab.errors import SHOWN, UserError, choose, shown
+
+LARGEST = 2**31 - 1  # int32: what arrays of coordinates, tokens and seeds are made of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +26,8 @@ class Option:
     """A field of a config.
 
     kind: its type as typing spells it, such as tuple[tuple[str, str], ...]; None: that of the default. choices: all
-    valid values. least, most: inclusive bounds of a number; above, below: exclusive ones. infinite: whether inf is one.
+    valid values. least, most: inclusive bounds of a number, or of every number of a tuple; above, below: exclusive
+    ones. infinite: whether inf is one. Every number has a range, and holds it in int32 or float32 too.
     """
 
     default: Any
@@ -40,26 +45,62 @@ class Option:
         kind = self.kind or type(self.default)
         if not fits(value, kind):
             raise UserError(
-                f"{name} = {value!r} is no {spelled(kind)}: {self.meaning}; the default is {self.default!r}"
+                f"{name} = {shown(value)} is no {spelled(kind)}: {self.meaning}; the default is {self.default!r}"
             )
         if self.choices is not None:
             choose(name, value, self.choices)
-        if isinstance(value, float) and (math.isnan(value) or (math.isinf(value) and not self.infinite)):
-            raise UserError(f"{name} = {value} must be a finite number: {self.meaning}")
+        for number in _numbers(value) if numbers_in(self) else ():
+            self._check_number(f"{name} = {shown(value)}{f': {shown(number)}' * isinstance(value, tuple)}", number)
+
+    def _check_number(self, told: str, value: int | float) -> None:
+        if isinstance(value, int) and not -LARGEST <= value <= LARGEST:
+            raise UserError(f"{told} must be within {LARGEST}, as int32 is: {self.meaning}")
+        computed = value if isinstance(value, int) else _as_float32(value)
+        if math.isnan(value) or (math.isinf(computed) and not self.infinite):
+            also = "" if computed == value or math.isnan(value) else f" is {computed} in float32, and"
+            raise UserError(f"{told}{also} must be a finite number: {self.meaning}")
         for bound, words, holds in (
-            (self.least, "at least", lambda x, y: x >= y),
-            (self.above, "above", lambda x, y: x > y),
-            (self.most, "at most", lambda x, y: x <= y),
-            (self.below, "below", lambda x, y: x < y),
+            (self.least, "at least", operator.ge),
+            (self.above, "above", operator.gt),
+            (self.most, "at most", operator.le),
+            (self.below, "below", operator.lt),
         ):
             if bound is not None and not holds(value, bound):
-                raise UserError(f"{name} = {value} must be {words} {bound}: {self.meaning}")
+                raise UserError(f"{told} must be {words} {bound}: {self.meaning}")
+            if bound is not None and not holds(computed, bound):
+                raise UserError(f"{told} is {computed} in float32, and must be {words} {bound}: {self.meaning}")
+
+
+def _as_float32(value: float) -> float:
+    with np.errstate(over="ignore"):
+        return float(np.float32(value))
+
+
+def numbers_in(option: Option) -> set[type]:
+    """int and float, as far as the type of an option has them."""
+    kinds, found = [option.kind or type(option.default)], set()
+    while kinds:
+        kind = kinds.pop()
+        kinds += typing.get_args(kind)
+        found |= {kind} & {int, float}
+    return found
+
+
+def _numbers(value) -> list[int | float]:
+    """Those of a value, however deep in its tuples."""
+    if isinstance(value, tuple):
+        return [number for item in value for number in _numbers(item)]
+    return [value] if isinstance(value, int | float) and not isinstance(value, bool) else []
 
 
 def fits(value, kind) -> bool:
-    """Whether a value is of a type as typing spells it. Whole numbers are floats too; truth values are no numbers."""
+    """Whether a value is of a type as typing spells it. Whole numbers are floats too; truth values are no numbers; an
+    object is what a field of a config may hold: a word, a number, a truth value, None, or a tuple of such."""
     if kind is Any:
         return True
+    if kind is object:
+        plain = value is None or isinstance(value, str | int | float)
+        return plain or (isinstance(value, tuple) and all(fits(item, object) for item in value))
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         return any(fits(value, one) for one in typing.get_args(kind))
     if typing.get_origin(kind) is tuple:
@@ -150,7 +191,8 @@ class Room(NamedTuple):
         chosen = ", ".join(f"{prefix}{part.field} = {values[part.field]!r}" for part in beside)
         others = [f"{part.field} = {entry!r}" for part, entry in readers if not replacing][:SHOWN]
         return UserError(
-            f"{prefix}{name} = {values[name]!r} means nothing beside {chosen}; choose {self.declared()[name].default!r}"
+            f"{prefix}{name} = {shown(values[name])} means nothing beside {chosen}; choose "
+            + repr(self.declared()[name].default)
             + (f", or one of: {prefix}{f', {prefix}'.join(others)}" if others else "")
         )
 
@@ -182,11 +224,14 @@ def leaves(config: Mapping, prefix: str = "") -> dict[str, Any]:
 
 
 def set_field(config: ConfigDict, name: str, value) -> None:
-    """Sets a field by its dotted name."""
+    """Sets a field by its dotted name. Raises TypeError for a value of another type, whatever is wrong with it."""
     *path, last = name.split(".")
     for part in path:
         config = config[part]
-    config[last] = value
+    try:
+        config[last] = value
+    except (ValueError, OverflowError) as error:
+        raise TypeError(str(error)) from error
 
 
 def tuples(value):

@@ -1,6 +1,7 @@
 """Options are declared once: their defaults pass, and what is set wrongly is refused in one line with what is valid."""
 
 import math
+import typing
 
 import pytest
 import tiny
@@ -13,7 +14,7 @@ from lab import model as lab_model
 from lab.errors import UserError
 from lab.evaluate import asks
 from lab.model import spec
-from lab.options import Option, Part, Room, fits, leaves, set_field, spelled
+from lab.options import Option, Part, Room, fits, leaves, numbers_in, set_field, spelled
 from lab.study.define import plan, resolve
 from lab.study.define.cells import chain, named, vary
 
@@ -89,6 +90,35 @@ def test_nan_is_never_a_number_and_inf_only_where_it_is_said():
     endless.check("x", math.inf)
     assert "must be above 0" in refused(lambda: endless.check("x", -math.inf))
     assert "must be a finite number" in refused(lambda: endless.check("x", math.nan))
+
+
+def holding(kind, number):
+    """A value of a type as typing spells it, with this number wherever it has one."""
+    if kind in (int, float):
+        return number
+    return (
+        tuple(holding(one, number) for one in typing.get_args(kind) if one is not Ellipsis) if kind is not str else ""
+    )
+
+
+NUMBERS = [(room, name) for room, name in DECLARED if {int, float} & {*numbers_in(ROOMS[room].declared()[name])}]
+
+
+@pytest.mark.parametrize(("room", "name"), NUMBERS)
+def test_every_number_has_a_bound_is_finite_and_stays_what_it_is_as_it_is_computed_with(room, name):
+    """A number that is declared without a range fails here; so does one that float32 or int32 would make another."""
+    option = ROOMS[room].declared()[name]
+    low = option.above if option.least is None else option.least
+    assert low is not None, f"{name} has no range: give it least or above"
+    whole = int in numbers_in(option)
+    option.check(name, holding(option.kind or type(option.default), max(1, option.least or 0) if whole else 0.5))
+    for value in [2**31, 10**400, 10**5000, low - 1] if whole else [math.nan, math.inf, -math.inf, 1e39, low - 1]:
+        if not (option.infinite and value > 1e38):
+            made = holding(option.kind or type(option.default), value)
+            assert refused(lambda v=made: option.check(name, v)).startswith(f"{name} = ")
+    for bound, towards in ((option.above, math.inf), (option.below, -math.inf)):
+        if bound is not None:  # so near to it that float32 has no number between
+            assert "in float32" in refused(lambda b=bound, t=towards: option.check(name, math.nextafter(b, t)))
 
 
 TREES = tuple[tuple[str, tuple[int, ...]], ...]
@@ -242,7 +272,7 @@ def test_a_cell_that_means_nothing_is_refused(field, value, says):
 
 IN_A_STUDY = [
     (vary("model.heads", (2,)), "field of study.cells = 'model.heads' is unknown (did you mean 'model.mixer.heads'?)"),
-    (vary("run.scan", (False, True)), "varies run.scan: how a cell runs and what it is asked are no part of it"),
+    (vary("run.scan", (False, True)), "run.scan: how a cell runs and what it is asked are no part of what it is"),
     (vary("model.mixer.heads", ("two",)), "a cell of the study sets model.mixer.heads = 'two', which is no int"),
     (vary("model.mixer.latent", (0, 8)), "model.mixer.latent = 8 means nothing beside model.mixer.name = 'attention'"),
     (chain(named("a", ("train.optimizer", "muon")), named("b", ("train.muon.momentum", 0.5))),

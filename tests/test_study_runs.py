@@ -240,16 +240,16 @@ def test_only_what_is_new_is_run(place, corpus, study, undisturbed):
 
 NUMBERS = """chain(
         named("plain", ("model.position.ratio", 0.5)),
-        named("diverges", ("train.schedule", "wsd"), ("train.final_learning_rate", 1e38)),
+        named("diverges", ("train.schedule", "constant"), ("train.warmup", 40), ("train.weight_decay", 3500.0)),
         named("theta", ("model.position.theta", 100.0)),
         named("stride", ("model.position.stride", 7)),
-        named("rate", ("train.learning_rate", 1e-4), ("train.schedule", "linear"), ("train.weight_decay", 0.1)),
+        named("rate", ("train.learning_rate", 4e-4), ("train.schedule", "linear"), ("train.weight_decay", 0.1)),
         named("draw", ("data.draw", "fixed4"), ("data.stagger", False)),
     )"""
 
 
 def test_a_run_that_is_not_finite_stops_alone_and_all_share_one_program(place, corpus):
-    """wsd cools down over the last fifth of the steps, here to a rate that no weight survives."""
+    """Decay grows with the rate while that warms up: past 2 it blows the weights up, more each step."""
     study = commands.write_study(
         place / "numbers.py", corpus, NUMBERS, labels=(("name", "case"),), sections=("curves",)
     )

@@ -21,8 +21,6 @@ def check_branches(config: ConfigDict, ask: ConfigDict, field: str, branch_count
     if not branch_counts:
         raise UserError(f"{field}.branches is empty; choose at least one number of branches, such as (1, 2, 4)")
     at_most_once(f"{field}.branches", branch_counts)
-    for branches in branch_counts:
-        at_least(f"{field}.branches", branches, 1)
     sizes = [texts_of_draw(branches, branches, config.data.prompt) for branches in branch_counts]
     if any(ask.texts_per_row % size for size in sizes):
         raise UserError(

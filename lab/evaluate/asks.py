@@ -38,12 +38,12 @@ SIZES = {
     "rows": Option(16, "of one call, over all devices and hosts", least=1),
 }
 BRANCHES = SIZES | {
-    "branches": Option((1,), "numbers of branches", kind=tuple[int, ...]),
+    "branches": Option((1,), "numbers of branches", kind=tuple[int, ...], least=1),
     "texts_per_row": Option(
         1, "a multiple of every number of branches, so that it fills its groups", least=1, most=LONGEST_ROW
     ),
 }
-DIFFICULTIES = SIZES | {"difficulties": Option((2, 4, 8), "of the rows of a probe", kind=tuple[int, ...])}
+DIFFICULTIES = SIZES | {"difficulties": Option((2, 4, 8), "of the rows of a probe", kind=tuple[int, ...], least=1)}
 ASKS = {
     "branches": AskKind(
         "eval_branch",

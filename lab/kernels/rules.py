@@ -15,7 +15,7 @@ from lab.kernels.expressions import Range, Rule, Term, k, maximum, minimum, q
 
 __all__ = [
     "RULES", "SIZED", "Range", "Rule", "Term", "all_branches", "causal", "k", "maximum", "mean_visible_keys", "minimum",
-    "own_branch", "pairs_visible", "parse", "q", "visible", "window",
+    "own_branch", "pairs_visible", "parse", "q", "shows_later", "visible", "window",
 ]  # fmt: skip
 
 causal = k.index <= q.index
@@ -112,6 +112,12 @@ def visible(rule: Rule, q: Coordinates, k: Coordinates):
 def pairs_visible(rule: Rule, q: Coordinates, k: Coordinates):
     """`visible` of coordinates that broadcast against each other."""
     return (q.segment == k.segment) & (q.segment >= 0) & rule.visible(q, k)
+
+
+def shows_later(rule: Rule, coordinates: Coordinates) -> bool:
+    """Whether some token sees a later one of its own branch, which is what it learns to predict; coordinates [B, T]."""
+    q, k = coordinates.map(lambda x: x[..., :, None]), coordinates.map(lambda x: x[..., None, :])
+    return bool(np.any(pairs_visible(rule, q, k) & (q.branch == k.branch) & (q.time < k.time)))
 
 
 def mean_visible_keys(rule: Rule, coordinates: Coordinates, pairs: int = 2**22) -> float:

@@ -160,6 +160,17 @@ def check(train) -> None:
     TRAIN.check(leaves(train), "train.")
     if train.warmup > train.steps:
         raise UserError(f"train.warmup = {train.warmup} must lie in 0..train.steps = {train.steps}")
+    read = TRAIN.read(leaves(train))
+    if "cooldown" in read and train.warmup + round(train.cooldown * train.steps) > train.steps:
+        raise UserError(
+            f"train.cooldown = {train.cooldown} of train.steps = {train.steps} begins within train.warmup = "
+            f"{train.warmup}: the rate would never reach its last; choose at most {1 - train.warmup / train.steps:.3g}"
+        )
+    if "final_learning_rate" in read and train.final_learning_rate > train.learning_rate:
+        raise UserError(
+            f"train.final_learning_rate = {train.final_learning_rate} is above train.learning_rate = "
+            f"{train.learning_rate}: the rate would rise; choose at most that, or train.schedule = 'constant'"
+        )
 
 
 def check_parameters(train, model) -> None:

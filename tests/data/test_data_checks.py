@@ -51,7 +51,7 @@ def test_the_base_config_passes():
         ("data.texts", -1, "data.texts = -1 must be at least 0"),
         ("run.workers", -1, "run.workers = -1 must be at least 0"),
         ("seed", -1, "seed = -1 must be at least 0"),
-        ("evaluate.loss.branches", (1, 0), "evaluate.loss.branches = 0 is too small"),
+        ("evaluate.loss.branches", (1, 0), r"evaluate.loss.branches = \(1, 0\): 0 must be at least 1"),
         (
             "evaluate.loss.branches",
             (1, 2, 1),

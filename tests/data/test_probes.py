@@ -249,7 +249,7 @@ def test_a_probe_opens_without_texts_and_writes_ids_as_numbers(probe, tmp_path):
             "data.probe.objects = 7 means nothing beside data.corpus = 'mqar'; choose 5, or one of: .* = 'state'",
         ),
         ("evaluate.loss.difficulties", (), "evaluate.loss.difficulties is empty"),
-        ("evaluate.loss.difficulties", (2, 0), "evaluate.loss.difficulties = 0 is too small"),
+        ("evaluate.loss.difficulties", (2, 0), r"evaluate.loss.difficulties = \(2, 0\): 0 must be at least 1"),
         (
             "evaluate.loss.difficulties",
             (2, 20),

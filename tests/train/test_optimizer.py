@@ -5,12 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from lab import model as lab_model
 from lab.errors import UserError
 from lab.model import parameter
+from lab.study.open import open as open_study
 from lab.train import optimizer
 from lab.train.optimizer import Numbers
 
@@ -43,6 +44,7 @@ def test_schedules_against_their_formulas(name, steps, warmup, rates, cooldown):
     train = tiny.config().train
     train.update(schedule=name, steps=steps, warmup=round(warmup * steps), cooldown=cooldown)
     train.update(learning_rate=rates[0], final_learning_rate=rates[0] * rates[1])
+    assume(name != "wsd" or train.warmup + round(cooldown * steps) <= steps)  # others are refused, below
     rising = [rates[0] * (step + 1) / train.warmup for step in range(train.warmup)]
     left = steps - train.warmup
     expected = rising + [decayed(name, x, left, train) for x in range(left)]
@@ -139,6 +141,10 @@ def test_matrices_decay_and_scales_do_not():
      "train.cooldown = 0.5 means nothing beside train.schedule = 'cosine'; choose 0.2, or one of: "
      "train.schedule = 'wsd'"),
     ("clip", 0.0, "train.clip = 0.0 must be above 0"),
+    ("learning_rate", -1e-3, "train.learning_rate = -0.001 must be at least 0"),
+    ("final_learning_rate", 4e-3, "train.final_learning_rate = 0.004 is above train.learning_rate = 0.003: the rate "
+     "would rise; choose at most that, or train.schedule = 'constant'"),
+    ("learning_rate", 1e-4, "train.final_learning_rate = 0.0003 is above train.learning_rate = 0.0001"),
 ])  # fmt: skip
 def test_settings_that_mean_nothing_are_refused(field, value, says):
     train = tiny.config().train
@@ -146,3 +152,24 @@ def test_settings_that_mean_nothing_are_refused(field, value, says):
     with pytest.raises(UserError) as refused:
         optimizer.check(train)
     assert says in str(refused.value)
+
+
+@given(st.integers(1, 200), st.floats(0, 1), st.floats(0, 1))
+def test_what_cools_down_ends_a_step_short_of_its_last_rate_or_is_refused(steps, warmup, cooldown):
+    train = tiny.config(train__schedule="wsd", train__cooldown=cooldown).train
+    train.update(steps=steps, warmup=round(warmup * steps), final_learning_rate=0.0)
+    cooling = round(cooldown * steps)
+    if train.warmup + cooling > steps:
+        with pytest.raises(UserError, match=r"begins within train\.warmup = .*: the rate would never reach its last"):
+            optimizer.check(train)
+        return
+    optimizer.check(train)
+    if cooling:
+        assert optimizer.schedule(train)[-1] == pytest.approx(train.learning_rate / cooling, rel=1e-4)
+
+
+def test_a_tuned_peak_below_the_last_rate_is_refused_before_anything_runs():
+    made = tiny.config()
+    made.study.update(name="tiny", tune=(("train.learning_rate", (1e-4, 1e-3)),))
+    with pytest.raises(UserError, match=r"train.final_learning_rate = 0.0003 is above train.learning_rate = 0.0001"):
+        open_study(made)

@@ -4,11 +4,11 @@ import dataclasses
 from collections.abc import Collection, Mapping
 
 from lab.errors import UserError, choose
+from lab.study.define.settings import STUDY, Pairs
 
 LAYERS = ("single", "crossed", "aligned")  # one factor changed; several at once; one changed at equal parameters
 SIGNS = {2: (1, -1), 4: (1, -1, -1, 1)}  # of the sides of a contrast: a - b, and (a - b) - (c - d)
 
-Pairs = tuple[tuple[str, object], ...]  # (label, value or values): selects the cells that have them all
 Labels = Mapping[str, Mapping[str, object]]  # {name of a cell: its labels}
 
 
@@ -43,21 +43,12 @@ class Settings:
 
 def settings(study: Mapping) -> Settings:
     """Of config.study, or of what plan.json keeps of it. Raises UserError where a shape is wrong."""
-    contrasts = []
-    for entry in _tuples(study.get("contrasts", ())):
-        if not isinstance(entry, tuple) or len(entry) - 1 not in SIGNS:
-            raise UserError(f"study.contrasts: {entry!r} must be (name, plus, minus) or (name, a, b, c, d)")
-        for side in entry[1:]:
-            _check_pairs(f"study.contrasts {entry[0]!r}", side)
-        contrasts.append(Contrast(str(entry[0]), entry[1:]))
-    hypotheses = []
-    for entry in _tuples(study.get("hypotheses", ())):
-        if not _is_hypothesis(entry):
-            raise UserError(f"study.hypotheses: {entry!r} must be (claim, ((layer, contrast, sign), ...))")
-        hypotheses.append(Hypothesis(*entry))
-    baseline = _tuples(study.get("baseline", ()))
-    _check_pairs("study.baseline", baseline)
-    return Settings(_tuples(study.get("judged", ())), baseline, tuple(contrasts), tuple(hypotheses))
+    names = "judged", "baseline", "contrasts", "hypotheses"
+    judged, baseline, contrasts, hypotheses = (_tuples(study.get(name, ())) for name in names)
+    for name, value in zip(names, (judged, baseline, contrasts, hypotheses), strict=True):
+        STUDY.own[name].check(f"study.{name}", value)
+    made = tuple(Contrast(name, tuple(sides)) for name, *sides in contrasts)
+    return Settings(judged, baseline, made, tuple(Hypothesis(*entry) for entry in hypotheses))
 
 
 def check(study: Mapping, cells: Labels, conditions: Collection) -> None:
@@ -121,17 +112,6 @@ def _check_values(where: str, pairs: Pairs, cells: Labels) -> None:
         values = [labels[label] for labels in map(_frozen, cells.values()) if label in labels]
         for value in wanted if isinstance(wanted, tuple) and wanted not in values else (wanted,):
             choose(f"{where} {label}", value, list(dict.fromkeys(values)))
-
-
-def _check_pairs(where: str, pairs) -> None:
-    if not isinstance(pairs, tuple) or not all(isinstance(p, tuple) and len(p) == 2 for p in pairs):
-        raise UserError(f"{where}: {pairs!r} must be a tuple of (label, value) pairs, such as (('rope_ratio', 1.0),)")
-
-
-def _is_hypothesis(entry) -> bool:
-    if not isinstance(entry, tuple) or len(entry) != 2 or not isinstance(entry[1], tuple):
-        return False
-    return bool(entry[1]) and all(isinstance(row, tuple) and len(row) == 3 for row in entry[1])
 
 
 def _matches(labels: Mapping, pairs: Pairs) -> bool:

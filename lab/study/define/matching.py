@@ -9,13 +9,18 @@ from ml_collections import ConfigDict
 
 from lab.errors import UserError, choose
 from lab.model import abstract, accounting
-from lab.options import leaves, set_field
+from lab.options import Option, leaves, set_field
 from lab.study.define.cell import Cell
 from lab.study.define.cells import MATCH, NAME, Override
 from lab.study.define.plan import nominal_tokens, visible_keys
 
 TOLERANCE = 1e-3  # a residual beyond it is flagged
 KEYS = ("to", "on", "by", "multiple")
+PAIRS = Option(
+    (), "(key, value), ..., as lab.study.define.cells.matched makes them", kind=tuple[tuple[str, object], ...]
+)
+MULTIPLE = Option(1, "what a value is a multiple of", least=1)
+TO = Option("", "the name of a cell, or (label, value), ...", kind=str | tuple[tuple[str, object], ...])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,6 +169,7 @@ def _matches(override: Override, config: ConfigDict) -> list[Match]:
 
 
 def _match(value, config: ConfigDict) -> Match:
+    PAIRS.check("a match", value)
     given = dict(value)
     for key in given:
         choose("a key of a match", key, KEYS)
@@ -171,11 +177,11 @@ def _match(value, config: ConfigDict) -> Match:
         if key not in given:
             raise UserError(f"a match has no {key!r}: {given}")
     match = Match(**given)
+    TO.check("to (of a match)", match.to)
     choose("on (of a match)", match.on, QUANTITIES)
     integers = {f: v for f, v in leaves(config).items() if isinstance(v, int) and not isinstance(v, bool)}
     choose("by (of a match; an integer field)", match.by, integers)
-    if not isinstance(match.multiple, int) or match.multiple < 1:
-        raise UserError(f"multiple (of a match) = {match.multiple!r}; choose an integer of at least 1")
+    MULTIPLE.check("multiple (of a match)", match.multiple)
     return match
 
 

@@ -8,6 +8,7 @@ import jax
 
 from lab import config as lab_config
 from lab import data as lab_data
+from lab.coordinates import Coordinates
 from lab.errors import UserError, choose
 from lab.evaluate import asks
 from lab.kernels import rules
@@ -24,6 +25,7 @@ from lab.train.workload import Record
 DEVICES = (1, 2, 4, 8)  # over which tensor parallelism would lay a cache
 LONGEST_NAME = 100  # bytes: a file name has at most 255, and names are parts of it
 TOKENS_COUNTED = 32_768  # of training rows over which visible keys are averaged
+ROWS_LOOKED_AT, TOKENS_LOOKED_AT = 2, 1024  # of those in which every pair is looked at, to see what a rule shows
 
 
 def check(cell: Cell) -> None:
@@ -37,9 +39,38 @@ def check(cell: Cell) -> None:
     optimizer.check_parameters(config.train, config.model)
     lab_data.check(config)
     asks.check(config)
+    check_rules(config)
     check_run(config)
     tokens = config.data.texts_per_row * config.data.text_length
     streams.check_rows(config.model, "data.texts_per_row x data.text_length", tokens)
+
+
+def check_rules(config) -> None:
+    """Refuses a rule of any layer, trained or asked, under which a token sees what it is to predict."""
+    at = _first_tokens(config)
+    asked = {f"evaluate.{name}.model: ": asks.remodelled(config, ask).model for name, ask in config.evaluate.items()}
+    for where, model in {"": config.model, **asked}.items():
+        for text in dict.fromkeys(spec.rule for spec in lab_spec.layer_specs(model)):
+            if not rules.shows_later(rules.parse(text), at):
+                continue
+            inner = f"({text})" if "|" in text else text
+            joined = [f"{name} & {inner}" for name in rules.RULES]
+            hiding = [one for one in joined if not rules.shows_later(rules.parse(one), at)]
+            raise UserError(
+                f"{where}model.rule = {text!r} shows a token later ones of its own branch, which it is to predict; "
+                f"choose {' | '.join(map(repr, hiding))}"
+            )
+
+
+_looked_at: dict[tuple, Coordinates] = {}  # packing a long row takes a while, and cells share it
+
+
+def _first_tokens(config) -> Coordinates:
+    """Coordinates of the beginnings of the first training rows: a rule speaks of neighbours as of tokens far apart."""
+    key = config.data.to_json_best_effort(), config.seed
+    if key not in _looked_at:
+        _looked_at[key] = lab_data.nominal_coordinates(config, ROWS_LOOKED_AT).map(lambda x: x[:, :TOKENS_LOOKED_AT])
+    return _looked_at[key]
 
 
 def check_run(config) -> None:

@@ -8,10 +8,11 @@ from ml_collections import ConfigDict
 from lab import config as lab_config
 from lab.errors import UserError, choose
 from lab.model import spec as lab_spec
-from lab.options import leaves, names_of, set_field
+from lab.options import Option, leaves, names_of, set_field
 from lab.study.define import cell, matching
 from lab.study.define.cells import ASIDE, MATCH, NAME, Override
 
+NAMES = Option("", "of an override: see lab.study.define.cells.named")
 READ = ("model", "data", "train")  # the rooms of which a cell reads what its entries read
 
 
@@ -22,6 +23,8 @@ def resolve(config: ConfigDict, overridden: tuple[str, ...] = ()) -> list[cell.C
     match that cannot be made.
     """
     overrides = config.study.cells or ((),)
+    for name in (value for override in overrides for field, value in override if field == NAME):
+        NAMES.check("a name in study.cells", name)
     varied = {field for override in overrides for field, _ in override if field not in (NAME, MATCH)}
     for field in overridden:
         if field in varied:
@@ -44,7 +47,7 @@ def resolve(config: ConfigDict, overridden: tuple[str, ...] = ()) -> list[cell.C
 
 def share(text: str) -> slice:
     """The part of a study that "I/N" names: every N-th of its cells, from the I-th."""
-    part = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", text)
+    part = re.fullmatch(r"([1-9]\d{0,8})/([1-9]\d{0,8})", text)
     if not part or int(part[1]) > int(part[2]):
         raise UserError(f"--cells={text!r} is no share; choose I/N with 1 <= I <= N, as in 1/4")
     return slice(int(part[1]) - 1, None, int(part[2]))

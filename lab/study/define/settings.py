@@ -2,6 +2,8 @@
 
 from lab.options import Option, Room
 
+Pairs = tuple[tuple[str, object], ...]  # (label, value or values): selects the cells that have them all
+
 STUDY = Room({
     "name": Option("", "a word for the study"),
     "question": Option("", "what it asks"),
@@ -19,11 +21,11 @@ STUDY = Room({
     "judged": Option((), "conditions of the ask named loss whose mean judges a cell; empty: all",
                      kind=tuple[object, ...]),
     "baseline": Option((), "(label, value), ...: cells are compared with the one that has these instead of theirs",
-                       kind=tuple[tuple[str, object], ...]),
+                       kind=Pairs),
     "contrasts": Option((), "(name, plus, minus) or (name, a, b, c, d), each side (label, value or values), ...",
-                        kind=tuple[tuple[object, ...], ...]),
+                        kind=tuple[tuple[str, Pairs, Pairs] | tuple[str, Pairs, Pairs, Pairs, Pairs], ...]),
     "hypotheses": Option((), "(claim, ((single | crossed | aligned, name of a contrast, -1 | 1), ...)), ...",
-                         kind=tuple[tuple[str, tuple[tuple[str, str, int], ...]], ...]),
+                         kind=tuple[tuple[str, tuple[tuple[str, str, int], ...]], ...], least=-1, most=1),
     "tune": Option((), "(field, values), ...: each cell is tuned on this grid first",
                    kind=tuple[tuple[str, tuple[object, ...]], ...]),
     "tune_seed": Option(1000, "of the trials; cells are judged on seed, seed + 1, ...", least=0),

@@ -62,7 +62,7 @@ def parts(entries: Sequence, labels: Sequence[str]) -> dict[str, tuple[str, Call
     """
     found = {}
     for entry in entries:
-        name, *given = (entry,) if isinstance(entry, str) else entry
+        name, *given = (entry,) if isinstance(entry, str) else entry or ("",)
         title, factory = SECTIONS[choose("study.sections", name, SECTIONS)]
         parameters = inspect.signature(factory).parameters.values()
         needed = [p.name for p in parameters if p.default is p.empty]

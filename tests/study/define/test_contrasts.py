@@ -65,18 +65,27 @@ def test_a_config_and_its_json_ask_for_the_same():
     [
         ({"baseline": (("widht", 1),)}, "did you mean 'width'"),
         ({"baseline": (("width", 3),)}, "width = 3 is unknown.*1, 2, 4"),
-        ({"baseline": ("width", 1)}, "must be a tuple of .label, value. pairs"),
+        ({"baseline": ("width", 1)}, r"study.baseline = \(.width., 1\) is no tuple \(\(str, object\), ...\)"),
         ({"judged": (3,)}, "judged = 3 is unknown.*1, 16"),
-        ({"contrasts": (("narrow", ONE),)}, "must be .name, plus, minus. or"),
-        ({"contrasts": (("narrow", ONE, ("width", 1)),)}, "'narrow'.*must be a tuple"),
+        (
+            {"contrasts": (("narrow", ONE),)},
+            r"study.contrasts = .* is no tuple .*: \(name, plus, minus\) or \(name, a, b, c, d\)",
+        ),
+        ({"contrasts": (("narrow", ONE, ("width", 1)),)}, "study.contrasts = .*'narrow'.* is no tuple"),
         ({"contrasts": (("narrow", ONE, (("width", (2, 3)),)),)}, "width = 3 is unknown"),
         ({"contrasts": (("narrow", ONE, (("part", "b"), ("width", 9))),)}, "width = 9 is unknown"),
         ({"contrasts": (("same", ONE, ONE),)}, "width 1 and width 1 are the same cells"),
         ({"contrasts": (("one", ONE, TWO), ("one", TWO, ONE))}, "two named 'one'"),
         ({"contrasts": (("one", ONE, TWO),), "hypotheses": (("x", (("single", "on", 1),)),)}, "did you mean 'one'"),
         ({"contrasts": (("one", ONE, TWO),), "hypotheses": (("x", (("double", "one", 1),)),)}, "single, crossed, al"),
-        ({"contrasts": (("one", ONE, TWO),), "hypotheses": (("x", (("single", "one", 0),)),)}, "-1, 1"),
-        ({"contrasts": (("one", ONE, TWO),), "hypotheses": (("x", ("single", "one", 1)),)}, "must be .claim"),
+        (
+            {"contrasts": (("one", ONE, TWO),), "hypotheses": (("x", (("single", "one", 0),)),)},
+            "a sign in study.hypotheses = 0",
+        ),
+        (
+            {"contrasts": (("one", ONE, TWO),), "hypotheses": (("x", ("single", "one", 1)),)},
+            r"study.hypotheses = .* is no tuple .*: \(claim, ",
+        ),
     ],
 )
 def test_what_is_not_there_is_refused_in_one_line(study, message):

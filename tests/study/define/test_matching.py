@@ -237,7 +237,7 @@ GOOD = dict(to="base", on="parameters", by="model.feedforward.width")
         (matched(MHA, **GOOD | dict(by="model.layerz")), r"by .* = 'model.layerz' is unknown .*'model.layers'"),
         (matched(MHA, **GOOD | dict(by="model.mixer.softcap")), r"an integer field\) = 'model.mixer.softcap'"),
         (matched(MHA, **GOOD | dict(by="model.tied")), r"an integer field\) = 'model.tied'"),
-        (matched(MHA, **GOOD | dict(multiple=0)), r"multiple \(of a match\) = 0; choose an integer of at least 1"),
+        (matched(MHA, **GOOD | dict(multiple=0)), r"multiple \(of a match\) = 0 must be at least 1"),
         (matched(MHA, **GOOD | dict(by="train.steps")), "on parameters by train.steps, which does not raise it"),
         (matched(MHA, **GOOD | dict(on="cache")), "on cache by model.feedforward.width, which does not raise it"),
         (

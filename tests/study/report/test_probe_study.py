@@ -48,8 +48,8 @@ def test_the_cpu_study_separates_its_variants(tmp_path):
             assert found[probe, "full", difficulty] > 0.95
         assert found["needle", "1 layer", difficulty] > 0.95  # recall alone needs no second layer
         for probe in ("induction", "mqar"):
-            for model in ("1 layer", "window(4)"):
+            for model in ("1 layer", "causal & window(4)"):
                 assert found[probe, model, difficulty] < 2 / difficulty  # little more than any of those seen
-    assert found["needle", "window(4)", 4] > 0.95  # two layers of it reach six tokens back
-    assert found["needle", "window(4)", 8] < 0.2
+    assert found["needle", "causal & window(4)", 4] > 0.95  # two layers of it reach six tokens back
+    assert found["needle", "causal & window(4)", 8] < 0.2
     assert "Share of answers that are right" in (tmp_path / "probes" / "report.md").read_text()
