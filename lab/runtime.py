@@ -8,13 +8,13 @@ import ctypes
 import itertools
 import math
 import os
-import pathlib
 import platform
 import signal
 import sys
 from collections.abc import Callable
 
 from lab.errors import UserError
+from lab.storage import cache_directory
 
 
 def tune_allocator() -> None:
@@ -69,11 +69,6 @@ def start(config) -> None:
                 f"JAX_PROCESS_ID = {process} must lie in 0..{processes - 1} (JAX_NUM_PROCESSES = {processes})"
             )
         jax.distributed.initialize(address, processes, int(process))
-
-
-def cache_directory() -> pathlib.Path:
-    """Where tokenised corpora, tokenizers and compiled programs are kept: $LAB_CACHE, or ~/.cache/lab."""
-    return pathlib.Path(os.environ.get("LAB_CACHE", "~/.cache/lab")).expanduser()
 
 
 def environment(mesh) -> dict:
