@@ -54,7 +54,7 @@ def open(config: ConfigDict) -> Data:
     if tokenizer.eos is None:
         _say(tokenizers.end_unknown(tokenizer))
     if meta["lost"]:
-        _say(f"data.lossy = 'keep': {texts.loss(meta)}")
+        _say(f"data.lossy = 'keep': {texts.loss(meta, corpus, tokenizer)}")
     if meta["missing"]:
         _say(f"{meta['missing']} of {meta['documents']} rows of {corpus.searched} have no text and are skipped")
     _check_enough(config, corpus.searched, meta)

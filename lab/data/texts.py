@@ -68,7 +68,8 @@ def prepare(
 
     def check(meta: dict) -> None:
         if lossy == "refuse" and meta["lost"]:
-            raise UserError(f"{loss(meta)}; choose a tokenizer that has them, or set data.lossy to keep (now refuse)")
+            told = loss(meta, corpus, tokenizer)
+            raise UserError(f"{told}; choose a tokenizer that has them, or set data.lossy to keep (now refuse)")
 
     entry = cache.kept(
         cache.root() / "texts" / key,
@@ -78,12 +79,12 @@ def prepare(
     return entry
 
 
-def loss(meta: dict) -> str:
+def loss(meta: dict, corpus: Corpus, tokenizer: Tokenizer) -> str:
     """Which share of the characters the tokenizer lost, in words."""
     shown = ", ".join(map(repr, meta["lost_most"]))
     return (
-        f"data.tokenizer = {meta['tokenizer']!r} loses {meta['lost']} of {meta['characters']} characters "
-        f"({meta['lost'] / meta['characters']:.2%}) of the corpus {meta['searched']}, such as {shown}"
+        f"data.tokenizer = {tokenizer.name!r} loses {meta['lost']} of {meta['characters']} characters "
+        f"({meta['lost'] / meta['characters']:.2%}) of the corpus {corpus.searched}, such as {shown}"
     )
 
 
@@ -138,7 +139,8 @@ class _Writer:
         return dict(texts=self._count, tokens=int(offsets[-1]), digest=self._digest.hexdigest())
 
     def close(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # of what was written in vain: it was told then
+            self._file.close()
 
 
 def _build(
@@ -146,7 +148,7 @@ def _build(
 ) -> None:
     """Fills an entry; `check` looks at what is known after every chunk."""
     dtype = np.dtype(np.uint16 if tokenizer.size <= 2**16 else np.int32)
-    meta = dict(searched=corpus.searched, tokenizer=tokenizer.name, dtype=dtype.name)
+    meta = dict(searched=corpus.searched, dtype=dtype.name)
     count, lost = Counter(), Counter()
     with contextlib.ExitStack() as stack:
         with cache.explained():

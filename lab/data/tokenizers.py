@@ -153,8 +153,8 @@ class Json:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
 
     def lost(self, texts: Sequence[str], ids: Sequence[np.ndarray]) -> Counter[str]:
-        """Those that are gone when a text is written and read again, but for what a normalizer writes otherwise (capitals,
-        composed letters) and for what cannot be seen."""
+        """Those that are gone when a text is written and read again. What a normalizer writes otherwise, as capitals or
+        composed letters, is not, nor is what cannot be seen."""
         again = self._tokenizer.decode_batch([one.tolist() for one in ids], skip_special_tokens=True)
         doubtful = [text for text, decoded in zip(texts, again, strict=True) if text != decoded]
         found: Counter[str] = Counter()

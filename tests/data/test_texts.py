@@ -165,6 +165,22 @@ def test_a_full_disk_is_one_clear_line(cache_root, monkeypatch):
     assert list((cache_root / "texts").iterdir()) == []
 
 
+@pytest.mark.parametrize("characters", [10, 10**6])
+def test_a_disk_that_fills_up_is_told_whenever_it_shows(cache_root, monkeypatch, characters):
+    """Bytes are written when the buffer is full, or at the end."""
+    begin = texts._Writer.__init__
+
+    def begin_on_a_full_disk(self, *arguments):
+        begin(self, *arguments)
+        self._file.close()
+        self._file = open("/dev/full", "wb")  # noqa: SIM115
+
+    monkeypatch.setattr(texts._Writer, "__init__", begin_on_a_full_disk)
+    with pytest.raises(UserError, match=f"cannot fill the cache {cache_root}: .*No space left.*set LAB_CACHE"):
+        texts.prepare(corpus([Document("a", "a" * characters, False)]), BYTES, 4, "split")
+    assert list((cache_root / "texts").iterdir()) == []
+
+
 def test_a_cache_that_is_no_directory_is_one_clear_line(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("LAB_CACHE", str(tmp_path / "file"))
