@@ -35,4 +35,4 @@ def load(path):
         raise UserError(f"{directory} does not exist: nothing was saved there yet")
     config = restored(read_json(cell / "config.json"))
     model = build(config.model, jax.random.key(0))
-    return read_model(directory, model, step), tokenizers.load(cell)
+    return read_model(directory, model, step), tokenizers.load(cell, config.data.eos)

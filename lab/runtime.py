@@ -8,7 +8,6 @@ import ctypes
 import itertools
 import math
 import os
-import pathlib
 import platform
 import re
 import signal
@@ -16,6 +15,7 @@ import sys
 from collections.abc import Callable, Mapping
 
 from lab.errors import UserError
+from lab.storage import cache_directory
 
 
 def tune_allocator() -> None:
@@ -102,11 +102,6 @@ def _whole(environment: Mapping[str, str], name: str, default: str) -> int:
     if not re.fullmatch(r"\d{1,9}", text, re.ASCII):
         raise UserError(f"{name} = {text!r} is no whole number; every process needs its own JAX_PROCESS_ID, from 0 on")
     return int(text)
-
-
-def cache_directory() -> pathlib.Path:
-    """Where tokenised corpora, tokenizers and compiled programs are kept: $LAB_CACHE, or ~/.cache/lab."""
-    return pathlib.Path(os.environ.get("LAB_CACHE") or "~/.cache/lab").expanduser()
 
 
 def environment(mesh) -> dict:

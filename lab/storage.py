@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and JSON kept in them."""
+"""Where what is made once is kept; files that appear whole or not at all, and JSON kept in them."""
 
 import functools
 import json
@@ -8,6 +8,14 @@ import secrets
 from pathlib import Path
 
 from lab.errors import UserError
+
+
+def cache_directory() -> Path:
+    """Of texts, tokenizers and compiled programs: $LAB_CACHE; ~/.cache/lab if that is empty. It need not exist yet."""
+    try:
+        return Path(os.environ.get("LAB_CACHE") or "~/.cache/lab").expanduser()
+    except RuntimeError as error:  # there is no home
+        raise UserError(f"the cache has no place ({error}); set LAB_CACHE to a directory with room") from error
 
 
 def write_atomically(path: Path, content: bytes) -> Path:

@@ -22,7 +22,7 @@ BELOW = {
     "coordinates": set(),
     "errors": set(),
     "options": {"errors"},
-    "runtime": {"errors"},
+    "runtime": {"errors", "storage"},
     "storage": {"errors"},
     "data": {"coordinates", "errors", "options", "storage"},
     "kernels": {"coordinates", "errors"},

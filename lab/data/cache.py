@@ -1,19 +1,23 @@
-"""Where prepared texts and tokenizers are kept: $LAB_CACHE, else ~/.cache/lab. Entries appear whole or not at all."""
+"""Where prepared texts and tokenizers are kept. Entries appear whole or not at all, and are looked over when opened."""
 
 import contextlib
 import hashlib
+import json
+import logging
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import filelock
+
 from lab.errors import UserError
+from lab.storage import cache_directory as root
 
-
-def root() -> Path:
-    """The cache directory, not necessarily existing."""
-    return Path(os.environ.get("LAB_CACHE") or Path.home() / ".cache" / "lab").expanduser()
+_SUMS = "sums.json"  # of an entry: its name, and for each file its bytes and their CRC-32
+_BLOCK = 2**22  # bytes
 
 
 def digest(*parts) -> str:
@@ -26,30 +30,95 @@ def digest(*parts) -> str:
     return state.hexdigest()
 
 
+def kept(entry: Path, build: Callable[[Path], None]) -> Path:
+    """The entry, a directory that `build` fills unless it is there and whole. A damaged one is told, and built anew.
+
+    Raises UserError for a cache that cannot be read or written, and whatever `build` does.
+    """
+    if _damage(entry):
+        _drop_damaged(entry)
+    if not entry.exists():
+        with publishing(entry) as building:
+            build(building)
+    return entry
+
+
 @contextlib.contextmanager
 def publishing(entry: Path) -> Iterator[Path]:
     """Yields an empty directory that becomes `entry` when the block succeeds and is removed when it fails.
 
     Two processes may build one entry at once: the first to finish wins, the other's copy is dropped.
     """
-    entry.parent.mkdir(parents=True, exist_ok=True)
     building = entry.parent / f".building-{secrets.token_hex(8)}"
-    building.mkdir()
+    with explained():
+        building.mkdir(parents=True)
     try:
         yield building
-        try:
-            os.replace(building, entry)
-        except OSError:
-            if not entry.exists():
-                raise
+        with explained():
+            _seal(building, entry.name)
+            try:
+                os.replace(building, entry)
+            except OSError:
+                if not entry.exists():
+                    raise
     finally:
         shutil.rmtree(building, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def explained() -> Iterator[None]:
-    """Turns a full or forbidden disk into a UserError that says which directory to move."""
+def explained(what: str = "fill", wanted: str = "with room") -> Iterator[None]:
+    """Turns a full or forbidden disk into a UserError that says which directory to move. For what reads and writes the
+    cache alone: an OSError of a corpus is no fault of the cache."""
     try:
         yield
     except OSError as error:
-        raise UserError(f"cannot fill the cache {root()}: {error}; set LAB_CACHE to a directory with room") from error
+        raise UserError(f"cannot {what} the cache {root()}: {error}; set LAB_CACHE to a directory {wanted}") from error
+
+
+def _seal(directory: Path, name: str) -> None:
+    files = {path.name: [path.stat().st_size, _sum(path)] for path in sorted(directory.iterdir())}
+    (directory / _SUMS).write_text(json.dumps(dict(entry=name, files=files)), "utf-8")
+
+
+def _damage(entry: Path) -> str:
+    """What is wrong with an entry; "" of a whole one, and of none. Reads all of it: about a second for a GB in memory.
+
+    A CRC finds what disks, crashes and hands do to a file. It is no guard against who means to deceive.
+    """
+    if not os.path.lexists(entry):
+        return ""
+    try:
+        sums = json.loads((entry / _SUMS).read_text("utf-8"))
+        if sums["entry"] != entry.name:
+            return f"it is a copy of {sums['entry']}"
+        for name, (size, crc) in sums["files"].items():
+            if (there := (entry / name).stat().st_size) != size:
+                return f"{name} has {there} bytes, not {size}"
+            if _sum(entry / name) != crc:
+                return f"{name} is not what was written"
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        return f"{Path(error.filename).name}: {error.strerror}"
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return f"{_SUMS} is not what was written"
+    except OSError as error:
+        with explained("read", "that can be read"):
+            raise error
+    return ""
+
+
+def _sum(path: Path) -> int:
+    crc = 0
+    with path.open("rb") as handle:
+        while block := handle.read(_BLOCK):
+            crc = zlib.crc32(block, crc)
+    return crc
+
+
+def _drop_damaged(entry: Path) -> None:
+    with explained(), filelock.FileLock(entry.parent / f".{entry.name}.lock"):
+        # Another process may have built it anew meanwhile.
+        if fault := _damage(entry):
+            logging.warning("the cache's %s is damaged (%s): it is made again", entry, fault)
+            aside = entry.parent / f".damaged-{secrets.token_hex(8)}"
+            os.replace(entry, aside)
+            shutil.rmtree(aside) if aside.is_dir() and not aside.is_symlink() else aside.unlink()

@@ -12,7 +12,7 @@ from lab.errors import UserError
 
 def check_training(config: ConfigDict) -> None:
     """What the fields of config.data must have to do with each other."""
-    tokenizers.check(config.data.tokenizer)
+    tokenizers.check(config.data.tokenizer, config.data.eos)
     _check_draw(config.data)
 
 

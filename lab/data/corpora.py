@@ -1,19 +1,19 @@
 """Corpora: where text comes from, and which of it is held out for validation."""
 
+import codecs
 import functools
-import glob
 import hashlib
-import json
+import io
 import os
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from ml_collections import ConfigDict
 
-from lab.data import cache, packing
+from lab.data import cache, packing, reading
 from lab.errors import UserError, choose
 from lab.options import Option
 
@@ -23,19 +23,25 @@ OPTIONS = {
         "split", "what becomes of a document over text_length", choices=("split", "truncate", "refuse")
     ),
     "texts": Option(0, "training texts: the first so many; 0: all", least=0),
+    "eos": Option("", "the token that ends a text; empty: the tokenizer's own, by its usual names"),
+    "lossy": Option("refuse", "what becomes of text that the tokenizer cannot write", choices=("refuse", "keep")),
 }
 VALIDATION_SHARE = 0.05
-_BLOCKS = 20  # one block in so many of a single file is validation: the same share
+_BLOCKS = 20  # one block in so many of a single text is validation: the same share
 _NOT_SOURCES = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
 
 class Document(NamedTuple):
-    """One text as its source holds it. `ends` is False for a block that the same file continues."""
+    """One text as its source holds it.
+
+    ends: False for a block that the same text continues. missing: a row without text, which is skipped: "".
+    """
 
     name: str
     text: str
     validation: bool
     ends: bool = True
+    missing: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,7 +71,7 @@ def stdlib(data: ConfigDict) -> Corpus:
     names = sorted(_stdlib_names(root))
     if not names:
         raise UserError(f"data.corpus = 'stdlib': no .py file under {root}; set data.corpus to files, jsonl or parquet")
-    fingerprint = cache.digest(*(part for name in names for part in (name, _file_digest(root / name))))
+    fingerprint = cache.digest(*(part for name in names for part in (name, reading.digest(root / name))))
 
     def read():
         for name in names:
@@ -73,6 +79,8 @@ def stdlib(data: ConfigDict) -> Corpus:
                 text = (root / name).read_bytes().decode()
             except UnicodeDecodeError:
                 continue
+            except OSError as error:
+                raise reading.unreadable(root / name, error) from error
             yield Document(name, text, _share(name.encode()) < VALIDATION_SHARE)
 
     return Corpus(fingerprint, f"stdlib ({root})", read)
@@ -80,36 +88,28 @@ def stdlib(data: ConfigDict) -> Corpus:
 
 def files(data: ConfigDict) -> Corpus:
     """Text files by globs, one document each; a single file is cut into blocks, so that some can be held out."""
-    paths = _matching(data)
-    digests = [_file_digest(path) for path in paths]
-    if len(paths) == 1:
-        read = functools.partial(_read_blocks, paths[0])
-    else:
-        read = functools.partial(_read_files, paths, _held_out(digests), digests)
-    return Corpus(cache.digest("files", *digests), f"files ({data.path})", read)
+    paths = reading.matching(data.path, data.corpus)
+    fingerprint = cache.digest("files", *map(reading.digest, paths))
+    return Corpus(fingerprint, f"files ({data.path})", lambda: _read_files(paths))
 
 
 def jsonl(data: ConfigDict) -> Corpus:
     """One JSON object a line; `data.field` holds the text."""
-    return _rows_of_files(data, _jsonl_rows)
+    return _rows_of_files(data, reading.jsonl)
 
 
 def parquet(data: ConfigDict) -> Corpus:
     """Tables of rows; the column `data.field` holds the text."""
-    return _rows_of_files(data, functools.partial(_parquet_rows, field=data.field))
+    return _rows_of_files(data, functools.partial(reading.parquet, field=data.field))
 
 
 def huggingface(data: ConfigDict) -> Corpus:
     """The train split of a dataset of the Hugging Face hub, as NAME or NAME:SUBSET, streamed."""
     if not data.path:
         raise UserError("data.path is empty; corpus huggingface needs a dataset's name there, as NAME or NAME:SUBSET")
-    fingerprint = cache.digest("huggingface", data.path, data.field)
-    return Corpus(
-        fingerprint,
-        f"huggingface ({data.path})",
-        lambda: _documents(_huggingface_rows(data.path), data.field),
-        streamed=True,
-    )
+    fingerprint = cache.digest("huggingface", data.path, data.field, *_skipping(data))
+    read = functools.partial(_documents, lambda: reading.huggingface(data.path), data.field, data.missing)
+    return Corpus(fingerprint, f"huggingface ({data.path})", read, streamed=True)
 
 
 class CorpusKind(NamedTuple):
@@ -120,8 +120,11 @@ class CorpusKind(NamedTuple):
 
 
 TEXTS = packing.OPTIONS | OPTIONS  # what every corpus reads
-PATH = {"path": Option("", "globs joined by commas, or a dataset's name")}
-FIELD = {"field": Option("text", "of a JSON line, a parquet column, a dataset")}
+PATH = {"path": Option("", "paths or globs joined by commas, or a dataset's name")}
+FIELD = {
+    "field": Option("text", "of a JSON line, a parquet column, a dataset; meta.text: in a field of it"),
+    "missing": Option("refuse", "what becomes of a row that has no text there", choices=("refuse", "skip")),
+}
 CORPORA = {
     "stdlib": CorpusKind(stdlib, TEXTS),
     "files": CorpusKind(files, TEXTS | PATH),
@@ -140,143 +143,118 @@ def _stdlib_names(root: Path) -> Iterator[str]:
                 yield (Path(folder) / name).relative_to(root).as_posix()
 
 
-def _matching(data: ConfigDict) -> list[Path]:
-    """The files that the globs of `data.path` name, sorted, each once."""
-    patterns = [pattern.strip() for pattern in data.path.split(",") if pattern.strip()]
-    if not patterns:
-        raise UserError(f"data.path is empty; corpus {data.corpus} needs globs there, joined by commas")
-    found = {path for pattern in patterns for path in glob.glob(os.path.expanduser(pattern), recursive=True)}
-    paths = sorted(Path(path) for path in found if os.path.isfile(path))
-    if not paths:
-        raise UserError(
-            f"data.path = {data.path!r} matches no file (corpus {data.corpus}, searched from {os.getcwd()})"
-        )
-    return paths
-
-
-def _file_digest(path: Path) -> str:
-    try:
-        with path.open("rb") as handle:
-            return hashlib.file_digest(handle, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-
-
 def _share(content: bytes) -> float:
     """A number in [0, 1) that depends on the content alone."""
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big") / 2**64
 
 
-def _held_out(digests: list[str]) -> set[str]:
-    """The files of the validation split, by content; of a few files, at least one."""
-    ranked = sorted(set(digests), key=lambda digest: _share(digest.encode()))
-    return {digest for digest in ranked if _share(digest.encode()) < VALIDATION_SHARE} or set(ranked[:1])
+def _bound(shares: Iterable[float]) -> float | None:
+    """The documents whose share lies below it are held out: below VALIDATION_SHARE or, where that would leave a split
+    without any, below that of all but one. None: there is one text alone. Reads on until it is sure."""
+    few: list[float] = []  # the two lowest and the highest
+    for share in shares:
+        few = sorted({*few, share})
+        few = [*few[:2], *few[2:][-1:]]
+        if few[0] < VALIDATION_SHARE <= few[-1]:
+            return VALIDATION_SHARE
+    return few[1] if len(few) > 1 else None
 
 
-def _read_files(paths: list[Path], held_out: set[str], digests: list[str]) -> Iterator[Document]:
-    for path, digest in zip(paths, digests, strict=True):
+def _read_files(paths: list[Path]) -> Iterator[Document]:
+    contents = [_share(reading.content_digest(path).encode()) for path in paths] if len(paths) > 1 else []
+    bound = _bound(contents)
+    if bound is None:
+        for path in paths:
+            yield from _read_blocks(path)
+        return
+    for path, share in zip(paths, contents, strict=True):
         try:
-            text = path.read_bytes().decode()
+            with reading.unpacked(path) as handle:
+                text = handle.read().decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise _not_text(path) from error
-        yield Document(str(path), text, digest in held_out)
+        except OSError as error:
+            raise reading.unreadable(path, error) from error
+        yield Document(str(path), text, share < bound)
 
 
 def _read_blocks(path: Path) -> Iterator[Document]:
-    """Blocks small enough that even a short file has some for validation, and a large one fits in memory."""
-    characters = min(max(path.stat().st_size // (2 * _BLOCKS), 1), 2**20)
-    with path.open(encoding="utf-8", newline="") as handle:
-        try:
-            block, number = handle.read(characters), 0
-            while block:
-                following = handle.read(characters)
-                validation = number % _BLOCKS == _BLOCKS - 1
-                yield Document(f"{path} (block {number})", block, validation, ends=not following)
-                block, number = following, number + 1
-        except UnicodeDecodeError as error:
-            raise _not_text(path) from error
+    size = reading.size(path)
+    try:
+        with reading.unpacked(path) as handle:
+            yield from _blocks(str(path), handle, size, "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise _not_text(path) from error
+    except OSError as error:
+        raise reading.unreadable(path, error) from error
+
+
+def _blocks(name: str, handle: BinaryIO, size: int, encoding: str = "utf-8") -> Iterator[Document]:
+    """A text of `size` bytes in blocks so small that even a short one has some for validation, and a large one fits in
+    memory."""
+    read = functools.partial(handle.read, min(max(size // (2 * _BLOCKS), 1), 2**20))
+    pieces = codecs.iterdecode(iter(read, b""), encoding)
+    number, block = 0, next(pieces, "")
+    while block:
+        following = next(pieces, "")
+        validation = number % _BLOCKS == _BLOCKS - 1
+        yield Document(f"{name} (block {number})", block, validation, ends=not following)
+        number, block = number + 1, following
 
 
 def _not_text(path: Path) -> UserError:
     return UserError(f"{path} is not UTF-8 text; convert it, or leave it out of data.path")
 
 
-def _rows_of_files(data: ConfigDict, rows_of: Callable[[Path], Iterator]) -> Corpus:
-    paths = _matching(data)
-    fingerprint = cache.digest(data.corpus, data.field, *map(_file_digest, paths))
+def _rows_of_files(data: ConfigDict, rows_of: Callable[[Path], reading.Rows]) -> Corpus:
+    paths = reading.matching(data.path, data.corpus)
+    fingerprint = cache.digest(data.corpus, data.field, *map(reading.digest, paths), *_skipping(data))
 
-    def read():
+    def rows():
         for path in paths:
-            yield from _documents(rows_of(path), data.field)
+            yield from rows_of(path)
 
+    read = functools.partial(_documents, rows, data.field, data.missing)
     return Corpus(fingerprint, f"{data.corpus} ({data.path})", read)
 
 
-def _documents(rows: Iterable[tuple[str, Mapping]], field: str) -> Iterator[Document]:
-    """Takes the text out of (name, row) pairs; equal texts land in the same split."""
+def _skipping(data: ConfigDict) -> list[str]:
+    return [f"missing {data.missing}"] if data.missing != "refuse" else []
+
+
+def _documents(rows: Callable[[], reading.Rows], field: str, missing: str) -> Iterator[Document]:
+    """The texts of rows that can be read twice; equal ones land in the same split."""
+    # The first pass ends after a few rows, unless there are but few.
+    bound = _bound(_share(text) for _, text in _texts(rows(), field, missing) if text is not None)
+    for name, text in _texts(rows(), field, missing):
+        if text is None:
+            yield Document(name, "", False, missing=True)
+        elif bound is None:
+            yield from _blocks(name, io.BytesIO(text), len(text))
+        else:
+            yield Document(name, text.decode(), _share(text) < bound)
+
+
+def _texts(rows: reading.Rows, field: str, missing: str) -> Iterator[tuple[str, bytes | None]]:
+    """(name, text in UTF-8) of every row, None for a text that is missing and skipped."""
     for name, row in rows:
-        if field not in row:
-            raise UserError(f"{name}: no field {field!r} (data.field); it has: {_listed(row)}")
-        if not isinstance(row[field], str):
-            raise UserError(
-                f"{name}: field {field!r} (data.field) is {type(row[field]).__name__}, not a string; "
-                f"the fields are: {_listed(row)}"
-            )
-        # JSON can spell lone surrogates, which are no text: they become question marks.
-        content = row[field].encode("utf-8", "replace")
-        yield Document(name, content.decode(), _share(content) < VALIDATION_SHARE)
-
-
-def _listed(names: Iterable) -> str:
-    return ", ".join(map(str, names)) or "nothing"
-
-
-def _jsonl_rows(path: Path) -> Iterator[tuple[str, Mapping]]:
-    with path.open("rb") as handle:
-        for number, line in enumerate(handle, 1):
-            if not line.strip():
-                continue
+        try:
+            text = reading.value(row, field)
+        except KeyError:
+            text, fault = None, f"no field {field!r} (data.field); it has: {reading.listed(row)}"
+        else:
+            fault = f"field {field!r} (data.field) is null"
+        if isinstance(text, str):
             try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{path}, line {number}: not JSON ({error})") from error
-            if not isinstance(row, dict):
-                raise UserError(f"{path}, line {number}: {type(row).__name__}, not a JSON object with fields")
-            yield f"{path}, line {number}", row
-
-
-def _parquet_rows(path: Path, field: str) -> Iterator[tuple[str, Mapping]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.ParquetFile(path)
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise UserError(f"{path} is not a parquet file: {str(error).splitlines()[0]}") from error
-    with table:
-        columns = table.schema_arrow.names
-        if field not in columns:
-            raise UserError(f"{path}: no column {field!r} (data.field); it has: {_listed(columns)}")
-        number = 0
-        for batch in table.iter_batches(batch_size=1024, columns=[field]):
-            for value in batch.column(0).to_pylist():
-                number += 1
-                yield f"{path}, row {number}", {field: value}
-
-
-def _huggingface_rows(path: str) -> Iterator[tuple[str, Mapping]]:
-    try:
-        import datasets
-    except ImportError as error:
-        raise UserError(
-            "data.corpus = 'huggingface' needs the package datasets: pip install datasets; "
-            "or choose stdlib, files, jsonl or parquet"
-        ) from error
-    name, _, subset = path.partition(":")
-    try:
-        rows = datasets.load_dataset(name, subset or None, split="train", streaming=True)
-    except Exception as error:  # the hub, the network and each dataset have errors of their own
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(f"data.path = {path!r}: the dataset cannot be opened: {reason}") from error
-    for number, row in enumerate(rows, 1):
-        yield f"{path}, row {number}", row
+                yield name, text.encode()
+                continue
+            except UnicodeEncodeError as error:  # JSON can spell what is no text
+                text, fault = None, f"field {field!r} (data.field) has a lone surrogate at character {error.start}"
+        if text is not None:
+            raise UserError(
+                f"{name}: field {field!r} (data.field) is {type(text).__name__}, not a string; "
+                f"the fields are: {reading.listed(row)}"
+            )
+        if missing == "refuse":
+            raise UserError(f"{name}: {fault}; mend it, or set data.missing to skip such rows (now refuse)")
+        yield name, None

@@ -1,5 +1,7 @@
 """Opens what config.data names: two splits of texts, a tokenizer, and the fingerprint of both."""
 
+import functools
+import logging
 from typing import NamedTuple
 
 from ml_collections import ConfigDict
@@ -47,8 +49,14 @@ def open(config: ConfigDict) -> Data:
         )
     # A capped stream stops early; its validation texts are then as many as evaluation reads, whatever the cap.
     most = (data.texts, validation_texts) if corpus.streamed and data.texts else (None, None)
-    entry = texts.prepare(corpus, tokenizer, data.text_length, data.long_texts, most)
+    entry = texts.prepare(corpus, tokenizer, data.text_length, data.long_texts, most, data.lossy)
     meta = texts.read_meta(entry)
+    if tokenizer.eos is None:
+        _say(tokenizers.end_unknown(tokenizer))
+    if meta["lost"]:
+        _say(f"data.lossy = 'keep': {texts.loss(meta, corpus, tokenizer)}")
+    if meta["missing"]:
+        _say(f"{meta['missing']} of {meta['documents']} rows of {corpus.searched} have no text and are skipped")
     _check_enough(config, corpus.searched, meta)
     train, validation = Texts(entry, "train", data.texts), Texts(entry, "validation")
     trained, held_out = (
@@ -56,6 +64,12 @@ def open(config: ConfigDict) -> Data:
         for split, kept in (("train", train), ("validation", validation))
     )
     return Data(train, validation, tokenizer, trained, held_out)
+
+
+@functools.cache
+def _say(line: str) -> None:
+    """What a user should know of the data, once: many cells open the same."""
+    logging.warning(line)
 
 
 def _check_enough(config: ConfigDict, searched: str, meta: dict) -> None:

@@ -4,7 +4,8 @@ import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +17,11 @@ from lab.data.corpora import Corpus, Document
 from lab.data.tokenizers import Tokenizer
 from lab.errors import UserError
 
-_FORMAT = 1  # of an entry's files; a change makes new entries
+_FORMAT = 2  # of an entry's files; a change makes new entries
 _LEAST = 2  # tokens: a shorter text has nothing to predict
 _CHUNK_CHARACTERS = 2**20
 _META = "meta.json"
+_SHOWN = 8  # characters that were lost, in a message
 
 
 class Texts:
@@ -48,22 +50,42 @@ class Texts:
 
 
 def read_meta(entry: Path) -> dict:
-    """What was recorded with an entry: dtype, and for each split texts, tokens, digest."""
+    """What was recorded with an entry: dtype; for each split texts, tokens, digest; documents that were read, how many
+    had no text, their characters, how many of these were lost, and the commonest of those."""
     return json.loads((entry / _META).read_text("utf-8"))
 
 
-def prepare(corpus: Corpus, tokenizer: Tokenizer, text_length: int, long_texts: str, most=(None, None)) -> Path:
+def prepare(
+    corpus: Corpus, tokenizer: Tokenizer, text_length: int, long_texts: str, most=(None, None), lossy: str = "refuse"
+) -> Path:
     """The entry of the corpus' texts, tokenised now unless an earlier call did. Bounded memory: one chunk of documents.
 
     most: (training, validation) texts to keep, None for all; when both are reached, reading stops at the next chunk.
-    Raises UserError for a document over the budget under long_texts = refuse, and for a cache that cannot be written.
+    Raises UserError for a document over the budget under long_texts = refuse, for characters that the tokenizer cannot
+    write under lossy = refuse, for a corpus that cannot be read and for a cache that cannot be written.
     """
     key = cache.digest(_FORMAT, corpus.fingerprint, tokenizer.fingerprint, text_length, long_texts, *most)
-    entry = cache.root() / "texts" / key
-    if not entry.exists():
-        with cache.explained(), cache.publishing(entry) as building:
-            _build(building, corpus, tokenizer, text_length, long_texts, most)
+
+    def check(meta: dict) -> None:
+        if lossy == "refuse" and meta["lost"]:
+            told = loss(meta, corpus, tokenizer)
+            raise UserError(f"{told}; choose a tokenizer that has them, or set data.lossy to keep (now refuse)")
+
+    entry = cache.kept(
+        cache.root() / "texts" / key,
+        lambda building: _build(building, corpus, tokenizer, text_length, long_texts, most, check),
+    )
+    check(read_meta(entry))
     return entry
+
+
+def loss(meta: dict, corpus: Corpus, tokenizer: Tokenizer) -> str:
+    """Which share of the characters the tokenizer lost, in words."""
+    shown = ", ".join(map(repr, meta["lost_most"]))
+    return (
+        f"data.tokenizer = {tokenizer.name!r} loses {meta['lost']} of {meta['characters']} characters "
+        f"({meta['lost'] / meta['characters']:.2%}) of the corpus {corpus.searched}, such as {shown}"
+    )
 
 
 def cut(ids: np.ndarray, name: str, text_length: int, long_texts: str) -> tuple[np.ndarray, np.ndarray]:
@@ -113,30 +135,47 @@ class _Writer:
     def finish(self) -> dict:
         offsets = np.cumsum(np.concatenate(self._lengths))
         np.save(self._offsets_path, offsets)
+        self._file.close()  # a full disk may show here alone
         return dict(texts=self._count, tokens=int(offsets[-1]), digest=self._digest.hexdigest())
 
     def close(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # of what was written in vain: it was told then
+            self._file.close()
 
 
-def _build(entry: Path, corpus: Corpus, tokenizer: Tokenizer, text_length: int, long_texts: str, most) -> None:
+def _build(
+    entry: Path, corpus: Corpus, tokenizer: Tokenizer, text_length: int, long_texts: str, most, check: Callable
+) -> None:
+    """Fills an entry; `check` looks at what is known after every chunk."""
     dtype = np.dtype(np.uint16 if tokenizer.size <= 2**16 else np.int32)
+    meta = dict(searched=corpus.searched, dtype=dtype.name)
+    count, lost = Counter(), Counter()
     with contextlib.ExitStack() as stack:
-        writers = [
-            stack.enter_context(contextlib.closing(_Writer(entry, split, dtype, limit)))
-            for split, limit in zip(("train", "validation"), most, strict=True)
-        ]
+        with cache.explained():
+            writers = [
+                stack.enter_context(contextlib.closing(_Writer(entry, split, dtype, limit)))
+                for split, limit in zip(("train", "validation"), most, strict=True)
+            ]
         for chunk in _chunks(_watched(corpus)):
             wanted = [document for document in chunk if not writers[document.validation].full]
-            for document, ids in zip(wanted, tokenizer.encode_batch([d.text for d in wanted]), strict=True):
+            written = [document.text for document in wanted]
+            encoded = tokenizer.encode_batch(written)
+            lost += tokenizer.lost(written, encoded)
+            count.update(documents=len(chunk), missing=sum(d.missing for d in chunk), characters=sum(map(len, written)))
+            commonest = [character for character, _ in lost.most_common(_SHOWN)]
+            meta.update(count, lost=lost.total(), lost_most=commonest)
+            check(meta)
+            for document, ids in zip(wanted, encoded, strict=True):
                 if document.ends and tokenizer.eos is not None:
                     ids = np.append(ids, np.int32(tokenizer.eos))
-                writers[document.validation].add(*cut(ids, document.name, text_length, long_texts))
+                texts = cut(ids, document.name, text_length, long_texts)
+                with cache.explained():
+                    writers[document.validation].add(*texts)
             if all(writer.full for writer in writers):
                 break
-        train, validation = (writer.finish() for writer in writers)
-    meta = dict(searched=corpus.searched, dtype=dtype.name, train=train, validation=validation)
-    (entry / _META).write_text(json.dumps(meta, indent=1), "utf-8")
+        with cache.explained():
+            meta["train"], meta["validation"] = (writer.finish() for writer in writers)
+            (entry / _META).write_text(json.dumps(meta, indent=1), "utf-8")
 
 
 def _chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:

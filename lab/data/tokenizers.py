@@ -1,8 +1,13 @@
 """Tokenizers: raw bytes, byte-level BPE trained on the corpus, or any tokenizer.json."""
 
+import contextlib
 import json
+import logging
+import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -13,7 +18,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from lab.data import cache
 from lab.data.corpora import Corpus
-from lab.errors import UserError
+from lab.errors import SHOWN, UserError
 from lab.storage import write_atomically
 
 FILE = "tokenizer.json"
@@ -23,12 +28,15 @@ _EOS_NAMES = (_EOS, "<|end_of_text|>", "<|im_end|>", "</s>", "<eos>", "<|eos|>",
 _BYTES = json.dumps({"lab": "bytes"})
 _SYMBOLS = '{"lab": "symbols"'  # how the file begins
 _LEAST_BPE = 257  # every byte, and the end of text
+_MOST_BPE = 2**20  # several times the largest that were published; room for all is reserved before training
 _TRAINING_CHARACTERS = 2**26
+_SPACE = "▁"  # what SentencePiece writes for one
 
 
 class Tokenizer(Protocol):
-    """Ids are 0..size-1; eos is the id that ends a text, None if the tokenizer has none."""
+    """Ids are 0..size-1; eos is the id that ends a text, None if the tokenizer has none; name is for messages."""
 
+    name: str
     size: int
     eos: int | None
     fingerprint: str
@@ -42,6 +50,9 @@ class Tokenizer(Protocol):
     def decode(self, ids: Iterable[int]) -> str:
         """The text; special ids are left out, broken UTF-8 becomes U+FFFD."""
 
+    def lost(self, texts: Sequence[str], ids: Sequence[np.ndarray]) -> Counter[str]:
+        """The visible characters of texts that their ids do not hold, and how often."""
+
     def save(self, directory: Path) -> None:
         """Writes tokenizer.json, which `load` reads."""
 
@@ -49,6 +60,7 @@ class Tokenizer(Protocol):
 class Bytes:
     """UTF-8 bytes 0-255, the end of text 256, and 257, which pads the vocabulary to 258."""
 
+    name = "bytes"
     size = 258
     eos = 256
     fingerprint = "bytes"
@@ -62,6 +74,9 @@ class Bytes:
     def decode(self, ids: Iterable[int]) -> str:
         return bytes(i for i in map(int, ids) if i < 256).decode("utf-8", "replace")
 
+    def lost(self, texts: Sequence[str], ids: Sequence[np.ndarray]) -> Counter[str]:
+        return Counter()
+
     def save(self, directory: Path) -> None:
         write_atomically(Path(directory) / FILE, _BYTES.encode())
 
@@ -69,6 +84,7 @@ class Bytes:
 class Symbols:
     """Ids written as decimal numbers, joined by spaces: what probes are made of."""
 
+    name = "symbols"
     eos = None
     fingerprint = "symbols"
 
@@ -84,6 +100,9 @@ class Symbols:
     def decode(self, ids: Iterable[int]) -> str:
         return " ".join(str(int(i)) for i in ids)
 
+    def lost(self, texts: Sequence[str], ids: Sequence[np.ndarray]) -> Counter[str]:
+        return Counter()
+
     def save(self, directory: Path) -> None:
         write_atomically(Path(directory) / FILE, json.dumps({"lab": "symbols", "size": self.size}).encode())
 
@@ -91,25 +110,73 @@ class Symbols:
 class Json:
     """A tokenizer of the `tokenizers` library, from the text of its tokenizer.json."""
 
-    def __init__(self, text: str):
-        self._text = text
+    def __init__(self, text: str, eos: str = "", name: str = FILE):
+        """`eos`: the token that ends a text; empty: the first of the usual names that it has."""
+        self._text, self.name = text, name
         self._tokenizer = tokenizers.Tokenizer.from_str(text)
         # A corpus that spells out a special token must not end its texts with it.
         self._tokenizer.encode_special_tokens = True
+        # How its maker fed a model is no part of how a text is written: whole, unpadded and always alike.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        if getattr(self._tokenizer.model, "dropout", None):
+            self._tokenizer.model.dropout = None
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        if not vocabulary:
+            raise ValueError("it has no tokens")
         self.size = max(vocabulary.values()) + 1
-        self.eos = next((vocabulary[name] for name in _EOS_NAMES if name in vocabulary), None)
-        self.fingerprint = cache.digest(text)
+        usual = next((name for name in _EOS_NAMES if name in vocabulary), None)
+        if eos and eos not in vocabulary:
+            special = [token.content for token in self._tokenizer.get_added_tokens_decoder().values()]
+            raise UserError(
+                f"data.eos = {eos!r} is no token of {name}; "
+                + (f"its special tokens are: {', '.join(special[:SHOWN])}" if special else "it has no special tokens")
+            )
+        self.eos = vocabulary.get(eos or usual)
+        self._unknown = _unknown(json.loads(text)["model"], vocabulary)
+        self.fingerprint = cache.digest(text) if eos in ("", usual) else cache.digest(text, eos)
 
     def encode(self, text: str) -> np.ndarray:
-        return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+        return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        try:
+            encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        except Exception as error:  # the library raises plain Exceptions
+            raise UserError(
+                f"data.tokenizer = {self.name!r} cannot write the corpus: {error}; give it an unknown token, or choose "
+                "bytes or bpe:<size>"
+            ) from error
         return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def lost(self, texts: Sequence[str], ids: Sequence[np.ndarray]) -> Counter[str]:
+        """Those that are gone when a text is written and read again. What a normalizer writes otherwise, as capitals or
+        composed letters, is not, nor is what cannot be seen."""
+        again = self._tokenizer.decode_batch([one.tolist() for one in ids], skip_special_tokens=True)
+        doubtful = [text for text, decoded in zip(texts, again, strict=True) if text != decoded]
+        found: Counter[str] = Counter()
+        # The rest is slow: most tokenizers give most texts back as they were, and then there is nothing to look for.
+        for text, encoding in zip(
+            doubtful, self._tokenizer.encode_batch(doubtful, add_special_tokens=False), strict=True
+        ):
+            if not self._covers(text, encoding):  # a decoder may only spell it otherwise
+                normalizer = self._tokenizer.normalizer
+                written = Counter(normalizer.normalize_str(text) if normalizer else text)
+                found += written - Counter(self.decode(id for id in encoding.ids if id != self._unknown))
+        return Counter({character: count for character, count in found.items() if _visible(character)})
+
+    def _covers(self, text: str, encoding: tokenizers.Encoding) -> bool:
+        """Whether every visible character belongs to a token that is not the unknown one."""
+        edges = np.zeros(len(text) + 1, np.int64)
+        for id, (begin, end) in zip(encoding.ids, encoding.offsets, strict=True):
+            if id != self._unknown:
+                edges[begin] += 1
+                edges[end] -= 1
+        bare = np.flatnonzero(np.cumsum(edges)[:-1] == 0)
+        return not any(_visible(text[i]) for i in bare)
 
     def save(self, directory: Path) -> None:
         write_atomically(Path(directory) / FILE, self._text.encode())
@@ -117,52 +184,94 @@ class Json:
 
 def open(data: ConfigDict, corpus: Corpus) -> Tokenizer:
     """The tokenizer that `data.tokenizer` names; a BPE is trained on the corpus once, then read from the cache."""
-    check(data.tokenizer)
+    check(data.tokenizer, data.eos)
     if data.tokenizer == "bytes":
         return Bytes()
     if size := _bpe_size(data.tokenizer):
-        return _trained(corpus, size)
-    return _from_file(Path(data.tokenizer).expanduser())
+        return _trained(corpus, size, data.eos)
+    return _from_file(Path(os.path.expanduser(data.tokenizer)), data.eos)
 
 
-def check(name: str) -> None:
-    """Raises UserError unless `name` is bytes, bpe:<size> with room for every byte, or a file."""
+def check(name: str, eos: str = "") -> None:
+    """Raises UserError unless `name` is bytes, which have an eos, bpe:<size> with room for every byte, or a file."""
     size = _bpe_size(name)
     if size is not None and size < _LEAST_BPE:
         raise UserError(f"data.tokenizer = {name!r} is too small; choose at least bpe:{_LEAST_BPE}")
-    if size is None and name != "bytes" and not Path(name).expanduser().is_file():
+    if size is not None and size > _MOST_BPE:
+        raise UserError(f"data.tokenizer = {name!r} is too large; choose at most bpe:{_MOST_BPE}")
+    if size is None and name != "bytes" and not os.path.isfile(os.path.expanduser(name)):
         raise UserError(f"data.tokenizer = {name!r} is neither bytes, bpe:<size>, nor the path of a tokenizer.json")
+    if name == "bytes" and eos:
+        raise UserError(
+            f"data.eos = {eos!r} is no token of data.tokenizer = 'bytes', which has its own; leave it empty"
+        )
 
 
-def load(directory: Path) -> Tokenizer:
-    """The tokenizer that `save` wrote there. Raises UserError if there is none."""
+def end_unknown(tokenizer: Tokenizer) -> str:
+    """A line about a tokenizer that does not end texts."""
+    return (
+        f"data.tokenizer = {tokenizer.name!r} has none of {', '.join(_EOS_NAMES)}: nothing ends a text; "
+        "if another token of it does, set data.eos to that"
+    )
+
+
+def load(directory: Path, eos: str = "") -> Tokenizer:
+    """The tokenizer that `save` wrote there; `eos` is config.data.eos. Raises UserError if there is none."""
     path = Path(directory) / FILE
     if not path.is_file():
         raise UserError(f"{directory} holds no {FILE}: not the directory of a cell?")
     text = path.read_text("utf-8")
     if text == _BYTES:
         return Bytes()
-    return Symbols(json.loads(text)["size"]) if text.startswith(_SYMBOLS) else _from_file(path)
+    return Symbols(json.loads(text)["size"]) if text.startswith(_SYMBOLS) else _from_file(path, eos)
 
 
 def _bpe_size(name: str) -> int | None:
-    match = re.fullmatch(r"bpe:(\d+)", name)
-    return int(match[1]) if match else None
+    match = re.fullmatch(r"bpe:0*([0-9]+)", name)
+    return int(match[1][:20]) if match else None  # more digits say nothing more
 
 
-def _from_file(path: Path) -> Json:
+def _visible(character: str) -> bool:
+    """Whether it is a character that a reader would miss."""
+    return character.isprintable() and not character.isspace() and character != _SPACE
+
+
+def _unknown(model: Mapping, vocabulary: Mapping[str, int]) -> int | None:
+    """The id that stands for what has none."""
+    return model["unk_id"] if "unk_id" in model else vocabulary.get(model.get("unk_token"))
+
+
+def _from_file(path: Path, eos: str = "") -> Json:
     try:
-        return Json(path.read_text("utf-8"))
+        return Json(path.read_text("utf-8"), eos, str(path))
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
     except Exception as error:  # the library raises plain Exceptions
         raise UserError(f"{path} is not a tokenizer.json: {error}") from error
 
 
-def _trained(corpus: Corpus, size: int) -> Json:
+def _trained(corpus: Corpus, size: int, eos: str) -> Json:
     entry = cache.root() / "tokenizers" / f"bpe-{size}-{corpus.fingerprint}.json"
-    if not entry.is_file():
+    if not _is_trained(entry, size):
+        text = _train(_training_texts(corpus), size).encode()
         with cache.explained():
-            write_atomically(entry, _train(_training_texts(corpus), size).encode())
-    return _from_file(entry)
+            write_atomically(entry, text)
+    return _from_file(entry, eos)
+
+
+def _is_trained(entry: Path, size: int) -> bool:
+    """Whether a tokenizer lies there, whole. Its own text is its fingerprint: no sum of it is kept."""
+    if not entry.exists():
+        return False
+    with contextlib.suppress(UserError):
+        if _from_file(entry).size <= size:
+            return True
+    logging.warning("the cache's %s is damaged: it is made again", entry)
+    if entry.is_dir():
+        shutil.rmtree(entry)
+    return False
 
 
 def _training_texts(corpus: Corpus) -> Iterator[str]:
@@ -171,7 +280,7 @@ def _training_texts(corpus: Corpus) -> Iterator[str]:
     for document in corpus.read():
         if left <= 0:
             return
-        if not document.validation:
+        if not document.validation and not document.missing:
             yield document.text
             left -= len(document.text)
 

@@ -1,6 +1,10 @@
 """Corpora read what they name, hold some of it out, and refuse bad files with their place."""
 
+import errno
+import gzip
+import io
 import json
+import os
 import sys
 import types
 
@@ -11,16 +15,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lab.config
-from lab.data import corpora
+from lab.data import corpora, reading, tokenizers
+from lab.data import texts as prepared
 from lab.errors import UserError
 
 # Lone surrogates are no text; JSON can spell them all the same.
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))
 
 
-def opened(corpus, path="", field="text"):
+def opened(corpus, path="", field="text", **options):
     data = lab.config.base().data
-    data.update(corpus=corpus, path=str(path), field=field)
+    data.update(corpus=corpus, path=str(path), field=field, **options)
     return corpora.open(data)
 
 
@@ -31,6 +36,13 @@ def texts(corpus):
 def split_sizes(corpus):
     held_out = [document.validation for document in corpus.read()]
     return len(held_out) - sum(held_out), sum(held_out)
+
+
+def zstd(content):
+    packed = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(packed, "zstd") as stream:
+        stream.write(content)
+    return packed.getvalue().to_pybytes()
 
 
 def write_jsonl(path, rows):
@@ -108,18 +120,23 @@ def test_files_are_split_whatever_their_number_and_place(tmp_path, count):
     assert train and validation and validation <= max(1, 0.12 * count)
 
 
-@given(st.text(st.characters(exclude_categories=["Cs"]), min_size=40, max_size=4000))
-def test_a_single_file_is_split_by_blocks(tmp_path_factory, text):
-    path = tmp_path_factory.mktemp("single") / "book.txt"
-    path.write_bytes(text.encode())
-    corpus = opened("files", path)
+@given(
+    st.text(st.characters(exclude_categories=["Cs"]), min_size=40, max_size=4000) | st.text("天地玄黄", min_size=40),
+    st.sampled_from(["files", "jsonl"]),
+)
+def test_a_single_text_is_split_by_blocks(tmp_path_factory, text, kind):
+    path = tmp_path_factory.mktemp("single") / "book"
+    if kind == "jsonl":
+        write_jsonl(path, [{"text": text}])
+    else:
+        path.write_bytes(text.encode())
+        text = text.removeprefix("\ufeff")
+    corpus = opened(kind, path)
     documents = list(corpus.read())
     assert "".join(d.text for d in documents) == text
     assert [d.ends for d in documents] == [False] * (len(documents) - 1) + [True]
-    held_out = sum(len(d.text) for d in documents if d.validation)
-    assert held_out <= 0.06 * len(text)
-    if len(text.encode()) < 2 * len(text):  # blocks are sized by bytes: very wide text makes fewer
-        assert held_out > 0
+    held_out = [len(d.text.encode()) for d in documents if d.validation]
+    assert 0 < sum(held_out) <= 0.06 * len(text.encode()) + 4 * len(held_out)  # a block ends where a letter does
 
 
 def test_files_that_are_missing_or_not_text_are_refused(tmp_path):
@@ -136,6 +153,7 @@ def test_files_that_are_missing_or_not_text_are_refused(tmp_path):
 @given(st.lists(TEXT))
 def test_jsonl_round_trip(tmp_path_factory, rows):
     path = tmp_path_factory.mktemp("jsonl") / "rows.jsonl"
+    rows += ["one", "another"]  # a single text is cut
     write_jsonl(path, [{"body": row, "text": 1} for row in rows])
     assert texts(opened("jsonl", path, "body")) == rows
 
@@ -143,6 +161,7 @@ def test_jsonl_round_trip(tmp_path_factory, rows):
 @given(st.lists(TEXT, max_size=8))
 def test_parquet_round_trip(tmp_path_factory, rows):
     path = tmp_path_factory.mktemp("parquet") / "rows.parquet"
+    rows += ["one", "another"]
     write_parquet(path, rows, pa.large_string())
     assert texts(opened("parquet", path)) == rows
 
@@ -167,7 +186,15 @@ def test_equal_rows_land_in_one_split(tmp_path, corpus, write):
         ('{"body": "x", "id": 1}', r"line 3: no field 'text' \(data\.field\); it has: body, id"),
         ("{}", r"line 3: no field 'text' .*it has: nothing"),
         ('{"text": 5, "id": 1}', r"line 3: field 'text' \(data\.field\) is int, not a string; .*: text, id"),
-        ('{"text": null}', r"line 3: field 'text' \(data\.field\) is NoneType, not a string"),
+        ('{"text": null}', r"line 3: field 'text' \(data\.field\) is null; mend it, or set data.missing to skip"),
+        (
+            '{"text": "a\\ud800b"}',
+            r"line 3: field 'text' .* has a lone surrogate at character 1; mend it, or set data.m",
+        ),
+        ('{"text": NaN}', r"line 3: field 'text' \(data\.field\) is float, not a string"),
+        ('{"text": ' + "9" * 5000 + "}", r"line 3: not JSON \(Exceeds the limit"),
+        ('{"text": "x", "deep": ' + "[" * 200_000 + "]" * 200_000 + "}", r"line 3: lists or objects lie too deep"),
+        ("7", r"line 3: int, not a JSON object"),
     ],
 )
 def test_bad_jsonl_is_refused_with_its_line(tmp_path, line, message):
@@ -178,16 +205,198 @@ def test_bad_jsonl_is_refused_with_its_line(tmp_path, line, message):
     assert "\n" not in str(refusal.value)
 
 
-def test_lone_surrogates_are_no_text(tmp_path):
-    (tmp_path / "rows.jsonl").write_text('{"text": "a\\ud800b"}')
-    assert texts(opened("jsonl", tmp_path / "rows.jsonl")) == ["a?b"]
+@pytest.mark.parametrize(
+    "field, rows",
+    [
+        ("meta.text", [{"meta": {"text": "one"}}, {"meta": None}, {"meta": {"text": "two"}}, {"meta": {"text": None}}]),
+        ("meta.text", [{"meta.text": "one", "meta": {"text": "no"}}, {"meta.text": "two", "meta": {"text": "no"}}]),
+        ("text", [{"text": "one"}, {"text": None}, {"text": "two"}]),
+    ],
+)
+@pytest.mark.parametrize("corpus", ["jsonl", "parquet"])
+def test_fields_of_fields_and_rows_without_text(tmp_path, corpus, field, rows):
+    path = tmp_path / "rows"
+    if corpus == "jsonl":
+        write_jsonl(path, [*rows, {"other": 1}, {field: "\ud800"}, {"meta": ["text"]}])
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    skipping = opened(corpus, path, field, missing="skip")
+    documents = [d for d in skipping.read() if not d.missing]
+    assert [d.text for d in documents] == ["one", "two"]
+    missing = sum(d.missing for d in skipping.read())
+    assert missing == len(rows) - 2 + 3 * (corpus == "jsonl")
+    assert skipping.fingerprint != opened(corpus, path, field).fingerprint
+    if missing:
+        with pytest.raises(UserError, match=r"rows, (line|row) \d+: .*set data.missing to skip"):
+            texts(opened(corpus, path, field))
+
+
+@pytest.mark.parametrize("field, says", [("meta.body", "no field 'meta.body'"), ("body.text", "'body.text'")])
+@pytest.mark.parametrize("corpus", ["jsonl", "parquet"])
+def test_a_field_of_a_field_that_is_not_there(tmp_path, corpus, field, says):
+    rows = [{"meta": {"text": "one"}}]
+    path = tmp_path / "rows"
+    _ = pq.write_table(pa.Table.from_pylist(rows), path) if corpus == "parquet" else write_jsonl(path, rows)
+    with pytest.raises(UserError, match=rf"{says} .*it has: meta"):
+        texts(opened(corpus, path, field))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 12])
+@pytest.mark.parametrize("corpus", ["jsonl", "parquet", "files", "huggingface"])
+def test_of_few_documents_some_are_held_out(tmp_path, corpus, count, monkeypatch):
+    for seed in range(8):
+        rows = [f"document {i} of {seed} " * 40 for i in range(count)]
+        path = tmp_path / f"rows{seed}"
+        if corpus == "jsonl":
+            write_jsonl(path, [{"text": row} for row in rows])
+        elif corpus == "parquet":
+            write_parquet(path, rows)
+        elif corpus == "huggingface":
+            monkeypatch.setattr(reading, "huggingface", lambda path, rows=rows: (("r", {"text": row}) for row in rows))
+        else:
+            path.mkdir()
+            for i, row in enumerate(rows):
+                (path / f"{i:02}").write_text(row)
+            path /= "*"
+        documents = list(opened(corpus, path).read())
+        assert "".join(d.text for d in documents) == "".join(rows)
+        assert {d.validation for d in documents} == {True, False}
+
+
+def test_copies_of_one_file_are_cut_alike(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).write_text("the same words in both of them, twice and again")
+    documents = list(opened("files", tmp_path / "*").read())
+    half = len(documents) // 2
+    assert [d.validation for d in documents[:half]] == [d.validation for d in documents[half:]]
+    assert 0 < sum(d.validation for d in documents) < len(documents) / 4
+    assert [d.ends for d in documents[half - 1 :: half]] == [True, True]
+
+
+@pytest.mark.parametrize(
+    "encode", [gzip.compress, zstd, lambda content: gzip.compress(content[:99]) + gzip.compress(content[99:])]
+)
+def test_packed_files_read_as_plain_ones(tmp_path, encode):
+    lines = "".join(json.dumps({"text": f"text {i} ß"}) + "\n" for i in range(200)).encode()
+    book = ("\ufeff" + "a book of words, ß and 天 " * 50).encode()
+    for name, content in (("plain", book), ("packed", encode(book))):
+        (tmp_path / f"{name}.txt").write_bytes(content)
+    for name, change in (("plain", bytes), ("packed", encode)):
+        (tmp_path / name).mkdir()
+        (tmp_path / f"{name}.jsonl").write_bytes(change(lines))
+        for i in range(60):
+            (tmp_path / name / f"{i}.txt").write_bytes(change(f"file {i} ß".encode()))
+
+    def read(corpus, path):
+        return [(d.text, d.validation, d.ends) for d in opened(corpus, tmp_path / path).read()]
+
+    for corpus, path in (("jsonl", "{}.jsonl"), ("files", "{}.txt"), ("files", "{}/*.txt")):
+        assert read(corpus, path.format("packed")) == read(corpus, path.format("plain"))
+    (tmp_path / "cut.jsonl").write_bytes(encode(lines)[:-9])
+    with pytest.raises(UserError, match=r"cannot read .*cut\.jsonl after line \d+: Truncated.* is damaged"):
+        texts(opened("jsonl", tmp_path / "cut.jsonl"))
+    (tmp_path / "cut.txt").write_bytes(encode(book)[:-9])
+    with pytest.raises(UserError, match=r"cannot read .*cut\.txt: Truncated"):
+        texts(opened("files", tmp_path / "cut.txt"))
+
+
+def test_a_mark_of_byte_order_is_no_text(tmp_path):
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + name.encode() * 40)
+    assert texts(opened("files", tmp_path / "*.txt")) == ["a.txt" * 40, "b.txt" * 40]
+    assert "".join(texts(opened("files", tmp_path / "a.txt"))) == "a.txt" * 40
+
+
+NAMES = ("a.txt", "data[v2]/b.txt", "data[v2]/c.txt", "one, two.txt", "x/d.txt", "datav/e.txt", "m,n/f.txt")
+
+
+@pytest.mark.parametrize(
+    "path, found",
+    [
+        ("data[v2]/b.txt", ["data[v2]/b.txt"]),
+        ("data[v2]/*.txt", ["data[v2]/b.txt", "data[v2]/c.txt"]),
+        ("data[v]/e.txt, a.txt", ["a.txt", "datav/e.txt"]),  # brackets are a pattern where no such name exists
+        ("d?ta[v]/*.txt", ["datav/e.txt"]),
+        ("d?ta[v2]/*.txt", ["datav/e.txt"]),
+        ("dat[a]v/e.txt", ["datav/e.txt"]),
+        ("one, two.txt", ["one, two.txt"]),
+        ("m,n/*.txt", ["m,n/f.txt"]),
+        ("a.txt,x/*.txt", ["a.txt", "x/d.txt"]),
+        ("a.txt,x/../a.txt,./a.txt,*.txt", ["a.txt", "one, two.txt"]),
+        ("{root}/a.txt,a.txt", ["a.txt"]),
+        ("link/d.txt,x/d.txt", ["x/d.txt"]),
+        ("a.txt,misspelt*.txt", None),
+        ("a.txt,x", None),
+    ],
+)
+def test_paths_name_files(tmp_path, monkeypatch, path, found):
+    monkeypatch.chdir(tmp_path)
+    for name in NAMES:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    (tmp_path / "link").symlink_to("x")
+    path = path.format(root=tmp_path)
+    if found is None:
+        with pytest.raises(UserError, match=r"data\.path = '[^']+'.* matches no file \(corpus files, searched from"):
+            opened("files", path)
+    else:
+        names = {document.name.partition(" (block")[0] for document in opened("files", path).read()}
+        assert sorted(os.path.relpath(os.path.realpath(name), tmp_path) for name in names) == found
+
+
+def test_a_pattern_that_matches_nothing_is_named(tmp_path):
+    (tmp_path / "a.txt").write_text("a")
+    with pytest.raises(UserError, match=r"data\.path = '\S+/b\*', of data.path = '.*a.txt, .*b\*', matches no file"):
+        opened("files", f"{tmp_path}/a.txt, {tmp_path}/b*")
+
+
+def damage(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 3 : len(content) // 2] = os.urandom(len(content) // 2 - len(content) // 3)
+    path.write_bytes(content)
+
+
+def test_a_damaged_parquet_file_is_named(tmp_path):
+    path = tmp_path / "rows.parquet"
+    rows = [f"row {i} " + "word " * 20 for i in range(3000)]
+    pq.write_table(pa.table({"text": rows}), path, compression="snappy", use_dictionary=False, row_group_size=500)
+    damage(path)
+    with pytest.raises(
+        UserError, match=r"cannot read \S+rows\.parquet after row \d+: .*\(the file is damaged"
+    ) as refusal:
+        texts(opened("parquet", path))
+    assert "\n" not in str(refusal.value) and "LAB_CACHE" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("corpus", ["stdlib", "files", "jsonl", "huggingface"])
+def test_a_disk_or_connection_that_fails_while_reading_is_told(tmp_path, monkeypatch, corpus, hub, library):
+    """Whatever is read raises EIO after its first bytes; the cache is not blamed."""
+    fault = OSError(errno.EIO, "Input/output error")
+
+    class Failing(io.RawIOBase):
+        def readable(self):
+            return True
+
+        def readinto(self, buffer):
+            raise fault
+
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"text": "x"}])
+    read = opened(corpus, "org/broken" if corpus == "huggingface" else path)
+    monkeypatch.setattr(reading, "unpacked", lambda path: io.BufferedReader(Failing()))
+    monkeypatch.setattr(type(path), "read_bytes", lambda path: (_ for _ in ()).throw(fault))
+    named = {"stdlib": "a.py", "huggingface": "org/broken"}.get(corpus, "rows.jsonl")
+    with pytest.raises(
+        UserError, match=rf"cannot read .*{named}.*: (Input/output error|the line went dead) \("
+    ) as refusal:
+        prepared.prepare(read, tokenizers.Bytes(), 4, "split")
+    assert "LAB_CACHE" not in str(refusal.value)
 
 
 def test_bad_parquet_is_refused(tmp_path):
     path = write_parquet(tmp_path / "rows.parquet", ["a", "b", None, "c"])
     with pytest.raises(UserError, match=r"rows\.parquet: no column 'body' \(data\.field\); it has: text, n"):
         texts(opened("parquet", path, "body"))
-    with pytest.raises(UserError, match=r"row 3: field 'text' .* is NoneType, not a string"):
+    with pytest.raises(UserError, match=r"row 3: field 'text' .* is null; mend it, or set data.missing to skip"):
         texts(opened("parquet", path))
     with pytest.raises(UserError, match=r"row 1: field 'n' .* is int, not a string"):
         texts(opened("parquet", path, "n"))
@@ -206,11 +415,18 @@ def test_fingerprints_follow_contents_and_field(tmp_path, corpus):
     assert len(set(seen)) == 4
 
 
+def dropped():
+    yield {"text": "x"}
+    raise ConnectionError("the line went dead\nmore")
+
+
 @pytest.fixture
 def hub(monkeypatch):
     """Stands in for the package `datasets`."""
 
     def load_dataset(name, subset, *, split, streaming):
+        if name == "org/broken":
+            return dropped()
         if name != "org/stories":
             raise FileNotFoundError(f"{name} is not on the hub\nmore")
         assert (split, streaming) == ("train", True)

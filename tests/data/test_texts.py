@@ -4,19 +4,30 @@ import concurrent.futures
 import errno
 import json
 import multiprocessing
+import os
+import pathlib
 import pickle
+import shutil
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
 
 import lab.data
-from lab.data import texts, tokenizers
+from lab.data import cache, dataset, texts, tokenizers
 from lab.data.corpora import Corpus, Document
 from lab.errors import UserError
 
 BYTES = tokenizers.Bytes()
+PLACE = pathlib.Path()
+
+
+@pytest.fixture(autouse=True)
+def nothing_was_said():
+    """What is told once is told once in a test."""
+    dataset._say.cache_clear()
 
 
 @given(st.integers(0, 60), st.integers(2, 12))
@@ -154,11 +165,176 @@ def test_a_full_disk_is_one_clear_line(cache_root, monkeypatch):
     assert list((cache_root / "texts").iterdir()) == []
 
 
+@pytest.mark.parametrize("characters", [10, 10**6])
+def test_a_disk_that_fills_up_is_told_whenever_it_shows(cache_root, monkeypatch, characters):
+    """Bytes are written when the buffer is full, or at the end."""
+    begin = texts._Writer.__init__
+
+    def begin_on_a_full_disk(self, *arguments):
+        begin(self, *arguments)
+        self._file.close()
+        self._file = open("/dev/full", "wb")  # noqa: SIM115
+
+    monkeypatch.setattr(texts._Writer, "__init__", begin_on_a_full_disk)
+    with pytest.raises(UserError, match=f"cannot fill the cache {cache_root}: .*No space left.*set LAB_CACHE"):
+        texts.prepare(corpus([Document("a", "a" * characters, False)]), BYTES, 4, "split")
+    assert list((cache_root / "texts").iterdir()) == []
+
+
 def test_a_cache_that_is_no_directory_is_one_clear_line(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("LAB_CACHE", str(tmp_path / "file"))
     with pytest.raises(UserError, match=r"cannot fill the cache .*set LAB_CACHE"):
         texts.prepare(corpus([Document("a", "abcdefg", False)]), BYTES, 4, "split")
+
+
+def cut_short(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def overwrite(path):
+    path.write_bytes(path.read_bytes()[::-1])
+
+
+def lengthen(path):
+    path.write_bytes(path.read_bytes() + b"\0")
+
+
+def scribble(path):
+    path.write_text("[[{")
+
+
+def of_another(path):
+    other = texts.prepare(corpus([Document("a", "other words", False)], "other"), BYTES, 4, "split")
+    path.write_bytes((other / path.name).read_bytes())
+
+
+PARTS = ("train.tokens", "train.offsets.npy", "validation.tokens", "meta.json", "sums.json")
+
+
+@pytest.mark.parametrize("fault", [cut_short, overwrite, lengthen, scribble, of_another, type(PLACE).unlink])
+@pytest.mark.parametrize("part", PARTS)
+def test_a_damaged_entry_is_made_again(cache_root, caplog, part, fault):
+    documents = corpus([Document("a", "abcdefg", False), Document("b", "xyz", True)])
+    entry = texts.prepare(documents, BYTES, 4, "split")
+    expected = opened(entry), opened(entry, "validation"), texts.read_meta(entry)
+    fault(entry / part)
+    assert texts.prepare(documents, BYTES, 4, "split") == entry
+    assert (opened(entry), opened(entry, "validation"), texts.read_meta(entry)) == expected
+    assert [record.getMessage().startswith(f"the cache's {entry} is damaged (") for record in caplog.records] == [True]
+    texts.prepare(Corpus(documents.fingerprint, "", None), BYTES, 4, "split")  # whole again: not read
+    assert not [path for path in (cache_root / "texts").iterdir() if path.name.startswith((".building", ".damaged"))]
+
+
+@pytest.mark.parametrize("foreign", ["file", "empty directory", "copy", "dangling link"])
+def test_what_is_no_entry_is_replaced(foreign, caplog):
+    documents = corpus([Document("a", "abcdefg", False)])
+    entry = texts.prepare(documents, BYTES, 4, "split")
+    expected = opened(entry)
+    other = texts.prepare(corpus([], "other"), BYTES, 4, "split")
+    shutil.rmtree(entry)
+    {
+        "file": entry.touch,
+        "empty directory": entry.mkdir,
+        "copy": lambda: shutil.copytree(other, entry),
+        "dangling link": lambda: entry.symlink_to("nowhere"),
+    }[foreign]()
+    assert opened(texts.prepare(documents, BYTES, 4, "split")) == expected
+
+
+def test_an_entry_that_another_process_made_again_stays(monkeypatch):
+    documents = corpus([Document("a", "abcdefg", False)])
+    entry = texts.prepare(documents, BYTES, 4, "split")
+    answers = iter(["damaged when first looked at", ""])
+    monkeypatch.setattr(cache, "_damage", lambda entry: next(answers))
+    assert texts.prepare(Corpus(documents.fingerprint, "", None), BYTES, 4, "split") == entry
+
+
+def test_an_entry_that_cannot_be_read_is_no_damage(monkeypatch):
+    documents = corpus([Document("a", "abcdefg", False)])
+    entry = texts.prepare(documents, BYTES, 4, "split")
+
+    def refused(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(UserError, match=r"cannot read the cache .*denied.*set LAB_CACHE"),
+    ):
+        patch.setattr(cache, "_sum", refused)
+        texts.prepare(documents, BYTES, 4, "split")
+    assert opened(entry) == [list(b"abcd"), [*b"efg", 256]]
+
+
+@pytest.mark.parametrize("fault", [errno.ENOSPC, errno.EACCES, errno.EROFS])
+@pytest.mark.parametrize("place", ["mkdir", "open", "replace", "write"])
+def test_a_cache_that_cannot_be_written_is_one_clear_line(cache_root, monkeypatch, place, fault):
+    def fail(*arguments, **options):
+        raise OSError(fault, os.strerror(fault))
+
+    owner, name = {
+        "mkdir": (type(PLACE), "mkdir"),
+        "open": (texts._Writer, "__init__"),
+        "replace": (os, "replace"),
+        "write": (np, "save"),
+    }[place]
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(UserError, match=rf"cannot fill the cache {cache_root}: .*LAB_CACHE"),
+    ):
+        patch.setattr(owner, name, fail)
+        texts.prepare(corpus([Document("a", "abcdefg", False)]), BYTES, 4, "split")
+
+
+def test_rows_without_text_are_counted_and_told_once(stories, tmp_path, caplog):
+    path = tmp_path / "stories.jsonl"
+    path.write_text(path.read_text() + '{"text": null}\n{"n": 1}\n')
+    with pytest.raises(UserError, match=r"stories\.jsonl, line 2001: .* is null; .*set data.missing to skip"):
+        lab.data.open(stories)
+    stories.data.missing = "skip"
+    first, again = lab.data.open(stories), lab.data.open(stories)
+    assert first.fingerprint == again.fingerprint
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 1 and told[0].startswith("2 of 2002 rows of jsonl (") and told[0].endswith("skipped")
+    stories.data.field = "body"
+    with pytest.raises(UserError, match="is empty"):
+        lab.data.open(stories)
+    assert caplog.records[-1].getMessage().startswith("2002 of 2002 rows")
+
+
+def test_lost_letters_are_refused_or_told(stories, tmp_path, caplog):
+    path = tmp_path / "letters.json"
+    letters = {character: i for i, character in enumerate("0123456</s>")} | {"</s>": 40}
+    Tokenizer(models.BPE(letters, [])).save(str(path))
+    stories.data.tokenizer = str(path)
+    with pytest.raises(
+        UserError, match=r"letters.json' loses 1800 of 8000 .*22.50%.*such as '[789]', .*set data.lossy to k"
+    ):
+        lab.data.open(stories)
+    assert not list((tmp_path / "cache" / "texts").iterdir())
+    stories.data.lossy = "keep"
+    lab.data.open(stories), lab.data.open(stories)
+    assert len(caplog.records) == 1 and "loses 1800 of 8000 characters (22.50%)" in caplog.records[0].getMessage()
+    stories.data.lossy = "refuse"
+    with pytest.raises(UserError, match="loses 1800 of 8000"):
+        lab.data.open(stories)
+
+
+def test_texts_that_nothing_ends_are_told_once(stories, tmp_path, caplog):
+    path = tmp_path / "letters.json"
+    Tokenizer(models.BPE({character: i for i, character in enumerate("0123456789!")}, [])).save(str(path))
+    stories.data.tokenizer = str(path)
+    first = lab.data.open(stories)
+    lab.data.open(stories)
+    assert [len(text) for text in first.train] == [4] * len(first.train)
+    assert len(caplog.records) == 1 and "set data.eos" in caplog.records[0].getMessage()
+    stories.data.update(eos="!", text_length=5)
+    ended = lab.data.open(stories)
+    assert {text[-1] for text in ended.train} == {10} and ended.fingerprint != first.fingerprint
+    assert len(caplog.records) == 1
+    stories.data.eos = "?"
+    with pytest.raises(UserError, match=r"data.eos = '\?' is no token of .*letters.json; it has no special tokens"):
+        lab.data.open(stories)
 
 
 def test_slow_reading_shows_progress(capsys, monkeypatch):
@@ -228,7 +404,7 @@ def test_a_capped_stream_is_read_once_and_no_further(config, monkeypatch):
             read.append(i)
             yield f"row {i}", {"text": f"{i:04d}"}
 
-    monkeypatch.setattr("lab.data.corpora._huggingface_rows", rows)
+    monkeypatch.setattr("lab.data.reading.huggingface", rows)
     monkeypatch.setattr(texts, "_CHUNK_CHARACTERS", 400)
     config.data.update(corpus="huggingface", path="org/stories", texts=100)
     first = lab.data.open(config)

@@ -1,9 +1,12 @@
 """Tokenizers give back what they were given, and survive being saved."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from lab.data import tokenizers
 from lab.data.corpora import Corpus, Document
@@ -94,13 +97,159 @@ def test_any_tokenizer_json_opens(config, bpe, tmp_path):
 
 
 def test_a_tokenizer_without_an_end_of_text_has_none(config, tmp_path):
-    from tokenizers import Tokenizer, models
-
     path = tmp_path / "words.json"
     # Ids may have gaps: the size is what an embedding must hold.
     Tokenizer(models.WordLevel({"a": 0, "b": 7, "?": 2}, unk_token="?")).save(str(path))
     tokenizer = opened(config, str(path))
     assert (tokenizer.size, tokenizer.eos) == (8, None)
+
+
+@pytest.mark.parametrize("setting", ["truncation", "padding", "dropout", "all"])
+def test_settings_of_its_maker_are_switched_off(bpe, setting):
+    made = Tokenizer.from_str(bpe._text)
+    if setting in ("truncation", "all"):
+        made.enable_truncation(8)
+    if setting in ("padding", "all"):
+        made.enable_padding(pad_id=0, pad_token="<|endoftext|>", length=64)
+    if setting in ("dropout", "all"):
+        made.model.dropout = 0.5
+    for ids, expected in zip(
+        tokenizers.Json(made.to_str()).encode_batch(SENTENCES), bpe.encode_batch(SENTENCES), strict=True
+    ):
+        np.testing.assert_array_equal(ids, expected)
+
+
+def words(**options):
+    made = Tokenizer(models.WordLevel({"the": 0, "first": 1, "[UNK]": 2}, **options))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    return made
+
+
+def letters(text, normalizer=None, **options):
+    made = Tokenizer(models.BPE({letter: i for i, letter in enumerate(text)}, [], **options))
+    made.normalizer = normalizer
+    return made
+
+
+def byte_level():
+    made = Tokenizer(models.BPE({letter: i for i, letter in enumerate(pre_tokenizers.ByteLevel.alphabet())}, []))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    made.decoder = decoders.ByteLevel()
+    return made
+
+
+def bert(*pieces):
+    made = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(("[UNK]", *pieces))}, unk_token="[UNK]"))
+    made.normalizer, made.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    made.decoder = decoders.WordPiece()
+    return made
+
+
+def removing(pattern):
+    made = byte_level()
+    made.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(pattern, "removed"), made.pre_tokenizer])
+    return made
+
+
+FALLING_BACK = Tokenizer(models.BPE({f"<0x{i:02X}>": i for i in range(256)} | {"a": 256}, [], byte_fallback=True))
+PIECES = [("?", 0.0), ("a", -1.0), ("b", -1.0)]
+LOWER = normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents(), normalizers.Lowercase()])
+
+
+@pytest.mark.parametrize(
+    "made, text, lost",
+    [
+        (letters("lonrives t"), "cloud river, stone", "cud,"),
+        (letters("ab?", unk_token="?"), "abxa?y", "xy?"),  # the sign itself cannot be told from what it stands for
+        (words(unk_token="[UNK]"), "the first  cat\n", "cat"),
+        (letters("eabc", normalizer=LOWER), "É Bc\u200d\t\u00ad", ""),  # written otherwise, or never seen
+        (letters("é", normalizer=normalizers.NFC()), "e\u0301é", ""),
+        (letters("ﬁ"), "fi", "fi"),
+        (byte_level(), "naïve 天地 \ud7ff text", ""),
+        (bert("i", "do", "not", "##d", "!"), "I do not dod!", ""),  # its decoder makes it don't
+        (FALLING_BACK, "a天", ""),
+        (Tokenizer(models.Unigram(PIECES, unk_id=0)), "aXb", "X"),
+        (removing("x"), "axbx", "xx"),
+        (letters("a"), "", ""),
+    ],
+)
+def test_lost_characters_are_counted(made, text, lost):
+    tokenizer = tokenizers.Json(made.to_str())
+    batch = [text, text, ""]
+    found = tokenizer.lost(batch, tokenizer.encode_batch(batch))
+    assert found == Counter(lost * 2)
+
+
+@given(st.text())
+def test_bpe_and_bytes_lose_nothing(bpe, text):
+    for tokenizer in (bpe, tokenizers.Bytes()):
+        assert not tokenizer.lost([text], [tokenizer.encode(text)])
+
+
+@pytest.mark.parametrize(
+    "made", [words(), Tokenizer(models.WordPiece({"a": 0})), Tokenizer(models.Unigram([("a", 0.0)]))], ids=str
+)
+def test_a_tokenizer_without_an_unknown_token_is_one_clear_line(config, tmp_path, made):
+    path = tmp_path / "words.json"
+    made.save(str(path))
+    config.data.update(tokenizer=str(path))
+    tokenizer = opened(config, str(path))
+    for encode in (tokenizer.encode, lambda text: tokenizer.encode_batch([text])):
+        with pytest.raises(
+            UserError, match=r"data.tokenizer = '.*words.json' cannot write the corpus: .*; give it an unk"
+        ):
+            encode("quark b")
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("bpe:99999999999999999999", "too large; choose at most bpe:1048576"),
+        ("bpe:1048577", "too large"),
+        ("bpe:" + "9" * 5000, "too large"),
+        ("bpe:00000256", "too small; choose at least bpe:257"),
+        ("bpe:٣٠٠", "is neither bytes"),
+        ("x" * 5000, "is neither bytes"),
+        ("~nobody-of-this-name/x", "is neither bytes"),
+    ],
+)
+def test_names_of_tokenizers_that_cannot_be(name, message):
+    with pytest.raises(UserError, match=f"data.tokenizer = '.*{message}"):
+        tokenizers.check(name)
+
+
+def test_an_end_of_text_is_taken_or_refused_by_name(config, bpe, tmp_path):
+    bpe.save(tmp_path)
+    path = str(tmp_path / "tokenizer.json")
+    usual = opened(config, path)
+    config.data.eos = "<|endoftext|>"
+    assert opened(config, path).fingerprint == usual.fingerprint
+    config.data.eos = "a"
+    other = opened(config, path)
+    assert other.decode([other.eos]) == "a" and other.fingerprint != usual.fingerprint
+    other.save(tmp_path / "cell")
+    loaded = tokenizers.load(tmp_path / "cell", "a")
+    assert (loaded.eos, loaded.fingerprint) == (other.eos, other.fingerprint)
+    config.data.eos = "</doc>"
+    with pytest.raises(
+        UserError, match=r"data.eos = '</doc>' is no token of .*; its special tokens are: <\|endoftext\|>"
+    ):
+        opened(config, path)
+    with pytest.raises(UserError, match=r"data.eos = '</doc>' is no token of data.tokenizer = 'bytes'"):
+        opened(config, "bytes")
+
+
+@pytest.mark.parametrize("content", [b"", b'{"version"', b"{}", b"\xff", None])
+def test_a_damaged_bpe_is_trained_again(config, cache_root, caplog, content):
+    first = opened(config, "bpe:300")
+    (entry,) = (cache_root / "tokenizers").iterdir()
+    if content is None:
+        entry.unlink()
+        entry.mkdir()
+    else:
+        entry.write_bytes(content)
+    assert opened(config, "bpe:300").fingerprint == first.fingerprint
+    assert [str(entry) in record.getMessage() for record in caplog.records] == [True]
 
 
 def test_a_file_that_is_no_tokenizer_is_refused(config, tmp_path):

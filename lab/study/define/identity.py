@@ -19,16 +19,16 @@ from ml_collections import ConfigDict
 
 from lab import config as lab_config
 from lab import data as lab_data
-from lab import runtime
 from lab.errors import UserError
 from lab.model.spec import read_by_layers
 from lab.options import leaves
-from lab.storage import find_json, read_json, write_atomically, write_json
+from lab.storage import cache_directory, find_json, read_json, write_atomically, write_json
 from lab.train import canonical, optimizer
 from lab.train.step import Program
 
 FILE = "identity.json"
-ELSEWHERE = ("data.path",)  # the texts themselves are in the data's fingerprint, wherever they lie
+# The texts and their tokenizer are in the data's fingerprint, wherever they lie and whatever was left out.
+ELSEWHERE = ("data.path", "data.missing", "data.lossy", "data.eos")
 PARTS = {"fields", "data", "program", "initial", "tables", "batches", "schedule", "versions"}
 TRACED = ("program", "initial")  # compare under equal versions only
 SAMPLED_SEED = 0  # of the batches that are looked at: a cell has many seeds
@@ -141,9 +141,9 @@ def _traced(config: ConfigDict) -> dict[str, str]:
     read = {name: value for name, value in fields(config).items() if name.startswith("model.")}
     shape = config.data.rows, config.data.texts_per_row * config.data.text_length
     key = _digest([_sources(), versions(), read, shape, repr(Program.of(config))])
-    path = runtime.cache_directory() / "programs" / f"{key}.json"
-    if found := find_json(path):
-        return found
+    path = cache_directory() / "programs" / f"{key}.json"
+    if {*(kept := find_json(path) or {})} == {*TRACED, "tables"}:
+        return kept
     made = {
         "program": canonical.train_step(config),
         "initial": canonical.initial_state(config),

@@ -49,7 +49,9 @@ class Run:
 Unit = tuple[Run, ...]  # trained by one program
 
 
-CORPUS_FIELDS = ("corpus", "path", "field", "tokenizer", "text_length", "long_texts", "texts")
+CORPUS_FIELDS = (
+    *("corpus", "path", "field", "missing", "tokenizer", "eos", "lossy", "text_length", "long_texts", "texts"),
+)
 
 
 def _open_data(cells: list[Cell]) -> list[lab_data.Data]:

@@ -33,7 +33,7 @@ def made(monkeypatch, tmp_path):
     def record(of=None, **overrides):
         original = step.train_step
         with monkeypatch.context() as patch:
-            patch.setattr(identity.runtime, "cache_directory", lambda: tmp_path / str(np.random.default_rng().random()))
+            patch.setattr(identity, "cache_directory", lambda: tmp_path / str(np.random.default_rng().random()))
             patch.setattr(canonical, "_digests", {})
             patch.setattr(identity, "_packed", {})
             patch.setattr(step, "train_step", lambda *arguments: original(*arguments))  # jax keeps what it has traced
@@ -44,6 +44,17 @@ def made(monkeypatch, tmp_path):
 
 def same(one, other):
     return identity.compare(one, other) == identity.SAME
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"{}", b"[]", b"7", b"\xff"])
+def test_a_damaged_digest_of_programs_is_made_again(monkeypatch, tmp_path, content):
+    monkeypatch.setattr(identity, "cache_directory", lambda: tmp_path)
+    for name in ("train_step", "initial_state", "tables"):
+        monkeypatch.setattr(canonical, name, lambda config: "digest")
+    made = identity._traced(tiny.config())
+    (path,) = (tmp_path / "programs").iterdir()
+    path.write_bytes(content)
+    assert identity._traced(tiny.config()) == made == identity.read_json(path)
 
 
 def test_how_a_cell_runs_is_asked_and_lies_is_no_part_of_it(made):
