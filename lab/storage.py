@@ -1,6 +1,7 @@
 """Where what is made once is kept; files that appear whole or not at all, and JSON kept in them."""
 
 import functools
+import hashlib
 import json
 import logging
 import os
@@ -8,6 +9,8 @@ import secrets
 from pathlib import Path
 
 from lab.errors import UserError
+
+SEAL = "checksum"
 
 
 def cache_directory() -> Path:
@@ -30,35 +33,48 @@ def write_atomically(path: Path, content: bytes) -> Path:
     return path
 
 
-def write_json(path: Path, value) -> None:
-    """Indented, with a newline at the end."""
-    write_atomically(path, (json.dumps(value, indent=1) + "\n").encode())
+def write_json(path: Path, value: dict) -> None:
+    """Indented, sealed, with a newline at the end."""
+    write_atomically(path, (json.dumps(sealed(value), indent=1) + "\n").encode())
 
 
-def read_json(path: Path, kind: type = dict):
-    """What a file holds, a `kind`. Raises UserError where it holds something else."""
+def read_json(path: Path) -> dict:
+    """What `write_json` wrote. Raises UserError where the file holds something else."""
     try:
-        found = json.loads(path.read_bytes())
+        return unsealed(json.loads(path.read_bytes()))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
-    if not isinstance(found, kind):
-        raise UserError(f"{path} is no JSON {kind.__name__}, but {type(found).__name__}")
-    return found
+        raise UserError(f"{path} is damaged: {error}") from error
 
 
-def find_json(path: Path, kind: type = dict):
-    """What a file holds, a `kind`; None where there is no such file, and where it is damaged, as a machine that crashed
-    leaves one. That is said once."""
+def find_json(path: Path) -> dict | None:
+    """What `write_json` wrote; None where there is no such file, and where it is damaged, as a disk or a machine that
+    crashed leaves one. That is said once."""
     try:
-        found = json.loads(path.read_bytes())
+        return unsealed(json.loads(path.read_bytes()))
     except FileNotFoundError:
         return None
     except (ValueError, RecursionError):
-        found = None
-    if isinstance(found, kind):
-        return found
-    _say_damaged(path)
-    return None
+        _say_damaged(path)
+        return None
+
+
+def sealed(value: dict) -> dict:
+    """With a checksum: a digit that a disk has changed makes JSON of another number."""
+    return value | {SEAL: _checksum(value)}
+
+
+def unsealed(value) -> dict:
+    """What was sealed. Raises ValueError for what is no object, or not what it was; what has no seal passes."""
+    if not isinstance(value, dict):
+        raise ValueError("it holds no JSON object")
+    bare = {name: part for name, part in value.items() if name != SEAL}
+    if SEAL in value and value[SEAL] != _checksum(bare):
+        raise ValueError("its checksum is that of something else")
+    return bare
+
+
+def _checksum(value: dict) -> str:
+    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
 @functools.cache

@@ -14,7 +14,7 @@ import pandas as pd
 
 from lab.errors import SHOWN, UserError
 from lab.options import tuples
-from lab.storage import find_json, read_json, write_atomically
+from lab.storage import find_json, read_json, unsealed, write_atomically
 from lab.study import evaluations
 from lab.study.evaluations import LOSS
 
@@ -207,11 +207,10 @@ def metrics(run: Path) -> list[dict]:
     path, steps = run / "metrics.jsonl", {}
     for line in path.read_bytes().splitlines() if path.exists() else ():
         try:
-            entry = json.loads(line)
+            entry = unsealed(json.loads(line))
         except (ValueError, RecursionError):
             continue
-        known = entry if isinstance(entry, dict) else {}
-        if isinstance(known.get("step"), int) and isinstance(known.get("loss"), int | float):
+        if isinstance(entry.get("step"), int) and isinstance(entry.get("loss"), int | float):
             steps[entry["step"]] = entry
     return [steps[step] for step in sorted(steps)]
 

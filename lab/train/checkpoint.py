@@ -21,6 +21,7 @@ from jax.experimental import multihost_utils
 
 from lab.errors import UserError
 from lab.model import parameter
+from lab.storage import sealed, unsealed
 from lab.train.step import State
 
 
@@ -76,6 +77,7 @@ def _with_weights(model, named: dict):
     return nnx.merge(structure, _unnamed(named, trainable), rest)
 
 
+CHANGED = "its numbers are not those that were saved"
 SET_ASIDE = "set_aside"  # beside the directory of checkpoints
 MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)  # what a damaged checkpoint gives; any other error may pass
 PASSING = ("PERMISSION_DENIED", "UNAVAILABLE", "DEADLINE_EXCEEDED")  # as TensorStore spells such errors
@@ -96,7 +98,9 @@ def read_model(directory: pathlib.Path, model, step: int | None = None):
     arguments = ocp.checkpoint_utils.construct_restore_args(target)
     only_model = ocp.args.PyTreeRestore(target, restore_args=arguments, partial_restore=True)
     try:
-        found = manager.restore(step, args=ocp.args.Composite(state=only_model))
+        found = manager.restore(step, args=ocp.args.Composite(state=only_model, position=ocp.args.JsonRestore()))
+        if unsealed(found["position"])["weights"] != int(_checksum(found["state"]["model"])):
+            raise ValueError(CHANGED)
         return _with_weights(model, found["state"]["model"])
     except Exception as error:  # Orbax raises many kinds for a damaged one, and a bare Exception among them
         place = directory / str(step)
@@ -117,8 +121,9 @@ class Checkpoints:
         if position.step in self._manager.all_steps():
             return
         saved = _saved(state)
-        about = position._asdict() | {"checksum": int(_checksum(saved))}
-        items = ocp.args.Composite(state=ocp.args.StandardSave(saved), position=ocp.args.JsonSave(about))
+        sums = {"numbers": int(_checksum(saved)), "weights": int(_checksum(saved["model"]))}
+        about = ocp.args.JsonSave(sealed(position._asdict() | sums))
+        items = ocp.args.Composite(state=ocp.args.StandardSave(saved), position=about)
         self._named_if_full(lambda: self._manager.save(position.step, args=items))
 
     def wait(self) -> None:
@@ -155,11 +160,11 @@ class Checkpoints:
             state=ocp.args.StandardRestore(_restorable(_saved(like))), position=ocp.args.JsonRestore()
         )
         found = self._manager.restore(step, args=target)
-        checksum = found["position"].pop("checksum")
-        if found["position"]["step"] != step or checksum != int(_checksum(found["state"])):
-            raise ValueError("its numbers are not those that were saved")
+        about = unsealed(found["position"])
+        if about["step"] != step or about["numbers"] != int(_checksum(found["state"])):
+            raise ValueError(CHANGED)
         model = _with_weights(like.model, found["state"]["model"])
-        return Position(**found["position"]), State(model, _unnamed(found["state"]["optimizer"], like.optimizer))
+        return Position(step, about["texts"]), State(model, _unnamed(found["state"]["optimizer"], like.optimizer))
 
     def _set_aside(self, step: int) -> None:
         """Moves a checkpoint out of the way, so that its step is saved again; process 0 does for all hosts."""

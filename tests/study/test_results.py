@@ -96,7 +96,7 @@ def test_bad_directories_are_refused_in_one_line(tmp_path):
         results.collect(tmp_path)
     write_study(tmp_path)
     (tmp_path / "plan.json").write_text("{")
-    with pytest.raises(UserError, match=r"plan\.json is not JSON"):
+    with pytest.raises(UserError, match=r"plan\.json is damaged"):
         results.collect(tmp_path)
     write_study(tmp_path, published="configs/published/none.csv")
     with pytest.raises(UserError, match=r"none\.csv"):

@@ -19,10 +19,9 @@ from ml_collections import ConfigDict
 
 from lab import config as lab_config
 from lab import data as lab_data
-from lab.errors import UserError
 from lab.model.spec import read_by_layers
 from lab.options import leaves
-from lab.storage import cache_directory, find_json, read_json, write_atomically, write_json
+from lab.storage import cache_directory, find_json, write_json
 from lab.train import canonical, optimizer
 from lab.train.step import Program
 
@@ -88,12 +87,11 @@ def compare(asked: Identity, found: Identity) -> str | None:
 
 
 def read(directory: pathlib.Path) -> list[Identity]:
-    """The records of a cell, one for each set of versions under which it was made, the oldest first."""
-    path = directory / FILE
-    found = read_json(path, list) if path.exists() else []
-    if not all(isinstance(one, dict) and {*one} >= PARTS for one in found):
-        raise UserError(f"{path} is no identity of a cell; delete the directory to make the cell again")
-    return found
+    """The records of a cell, one for each set of versions under which it was made, the oldest first; none where the
+    file is damaged: the name of the directory still tells the cell."""
+    found = (find_json(directory / FILE) or {}).get("records")
+    whole = isinstance(found, list) and all(isinstance(one, dict) and {*one} >= PARTS for one in found)
+    return found if whole else []
 
 
 def records(workdir: pathlib.Path) -> dict[str, list[Identity]]:
@@ -106,7 +104,7 @@ def keep(directory: pathlib.Path, made: Identity) -> None:
     """Adds a record to the directory of its cell, unless there is one of its versions."""
     there = read(directory)
     if all(one["versions"] != made["versions"] for one in there):
-        write_json(directory / FILE, [*there, made])
+        write_json(directory / FILE, {"records": [*there, made]})
 
 
 def find(asked: Identity, there: Mapping[str, list[Identity]], remake: bool = False) -> tuple[str, str] | None:
@@ -149,7 +147,7 @@ def _traced(config: ConfigDict) -> dict[str, str]:
         "initial": canonical.initial_state(config),
         "tables": canonical.tables(config),
     }
-    write_atomically(path, json.dumps(made).encode())
+    write_json(path, made)
     return made
 
 

@@ -3,7 +3,7 @@
 import json
 import time
 
-from lab.storage import write_atomically
+from lab.storage import sealed, write_atomically
 from lab.study import results
 from lab.study.report.layout import panel_rows
 from lab.study.run import weights as learned
@@ -55,13 +55,13 @@ class Log:
             self._board.text("config", events.describe(config, baseline))
 
     def _begin(self, step: int) -> None:
-        kept = [json.dumps(line) + "\n" for line in results.metrics(self._run.directory) if line["step"] < step]
+        kept = [json.dumps(sealed(line)) + "\n" for line in results.metrics(self._run.directory) if line["step"] < step]
         write_atomically(self._path, "".join(kept).encode())
         self._file = self._path.open("a", buffering=1)  # a checkpoint must never outlive the lines before it
 
     def step(self, record: Record, rate: float | None) -> None:
         if self._writes:
-            self._file.write(json.dumps(record._asdict()) + "\n")
+            self._file.write(json.dumps(sealed(record._asdict())) + "\n")
         if self._writes and rate is not None:
             self._board.scalars(record.step, {
                 "train/loss_nats": record.loss, "train/grad_norm": record.grad_norm,

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from lab.errors import UserError
 from lab.storage import read_json
+from lab.study.define import identity
 from lab.train.checkpoint import is_disk_full
 
 OURS = (".plan.json.", ".runs.")  # of files that a killed command leaves in a directory without a plan
@@ -32,6 +33,8 @@ def check(workdir: pathlib.Path, config: ConfigDict) -> dict:
                 "choose another directory"
             )
         return there
+    if any(workdir.glob(f"cells/*/{identity.FILE}")):  # its plan was deleted
+        return {}
     if workdir.is_dir() and any(not entry.name.startswith(OURS) for entry in workdir.iterdir()):
         raise UserError(f"--workdir={workdir} holds other files and no study; choose an empty or new directory")
     return {}

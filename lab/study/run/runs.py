@@ -17,7 +17,7 @@ from lab import data as lab_data
 from lab.errors import UserError
 from lab.evaluate import asks
 from lab.model import mesh as lab_mesh
-from lab.storage import write_json
+from lab.storage import find_json, write_json
 from lab.study import results
 from lab.study.define import asked, contrasts, identity, plan
 from lab.study.define.cell import Cell
@@ -146,6 +146,17 @@ def write_plan(
     }
     with places.writable(workdir):
         write_json(path, written)
+        for several in of_cell.values():
+            _mend(several[0])
+
+
+def _mend(run: Run) -> None:
+    """Writes again what a cell that was begun has lost of the files that say what it is."""
+    cell = run.directory.parent
+    if cell.is_dir() and not identity.read(cell):
+        identity.keep(cell, run.identity)
+    if cell.is_dir() and not find_json(cell / "config.json"):
+        write_json(cell / "config.json", run.cell.described())
 
 
 def note_look(workdir: pathlib.Path) -> None:

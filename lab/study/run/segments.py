@@ -38,9 +38,9 @@ def begin(directory: pathlib.Path, step: int, here: dict) -> str:
     before = kept[-1] if kept else None
     changed = {name: value for name, value in here.items() if before and before.get(name) != value}
     if before is None or changed:
-        write_json(path, [*kept, {"first_step": step, **here}])
+        write_json(path, {"segments": [*kept, {"first_step": step, **here}]})
     elif len(kept) < len(read(directory)):
-        write_json(path, kept)
+        write_json(path, {"segments": kept})
     if not changed:
         return ""
     told = ", ".join(f"{name} {before.get(name)} -> {value}" for name, value in changed.items())
@@ -49,5 +49,6 @@ def begin(directory: pathlib.Path, step: int, here: dict) -> str:
 
 def read(directory: pathlib.Path) -> list[dict]:
     """The segments of a run so far; none where the file is damaged, so that the run is paired with no other."""
-    found = find_json(directory / FILE, list) or []
-    return [one for one in found if isinstance(one, dict) and isinstance(one.get("first_step"), int)]
+    found = (find_json(directory / FILE) or {}).get("segments")
+    whole = isinstance(found, list) and all(isinstance(one, dict) and "first_step" in one for one in found)
+    return found if whole else []

@@ -21,10 +21,10 @@ def config(**overrides):
 
 
 PLANS = {
-    "empty": ("", "is not JSON"),
-    "zeros": ("\0" * 50, "is not JSON"),
-    "a list": ("[]", "is no JSON dict, but list"),
-    "a number": ("12", "is no JSON dict, but int"),
+    "empty": ("", "is damaged"),
+    "zeros": ("\0" * 50, "is damaged"),
+    "a list": ("[]", "is damaged"),
+    "a number": ("12", "is damaged"),
     "foreign": ('{"version": 1, "steps": []}', "is no plan of a study"),
     "a study of a number": ('{"study": 3}', "is no plan of a study"),
     "another": ('{"study": "another"}', "holds the study 'another', not 'tiny'"),
