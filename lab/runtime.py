@@ -88,7 +88,7 @@ def hosts(environment: Mapping[str, str]) -> tuple[str, int, int]:
         return "", 1, 0
     port = re.fullmatch(r"[^\s/]+:(\d+)", address, re.ASCII)
     if not port or not 0 < int(port[1]) < 2**16:
-        raise UserError(f"JAX_COORDINATOR_ADDRESS = {address!r} is no host:port of process 0, such as 10.0.0.1:1234")
+        raise UserError(f"JAX_COORDINATOR_ADDRESS = {address!r} is no host:port of process 0, such as node001:1234")
     processes, process = (_whole(environment, name, default) for name, default in zip(named, ("1", ""), strict=True))
     if processes < 1:
         raise UserError(f"JAX_NUM_PROCESSES = {processes} must be at least 1")
