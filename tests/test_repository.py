@@ -27,7 +27,7 @@ BELOW = {
     "data": {"coordinates", "errors", "options", "storage"},
     "kernels": {"coordinates", "errors"},
     "model": {"coordinates", "errors", "options", "kernels"},
-    "train": {"coordinates", "errors", "options", "kernels", "model", "data"},
+    "train": {"coordinates", "errors", "options", "storage", "kernels", "model", "data"},
     "evaluate": {"coordinates", "errors", "options", "kernels", "model", "data", "train"},
     "config": {"errors", "options", "model", "data", "train", "evaluate", "study"},  # of the study its settings alone
     "study": {

@@ -28,9 +28,12 @@ RUN, SCORES, SIZES = ("cell", "seed"), ("loss", "ppl", "accuracy"), ("tokens", "
 COLUMNS = {*RUN, *SCORES, *SIZES, "phase", *TIMINGS, "step", *MIXING}
 RESULT = {"parameters", "tokens", "timings", "environment", "text_hash"}  # what is read of a result.json
 # What every report reads of a plan.json, of its cells and of its trials.
+NUMBER = int | float
 PLAN = dict(study=str, question=str, labels=list, condition=str, sections=list, published=str, command=str)
 PLAN |= dict(config=dict, cells=list)
-CELL = dict(asks=dict, name=str, labels=dict, directory=str, seeds=list, tokens=int, parameters=int, executable=str)
+CELL = dict(
+    asks=dict, name=str, labels=dict, directory=str, seeds=list, tokens=NUMBER, parameters=NUMBER, executable=str
+)
 TRIAL = dict(asks=dict, cell=str, values=dict, directory=str, seed=int)
 
 

@@ -54,7 +54,7 @@ def test_a_damaged_digest_of_programs_is_made_again(monkeypatch, tmp_path, conte
     made = identity._traced(tiny.config())
     (path,) = (tmp_path / "programs").iterdir()
     path.write_bytes(content)
-    assert identity._traced(tiny.config()) == made == identity.read_json(path)
+    assert identity._traced(tiny.config()) == made == identity.find_json(path)
 
 
 def test_how_a_cell_runs_is_asked_and_lies_is_no_part_of_it(made):
@@ -197,11 +197,12 @@ def test_directories_are_found_by_what_they_hold(made, tmp_path):
     assert identity.find(here, there) == (f"cells/{directory.name}", identity.SAME)
 
 
-@pytest.mark.parametrize("text", ["{}", "[]x", "[{}]", "[1]"])
-def test_a_damaged_record_is_named(tmp_path, text):
+@pytest.mark.parametrize("text", ["{}", "[]x", "[{}]", "[1]", '{"records": [{}]}'])
+def test_a_damaged_record_is_none_and_is_written_again(made, tmp_path, text):
     (tmp_path / identity.FILE).write_text(text)
-    with pytest.raises(UserError, match=str(tmp_path)):
-        identity.read(tmp_path)
+    assert identity.read(tmp_path) == []
+    identity.keep(tmp_path, made())
+    assert identity.read(tmp_path) == [made()]
 
 
 def test_a_record_is_the_same_in_every_process(made):

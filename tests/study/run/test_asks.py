@@ -192,8 +192,10 @@ def test_results_hold_the_ask_named_loss_and_further_asks_have_a_file_each(study
         "seeds": [0],
         "directory": "cells/base",
         "asks": asked.wanted(made, run.data),
+        **dict(tokens=1, parameters=1, executable="1a2b3c"),
     }
-    plan = {"labels": [], "condition": "eval_branch", "cells": [described], "published": ""}
+    plan = {"labels": [], "condition": "eval_branch", "cells": [described], "published": "", "study": "asked"}
+    plan |= dict(question="", sections=[], command="", config={})
     plan["asks"] = {name: asks.column(made, name) for name in made.evaluate}
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     found = results.collect(tmp_path)

@@ -220,7 +220,7 @@ def test_a_damaged_file_is_said_once(tmp_path, caplog, kind):
     for _ in range(3):
         assert storage.find_json(path) is None
     assert len(caplog.records) == 1 and "is damaged" in caplog.records[0].getMessage()
-    with pytest.raises(UserError, match=r"a\.json is no"):
+    with pytest.raises(UserError, match=r"a\.json is damaged"):
         storage.read_json(path)
 
 
