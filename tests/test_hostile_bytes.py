@@ -245,8 +245,8 @@ def test_what_is_read_alone(study):
         path = study.work / data.draw(st.sampled_from(study.files(kind)), "file")
         path.write_bytes(data.draw(hostile.damages(path.read_bytes()), "content"))
         if outcome(lambda: report.rebuild(study.work))[1] is None:
-            written = (study.work / "results.csv").read_text().splitlines()
-            assert written == study.results.decode().splitlines()[: len(written)]
+            rows = (study.work / "results.csv").read_bytes().splitlines()[1:]
+            assert rows in ([], study.results.splitlines()[1:])
         loaded, line = outcome(lambda: lab.load(study.work / study.run_directory.relative_to(study.sound)))
         if line is None:
             for ours, theirs in zip(jax.device_get(jax.tree.leaves(loaded[0])), study.weights, strict=True):

@@ -1,6 +1,5 @@
 """Tokenizers: raw bytes, byte-level BPE trained on the corpus, or any tokenizer.json."""
 
-import contextlib
 import json
 import logging
 import os
@@ -19,7 +18,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from lab.data import cache
 from lab.data.corpora import Corpus
 from lab.errors import SHOWN, UserError
-from lab.storage import write_atomically
+from lab.storage import find_json, write_atomically, write_json
 
 FILE = "tokenizer.json"
 _EOS = "<|endoftext|>"
@@ -253,25 +252,16 @@ def _from_file(path: Path, eos: str = "") -> Json:
 
 
 def _trained(corpus: Corpus, size: int, eos: str) -> Json:
-    entry = cache.root() / "tokenizers" / f"bpe-{size}-{corpus.fingerprint}.json"
-    if not _is_trained(entry, size):
-        text = _train(_training_texts(corpus), size).encode()
-        with cache.explained():
-            write_atomically(entry, text)
-    return _from_file(entry, eos)
-
-
-def _is_trained(entry: Path, size: int) -> bool:
-    """Whether a tokenizer lies there, whole. Its own text is its fingerprint: no sum of it is kept."""
-    if not entry.exists():
-        return False
-    with contextlib.suppress(UserError):
-        if _from_file(entry).size <= size:
-            return True
-    logging.warning("the cache's %s is damaged: it is made again", entry)
+    entry = cache.root() / "tokenizers" / f"bpe-{size}-{corpus.fingerprint}.sealed.json"
     if entry.is_dir():
+        logging.warning("the cache's %s is damaged: it is made again", entry)
         shutil.rmtree(entry)
-    return False
+    text = (find_json(entry) or {}).get("tokenizer")
+    if text is None:
+        text = _train(_training_texts(corpus), size)
+        with cache.explained():
+            write_json(entry, {"tokenizer": text})
+    return Json(text, eos, str(entry))
 
 
 def _training_texts(corpus: Corpus) -> Iterator[str]:

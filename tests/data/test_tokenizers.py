@@ -249,7 +249,7 @@ def test_a_damaged_bpe_is_trained_again(config, cache_root, caplog, content):
     else:
         entry.write_bytes(content)
     assert opened(config, "bpe:300").fingerprint == first.fingerprint
-    assert [str(entry) in record.getMessage() for record in caplog.records] == [True]
+    assert [str(entry) in record.getMessage() for record in caplog.records] == [True] * (content != b"{}")
 
 
 def test_a_file_that_is_no_tokenizer_is_refused(config, tmp_path):
