@@ -20,6 +20,7 @@ COLUMNS = (
     "p", "p_holm", "detectable", "verdict", "seeds", "refused", *(cost.column for cost in COSTS.values()),
 )  # fmt: skip
 UNKNOWN = "cannot tell"
+NO_TEST = {0: "no pair", 1: "one seed"}  # why there is none, by the number of differences
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,9 +37,9 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """better | worse | cannot tell, and where too few seeds are the reason, that reason."""
+        """better | worse | cannot tell, and where too few seeds or equal differences are the reason, that reason."""
         if self.adjusted is None:
-            return f"{UNKNOWN} ({'one seed' if self.estimate.n else 'no pair'})"
+            return f"{UNKNOWN} ({NO_TEST.get(self.estimate.n, 'no spread')})"
         if self.adjusted >= LEVEL:
             return UNKNOWN
         return "better" if self.estimate.mean < 0 else "worse"
@@ -97,7 +98,11 @@ def find(study: Results) -> Findings | None:
 
 def compare(kind: str, name: str, against: str, differences: Differences, costs: Residuals) -> Comparison:
     """A comparison that stands alone, before correction."""
-    return Comparison(kind, name, against, differences, statistics.estimate(list(differences.kept.values())), costs)
+    return Comparison(kind, name, against, differences, _estimate(differences), costs)
+
+
+def _estimate(differences: Differences) -> Estimate:
+    return statistics.estimate(list(differences.kept.values()), differences.resolution)
 
 
 def corrected(comparisons: list[Comparison]) -> list[Comparison]:

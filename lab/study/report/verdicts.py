@@ -18,7 +18,8 @@ OF_CONTRAST = ["contrast", "expected", "difference", "95% interval", *COSTS]
 NONE = ["—"] * len(OF_CONTRAST)  # where a row is about several contrasts
 EXPLAINED = (
     "Difference: mean over seeds of the paired differences, in nats per token; below 0 is better. 95% interval: "
-    "Student t; bootstrap: studentised; both of one comparison by itself. p: paired t-test, corrected (Holm) over all "
+    "Student t; bootstrap: studentised; both of one comparison by itself; none where differences over seeds spread by "
+    "less than float32 tells losses apart. p: paired t-test, corrected (Holm) over all "
     "comparisons of the study; below 0.05 there is a verdict, so that an interval without 0 may still tell nothing. "
     "Detectable: the difference that this many seeds of this spread find 4 times in 5, uncorrected."
 )

@@ -54,10 +54,16 @@ def test_pairing_finds_what_the_spread_between_seeds_hides(tmp_path):
     assert worse.comparisons[-1].verdict == "worse"
 
 
-@pytest.mark.parametrize("noise", [noisy(), lambda labels, seed: 0.01 * seed], ids=["noise", "identical"])
-def test_null_studies_cannot_tell(tmp_path, noise):
-    findings = found(tmp_path, BASELINE | CONTRASTS, noise=noise)
-    assert {one.verdict for one in findings.comparisons} == {UNKNOWN}
+@pytest.mark.parametrize(("noise", "effect", "verdict"), [
+    (noisy(), 0.0, UNKNOWN),
+    (lambda labels, seed: 0.01 * seed, 0.0, f"{UNKNOWN} (no spread)"),
+    (lambda labels, seed: 0.01 * seed, 0.1, f"{UNKNOWN} (no spread)"),  # the seeds draw nothing of what differs
+], ids=["noise", "identical", "apart by a constant"])  # fmt: skip
+def test_null_studies_cannot_tell(tmp_path, noise, effect, verdict):
+    findings = found(
+        tmp_path, BASELINE | CONTRASTS, lambda labels, count: 2.0 + effect * labels["rope_ratio"], noise=noise
+    )
+    assert {one.verdict for one in findings.comparisons} == {verdict}
     assert {one.outcome for one in findings.evidence} == {UNKNOWN}
 
 
