@@ -101,7 +101,7 @@ def nearest_multiple(quantity: Callable[[int], float | None], target: float, mul
     if known(high) <= known(low):
         return None
     while known(low) < known(high) < target:
-        beyond = first_of((*range(2 * high, 4 * high), *range(2 * high - 1, high, -1)))
+        beyond = first_of((*range(2 * high, 4 * high + PROBED), *range(2 * high - 1, high, -1)))
         if beyond is None:
             return high * multiple
         low, high = high, beyond
