@@ -106,7 +106,7 @@ def override(config: ConfigDict, name: str, text: str) -> None:
     choose("a config field", name, fields)
     try:
         value = _convert(text, fields[name])
-    except (ValueError, SyntaxError, KeyError):
+    except (ValueError, SyntaxError, KeyError, TypeError, MemoryError, RecursionError):
         kind = type(fields[name]).__name__
         raise UserError(f"--config.{name}={text!r} is no {kind}; the default is {fields[name]!r}") from None
     set_field(config, name, value)
