@@ -114,7 +114,8 @@ def beyond(s: Sizes) -> dict:
 
 
 def factorial(s: Sizes) -> dict:
-    """All four cache 512 numbers and have equal parameters."""
+    """All four cache 512 numbers and have equal parameters. What is shared has twice the groups for that, and rotates
+    its values and output too, as S2 does."""
     full = ("model.position.dim", 0)
     return {
         "separate, full": s.gqa(1, 256),
@@ -135,7 +136,7 @@ def less(plus: str, minus: str):
 
 GUESSES = {  # claim: ((layer, variant, other), ...): the variant is expected to have the lower loss
     "Wider heads are better": (
-        ("single", "GQA1-256", "GQA2-128"),
+        ("crossed", "GQA1-256", "GQA2-128"),  # half the groups: at equal cache
         ("single", "GQA2-192", "GQA2-128"),
         ("crossed", "MLA-256", "MLA"),
         ("crossed", "GQA4-(128+64)-S2", "GQA4-(64+64)-S2"),
@@ -144,7 +145,7 @@ GUESSES = {  # claim: ((layer, variant, other), ...): the variant is expected to
         ("aligned", "GQA1-256 Q&O LoRA", "GQA2-128"),
     ),
     "Sharing keys and values is better": (
-        ("single", "GQA2-(192+64)-S2", "GQA1-256-PR"),
+        ("crossed", "GQA2-(192+64)-S2", "GQA1-256-PR"),  # also twice the groups, and values and output rotate
         ("crossed", "GQA2-(192+64)-S2", "GQA2-(192+64)-S1"),
         ("crossed", "GQA4-(64+64)-S2", "GQA2-128"),
         ("aligned", "GQA4-(64+64)-S2 32 heads", "GQA2-128 32 heads"),

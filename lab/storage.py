@@ -54,7 +54,7 @@ def find_json(path: Path) -> dict | None:
     except FileNotFoundError:
         return None
     except (ValueError, RecursionError):
-        _say_damaged(path)
+        say_damaged(path)
         return None
 
 
@@ -78,5 +78,6 @@ def _checksum(value: dict) -> str:
 
 
 @functools.cache
-def _say_damaged(path: Path) -> None:
-    logging.warning("%s is damaged: it is taken as missing", path)
+def say_damaged(path: Path, told: str = "is damaged: it is taken as missing") -> None:
+    """Once for each file."""
+    logging.warning("%s %s", path, told)

@@ -314,3 +314,12 @@ def test_a_mesh_without_devices_is_left_to_the_checks(axis, size):
     config = lab.config.base()
     config.run.mesh[axis] = size
     assert runtime.cpu_devices(4, config.run.mesh) >= 1
+
+
+@pytest.mark.parametrize("text", ["{[]: 1}", "(" * 5000, "1 +", "x", "[", "3 ** 3"])
+def test_text_that_is_no_tuple_is_refused_in_one_line(text):
+    with pytest.raises(
+        UserError, match=r"--config\.evaluate\.loss\.branches=.* is no tuple; the default is \(1,\)"
+    ) as told:
+        overridden("evaluate.loss.branches", text)
+    assert "\n" not in str(told.value)

@@ -59,12 +59,13 @@ class Forgetting(Attention):
         return cache, cache
 
     def total_seen(self, log_f_BSH1, view: View):
-        """F [B, T, H, 1] of the new tokens. Over equal scores attention is a mean, and its normaliser the count."""
+        """F [B, T, H, 1] of the new tokens. Over equal scores attention is a mean, and its normaliser the count: a
+        whole number that is known through its logarithm alone, and so to fewer digits the larger it is."""
         log_f_BS1H = log_f_BSH1.swapaxes(2, 3)
         q_BT11 = jnp.zeros((*view.queries.shape, 1, 1), log_f_BS1H.dtype)
         k_BS11 = jnp.zeros((*log_f_BS1H.shape[:2], 1, 1), log_f_BS1H.dtype)
         mean_BT1H, count_BT1 = attend_over_mesh(q_BT11, k_BS11, log_f_BS1H, view.of_rotated(), self, scale=1.0)
-        return (mean_BT1H * jnp.exp(count_BT1)[..., None]).swapaxes(2, 3)
+        return (mean_BT1H * jnp.round(jnp.exp(count_BT1))[..., None]).swapaxes(2, 3)
 
     def attend(self, q_BTHK, kept: Kept, view: View, decoding: bool):
         if view.frequencies is not None:  # before queries grow by the dimensions that carry F

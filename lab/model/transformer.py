@@ -121,9 +121,10 @@ class Transformer(nnx.Module):
         wanted, int32 [B, W]: the places 0..T-1 in its row of the tokens whose logits are made, [B, W, C], in that
         order, a place more than once if asked; None: those of every token, [B, T, C].
 
-        Raises UserError for a row with more tokens than free slots, and for slots and places that are outside or given
-        twice, where these are known. Where they are traced, a token without a slot is not kept and sees the rest of
-        the cache alone, `used` is above the length then, and logits of a place outside are nan.
+        Raises UserError for a row with more tokens than free slots, for slots and places that are outside or given
+        twice, and for positions that the stream has no weight for, where these are known. Where they are traced, a
+        token without a slot is not kept and sees the rest of the cache alone, `used` is above the length then, and
+        logits of a place outside, and of a row with a position that has no weight, are nan.
         """
         length = cache.coordinates.shape[1]
         slots.check(coordinates, cache.used, length, slots_BT)
@@ -167,6 +168,7 @@ class Transformer(nnx.Module):
         x_BTD = self.embedding[...][tokens_BT]
         if self.code is not None:
             x_BTD = x_BTD + self.code(coordinates)
+        x_BTD = self.stream.place(x_BTD, coordinates)
         return mesh.constrain(x_BTD.astype(self.compute))
 
     def views(self, queries: Coordinates, keys: Coordinates, slots_BT=None) -> list[View]:

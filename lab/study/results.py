@@ -14,7 +14,7 @@ import pandas as pd
 
 from lab.errors import SHOWN, UserError
 from lab.options import tuples
-from lab.storage import find_json, read_json, unsealed, write_atomically
+from lab.storage import find_json, read_json, say_damaged, unsealed, write_atomically
 from lab.study import evaluations
 from lab.study.evaluations import LOSS
 
@@ -206,12 +206,14 @@ def failed(run: Path) -> dict | None:
 
 def metrics(run: Path) -> list[dict]:
     """Its metrics.jsonl, one line for each step: a resumed run takes steps again, and the last line of a step counts.
-    What is no line, as a crash leaves them, is passed over."""
+    What is no line is passed over; that is said once, but of the end of a line that a kill has left."""
     path, steps = run / "metrics.jsonl", {}
-    for line in path.read_bytes().splitlines() if path.exists() else ():
+    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
         try:
             entry = unsealed(json.loads(line))
         except (ValueError, RecursionError):
+            if line.endswith(b"\n"):
+                say_damaged(path, "is damaged: lines of it are taken as missing")
             continue
         if isinstance(entry.get("step"), int) and isinstance(entry.get("loss"), int | float):
             steps[entry["step"]] = entry

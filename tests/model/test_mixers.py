@@ -14,6 +14,7 @@ from lab.coordinates import Coordinates
 from lab.errors import UserError
 from lab.kernels import rules
 from lab.model import abstract, accounting, parameter, spec
+from lab.model.attention import View
 from lab.model.mixers import MIXERS
 
 
@@ -332,6 +333,24 @@ def test_forgetting_in_bfloat16_knows_what_it_forgets_to_float32():
         np.testing.assert_allclose(np.float64(o_BTHV[0, :, h]), expected, atol=0.03)
 
 
+def test_what_forgetting_sums_over_a_long_row_is_a_sum_in_float32():
+    """Against float64: of equal numbers to a last digit, since their mean is exact and their count a whole number; of
+    others as near as float32 comes by adding them up one by one."""
+    T, new = 16_384, 64
+    mixer = jax.tree.map(
+        lambda w: w[0], tiny.model(variants.config("mixer forgetting", model__rule="causal")).blocks[0]
+    )
+    at = Coordinates.single(1, T)
+    angles = jnp.ones((1, new, 1, 4)), jnp.zeros((1, new, 1, 4))
+    view = View(angles, None, at.map(lambda x: x[:, -new:]), at, None, jnp.arange(T - new, T)[None], "tiled")
+    total_seen = jax.jit(lambda log_f: mixer.mixer.total_seen(log_f, view))
+    drawn = -np.random.default_rng(0).uniform(0.01, 0.03, (1, T, mixer.mixer.heads, 1)).astype(np.float32)
+    for log_f, most in ((np.full_like(drawn, -1 / 64), np.spacing(np.float32(255))), (drawn, None)):
+        exact = np.cumsum(np.float64(log_f), axis=1)[:, -new:]
+        by_hand = np.abs(np.cumsum(log_f, axis=1)[:, -new:] - exact).max()
+        assert np.abs(np.asarray(total_seen(log_f), np.float64) - exact).max() <= (by_hand if most is None else most)
+
+
 @pytest.mark.matrix("variant")
 @pytest.mark.parametrize("variant", variants.marked(variants.VARIANTS | variants.ON_STREAMS))
 def test_no_two_weights_are_drawn_from_the_same_numbers(variant):
@@ -399,6 +418,8 @@ def test_a_layer_in_order_is_refused_a_row_cut_in_parts():
 
 
 def test_every_mixer_has_a_formula_here():
-    softmax = [name for name in MIXERS if name != "delta"]
-    assert all(hasattr(Formula, name) for name in softmax)
-    assert all(parameter.count(abstract(variants.config(f"mixer {name}").model)) > 0 for name in MIXERS)
+    """And is one of those that are compared with it; no two are one class under two names."""
+    assert all(callable(getattr(Formula, name)) for name in MIXERS if name != "delta")
+    assert {f"mixer {name}" for name in MIXERS} <= {*EVERY}
+    trees = {name: jax.tree.structure(abstract(variants.config(f"mixer {name}").model)) for name in MIXERS}
+    assert len({*map(str, trees.values())}) == len(MIXERS)

@@ -1,11 +1,15 @@
 """What streams refuse: fields that mean nothing to them, models that they cannot run on, rows beyond their weights."""
 
+import functools
+
 import jax
+import numpy as np
 import pytest
 import tiny
 import variants
 
 from lab import model as lab_model
+from lab.coordinates import Coordinates
 from lab.errors import UserError
 from lab.model import streams
 from lab.model.streams import STREAMS
@@ -65,13 +69,46 @@ def check_refused(overrides: dict, says: str) -> None:
     assert says in str(refused.value) and "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize("name", ["v4m1A", "v4m1B", "v4m1C", "v4mC"])
-def test_longer_rows_than_trained_are_refused(name):
-    made = tiny.config(**variants.stream(name, model__stream__length=24))
-    model, batch = lab_model.abstract(made.model), tiny.batch(1, length=25)
-    says = rf"a row of 25 tokens is longer than model.stream.length = 24, .*model.stream.name = '{name}'"
+POSITIONAL = ["v4m1A", "v4m1B", "v4m1C", "v4mC"]
+
+
+@functools.cache
+def positional(name: str):
+    return tiny.model(tiny.config(**variants.stream(name, model__stream__length=8, model__layers=2)))
+
+
+@pytest.mark.parametrize("name", POSITIONAL)
+def test_positions_without_a_weight_are_refused_and_not_slots(name):
+    """Whatever the length of the row, of the cache, and of what is padding."""
+    model, at = positional(name), Coordinates.single(1, 9)
+    says = rf"at position 8 of its segment, beyond model.stream.length = 8: model.stream.name = '{name}' has weights"
+    cache = jax.eval_shape(lambda: model.init_cache(1, 32))
     with pytest.raises(UserError, match=says):
-        jax.eval_shape(lambda model: model(batch.tokens, batch.coordinates), model)
+        jax.eval_shape(lambda: model(np.zeros((1, 9), np.int32), at))
+    with pytest.raises(UserError, match=says):
+        jax.eval_shape(lambda cache: model.extend(np.zeros((1, 9), np.int32), at, cache), cache)
+    for fine in (Coordinates(at.segment - (at.index == 8), *jax.tree.leaves(at)[1:]),  # the last is padding
+                 Coordinates(at.index // 5, at.branch, at.index % 5, at.index % 5)):  # fmt: skip  # two segments
+        jax.eval_shape(lambda at=fine: model(np.zeros((1, 9), np.int32), at))
+        jax.eval_shape(lambda cache, at=fine: model.extend(np.zeros((1, 9), np.int32), at, cache), cache)
+
+
+@pytest.mark.parametrize(
+    "name", ["v4m1B", "v4mC", *(pytest.param(n, marks=pytest.mark.slow) for n in ("v4m1A", "v4m1C"))]
+)
+def test_a_longer_cache_gives_the_logits_of_the_full_pass_and_a_traced_position_beyond_gives_nan(name):
+    model, at = positional(name), Coordinates.single(1, 8)
+    tokens = np.random.default_rng(0).integers(0, tiny.VOCABULARY, (1, 8)).astype(np.int32)
+    extend = jax.jit(lambda at, cache: model.extend(tokens, at, cache)[0])
+    full = model(tokens, at)
+    np.testing.assert_allclose(extend(at, model.init_cache(1, 32)), full, atol=3e-4)
+    beyond = extend(tiny.moved(at, index=1), model.init_cache(1, 32))
+    assert np.isnan(beyond[0, 7]).all()
+
+
+@pytest.mark.parametrize("name", POSITIONAL)
+def test_longer_rows_than_there_are_weights_for_are_refused(name):
+    made = tiny.config(**variants.stream(name, model__stream__length=24))
     streams.check_rows(made.model, "data.texts_per_row", 24)
     with pytest.raises(UserError, match=r"data.texts_per_row makes rows of 25 tokens: model.stream.name = '" + name):
         streams.check_rows(made.model, "data.texts_per_row", 25)

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from lab.coordinates import Coordinates
 from lab.options import Option
 
 
@@ -32,6 +33,10 @@ class Stream(nnx.Module):
     @classmethod
     def check(cls, model) -> None:
         """Refuses what else of a model it cannot work on, naming the field and the valid choices."""
+
+    def place(self, x_BTD: jax.Array, coordinates: Coordinates) -> jax.Array:
+        """The embedding of tokens where they stand: as it is, unless it has no weights for their positions."""
+        return x_BTD
 
     @staticmethod
     def of_layer(model, key: jax.Array, m: jax.Array) -> nnx.Module | None:

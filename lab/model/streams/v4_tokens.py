@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lab.coordinates import Coordinates
 from lab.errors import UserError
 from lab.kernels import reference
-from lab.model import norm, parameter
+from lab.model import norm, parameter, slots
 from lab.model.attention import View
 from lab.model.streams.stream import Stream
 from lab.model.streams.v4 import SummedScores, scaled
@@ -31,9 +32,8 @@ class Positional(SummedScores):
         self.length = model.stream.length
         self.w = nnx.List([parameter.mixing((m + 1, *(self.length,) * self.axes)) for m in range(model.layers)])
 
-    def layer(self, state, block, view: View, cache, *, m):
-        check_length(self, view)
-        return super().layer(state, block, view, cache, m=m)
+    def place(self, x_BTD, coordinates: Coordinates):
+        return within(self.length, x_BTD, coordinates, self.name)
 
     def c(self, m):
         return [self.scale] * (m + 1)
@@ -186,9 +186,8 @@ class OwnPositions(WeighedQueries):
     def of_layer(model, key, m):
         return LogWeights(model.stream.length)
 
-    def layer(self, x_BTD, block, view: View, cache, *, m):
-        check_length(self, view)
-        return super().layer(x_BTD, block, view, cache, m=m)
+    def place(self, x_BTD, coordinates: Coordinates):
+        return within(self.length, x_BTD, coordinates, self.name)
 
     def log_weights(self, of_layer, x_BTD, normed_BTD, view: View):
         return of_layer.w[view.queries.index]
@@ -223,10 +222,17 @@ METHODS = {
 }
 
 
-def check_length(stream: Positional | OwnPositions, view: View) -> None:
-    """Refuses rows that may hold positions without a weight."""
-    if view.keys.shape[1] > stream.length:
+def within(length: int, x_BTD, coordinates: Coordinates, name: str):
+    """The embedding of tokens at positions with a weight. Raises UserError for others where they are known; where they
+    are traced, such a token is nan, and with it what it is multiplied with: it would be given the last weight."""
+    segment_BT, index_BT = slots.known(coordinates.segment), slots.known(coordinates.index)
+    if segment_BT is None or index_BT is None:
+        lost_BT = (coordinates.segment >= 0) & (coordinates.index >= length)
+        return jnp.where(lost_BT[..., None], jnp.nan, x_BTD)
+    last = index_BT[segment_BT >= 0].max(initial=0)
+    if last >= length:
         raise UserError(
-            f"a row of {view.keys.shape[1]} tokens is longer than model.stream.length = {stream.length}, for which "
-            f"model.stream.name = {stream.name!r} has weights; choose rows of at most {stream.length}"
+            f"a token is at position {last} of its segment, beyond model.stream.length = {length}: model.stream.name = "
+            f"{name!r} has weights for so many; choose shorter texts"
         )
+    return x_BTD

@@ -1,7 +1,7 @@
 """What a study compares with what: its baseline, contrasts between groups of cells, and the claims they bear on."""
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from lab.errors import UserError, choose
 from lab.study.define.settings import STUDY, Pairs
@@ -78,6 +78,21 @@ def check(study: Mapping, cells: Labels, conditions: Collection) -> None:
 def select(cells: Labels, pairs: Pairs) -> list[str]:
     """The names of the cells that have, for every label, the value or one of the values."""
     return [name for name, labels in cells.items() if _matches(labels, pairs)]
+
+
+def differing(sides: Sequence[Sequence[Mapping[str, object]]]) -> dict[str, tuple[str, ...]]:
+    """{field: its values on each side, joined by |} of the fields that have not the same values on all sides.
+
+    sides: of each the fields that its cells read, as a plan has them. What one side alone reads is not among them: it
+    belongs to the entry of a table that reads it, whose name is.
+    """
+    read = set.intersection(*(set(cell) for side in sides for cell in side))
+    shown = {field: tuple(_joined(cell[field] for cell in side) for side in sides) for field in sorted(read)}
+    return {field: values for field, values in shown.items() if len({*values}) > 1}
+
+
+def _joined(values: Iterable) -> str:
+    return " | ".join(sorted({*map(str, values)}))
 
 
 def baselines(cells: Labels, baseline: Pairs) -> dict[str, str]:

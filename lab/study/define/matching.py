@@ -15,6 +15,7 @@ from lab.study.define.cells import MATCH, NAME, Override
 from lab.study.define.plan import nominal_tokens, visible_keys
 
 TOLERANCE = 1e-3  # a residual beyond it is flagged
+PROBED = 256  # multiples among which the smallest is sought that a field does not refuse
 KEYS = ("to", "on", "by", "multiple")
 PAIRS = Option(
     (), "(key, value), ..., as lab.study.define.cells.matched makes them", kind=tuple[tuple[str, object], ...]
@@ -83,21 +84,33 @@ def missed(row: dict) -> bool:
     return abs(row["residual"]) > TOLERANCE
 
 
-def nearest_multiple(quantity: Callable[[int], float], target: float, multiple: int) -> int | None:
+def nearest_multiple(quantity: Callable[[int], float | None], target: float, multiple: int) -> int | None:
     """The positive multiple whose quantity is nearest to the target, by bisection; the smaller of two as near.
 
-    The quantity must not fall as the multiple grows. None if it does not grow at all.
+    The quantity must not fall as the multiple grows; it is None of a value that cannot be, and such are passed over.
+    None if it does not grow at all. Raises LookupError where no multiple has a quantity.
     """
-    quantity = functools.cache(quantity)
-    low, high = 1, 2
-    if quantity(2 * multiple) <= quantity(multiple):
+    known = functools.cache(lambda number: quantity(number * multiple))
+    first_of = lambda numbers: next((n for n in numbers if known(n) is not None), None)  # noqa: E731
+    low = first_of(range(1, PROBED + 1))
+    if low is None:
+        raise LookupError
+    high = first_of(range(low + 1, 2 * low + PROBED))
+    if high is None:
+        return low * multiple
+    if known(high) <= known(low):
         return None
-    while quantity(low * multiple) < quantity(high * multiple) < target:
-        low, high = high, 2 * high
-    while high - low > 1:
+    while known(low) < known(high) < target:
+        beyond = first_of((*range(2 * high, 4 * high + PROBED), *range(2 * high - 1, high, -1)))
+        if beyond is None:
+            return high * multiple
+        low, high = high, beyond
+    while True:
         middle = (low + high) // 2
-        low, high = (middle, high) if quantity(middle * multiple) <= target else (low, middle)
-    return min((low * multiple, high * multiple), key=lambda value: abs(quantity(value) - target))
+        between = first_of((*range(max(middle, low + 1), high), *range(middle - 1, low, -1)))
+        if between is None:
+            return min((low * multiple, high * multiple), key=lambda value: abs(quantity(value) - target))
+        low, high = (between, high) if known(between) <= target else (low, between)
 
 
 class _Solver:
@@ -189,11 +202,23 @@ def _set_nearest(config: ConfigDict, match: Match, name: str, to: str, target: f
     if not target:
         raise UserError(f"{name} is matched on {match.on} to {to}, which has none; match it on something else")
 
-    def quantity(value: int) -> float:
-        set_field(config, match.by, value)
-        return QUANTITIES[match.on](config)
+    refusals = []
 
-    value = nearest_multiple(quantity, target, match.multiple)
+    def quantity(value: int) -> float | None:
+        set_field(config, match.by, value)
+        try:
+            return QUANTITIES[match.on](config)
+        except UserError as refused:  # of a value that nobody has asked for
+            refusals.append(refused)
+            return None
+
+    try:
+        value = nearest_multiple(quantity, target, match.multiple)
+    except LookupError:
+        raise UserError(
+            f"{name} is matched on {match.on} to {to} by {match.by}, and no multiple of {match.multiple} up to "
+            f"{PROBED * match.multiple} is one that it can have: {refusals[0]}"
+        ) from None
     if value is None:
         movers = ", ".join(("model.feedforward.width", "model.dim", "model.layers"))
         raise UserError(f"{name} is matched on {match.on} by {match.by}, which does not raise it; try {movers}")

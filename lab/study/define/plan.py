@@ -16,7 +16,7 @@ from lab.model import abstract, accounting, position, streams
 from lab.model import spec as lab_spec
 from lab.model.mixers import MIXERS
 from lab.options import leaves
-from lab.study.define import contrasts
+from lab.study.define import contrasts, identity
 from lab.study.define.cell import Cell
 from lab.study.results import COLUMNS, published
 from lab.train import optimizer, step
@@ -168,9 +168,16 @@ def describe(cell: Cell) -> dict:
         "executable": executable(config, model),
         "head_dim": config.model.mixer.head_dim,
         **rotary,
+        "fields": fields(config),
         "match": list(cell.matches),
         "length": cell.length,
     }
+
+
+def fields(config) -> dict:
+    """What a cell reads, by its names; model.mixer.rotate says which projections do where a mixer means its own."""
+    found, mixer = identity.fields(config), MIXERS[config.model.mixer.name]
+    return found | ({"model.mixer.rotate": mixer.rotated(config.model) or "none"} if hasattr(mixer, "rotated") else {})
 
 
 def rotary_pairs(model) -> dict[str, int]:

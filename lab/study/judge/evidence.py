@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from lab.storage import write_atomically
-from lab.study.define.contrasts import SIGNS, Contrast, Settings, baselines, select, settings
+from lab.study.define.contrasts import SIGNS, Contrast, Settings, baselines, differing, select, settings
 from lab.study.judge import pairing, statistics
 from lab.study.judge.pairing import Differences, Scores
 from lab.study.judge.residuals import COSTS, Residuals, residuals
@@ -17,9 +17,10 @@ from lab.study.results import Results
 
 COLUMNS = (
     "kind", "name", "against", "n", "difference", "deviation", "t_low", "t_high", "bootstrap_low", "bootstrap_high",
-    "p", "p_holm", "detectable", "verdict", "seeds", "refused", *(cost.column for cost in COSTS.values()),
+    "p", "p_holm", "detectable", "verdict", "seeds", "refused", *(cost.column for cost in COSTS.values()), "differs_in",
 )  # fmt: skip
 UNKNOWN = "cannot tell"
+NO_TEST = {0: "no pair", 1: "one seed"}  # why there is none, by the number of differences
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,12 +34,13 @@ class Comparison:
     estimate: Estimate
     residuals: Residuals  # by how much `name` costs more
     adjusted: float | None = None  # p after Holm's correction over the comparisons of the study
+    differing: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)  # {field: its values by side}
 
     @property
     def verdict(self) -> str:
-        """better | worse | cannot tell, and where too few seeds are the reason, that reason."""
+        """better | worse | cannot tell, and where too few seeds or equal differences are the reason, that reason."""
         if self.adjusted is None:
-            return f"{UNKNOWN} ({'one seed' if self.estimate.n else 'no pair'})"
+            return f"{UNKNOWN} ({NO_TEST.get(self.estimate.n, 'no spread')})"
         if self.adjusted >= LEVEL:
             return UNKNOWN
         return "better" if self.estimate.mean < 0 else "worse"
@@ -52,6 +54,12 @@ class Evidence:
     layer: str
     comparison: Comparison
     sign: int
+
+    @property
+    def told_layer(self) -> str:
+        """The layer, and where it says that one thing differs and more do, how many."""
+        several = self.layer == "single" and len(self.comparison.differing) > 1
+        return f"{self.layer}, **but {len(self.comparison.differing)} fields differ**" if several else self.layer
 
     @property
     def outcome(self) -> str:
@@ -97,7 +105,11 @@ def find(study: Results) -> Findings | None:
 
 def compare(kind: str, name: str, against: str, differences: Differences, costs: Residuals) -> Comparison:
     """A comparison that stands alone, before correction."""
-    return Comparison(kind, name, against, differences, statistics.estimate(list(differences.kept.values())), costs)
+    return Comparison(kind, name, against, differences, _estimate(differences), costs)
+
+
+def _estimate(differences: Differences) -> Estimate:
+    return statistics.estimate(list(differences.kept.values()), differences.resolution)
 
 
 def corrected(comparisons: list[Comparison]) -> list[Comparison]:
@@ -129,13 +141,28 @@ def _row(one: Comparison) -> list:
     tests = known.p, one.adjusted, known.detectable, one.verdict
     seeds = (" ".join(map(str, found)) for found in (one.differences.kept, one.differences.refused))
     costs = ("" if math.isnan(value) else value for value in one.residuals.values())
-    return [one.kind, one.name, one.against, known.n, known.mean, known.deviation, *intervals, *tests, *seeds, *costs]
+    return [
+        one.kind,
+        one.name,
+        one.against,
+        known.n,
+        known.mean,
+        known.deviation,
+        *intervals,
+        *tests,
+        *seeds,
+        *costs,
+        " ".join(one.differing),
+    ]
 
 
 def _compare(kind: str, name: str, against: str, sides, scores: Scores, planned: Mapping[str, dict]) -> Comparison:
     found = [[scores[cell] for cell in side] for side in sides]
     costs = residuals([[planned[cell] for cell in side] for side in sides])
-    return compare(kind, name, against, pairing.differences(found, SIGNS[len(sides)]), costs)
+    made = compare(kind, name, against, pairing.differences(found, SIGNS[len(sides)]), costs)
+    return dataclasses.replace(
+        made, differing=differing([[planned[cell].get("fields", {}) for cell in s] for s in sides])
+    )
 
 
 def _against(contrast: Contrast) -> str:

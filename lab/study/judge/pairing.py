@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 
 from lab.study.evaluations import LOSS
+from lab.study.judge.statistics import resolution
 from lab.study.results import Outcome, Results
 
 ASKED_ON = ("platform", "device_kind", "devices", "implementation", "jax", "jaxlib")  # of an evaluation
@@ -26,10 +27,14 @@ class Score:
 
 @dataclasses.dataclass(frozen=True)
 class Differences:
-    """By seed: the differences (nats per token), and why the others were refused. Unfinished seeds are in neither."""
+    """By seed: the differences (nats per token), and why the others were refused. Unfinished seeds are in neither.
+
+    resolution: the step between float32 losses as large as the largest that was subtracted.
+    """
 
     kept: dict[int, float]
     refused: dict[int, str]
+    resolution: float = 0.0
 
 
 Scores = dict[str, dict[int, Score]]  # {name of a cell: {seed: score}}
@@ -50,7 +55,7 @@ def scores(study: Results, judged: Sequence) -> Scores:
 def differences(sides: Sequence[Sequence[Mapping[int, Score]]], signs: Sequence[int]) -> Differences:
     """The signed sum over sides of the mean over each side's cells, at every seed that all of them have finished."""
     cells = [cell for side in sides for cell in side]
-    kept, refused = {}, {}
+    kept, refused, largest = {}, {}, 0.0
     for seed in sorted(set.intersection(*(set(cell) for cell in cells))):
         reason = next(filter(None, (mismatch(cells[0][seed], cell[seed]) for cell in cells)), "")
         if reason:
@@ -58,7 +63,8 @@ def differences(sides: Sequence[Sequence[Mapping[int, Score]]], signs: Sequence[
         else:
             means = [statistics.fmean(cell[seed].loss for cell in side) for side in sides]
             kept[seed] = sum(sign * mean for sign, mean in zip(signs, means, strict=True))
-    return Differences(kept, refused)
+            largest = max(largest, *(abs(cell[seed].loss) for cell in cells))
+    return Differences(kept, refused, resolution(largest))
 
 
 def mismatch(one: Score, other: Score) -> str:

@@ -30,19 +30,28 @@ class Estimate:
     detectable: float | None = None  # the difference that n seeds of this deviation find with probability POWER
 
 
-def estimate(differences: Sequence[float]) -> Estimate:
-    """Of differences [n], one for each seed, all finite. One difference has a mean and nothing else."""
+def estimate(differences: Sequence[float], resolution: float = 0.0) -> Estimate:
+    """Of differences [n], one for each seed, all finite. One difference has a mean and nothing else.
+
+    resolution: the step between neighbouring losses. What spreads less has no spread that can be measured, and so no
+    interval and no p: such seeds draw nothing that matters, and are no sample.
+    """
     values = np.asarray(differences, float)
     n = len(values)
     if n < 2:
         return Estimate(n, float(values[0]) if n else None)
     mean, deviation = float(values.mean()), float(values.std(ddof=1))
-    if deviation <= 1e-12 * abs(mean):  # all the same: there is nothing to divide by
-        return Estimate(n, mean, 0.0, (mean, mean), (mean, mean), 0.0 if mean else 1.0, 0.0)
+    if deviation <= max(resolution, 1e-12 * abs(mean)):
+        return Estimate(n, mean, deviation)
     test = stats.ttest_1samp(values, 0.0)
     low, high = test.confidence_interval(1 - LEVEL)
     bootstrap, smallest = _bootstrap(values), _detectable(n) * deviation
     return Estimate(n, mean, deviation, (float(low), float(high)), bootstrap, float(test.pvalue), smallest)
+
+
+def resolution(loss: float) -> float:
+    """The step between neighbouring float32 numbers as large as a loss: what is nearer is the same."""
+    return float(np.spacing(np.float32(loss)))
 
 
 def holm(values: Sequence[float | None]) -> list[float | None]:
@@ -89,9 +98,10 @@ def _bootstrap(values: np.ndarray) -> Interval | None:
 
 
 def _student(values: np.ndarray, axis: int) -> np.ndarray:
-    """The t statistic; infinite, on its mean's side, where a resample has no spread."""
-    n = values.shape[axis]
-    return values.mean(axis=axis) * math.sqrt(n) / values.std(axis=axis, ddof=1)
+    """The t statistic; where a resample has no spread, infinite on its mean's side; 0 without either."""
+    n, mean = values.shape[axis], values.mean(axis=axis)
+    mean = np.where(np.abs(mean) <= 1e-12 * np.abs(values).max(), 0.0, mean)  # but for what centring has rounded
+    return np.where(mean == 0, 0.0, mean * math.sqrt(n) / values.std(axis=axis, ddof=1))
 
 
 @functools.cache

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 
 from lab.study.judge.evidence import Comparison, Findings
-from lab.study.judge.statistics import half_widths
+from lab.study.judge.statistics import half_widths, resolution
 from lab.study.numbers import short
 from lab.study.results import Outcome
 
@@ -20,6 +20,7 @@ class Trend:
 
     tokens: np.ndarray  # [bins]
     values: np.ndarray  # [seeds, bins]
+    resolution: float = 0.0  # the step between neighbouring losses
 
     @property
     def mean(self) -> np.ndarray:
@@ -33,7 +34,7 @@ class Trend:
 
 def trend(findings: Findings, comparison: Comparison) -> Trend | None:
     """Of a comparison with a baseline, over the seeds that are paired; None if they have logged nothing in common."""
-    tokens, curves = [], []
+    tokens, curves, largest = [], [], 0.0
     for seed in comparison.differences.kept:
         runs = [findings.scores[name][seed].run for name in (comparison.name, comparison.against)]
         steps = _shared_steps(*runs)
@@ -44,9 +45,10 @@ def trend(findings: Findings, comparison: Comparison) -> Trend | None:
         parts = np.array_split(steps, min(BINS, len(steps)))
         curves.append([np.mean([own[step]["loss"] - other[step]["loss"] for step in part]) for part in parts])
         tokens.append([seen[part[-1]] for part in parts])
+        largest = max(largest, *(abs(lines[step]["loss"]) for lines in (own, other) for step in steps))
     if not curves or len(set(map(len, curves))) > 1:
         return None
-    return Trend(np.mean(tokens, axis=0), np.array(curves))
+    return Trend(np.mean(tokens, axis=0), np.array(curves), resolution(largest))
 
 
 def reading(trend: Trend) -> str:
@@ -55,6 +57,8 @@ def reading(trend: Trend) -> str:
         return "one seed: no band, so nothing can be told"
     bins = trend.values.shape[1]
     ends = trend.values[:, -max(1, round(END * bins)) :].mean(axis=1)
+    if ends.std(ddof=1) <= trend.resolution:
+        return "cannot tell: the seeds do not differ"
     if not abs(ends.mean()) > half_widths(ends):
         return "cannot tell: the interval of the end holds 0"
     side = "lower" if ends.mean() < 0 else "higher"

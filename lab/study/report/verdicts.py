@@ -18,9 +18,16 @@ OF_CONTRAST = ["contrast", "expected", "difference", "95% interval", *COSTS]
 NONE = ["—"] * len(OF_CONTRAST)  # where a row is about several contrasts
 EXPLAINED = (
     "Difference: mean over seeds of the paired differences, in nats per token; below 0 is better. 95% interval: "
-    "Student t; bootstrap: studentised; both of one comparison by itself. p: paired t-test, corrected (Holm) over all "
+    "Student t; bootstrap: studentised; both of one comparison by itself; none where differences over seeds spread by "
+    "less than float32 tells losses apart. p: paired t-test, corrected (Holm) over all "
     "comparisons of the study; below 0.05 there is a verdict, so that an interval without 0 may still tell nothing. "
     "Detectable: the difference that this many seeds of this spread find 4 times in 5, uncorrected."
+)
+
+
+DIFFERS = (
+    "Differs in: fields that both sides read and that have not the same values on them; options of one side's entries "
+    "alone go with the entry's name."
 )
 
 
@@ -48,11 +55,19 @@ def verdicts(study: Results, findings: Findings) -> list[Piece]:
         blocks.append(Table(columns, rows, caption, sortable=True))
     if contrasts := findings.of_kind("contrast"):
         rows = [
-            [one.name, *judged(one), *relative(one.residuals), str(one.estimate.n), *details(one), one.against]
+            [
+                one.name,
+                *judged(one),
+                *relative(one.residuals),
+                str(one.estimate.n),
+                *details(one),
+                differing(one),
+                one.against,
+            ]
             for one in contrasts
         ]
-        columns = ["contrast", *JUDGED, *COSTS, "seeds", *DETAILS, "compares"]
-        blocks.append(Table(columns, rows, f"Contrasts. {BETWEEN}", sortable=True))
+        columns = ["contrast", *JUDGED, *COSTS, "seeds", *DETAILS, "differs in", "compares"]
+        blocks.append(Table(columns, rows, f"Contrasts. {BETWEEN} {DIFFERS}", sortable=True))
     return [*blocks, Text(EXPLAINED), Text(MEANINGS), *_effects(study, findings), *refusals(findings.comparisons)]
 
 
@@ -69,6 +84,12 @@ def details(comparison: Comparison) -> list[str]:
     return [_p(comparison.adjusted), number(known.detectable, 4), interval(known.bootstrap_interval)]
 
 
+def differing(comparison: Comparison) -> str:
+    """The fields in which the sides of a comparison differ, with their values from the last side to the first."""
+    found = comparison.differing.items()
+    return "; ".join(f"{field}: {' / '.join(dict.fromkeys(values[::-1]))}" for field, values in found) or "—"
+
+
 def evidence(findings: Findings) -> list[Piece]:
     """One row for each claim and layer, and for each contrast that bears on it."""
     rows = []
@@ -77,7 +98,7 @@ def evidence(findings: Findings) -> list[Piece]:
         for layer, ones in _grouped(found, lambda one: one.layer).items():
             if len(ones) > 1:
                 rows.append(["", overall(one.outcome for one in ones), layer, *NONE])
-            rows += [["", one.outcome, layer, *_contrast(one)] for one in ones]
+            rows += [["", one.outcome, one.told_layer, *_contrast(one)] for one in ones]
     caption = (
         "A contrast supports a claim if it has the expected sign and a Holm-corrected p below 0.05, and contradicts it "
         "if it has the other sign. A claim is supported where all of its contrasts support it, contradicted where one "

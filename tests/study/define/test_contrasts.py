@@ -94,6 +94,18 @@ def test_what_is_not_there_is_refused_in_one_line(study, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(("sides", "found"), [
+    ([[{"a": 1, "b": 2}], [{"a": 1, "b": 3}]], {"b": ("2", "3")}),
+    ([[{"a": 1}], [{"a": 1}]], {}),
+    ([[{"a": "x", "of x": 3}], [{"a": "y"}]], {"a": ("x", "y")}),  # an option of x goes with its name
+    ([[{"a": 1, "b": 1}, {"a": 1, "b": 2}], [{"a": 2, "b": 2}, {"a": 2, "b": 1}]], {"a": ("1", "2")}),  # crossed
+    ([[{"a": 2, "b": 2}], [{"a": 1, "b": 2}], [{"a": 2, "b": 1}], [{"a": 1, "b": 1}]],
+     {"a": ("2", "1", "2", "1"), "b": ("2", "2", "1", "1")}),
+])  # fmt: skip
+def test_a_contrast_says_in_which_fields_its_sides_differ(sides, found):
+    assert contrasts.differing(sides) == found
+
+
 def test_a_baseline_without_a_cell_names_the_nearest():
     cells = {name: CELLS[name] for name in ("a-2", "b-1", "b-4")}
     with pytest.raises(UserError, match=r"part a, width 1 matches no cell; the nearest is (a-2|b-1)"):

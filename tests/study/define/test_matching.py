@@ -100,6 +100,61 @@ def test_bisection_against_trying_everything(slope, start, target, multiple):
     assert found == tried
 
 
+@given(
+    st.sets(st.integers(1, 60), max_size=12),
+    st.integers(1, 30),
+    st.integers(1, 10**4),
+    st.sampled_from(["these", "multiples", "divisors", "above"]),
+)
+def test_values_that_cannot_be_are_passed_over(some, size, target, kind):
+    """Against trying everything, where few values are valid, or regular ones, or those from one on."""
+    valid = {
+        "these": lambda n: n in some,
+        "multiples": lambda n: n % size == 0,
+        "divisors": lambda n: size % n == 0,
+        "above": lambda n: n >= size,
+    }[kind]
+    there = [n for n in range(1, 2000) if valid(n)]
+    quantity = lambda n: n * n if valid(n) else None  # noqa: E731
+    if not there:
+        with pytest.raises(LookupError):
+            matching.nearest_multiple(quantity, target, 1)
+        return
+    found = matching.nearest_multiple(quantity, target, 1)
+    assert found == min(there, key=lambda n: abs(n * n - target))
+
+
+VALID = [  # (fields of the base, of the matched cell, on, by, multiple, the answer)
+    (dict(), dict(mixer__name="s2", mixer__kv_heads=2, position__dim=8), "cache", "mixer.head_dim", 2, 24),
+    (dict(layers=6), dict(pattern=((), (("mixer.sink", True),))), "cache", "layers", 1, 6),
+    (dict(mixer__kv_heads=2), dict(mixer__kv_heads=2, mixer__qk_norm=True), "parameters", "mixer.heads", 1, 4),
+    (dict(mixer__kv_heads=4), dict(tied=True), "cache", "mixer.kv_heads", 1, 4),
+    (dict(), dict(mixer__name="mla", mixer__latent=16, position__dim=8), "parameters", "mixer.head_dim", 2, 24),
+]
+
+
+@pytest.mark.parametrize(("base", "other", "on", "by", "multiple", "answer"), VALID, ids=lambda x: str(x))
+def test_values_that_a_field_refuses_are_none_of_a_match(base, other, on, by, multiple, answer):
+    named_fields = lambda fields: [(f"model.{name.replace('__', '.')}", value) for name, value in fields.items()]  # noqa: E731
+    cells = chain(
+        named("base", *named_fields(base)),
+        matched(named("other", *named_fields(other)), to="base", on=on, by=f"model.{by}", multiple=multiple),
+    )
+    cell = resolved(cells)[1]
+    assert cell.matches[0]["by"] == f"model.{by}" and cell.matches[0]["value"] == leaves(cell.config.model)[by]
+    assert cell.matches[0]["value"] == answer
+
+
+def test_a_match_that_no_value_can_make_is_named():
+    cells = chain(named("base"), matched(named("odd", ("model.mixer.kv_heads", 3), ("model.mixer.heads", 4)), **GOOD))
+    with pytest.raises(UserError) as told:
+        resolved(cells)
+    assert str(told.value).startswith(
+        "variant=odd is matched on parameters to variant=base by model.feedforward.width, and no multiple of 1 up to "
+        "256 is one that it can have: model.mixer.heads = 4 is not divisible by model.mixer.kv_heads = 3"
+    )
+
+
 def test_a_field_that_stops_growing_ends_the_search():
     assert matching.nearest_multiple(lambda value: min(value, 10), 100, 1) >= 10
     assert matching.nearest_multiple(lambda value: 5, 100, 1) is None

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from studies import write_study
 from lab.study import results
 from lab.study.judge import evidence
 from lab.study.judge.evidence import UNKNOWN, overall
+from lab.study.report import verdicts
 
 PAIR = {"rope_ratio": [0.0, 0.5, 1.0]}
 BASELINE = {"baseline": (("rope_ratio", 0.0),)}
@@ -54,10 +56,16 @@ def test_pairing_finds_what_the_spread_between_seeds_hides(tmp_path):
     assert worse.comparisons[-1].verdict == "worse"
 
 
-@pytest.mark.parametrize("noise", [noisy(), lambda labels, seed: 0.01 * seed], ids=["noise", "identical"])
-def test_null_studies_cannot_tell(tmp_path, noise):
-    findings = found(tmp_path, BASELINE | CONTRASTS, noise=noise)
-    assert {one.verdict for one in findings.comparisons} == {UNKNOWN}
+@pytest.mark.parametrize(("noise", "effect", "verdict"), [
+    (noisy(), 0.0, UNKNOWN),
+    (lambda labels, seed: 0.01 * seed, 0.0, f"{UNKNOWN} (no spread)"),
+    (lambda labels, seed: 0.01 * seed, 0.1, f"{UNKNOWN} (no spread)"),  # the seeds draw nothing of what differs
+], ids=["noise", "identical", "apart by a constant"])  # fmt: skip
+def test_null_studies_cannot_tell(tmp_path, noise, effect, verdict):
+    findings = found(
+        tmp_path, BASELINE | CONTRASTS, lambda labels, count: 2.0 + effect * labels["rope_ratio"], noise=noise
+    )
+    assert {one.verdict for one in findings.comparisons} == {verdict}
     assert {one.outcome for one in findings.evidence} == {UNKNOWN}
 
 
@@ -80,6 +88,24 @@ def test_hypotheses_are_supported_contradicted_or_open(tmp_path):
     assert overall(["supported", "supported"]) == "supported"
     assert overall(["supported", UNKNOWN]) == overall(["supported", "contradicted"]) == UNKNOWN
     assert overall(["contradicted", UNKNOWN]) == "contradicted"
+
+
+def test_a_contrast_called_single_in_which_more_differs_is_flagged(tmp_path):
+    place = write_study(tmp_path, values=PAIR, counts=(1,), seeds=2, loss=lambda labels, count: 2.0, study=CONTRASTS)
+    written = json.loads((place / "plan.json").read_text())
+    for cell in written["cells"]:
+        ratio = cell["labels"]["rope_ratio"]
+        cell["fields"] = {"model.position.ratio": ratio, "model.layers": 2 + int(ratio), "model.dim": 8}
+    (place / "plan.json").write_text(json.dumps(written))
+    findings = evidence.find(results.collect(place))
+    single, several, other = findings.evidence
+    assert single.comparison.differing == {"model.layers": ("3", "2"), "model.position.ratio": ("1.0", "0.0")}
+    assert (
+        single.told_layer == other.told_layer == "single, **but 2 fields differ**" and several.told_layer == "crossed"
+    )
+    assert verdicts.differing(single.comparison) == "model.layers: 2 / 3; model.position.ratio: 0.0 / 1.0"
+    told = "".join(str(piece) for piece in verdicts.evidence(findings))
+    assert "but 2 fields differ" in told
 
 
 def test_comparisons_csv_has_a_row_for_each(tmp_path):

@@ -47,7 +47,14 @@ def test_pairs_of_a_seed_are_subtracted(tmp_path):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("platform", "gpu"), ("devices", 4), ("implementation", "reference"), ("vmapped", True), ("text_hash", "ab" * 32)],
+    [
+        ("platform", "gpu"),
+        ("device_kind", "another card"),
+        ("devices", 4),
+        ("implementation", "reference"),
+        ("vmapped", True),
+        ("text_hash", "ab" * 32),
+    ],
 )
 def test_runs_that_differ_in_more_are_refused_by_field(tmp_path, field, value):
     def change(result):
@@ -56,6 +63,17 @@ def test_runs_that_differ_in_more_are_refused_by_field(tmp_path, field, value):
 
     found = changed(tmp_path, change)
     assert set(found.kept) == {0, 2} and found.refused[1].startswith(field) and str(value) in found.refused[1]
+
+
+@pytest.mark.parametrize("field", ["platform", "device_kind"])
+def test_runs_asked_on_another_device_are_refused(tmp_path, field):
+    write_study(tmp_path, PAIR, loss=loss, counts=(1, 16), seeds=2)
+    study = results.collect(tmp_path)
+    run = next(run for run in study.runs if run.seed == 1)
+    run.asked["loss"]["environment"] = run.asked["loss"].get("environment", {}) | {field: "another"}
+    baseline, other = pairing.scores(study, ()).values()
+    found = pairing.differences([[other], [baseline]], (1, -1))
+    assert set(found.kept) == {0} and found.refused[1].startswith(f"{field} where they were asked: ")
 
 
 def test_a_result_without_a_hash_is_not_taken_on_trust(tmp_path):

@@ -24,7 +24,7 @@ def test_interval_and_p_against_their_formulas(values):
     assert statistics.half_widths(np.array(values)[:, None])[0] == pytest.approx(reach, abs=1e-9)
 
 
-@given(st.lists(st.integers(1, 20), min_size=2, max_size=12), st.integers(-20, 20))
+@given(st.lists(st.integers(1, 20), min_size=2, max_size=12).filter(lambda x: len({*x}) > 1), st.integers(-20, 20))
 def test_estimates_move_and_turn_with_the_differences(values, shift):
     """Losses have no zero of their own; and the better of two is the worse seen from the other side."""
     here, there = statistics.estimate(values), statistics.estimate([shift - value for value in values])
@@ -69,10 +69,31 @@ def test_what_few_seeds_cannot_tell_is_none():
     assert statistics.estimate([0.1, 0.2, 0.4, 0.3]).bootstrap_interval
 
 
-def test_equal_differences_are_never_nan():
-    assert statistics.estimate([0.0] * 5).p == 1.0
-    found = statistics.estimate([0.1] * 5)
-    assert (found.p, found.t_interval) == (0.0, (0.1, 0.1))
+@pytest.mark.parametrize(("values", "resolution"), [
+    ([0.0] * 5, 0.0),
+    ([0.1] * 5, 0.0),  # 0.1 five times has a mean that is not 0.1
+    ([1e9, 1e9], 0.0),
+    ([0.1, 0.1 + 1e-7, 0.1 - 1e-7], 2.4e-7),  # of losses around 3
+])  # fmt: skip
+def test_differences_without_a_spread_that_can_be_measured_tell_nothing(values, resolution):
+    found = statistics.estimate(values, resolution)
+    assert (found.n, found.mean) == (len(values), pytest.approx(np.mean(values)))
+    assert (found.p, found.t_interval, found.bootstrap_interval, found.detectable) == (None,) * 4
+
+
+def test_a_spread_above_the_resolution_is_one():
+    values = [0.1, 0.1 + 1e-6, 0.1 - 1e-6]
+    assert statistics.estimate(values, 2.4e-7) == statistics.estimate(values) and statistics.estimate(values).p < 1e-8
+
+
+def test_a_resample_of_the_mean_alone_counts_as_no_difference():
+    """Five times 0.25 has neither a mean nor a spread: 0 / 0, which is no infinity at either end."""
+    values = [0.1, 0.2, 0.3, 0.4, 0.25]
+    near = [estimate.bootstrap_interval for estimate in map(statistics.estimate, (values, [*values[:4], 0.2503]))]
+    assert near[0] == pytest.approx(near[1], abs=0.01)
+
+
+def test_rare_differences_have_no_bootstrap():
     rare = statistics.estimate([0.0, 0.0, 0.0, 0.0, 1.0])  # most resamples have no spread
     assert rare.bootstrap_interval is None and math.isfinite(rare.p)
 

@@ -37,6 +37,12 @@ def test_readings(mean, words):
     assert reading(curve(mean)) == words
 
 
+def test_seeds_that_do_not_differ_tell_nothing():
+    values = -0.05 + 1e-8 * np.arange(60).reshape(3, 20)
+    assert reading(Trend(np.arange(20.0), values, resolution=2.4e-7)) == "cannot tell: the seeds do not differ"
+    assert reading(Trend(np.arange(20.0), values)) == "lower through training"
+
+
 def test_one_seed_has_no_reading():
     trend = Trend(np.ones(3), np.ones((1, 3)))
     assert trend.half is None and reading(trend).startswith("one seed")

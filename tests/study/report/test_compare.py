@@ -32,7 +32,7 @@ def test_cells_of_one_name_are_paired_across_studies(tmp_path):
     assert len(rows(text, "study")) == 6 and [row[3] for row in rows(text, "study")] == ["0 1 2 3"] * 6
     found = {row[0]: row[1:4] for row in rows(text, "cell | seeds")}
     assert found[f"{b}: rope_ratio=0.0"] == ["4", "**better**", "-0.0995"]
-    assert found[f"{c}: rope_ratio=1.0"][1] == "cannot tell"
+    assert found[f"{c}: rope_ratio=1.0"][1] == "cannot tell (no spread)"
     assert 'class="sortable"' in page
 
 
