@@ -11,6 +11,7 @@ from studies import write_study
 from lab.study import results
 from lab.study.judge import evidence
 from lab.study.judge.evidence import UNKNOWN, overall
+from lab.study.judge.pairing import Differences
 from lab.study.report import verdicts
 
 PAIR = {"rope_ratio": [0.0, 0.5, 1.0]}
@@ -80,6 +81,14 @@ def test_correction_is_over_baseline_and_contrasts_together(tmp_path):
     smallest = min(findings.comparisons, key=lambda one: one.estimate.p)
     assert len(findings.comparisons) == 4
     assert smallest.adjusted == pytest.approx(min(1.0, 4 * smallest.estimate.p))
+
+
+def test_verdicts_are_those_of_the_corrected_tests():
+    differences = Differences({0: -0.01, 1: -0.02, 2: -0.03, 3: -0.001, 4: -0.02}, {})
+    alone = evidence.compare("contrast", "one", "other", differences, {})
+    assert 0.05 / 4 < alone.estimate.p < 0.05
+    assert [one.verdict for one in evidence.corrected([alone])] == ["better"]
+    assert [one.verdict for one in evidence.corrected([alone] * 4)] == [UNKNOWN] * 4
 
 
 def test_hypotheses_are_supported_contradicted_or_open(tmp_path):

@@ -93,6 +93,16 @@ def test_runs_evaluated_otherwise_are_refused(tmp_path):
     assert found.refused[1].startswith("conditions: ")
 
 
+@pytest.mark.parametrize("field", ["platform", "device_kind", "devices", "implementation", "jax", "jaxlib"])
+def test_runs_asked_elsewhere_are_refused_by_field(tmp_path, field):
+    write_study(tmp_path, PAIR, loss=loss, counts=(1,), seeds=2)
+    for cell, value in zip(results.collect(tmp_path).plan["cells"], ("this", "that"), strict=True):
+        (path,) = (tmp_path / cell["directory"] / "seed-1").glob("evaluations/loss-*.json")
+        write(path, json.loads(path.read_text()) | {"environment": {"platform": "cpu", field: value}})
+    found = differences(tmp_path)
+    assert {*found.kept} == {0} and found.refused == {1: f"{field} where they were asked: that and this"}
+
+
 def test_conditions_that_no_run_has_give_no_score(tmp_path):
     write_study(tmp_path, PAIR, loss=loss, counts=(1,), seeds=2)
     assert set(differences(tmp_path, judged=(7,)).refused) == {0, 1}
