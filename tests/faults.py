@@ -178,7 +178,7 @@ ROWS = {
         ("rate of the first member", "rate[i], of.fill", "rate[0], of.fill"),
     ],
     "train/loop.py": [("gradient norms unchecked", " and math.isfinite(record.grad_norm)", "")],
-    "train/canonical.py": [("remat is another program", 'remat="none", ', "")],
+    "train/canonical.py": [("microbatches are another program", ", microbatches=1)", ")")],
     "evaluate/conditions.py": [
         ("conditions asked again", "asks.conditions(asked)[done:]", "asks.conditions(asked)"),
         ("the last batch alone", "sums += jax", "sums = jax"),
