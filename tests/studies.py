@@ -5,6 +5,7 @@ import json
 import zlib
 from pathlib import Path
 
+from lab import storage
 from lab.study import evaluations
 
 ASKED = {"loss": {"parts": {"ask": {"kind": "branches"}, "program": ["1a2b3c"]}, "versions": {"jax": "0.10.2"}}}
@@ -137,8 +138,8 @@ def write_metrics(place, steps, start=5.5, moved=0.0):
 
 
 def write(path: Path, content: dict):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content))
+    """As the lab writes it; content may have been read from such a file."""
+    storage.write_json(path, {name: value for name, value in content.items() if name != storage.SEAL})
 
 
 def _cell(labels, seeds):

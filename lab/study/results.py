@@ -26,7 +26,7 @@ MIXING = ("name", "layer", "of_layer", "weight")
 RUN, SCORES, SIZES = ("cell", "seed"), ("loss", "ppl", "accuracy"), ("tokens", "parameters")
 # What stands in tables of runs besides the labels: a label of such a name would write over it.
 COLUMNS = {*RUN, *SCORES, *SIZES, "phase", *TIMINGS, "step", *MIXING}
-RESULT = {"parameters", "tokens", "timings", "environment", "text_hash"}  # what is read of a result.json
+RESULT = {"parameters", "tokens", "timings", "environment"}  # what is read of a result.json
 # What every report reads of a plan.json, of its cells and of its trials.
 NUMBER = int | float
 PLAN = dict(study=str, question=str, labels=list, condition=str, sections=list, published=str, command=str)

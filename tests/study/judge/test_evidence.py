@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from studies import write_study
+from studies import write, write_study
 
 from lab.study import results
 from lab.study.judge import evidence
@@ -105,7 +105,7 @@ def test_a_contrast_called_single_in_which_more_differs_is_flagged(tmp_path):
     for cell in written["cells"]:
         ratio = cell["labels"]["rope_ratio"]
         cell["fields"] = {"model.position.ratio": ratio, "model.layers": 2 + int(ratio), "model.dim": 8}
-    (place / "plan.json").write_text(json.dumps(written))
+    write(place / "plan.json", written)
     findings = evidence.find(results.collect(place))
     single, several, other = findings.evidence
     assert single.comparison.differing == {"model.layers": ("3", "2"), "model.position.ratio": ("1.0", "0.0")}

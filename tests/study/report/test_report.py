@@ -291,7 +291,7 @@ def test_a_section_reads_the_labels_that_it_is_given(tmp_path):
             text = path.read_text()
             for old, new in names.items():
                 text = text.replace(f'"{old}"', f'"{new}"')
-            path.write_text(text)
+            write(path, json.loads(text))
         made = sections.make(results.collect(directory), None)
         texts.append(page.markdown("", [part for part in made if part.title == "Branches"]))
     for old, new in renamed.items():

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tiny
 
+from lab import storage
 from lab.config import add_ask
 from lab.data import Data, tokenizers
 from lab.errors import UserError
@@ -142,7 +143,7 @@ def test_other_versions_take_a_complete_answer_whatever_its_program(study, monke
     forgotten(monkeypatch, "as a later jax writes it")
     assert study.make(first) == NOTHING
     path = next(study.directory.glob("evaluations/loss-*.json"))
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"complete": False}))
+    storage.write_json(path, storage.read_json(path) | {"complete": False})
     assert study.make(first) == (DONE, 0, 3)
 
 
