@@ -190,7 +190,8 @@ def test_attention_work_and_the_cache_over_devices_of_the_series():
     }
 
 
-@pytest.mark.parametrize("scale", [pytest.param("cpu", marks=pytest.mark.slow), *LARGER])
+@pytest.mark.slow
+@pytest.mark.parametrize("scale", ["cpu", *(pytest.param(each, marks=pytest.mark.whole) for each in ("gpu", "paper"))])
 def test_parts_of_the_attention_study_are_matched_as_they_say(scale):
     rows = planned("attention_ablation", f"{scale}-flops")[2]
     assert all(abs(match["residual"]) < 1e-3 for row in rows for match in row["match"]) and len(rows) == 15

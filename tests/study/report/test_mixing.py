@@ -138,7 +138,7 @@ def test_members_of_a_stack_have_weights_of_their_own(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("vmap", ["none", "seeds"])
+@pytest.mark.parametrize("vmap", ["none", pytest.param("seeds", marks=pytest.mark.whole)])
 def test_runs_leave_the_weights_that_they_end_with(tmp_path, vmap):
     """The same bytes twice; TensorBoard has the map, and the study every seed."""
     corpus = commands.write_corpus(tmp_path / "words.jsonl", texts=400)
