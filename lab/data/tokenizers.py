@@ -219,10 +219,15 @@ def load(directory: Path, eos: str = "") -> Tokenizer:
     path = Path(directory) / FILE
     if not path.is_file():
         raise UserError(f"{directory} holds no {FILE}: not the directory of a cell?")
-    text = path.read_text("utf-8")
-    if text == _BYTES:
+    content = path.read_bytes()
+    if content == _BYTES.encode():
         return Bytes()
-    return Symbols(json.loads(text)["size"]) if text.startswith(_SYMBOLS) else _from_file(path, eos)
+    if not content.startswith(_SYMBOLS.encode()):
+        return _from_file(path, eos)
+    try:
+        return Symbols(int(json.loads(content)["size"]))
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path} is damaged: {error}") from error
 
 
 def _bpe_size(name: str) -> int | None:

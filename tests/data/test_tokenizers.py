@@ -252,6 +252,16 @@ def test_a_damaged_bpe_is_trained_again(config, cache_root, caplog, content):
     assert [str(entry) in record.getMessage() for record in caplog.records] == [True] * (content != b"{}")
 
 
+@pytest.mark.parametrize(
+    "content", [b"", b"\xff", b"{}", b'{"lab": "symbols", "size"', b'{"lab": "symbols", "size": null}']
+)
+def test_a_damaged_tokenizer_of_a_cell_is_one_line(tmp_path, content):
+    (tmp_path / tokenizers.FILE).write_bytes(content)
+    with pytest.raises(UserError, match=r"tokenizer\.json is ") as error:
+        tokenizers.load(tmp_path)
+    assert "\n" not in str(error.value)
+
+
 def test_a_file_that_is_no_tokenizer_is_refused(config, tmp_path):
     path = tmp_path / "tokenizer.json"
     path.write_text("{}")
