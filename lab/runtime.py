@@ -61,7 +61,7 @@ def start(config) -> None:
         rows = math.gcd(config.data.rows // max(config.run.microbatches, 1), config.evaluate.loss.rows)
         jax.config.update("jax_num_cpu_devices", cpu_devices(rows, config.run.mesh, processes))
     jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "xla"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     if address:
         try:
             jax.distributed.initialize(address, processes, process)

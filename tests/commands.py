@@ -33,7 +33,7 @@ def get_config():
     config.data.update(corpus="jsonl", path={corpus!r}, text_length=16, texts_per_row=4, rows=4, draw="1-3")
     config.train.update(steps={steps}, warmup=2)
     config.evaluate.loss.update(branches=(1, 2, 4), texts=16, texts_per_row=4, rows=4)
-    config.run.checkpoint.every = 5
+    config.run.checkpoint.every = 10
     return config
 """
 

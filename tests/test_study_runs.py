@@ -273,7 +273,7 @@ def test_a_run_that_is_not_finite_stops_alone_and_all_share_one_program(place, c
     others = [commands.metrics(path) for name, path in commands.runs(work).items() if "diverges" not in name]
     assert len(others) == 5
     assert {lines[step]["text_hash"] for lines in others} == {told[4]}  # the texts that every other cell read then
-    assert good == max(commands.steps_saved(failed)) and good <= step < good + 5
+    assert good == max(commands.steps_saved(failed)) and good <= step < good + 10
     assert [line["step"] for line in commands.metrics(failed)] == list(range(step))
     for page in ("report.md", "report.html"):
         text = (work / page).read_text()

@@ -113,6 +113,8 @@ class Checkpoints:
 
     def __init__(self, directory: pathlib.Path, keep: int):
         self.directory = pathlib.Path(directory).absolute()
+        # Orbax raises what its threads meet; asyncio would besides tell of every write that failed, at any time later.
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, cleanup_tmp_directories=True)
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
@@ -185,7 +187,6 @@ class Checkpoints:
         except Exception as error:  # Orbax wraps what its threads raise in many kinds
             if not is_disk_full(error):
                 raise
-            logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # it would tell of every write that failed
             raise DiskFull(self.directory) from error
 
 
