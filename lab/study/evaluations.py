@@ -49,8 +49,11 @@ def _whole(found: Mapping | None) -> bool:
     """Whether a file holds an evaluation, every loss of it a number: others were once kept."""
     if found is None or not {*begun("", "", {"parts": {}, "versions": {}})} <= {*found}:
         return False
-    losses = [row["loss"] for row in found["conditions"]]
-    return all(isinstance(loss, int | float) and math.isfinite(loss) for loss in losses)
+    if not isinstance(found["conditions"], list) or not all(isinstance(row, dict) for row in found["conditions"]):
+        return False
+    numbers = [row.get("loss") for row in found["conditions"] if str(found["column"]) in row]
+    finite = [isinstance(number, int | float) and math.isfinite(number) for number in numbers]
+    return len(finite) == len(found["conditions"]) and all(finite)
 
 
 def _same(found: Mapping, wanted: Mapping) -> bool:

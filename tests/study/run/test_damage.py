@@ -178,14 +178,16 @@ def test_a_study_of_damaged_runs_has_a_report(tmp_path):
     assert report.main([str(tmp_path)]) == 0
 
 
-@pytest.mark.parametrize("loss", [math.nan, math.inf, None, "2.0"])
-def test_an_evaluation_without_a_number_is_none(tmp_path, loss):
+@pytest.mark.parametrize("row", [
+    *({"eval_branch": 1, "loss": loss} for loss in (math.nan, math.inf, None, "2.0")), {"loss": 2.0}, [2.0], 2.0
+])  # fmt: skip
+def test_an_evaluation_without_a_number_is_none(tmp_path, row):
     """As earlier versions kept them: it is asked again."""
     about = {"parts": {"ask": 1}, "versions": {}}
     found = evaluations.begun("loss", "eval_branch", about)
     evaluations.save(tmp_path, found | {"complete": True, "conditions": [{"eval_branch": 1, "loss": 2.0}]})
     assert evaluations.find(tmp_path, "loss", about)
-    evaluations.save(tmp_path, found | {"complete": True, "conditions": [{"eval_branch": 1, "loss": loss}]})
+    evaluations.save(tmp_path, found | {"complete": True, "conditions": [row]})
     assert evaluations.find(tmp_path, "loss", about) is None
 
 
