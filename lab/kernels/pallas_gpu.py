@@ -25,6 +25,7 @@ from lab.coordinates import Coordinates
 from lab.kernels import hopper, pallas_triton, tiled
 from lab.kernels.folding import whole
 from lab.kernels.pallas_common import MASKED, frequency_gradients
+from lab.kernels.residuals import kept
 from lab.kernels.rotary import rotate, rotation
 from lab.kernels.rules import Rule, pairs_visible
 from lab.kernels.tiles import BothWays, is_step, pad_to_tiles, plan_both_ways
@@ -291,6 +292,7 @@ def _forward(static: HopperStatic, q_BTHK, k_BSGK, v_BSGV, q_at, k_at, frequenci
         streamed=(_tile(v_BSGV, k), _coordinates(k), *_in_parts(k_BSGK, k, static)),
         results=(o_qV, _numbers(q)),
     )
+    outputs = kept(outputs)
     return outputs, (*inputs, frequencies_3F, tiles, *outputs)
 
 

@@ -46,6 +46,7 @@ from lab.kernels.pallas_common import (
     probabilities,
     score_gradients,
 )
+from lab.kernels.residuals import kept
 from lab.kernels.rules import Rule, pairs_visible
 from lab.kernels.tiles import BothWays, in_line, is_step, pad_to_tiles, plan_both_ways
 
@@ -276,7 +277,7 @@ def _forward(static: Static, in_place: int, q_NCRK, k_MkGK, v_MkGV, q_at, k_at, 
         ),
         vmem=STEP_VMEM if in_place else VMEM,
     )  # fmt: skip
-    outputs = o_NGcRV.reshape(N, C, R, V), lse_NGc1R.reshape(N, C, R)
+    outputs = kept((o_NGcRV.reshape(N, C, R, V), lse_NGc1R.reshape(N, C, R)))
     return outputs, (q_NCRK, keys, values, q_at, k_at, frequencies_3F, tiles, *outputs)
 
 

@@ -23,6 +23,7 @@ from jax.experimental import pallas as pl
 from lab.coordinates import Coordinates
 from lab.kernels.folding import fold_queries, key_tiles, unfold_queries, whole
 from lab.kernels.pallas_common import MASKED, Static, capped, dot, fields, of_rows, probabilities, score_gradients
+from lab.kernels.residuals import kept
 from lab.kernels.rules import Rule, pairs_visible
 from lab.kernels.tiles import BothWays, Tiles, cut, is_step, pad_to_tiles, plan_both_ways
 
@@ -249,6 +250,7 @@ def _forward(static: Static, block: BlockSize, q_NCRK, k_MkGK, v_MkGV, q_at, k_a
             (jax.ShapeDtypeStruct((N, C, R), jnp.float32), OF_QUERIES),
         ),
     )
+    outputs = kept(outputs)
     return outputs, (q_NCRK, k_MkGK, v_MkGV, q_at, k_at, tiles, *outputs)
 
 

@@ -19,6 +19,7 @@ from lab.coordinates import Coordinates
 from lab.kernels import bias as biases
 from lab.kernels.bias import Bias
 from lab.kernels.folding import fold_queries, key_tiles, unfold_queries
+from lab.kernels.residuals import kept
 from lab.kernels.rules import Rule, visible
 from lab.kernels.tiles import Tiles, is_step, make_tiles, pad_to_tiles
 
@@ -151,7 +152,7 @@ def _forward(static, q_NGRK, k_MkGK, v_MkGV, q_coordinates, k_coordinates, lists
     q_NGRK = (q_NGRK * static.scale).astype(q_NGRK.dtype)
     keys, values = (x if static.step else x.swapaxes(1, 2) for x in (k_MkGK, v_MkGV))
     inputs = q_NGRK, keys, values, q_coordinates, k_coordinates, lists
-    outputs = _foldable(_forward_loop, static)(*inputs, *_given(bias_P))
+    outputs = kept(_foldable(_forward_loop, static)(*inputs, *_given(bias_P)))
     return outputs, (*inputs, bias_P, *outputs)
 
 

@@ -5,11 +5,14 @@ from typing import NamedTuple
 import jax
 
 from lab import kernels
+from lab.kernels import residuals
 from lab.options import Option
 
 REMAT = {
     "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, residuals.policy
+    ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 OPTIONS = {
@@ -37,5 +40,6 @@ class Execution(NamedTuple):
 
 
 def rematerialised(function, policy: str):
-    """`function`, keeping for the backward pass everything (none), matrix products (dots), or its inputs (full)."""
+    """`function`, keeping for the backward pass everything (none), matrix products and what attention
+    made (dots), or its inputs (full)."""
     return function if policy == "none" else jax.checkpoint(function, policy=REMAT[policy])

@@ -11,7 +11,7 @@ import variants
 
 from lab import model as lab_model
 from lab.data import Batch
-from lab.kernels import rules
+from lab.kernels import residuals, rules
 from lab.model.spec import layer_specs
 
 TOLERANCE = 1e-4  # float32 in another order; hyper-connections amplify it to half of this
@@ -79,6 +79,21 @@ def test_rematerialisation_keeps_less(policy):
         return sum(x.size for x in jax.tree.leaves(pull))
 
     assert kept(policy) < 0.8 * kept("none")
+
+
+@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("implementation", [name for name in variants.IMPLEMENTATIONS if name != "reference"])
+def test_attention_is_made_once_where_its_outputs_are_kept(implementation, scan):
+    """Counted in the gradient of a layer: what attention makes bears its name."""
+
+    def made(policy: str) -> int:
+        run = dict(run__implementation=implementation, run__remat=policy, run__scan=scan)
+        config = variants.config("default", model__layers=1, **run)
+        model, batch = lab_model.abstract(config.model, config.run), tiny.batch(rows=1, length=32)
+        loss = lambda model: model(batch.tokens, batch.coordinates).sum()  # noqa: E731
+        return str(jax.make_jaxpr(jax.grad(loss, allow_int=True))(model)).count(f"name[name={residuals.NAME}]")
+
+    assert made("none") == made("dots") == 2 < made("full")
 
 
 @pytest.mark.matrix("variant")
