@@ -46,6 +46,7 @@ IMPLEMENTATIONS = {
     "pallas_tpu": Implementation("tpu", interpretable=True, rotates=True),
     "pallas_gpu": Implementation("gpu", rotates=True),
     "pallas_triton": Implementation("gpu", interpretable=True),
+    "cudnn": Implementation("gpu"),
 }
 
 
