@@ -279,6 +279,7 @@ def gpu(config) -> Sizes:
     config.model.feedforward.width = 2728
     config.run.scan = True
     config.data.update(dict(tokenizer="bpe:6400", text_length=1024, rows=16))
+    config.evaluate.loss.texts = 0
     config.train.update(dict(steps=1000, learning_rate=2e-3, final_learning_rate=2e-4, warmup=100))
     config.run.checkpoint.every = 500
     config.study.seeds = 3

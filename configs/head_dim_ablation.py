@@ -58,7 +58,7 @@ def gpu(config) -> None:
     config.study.cells = cells(512, (8, 16, 32))
     config.data.update(dict(tokenizer="bpe:6400", text_length=256, texts_per_row=16, rows=4))
     config.train.update(dict(steps=1000, learning_rate=1e-3, final_learning_rate=1e-4, warmup=50))
-    config.evaluate.loss.update(dict(texts=768, texts_per_row=192, rows=4))
+    config.evaluate.loss.update(dict(texts=0, texts_per_row=192, rows=1))
     config.run.checkpoint.every = 500
 
 
@@ -73,7 +73,7 @@ def paper(config) -> None:
     config.train.update(dict(steps=16_000, learning_rate=5.5e-4, final_learning_rate=5e-5, warmup=0))
     config.train.decay = "all"
     config.train.adamw.b2 = 0.999
-    config.evaluate.loss.texts = 192 * 1040
+    config.evaluate.loss.update(dict(texts=192 * 1040, rows=4))
     config.run.checkpoint.every = 1000
 
 

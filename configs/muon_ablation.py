@@ -102,7 +102,7 @@ def gpu(config) -> None:
     config.data.update(dict(tokenizer="bpe:6400", text_length=512, rows=32))
     config.train.update(dict(steps=1000, warmup=50))
     set_decay(config, 0.1)
-    config.evaluate.loss.update(dict(texts=1024, rows=32))
+    config.evaluate.loss.update(dict(texts=0, rows=32))
     config.run.checkpoint.every = 500
 
 

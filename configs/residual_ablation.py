@@ -271,7 +271,7 @@ def gpu(config, part: Part) -> None:
     published_model(config)
     config.data.update(dict(text_length=1024, rows=8))
     config.train.update(dict(steps=2000, learning_rate=1e-3, final_learning_rate=1e-4, warmup=100))
-    config.evaluate.loss.rows = 8
+    config.evaluate.loss.update(dict(texts=0, rows=8))
     config.run.checkpoint.every = 500
     config.study.seeds = 5 if part is CONFIRM else 3
     set_part(config, part)

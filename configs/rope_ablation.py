@@ -44,7 +44,7 @@ def gpu(config) -> None:
     config.study.cells = product(vary("model.position.ratio", RATIOS), vary("data.draw", draws))
     config.data.update(dict(tokenizer="bpe:6400", text_length=256, texts_per_row=16, rows=4))
     config.train.update(dict(steps=1000, learning_rate=1e-3, final_learning_rate=1e-4, warmup=50))
-    config.evaluate.loss.update(dict(branches=(1, 2, 4, 8, 16, 24, 32), texts=768, texts_per_row=96, rows=4))
+    config.evaluate.loss.update(dict(branches=(1, 2, 4, 8, 16, 24, 32), texts=0, texts_per_row=96, rows=1))
     config.run.checkpoint.every = 500
 
 

@@ -43,9 +43,11 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
     flags, config, overridden = command.parse(parser, argv)
 
+    from lab.data.dataset import unnamed
     from lab.study.open import open
 
-    rows = open(config, overridden).rows
+    study = open(config, overridden)
+    rows = study.rows
     if flags.json:
         print(json.dumps({"study": config.study.name, "question": config.study.question, "cells": rows}, indent=1))
         return
@@ -64,6 +66,8 @@ def main(argv: list[str]) -> None:
     for line in _matches(rows):
         console.print(line)
     console.print(f"{programs} training program{'s' * (programs > 1)} to compile")
+    for line in dict.fromkeys(filter(None, (unnamed(cell.config) for cell in study.cells))):
+        console.print(line)
 
 
 def over_devices(rows: list[dict]) -> Table:

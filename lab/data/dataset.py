@@ -34,12 +34,9 @@ def open(config: ConfigDict) -> Data:
     config.model.vocabulary.
     """
     check_training(config)
-    data, validation_texts = config.data, max(ask.texts for ask in config.evaluate.values())
-    if data.texts and "path" in corpora.CORPORA[data.corpus].options and not data.path:
-        raise UserError(
-            f"data.path is empty: this config reads {data.texts} training and {validation_texts} validation texts "
-            f"from corpus {data.corpus}; name its files there (--config.data.path=...), or set data.texts lower"
-        )
+    data = config.data
+    if missing := unnamed(config):
+        raise UserError(missing)
     corpus = corpora.open(data)
     tokenizer = tokenizers.open(data, corpus)
     if tokenizer.size > config.model.vocabulary:
@@ -48,7 +45,7 @@ def open(config: ConfigDict) -> Data:
             f"{config.model.vocabulary}; raise it to at least {tokenizer.size}"
         )
     # A capped stream stops early; its validation texts are then as many as evaluation reads, whatever the cap.
-    most = (data.texts, validation_texts) if corpus.streamed and data.texts else (None, None)
+    most = (data.texts, _of_a_stream(config)) if corpus.streamed and data.texts else (None, None)
     entry = texts.prepare(corpus, tokenizer, data.text_length, data.long_texts, most, data.lossy)
     meta = texts.read_meta(entry)
     if tokenizer.eos is None:
@@ -64,6 +61,30 @@ def open(config: ConfigDict) -> Data:
         for split, kept in (("train", train), ("validation", validation))
     )
     return Data(train, validation, tokenizer, trained, held_out)
+
+
+def unnamed(config: ConfigDict) -> str | None:
+    """What a config that names no files wants to read; None where it names them, or needs none."""
+    data = config.data
+    kind = corpora.CORPORA.get(data.corpus)  # None: a probe
+    if kind is None or "path" not in kind.options or data.path or not data.texts:
+        return None
+    held_out = max(ask.texts for ask in config.evaluate.values()) or "any number of"
+    return (
+        f"data.path is empty: this config reads {data.texts} training and {held_out} validation texts from corpus "
+        f"{data.corpus}; name its files there (--config.data.path=...), or set data.texts lower"
+    )
+
+
+def _of_a_stream(config: ConfigDict) -> int:
+    """Validation texts to read from a corpus that has no end."""
+    for name, ask in config.evaluate.items():
+        if not ask.texts:
+            raise UserError(
+                f"evaluate.{name}.texts = 0 asks of all validation texts, and data.corpus = {config.data.corpus!r} is "
+                "read no further than asked; name a number"
+            )
+    return max(ask.texts for ask in config.evaluate.values())
 
 
 @functools.cache
@@ -92,5 +113,10 @@ def _check_enough(config: ConfigDict, searched: str, meta: dict) -> None:
         if found["validation"] < ask.texts:
             raise UserError(
                 f"the corpus {searched} gives {found['validation']} validation texts, fewer than "
-                f"evaluate.{name}.texts = {ask.texts}"
+                f"evaluate.{name}.texts = {ask.texts}; bring more text, or set it to 0 (all there are)"
+            )
+        if not ask.texts and found["validation"] < ask.texts_per_row * ask.rows:
+            raise UserError(
+                f"the corpus {searched} gives {found['validation']} validation texts, fewer than one call of "
+                f"evaluate.{name}.texts_per_row x rows = {ask.texts_per_row} x {ask.rows}"
             )

@@ -34,6 +34,7 @@ def check(config: ConfigDict) -> None:
 
 def check_difficulties(config: ConfigDict, ask: ConfigDict, field: str) -> None:
     """The same of an ask by difficulty, called `field`."""
+    at_least(f"{field}.texts", ask.texts, 1)
     if ask.texts % ask.rows:
         upper = -(-ask.texts // ask.rows) * ask.rows
         raise UserError(

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from ml_collections import ConfigDict
@@ -34,7 +34,7 @@ class AskKind(NamedTuple):
 
 
 SIZES = {
-    "texts": Option(512, "validation texts, or rows of a probe", least=1),
+    "texts": Option(512, "rows of a probe, or validation texts; 0: all there are, as far as they fill calls", least=0),
     "rows": Option(16, "of one call, over all devices and hosts", least=1),
 }
 BRANCHES = SIZES | {
@@ -43,7 +43,9 @@ BRANCHES = SIZES | {
         1, "a multiple of every number of branches, so that it fills its groups", least=1, most=LONGEST_ROW
     ),
 }
-DIFFICULTIES = SIZES | {"difficulties": Option((2, 4, 8), "of the rows of a probe", kind=tuple[int, ...], least=1)}
+DIFFICULTIES = SIZES | {
+    "difficulties": Option((2, 4, 8), "of the rows of a probe", kind=tuple[int, ...], least=1),
+}
 ASKS = {
     "branches": AskKind(
         "eval_branch",
@@ -140,6 +142,19 @@ def _weights(config: ConfigDict):
     """What a checkpoint holds of a model: shapes by name."""
     trainable = parameter.split(abstract(config.model, config.run))[1]
     return parameter.shapes(trainable)
+
+
+def filled(config: ConfigDict, texts: Sequence | None) -> ConfigDict:
+    """The config in which asks of all validation texts (texts = 0) name how many of these they read: as many as fill
+    whole calls, and so every condition."""
+    every = [name for name, asked in config.evaluate.items() if not asked.texts]
+    if not every:
+        return config
+    changed = config.copy_and_resolve_references()
+    for name in every:
+        call = config.evaluate[name].texts_per_row * config.evaluate[name].rows
+        changed.evaluate[name].texts = len(texts) // call * call
+    return changed
 
 
 def resolved(asked: ConfigDict) -> dict:

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, models
 import lab.data
 from lab.data import dataset, texts
 from lab.errors import UserError
+from lab.evaluate import asks
 
 
 @pytest.fixture(autouse=True)
@@ -166,6 +167,38 @@ def test_a_corpus_that_is_too_small_is_refused(config, tmp_path, lines, message)
     path.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
     config.data.update(corpus="jsonl", path=str(path))
     with pytest.raises(UserError, match=message):
+        lab.data.open(config)
+
+
+def test_all_validation_texts_are_asked_as_far_as_they_fill_calls(stories):
+    stories.evaluate.loss.texts = 0
+    count = len(lab.data.open(stories).validation)
+    call = stories.evaluate.loss.texts_per_row * stories.evaluate.loss.rows
+    filled = asks.filled(stories, range(count)).evaluate.loss.texts
+    assert 0 < filled <= count < filled + call and filled % call == 0
+    assert stories.evaluate.loss.texts == 0 and asks.filled(stories, range(call)).evaluate.loss.texts == call
+
+
+def test_fewer_validation_texts_than_a_call_are_refused(stories):
+    stories.evaluate.loss.update(texts=0, rows=64)
+    with pytest.raises(UserError, match=r"fewer than one call of evaluate.loss.texts_per_row x rows = 6 x 64"):
+        lab.data.open(stories)
+
+
+def test_all_texts_of_a_capped_stream_are_refused(config):
+    config.data.update(corpus="huggingface", path="org/stories", texts=100)
+    config.evaluate.loss.texts = 0
+    with pytest.raises(UserError, match=r"evaluate.loss.texts = 0 asks of all validation texts, and .*name a number"):
+        lab.data.open(config)
+
+
+@pytest.mark.parametrize("texts", [0, 24])
+def test_files_that_a_config_does_not_name_are_told_by_size(config, texts):
+    config.data.update(corpus="jsonl", texts=100)
+    config.evaluate.loss.texts = texts
+    said = f"reads 100 training and {texts or 'any number of'} validation texts from corpus jsonl; name its files"
+    assert said in dataset.unnamed(config)
+    with pytest.raises(UserError, match=said):
         lab.data.open(config)
 
 

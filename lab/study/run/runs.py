@@ -58,7 +58,7 @@ def _open_data(cells: list[Cell]) -> list[lab_data.Data]:
     """The data of each cell; cells that read the same share it."""
     opened: dict[tuple, lab_data.Data] = {}
     keys = [
-        (*(c.config.data[f] for f in CORPUS_FIELDS), c.config.model.vocabulary, _asked_texts(c.config)) for c in cells
+        (*(c.config.data[f] for f in CORPUS_FIELDS), c.config.model.vocabulary, _sizes_of_asks(c.config)) for c in cells
     ]
     for key, cell in zip(keys, cells, strict=True):
         if key not in opened:
@@ -66,8 +66,8 @@ def _open_data(cells: list[Cell]) -> list[lab_data.Data]:
     return [opened[key] for key in keys]
 
 
-def _asked_texts(config: ConfigDict) -> int:
-    return max(ask.texts for ask in config.evaluate.values())
+def _sizes_of_asks(config: ConfigDict) -> tuple:
+    return tuple((ask.texts, ask.texts_per_row, ask.rows) for ask in config.evaluate.values())
 
 
 def runs_of(cells: list[Cell], seeds: Sequence[int], workdir: pathlib.Path, remake: bool = False) -> list[Run]:
@@ -75,11 +75,14 @@ def runs_of(cells: list[Cell], seeds: Sequence[int], workdir: pathlib.Path, rema
 
     remake: cells that were made under other versions of the libraries are made again.
     """
+    opened = _open_data(cells)
+    filled = [asks.filled(cell.config, data.validation) for cell, data in zip(cells, opened, strict=True)]
+    cells = [dataclasses.replace(cell, config=config) for cell, config in zip(cells, filled, strict=True)]
     by_name = {cell.name: cell for cell in cells}
     pairs = contrasts.settings(cells[0].config.study).baseline if cells else ()
     against = contrasts.baselines({name: cell.labels for name, cell in by_name.items()}, pairs)
     there, runs, taken = identity.records(workdir), [], {}
-    for cell, data in zip(cells, _open_data(cells), strict=True):
+    for cell, data in zip(cells, opened, strict=True):
         made = identity.record(cell.config, data)
         found = identity.find(made, there, remake)
         directory = found[0] if found else f"cells/{_file_name(cell.name)}-{identity.name_of(made)}"
