@@ -16,6 +16,7 @@ import functools  # noqa: E402
 import logging  # noqa: E402
 import pathlib  # noqa: E402
 import shlex  # noqa: E402
+import sys  # noqa: E402
 import time  # noqa: E402
 from collections.abc import Callable  # noqa: E402
 
@@ -89,7 +90,9 @@ def main(argv: list[str]) -> int:
 
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax tells every save, and twice what it raises
     counts = runtime.CompileCounts()
-    study = open(config, overridden, flags.workdir, flags.remake)
+    say = functools.partial(print, file=sys.stderr, flush=True)
+    study = open(config, overridden, flags.workdir, flags.remake).decide_attention(say)  # before a device is held
+    config = study.config
     names = {cell.name for cell in study.cells[resolve.share(flags.cells)]}
     workdir, line = study.workdir, shlex.join(["python", "-m", "lab.main", *argv])
     first = jax.process_index() == 0

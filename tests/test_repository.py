@@ -17,7 +17,8 @@ REPOSITORY = commands.REPOSITORY
 SOURCES = sorted((REPOSITORY / "lab").rglob("*.py"))
 LONGEST = 400
 
-# What a room of lab/ may import of it, beside itself. The commands at the top may import all.
+# What a room of lab/ may import of it, beside itself. The commands at the top, and those in a room, may import all.
+COMMANDS = ("lab/kernels/trial.py",)
 BELOW = {
     "coordinates": set(),
     "errors": set(),
@@ -97,7 +98,7 @@ def room(path: pathlib.Path) -> str:
 
 @pytest.mark.parametrize("name", BELOW)
 def test_imports_run_one_way(name):
-    files = [path for path in SOURCES if room(path) == name]
+    files = [path for path in SOURCES if room(path) == name and path.relative_to(REPOSITORY).as_posix() not in COMMANDS]
     assert files
     for path in files:
         rooms = {module.split(".")[1] for module in imported(path) if module.startswith("lab.")}

@@ -42,7 +42,7 @@ def lowered(config) -> str:
         state = jax.eval_shape(lambda: canonical._initial_state(config, jax.random.key(0)))
         traced = [compiled._train.trace(state, numbers, canonical.abstract_batch(config), program=program)]
         for asked in config.evaluate.values():
-            batch = canonical._batch_of(asked.rows, asked.texts_per_row * config.data.text_length)
+            batch = canonical.batch_of(asked.rows, asked.texts_per_row * config.data.text_length)
             traced.append(jax.jit(step.evaluation_step).trace(state.model, batch))
         return "".join(each.lower(lowering_platforms=("cuda",)).as_text() for each in traced)
 

@@ -9,11 +9,12 @@ import contextlib
 import functools
 import importlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from lab.coordinates import Coordinates
@@ -27,7 +28,8 @@ from lab.kernels.rules import Rule
 from lab.kernels.tiles import is_step
 
 __all__ = [
-    "IMPLEMENTATIONS", "Bias", "arrange", "attend", "interpreted", "plan_tiles", "resolve", "rotates", "rules",
+    "IMPLEMENTATIONS", "Bias", "arrange", "attend", "interpreted", "plan_tiles", "recorded", "resolve", "rotates",
+    "rules",
 ]  # fmt: skip
 
 
@@ -55,10 +57,11 @@ IMPLEMENTATIONS = {
 AUTO = {"tpu": ("pallas_tpu", 2**17)}
 
 _interpreting = False
+_calls: list[dict] | None = None  # of `attend`, while they are recorded
 
 
 @contextlib.contextmanager
-def interpreted():
+def interpreted() -> Iterator[None]:
     """Within it, kernels of other platforms may be named: they run as plain JAX, slowly. For tests."""
     global _interpreting
     before, _interpreting = _interpreting, True
@@ -66,6 +69,20 @@ def interpreted():
         yield
     finally:
         _interpreting = before
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[dict]]:
+    """Within it `attend` computes nothing and notes how it was called, in the list that this gives: for tracing.
+
+    of_lse: whether the gradient of the log normaliser is asked for, once gradients are traced.
+    """
+    global _calls
+    before, _calls = _calls, []
+    try:
+        yield _calls
+    finally:
+        _calls = before
 
 
 def resolve(implementation: str | None, keys: int = 1, biased: bool = False) -> str:
@@ -87,6 +104,8 @@ def resolve(implementation: str | None, keys: int = 1, biased: bool = False) -> 
 
 def rotates(implementation: str | None, keys: int) -> bool:
     """Whether queries are rotated as they are read, given `frequencies_3F`, rather than before."""
+    if _calls is not None:
+        return True  # so that a call shows it
     return IMPLEMENTATIONS[resolve(implementation, keys)].rotates
 
 
@@ -102,9 +121,9 @@ def _module(name: str) -> ModuleType:
 
 def _obstacle(name: str) -> str | None:
     """What keeps an implementation from running here, if anything does."""
-    row, platform = IMPLEMENTATIONS[name], jax.default_backend()
-    if row.platform not in (None, platform):
-        return f"needs a {row.platform.upper()}, and this is a {platform.upper()}"
+    wanted = IMPLEMENTATIONS[name].platform
+    if wanted is not None and wanted != (platform := jax.default_backend()):
+        return f"needs a {wanted.upper()}, and this is a {platform.upper()}"
     return getattr(_module(name), "OBSTACLE", None)
 
 
@@ -189,6 +208,10 @@ def attend(
     (B, T, H, K), (_, S, G, V) = q_BTHK.shape, v_BSGV.shape
     if H % G:
         raise UserError(f"{H} query heads cannot share {G} key heads; choose a divisor of {H}")
+    scale = K**-0.5 if scale is None else scale
+    if _calls is not None:
+        outputs = _noted(q_BTHK, k_BSGK, v_BSGV, rule, scale, softcap, frequencies_3F, bias)
+        return outputs if return_lse else outputs[0]
     implementation = resolve(implementation, S, bias is not None)
     row, module = IMPLEMENTATIONS[implementation], _module(implementation)
     if hasattr(module, "refusal") and (why := module.refusal(K, V, q_BTHK.dtype)):
@@ -203,7 +226,6 @@ def attend(
         q_BTHK = rotate(q_BTHK, rotation(q_coordinates, frequencies_3F))
     if row.interpretable:
         options["interpret"] = row.platform != jax.default_backend()
-    scale = K**-0.5 if scale is None else scale
     arguments = q_BTHK, k_BSGK, v_BSGV, q_coordinates, k_coordinates, rule, scale, softcap
     parts = split.parts(B * H, T, S) if row.platform == "gpu" and is_step(T, S) else 1
     if parts > 1:
@@ -212,3 +234,28 @@ def attend(
     else:
         o_BTHV, lse_BTH = module.attend(*arguments, **options)
     return (o_BTHV, lse_BTH) if return_lse else o_BTHV
+
+
+def _noted(q_BTHK, k_BSGK, v_BSGV, rule: Rule, scale, softcap, frequencies_3F, bias):
+    """Notes a call that is recorded; outputs of the right shapes, which depend on the inputs."""
+    call = {
+        "q": q_BTHK.shape, "k": k_BSGK.shape, "v": v_BSGV.shape, "dtype": str(q_BTHK.dtype), "rule": rule,
+        "scale": float(scale), "softcap": float(softcap or 0.0), "biased": bias is not None, "of_lse": False,
+        "frequencies": 0 if frequencies_3F is None else frequencies_3F.shape[1],
+    }  # fmt: skip
+    _calls.append(call)
+
+    @jax.custom_vjp
+    def watched(x):
+        return x
+
+    def backward(_, cotangent):
+        if isinstance(cotangent, jax.custom_derivatives.SymbolicZero):
+            return (jnp.zeros(cotangent.shape, cotangent.dtype),)
+        call["of_lse"] = True
+        return (cotangent,)
+
+    watched.defvjp(lambda x: (x.value, None), backward, symbolic_zeros=True)
+    seen_BTH = q_BTHK.sum(-1) + (k_BSGK.sum() + v_BSGV.sum()).astype(q_BTHK.dtype)
+    o_BTHV = jnp.broadcast_to(seen_BTH[..., None], (*seen_BTH.shape, v_BSGV.shape[3]))
+    return o_BTHV, watched(seen_BTH.astype(jnp.float32))

@@ -31,11 +31,10 @@ class Execution(NamedTuple):
 
     @classmethod
     def of(cls, run=None) -> "Execution":
-        """That of config.run; None: the defaults. Raises UserError for an implementation that cannot run here."""
+        """That of config.run; None: the defaults. Raises UserError for unknown names. Asks for no device."""
         chosen = cls(*(OPTIONS[name].default if run is None else run[name] for name in cls._fields))
         for name, value in chosen._asdict().items():
             OPTIONS[name].check(f"run.{name}", value)
-        kernels.resolve(chosen.implementation)
         return chosen
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import itertools
 import pathlib
+from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
@@ -14,7 +15,7 @@ from lab.study.define import plan, tuning
 from lab.study.define.cell import Cell
 from lab.study.define.resolve import resolve
 from lab.study.report import sections
-from lab.study.run import hosts, places, runs, trials
+from lab.study.run import attention, hosts, places, runs, trials
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +27,21 @@ class Study:
     rows: list[dict]
     workdir: pathlib.Path
     remake: bool = False  # runs that were made under other versions of the libraries
+    attention: dict | None = None  # what trials found, once `decide_attention` has
+
+    def decide_attention(self, say: Callable[[str], None]) -> "Study":
+        """The study with an implementation in the place of "auto", if this host has GPUs (lab.study.run.attention)."""
+        found = attention.decide(self.config, self.cells, self.workdir, say)
+        if found is None:
+            return self
+
+        def named(config: ConfigDict) -> ConfigDict:
+            changed = config.copy_and_resolve_references()
+            changed.run.implementation = found["name"]
+            return changed
+
+        cells = [dataclasses.replace(cell, config=named(cell.config)) for cell in self.cells]
+        return dataclasses.replace(self, config=named(self.config), cells=cells, attention=found)
 
     @functools.cached_property
     def trials(self) -> list[trials.Trial]:
@@ -51,7 +67,7 @@ class Study:
             if held is not None:
                 places.check(self.workdir, self.config)
                 held.enter_context(places.held(self.workdir, self.config))
-            runs.write_plan(self.workdir, self.config, rows, every, tried, command)
+            runs.write_plan(self.workdir, self.config, rows, every, tried, command, self.attention)
 
         hosts.first(write)
         return every

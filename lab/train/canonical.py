@@ -42,7 +42,7 @@ def train_step(config: ConfigDict) -> str:
 def evaluation_step(config: ConfigDict, rows: int, length: int) -> str:
     """Of the evaluation step on a batch of that many rows of `length` tokens. Weights and tables are inputs."""
     config = canonical(config)
-    inputs = lab_model.abstract(config.model, config.run), _batch_of(rows, length)
+    inputs = lab_model.abstract(config.model, config.run), batch_of(rows, length)
     leaves, structure = jax.tree.flatten(inputs)
     key = structure, tuple((x.shape, str(x.dtype)) for x in leaves)
     if key not in _digests:
@@ -77,10 +77,10 @@ def canonical(config: ConfigDict) -> ConfigDict:
 
 def abstract_batch(config: ConfigDict) -> Batch:
     """A training batch of all hosts, by shape only."""
-    return _batch_of(config.data.rows, config.data.texts_per_row * config.data.text_length)
+    return batch_of(config.data.rows, config.data.texts_per_row * config.data.text_length)
 
 
-def _batch_of(rows: int, length: int) -> Batch:
+def batch_of(rows: int, length: int) -> Batch:
     numbers = jax.ShapeDtypeStruct((rows, length), np.int32)
     return Batch(numbers, numbers, Coordinates(*[numbers] * 4))
 

@@ -14,6 +14,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from lab import data as lab_data
+from lab import kernels
 from lab.errors import UserError
 from lab.evaluate import asks
 from lab.model import mesh as lab_mesh
@@ -114,7 +115,13 @@ def units_of(runs: list[Run], vmap: str) -> list[Unit]:
 
 
 def write_plan(
-    workdir: pathlib.Path, config: ConfigDict, rows: list[dict], runs: list[Run], tuning: list[dict], command: str
+    workdir: pathlib.Path,
+    config: ConfigDict,
+    rows: list[dict],
+    runs: list[Run],
+    tuning: list[dict],
+    command: str,
+    attention: dict | None = None,
 ) -> None:
     """plan.json: what the study is, for the report and for whoever finds the directory. Refuses another study's."""
     path, looks = workdir / "plan.json", places.check(workdir, config).get("looks") or []
@@ -144,6 +151,7 @@ def write_plan(
         "command": command,
         "config": json.loads(config.to_json_best_effort()),
         "tuning": tuning,
+        "attention": attention,
         "looks": looks,
         "cells": cells,
     }
@@ -188,8 +196,9 @@ def made_elsewhere(runs: list[Run]) -> str:
 
 
 def check_devices(runs: list[Run]) -> None:
-    """Refuses cells whose mesh or batches do not fit the devices at hand."""
+    """Refuses cells whose attention, mesh or batches do not fit the devices at hand."""
     for config in (run.cell.config for run in runs):
+        kernels.resolve(config.run.implementation)
         mesh, length = lab_mesh.make(config.run.mesh), config.data.text_length
         rows = config.data.rows // config.run.microbatches
         lab_mesh.check_rows(mesh, "data.rows / run.microbatches", rows, config.data.texts_per_row * length)
