@@ -52,8 +52,8 @@ IMPLEMENTATIONS = {
 }
 
 
-# platform -> (what "auto" takes, for rows of how many keys at most). "tiled" beyond, and on every other platform: the
-# kernels for GPUs have not run on one.
+# platform -> (what "auto" takes, for rows of how many keys at most). "tiled" beyond, and on every other platform; on a
+# GPU a study tries what there is, and names it (lab.kernels.choice).
 AUTO = {"tpu": ("pallas_tpu", 2**17)}
 
 _interpreting = False
