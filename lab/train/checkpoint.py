@@ -179,7 +179,8 @@ class Checkpoints:
         self._manager.reload()
 
     def close(self) -> None:
-        self._manager.close()
+        """Waits for what was begun."""
+        self._named_if_full(self._manager.close)
 
     def _named_if_full(self, action) -> None:
         try:

@@ -306,7 +306,7 @@ def test_later_checkpoints_are_set_aside_and_said(two_checkpoints, tmp_path, cap
     OSError(errno.EDQUOT, "Disk quota exceeded"),
     ValueError("RESOURCE_EXHAUSTED: write failed [No space left on device]"),
 ])  # fmt: skip
-@pytest.mark.parametrize("method", ["save", "wait_until_finished"])
+@pytest.mark.parametrize("method", ["save", "wait_until_finished", "close"])
 def test_a_full_disk_is_one_line(tmp_path, monkeypatch, method, error):
     def fail(*args, **kwargs):
         raise RuntimeError("a thread failed") from error
@@ -316,6 +316,7 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch, method, error):
     with pytest.raises(DiskFull) as full:
         checkpoints.save(Position(1, 10), state_of(1))
         checkpoints.wait()
+        checkpoints.close()
     assert isinstance(full.value, UserError) and full.value.exit_code == 1
     assert str(tmp_path / "here") in str(full.value) and "\n" not in str(full.value)
 

@@ -58,7 +58,10 @@ def train(unit: Unit, display: Display, stop: Callable[[int], bool]) -> tuple[st
 
     checkpoints = Checkpoints(_checkpoint_directory(unit), config.run.checkpoint.keep)
     workload = Workload([Member(c, run.data.train) for c, run in zip(configs, unit, strict=True)])
-    try:
+    with contextlib.ExitStack() as closing:  # all of them, whichever fails
+        for log in logs:
+            closing.callback(log.close)
+        closing.callback(checkpoints.close)
         logged = agreed([min(results.steps_logged(run.directory) for run in unit)])[0]
         checkpoints.take_back(logged, f"metrics.jsonl has no line of step {logged}, which is made again")
         callbacks = dict(on_start=on_start, on_step=on_step, on_checkpoint=on_checkpoint, stop=stop)
@@ -70,10 +73,6 @@ def train(unit: Unit, display: Display, stop: Callable[[int], bool]) -> tuple[st
             for i, (run, log) in enumerate(zip(unit, logs, strict=True)):
                 log.finish(weights[i])
                 write_json(run.directory / "result.json", _result(run, configs[i], mesh, trained, len(unit)))
-    finally:
-        checkpoints.close()
-        for log in logs:
-            log.close()
     if workload.vmapped and writes:
         shutil.rmtree(_checkpoint_directory(unit))
         with contextlib.suppress(OSError):  # another stack is there, or what was set aside
