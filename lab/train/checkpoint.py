@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import pathlib
+import sys
 from typing import NamedTuple
 
 import jax
@@ -113,8 +114,7 @@ class Checkpoints:
 
     def __init__(self, directory: pathlib.Path, keep: int):
         self.directory = pathlib.Path(directory).absolute()
-        # Orbax raises what its threads meet; asyncio would besides tell of every write that failed, at any time later.
-        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+        _tell_failures_once()
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, cleanup_tmp_directories=True)
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
@@ -189,6 +189,18 @@ class Checkpoints:
             if not is_disk_full(error):
                 raise
             raise DiskFull(self.directory) from error
+
+
+def _tell_failures_once() -> None:
+    """Orbax raises what its threads meet. asyncio would besides tell of every write that failed, and TensorStore of
+    every one that outlives a save that failed: at any time later, a traceback each."""
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    sys.unraisablehook = _unraisable
+
+
+def _unraisable(met) -> None:
+    if met.exc_type is not RuntimeError or str(met.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(met)
 
 
 def _any_host(mine: bool) -> bool:
