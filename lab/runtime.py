@@ -145,19 +145,6 @@ class CompileCounts:
         return ", ".join(f"{name} {self.counts[name]} ({self.seconds[name]:.1f} s)" for name in names)
 
 
-def peak_bytes(executable) -> int:
-    """Memory of a device while the executable runs: as measured, or (CPU) as its buffer assignment says."""
-    import jax
-
-    measured = jax.local_devices()[0].memory_stats() or {}
-    if "peak_bytes_in_use" in measured:
-        return measured["peak_bytes_in_use"]
-    sizes = executable.memory_analysis()
-    return (
-        sizes.argument_size_in_bytes + sizes.output_size_in_bytes + sizes.temp_size_in_bytes - sizes.alias_size_in_bytes
-    )
-
-
 def stop_requests() -> Callable[[int], bool]:
     """A function of the step that says whether SIGTERM or Ctrl-C came; over several hosts, the same answer on all.
 

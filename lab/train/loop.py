@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 
 from lab.model import mesh as lab_mesh
+from lab.train import memory
 from lab.train.checkpoint import Checkpoints, Position
 from lab.train.step import State
 from lab.train.workload import Record, Workload
@@ -95,7 +96,9 @@ def train(
     for step, (batch, sent) in enumerate(workload.batches(position.step), position.step):
         numbers, placed = workload.numbers(step), lab_mesh.place(batch, mesh)
         if run is None:
-            run, clock = workload.compile(state, numbers, placed, mesh), Stopwatch()
+            run = workload.compile(state, numbers, placed, mesh)
+            memory.check(run, config)
+            clock = Stopwatch()
         clock.send(running=pending is not None and not pending[0].loss.is_ready())
         state, metrics = run(state, numbers, placed)
         settle()  # of the step before, while this one runs

@@ -16,7 +16,7 @@ from lab.study.run import log
 from lab.study.run.hosts import agreed
 from lab.study.run.progress import Display
 from lab.study.run.runs import Run
-from lab.train import compiled, loop
+from lab.train import compiled, loop, memory
 from lab.train.checkpoint import Unreadable, read_model
 
 
@@ -74,7 +74,7 @@ def _keep(run: Run, config: ConfigDict, found: dict, one: conditions.Condition, 
         column: one.value,
         "seconds": one.seconds,
         "tokens_per_second": asked.texts * config.data.text_length / one.seconds,
-        "peak_bytes": runtime.peak_bytes(one.executable),
+        "peak_bytes": memory.peak(one.executable),
     }
     found["conditions"].append(row)
     found["timings"].append(timing)

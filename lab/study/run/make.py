@@ -23,7 +23,7 @@ from lab.study.run.hosts import agreed
 from lab.study.run.log import Log, Meter
 from lab.study.run.progress import Display
 from lab.study.run.runs import Run, Unit
-from lab.train import compiled, loop
+from lab.train import compiled, loop, memory
 from lab.train.checkpoint import Checkpoints, Position
 from lab.train.step import State
 from lab.train.workload import Member, Record, Workload
@@ -146,6 +146,6 @@ def _train_timing(trained: loop.Trained) -> dict:
         "seconds": trained.seconds,
         "steps": trained.steps,
         "tokens_per_second": trained.tokens / trained.seconds if trained.steps else None,
-        "peak_bytes": runtime.peak_bytes(trained.executable) if trained.executable else None,
+        "peak_bytes": memory.peak(trained.executable) if trained.executable else None,
         "overhead_share": trained.outside / trained.seconds if trained.steps else None,
     }

@@ -1,0 +1,39 @@
+"""Memory of a device: what a program takes of it, and whether it fits before its first step."""
+
+import jax
+from ml_collections import ConfigDict
+
+from lab.errors import UserError
+
+
+def needed(executable) -> int:
+    """Bytes of a device while the executable runs, as its buffer assignment says."""
+    sizes = executable.memory_analysis()
+    return (
+        sizes.argument_size_in_bytes + sizes.output_size_in_bytes + sizes.temp_size_in_bytes - sizes.alias_size_in_bytes
+    )
+
+
+def peak(executable) -> int:
+    """Bytes of a device while the executable runs: as measured, or (CPU) as its buffer assignment says."""
+    return _stats().get("peak_bytes_in_use") or needed(executable)
+
+
+def check(executable, config: ConfigDict) -> None:
+    """Raises UserError for a training step that needs more than its device has, naming what would fit."""
+    limit, bytes_needed = _stats().get("bytes_limit"), needed(executable)
+    if not limit or bytes_needed <= limit:
+        return
+    told = f"a training step needs {bytes_needed / 2**30:.1f} GiB of a device, and it has {limit / 2**30:.1f}"
+    # What is left when the step is over grows with the model alone; the rest with the rows that are computed at once.
+    temporary = executable.memory_analysis().temp_size_in_bytes
+    room, now = limit - (bytes_needed - temporary), config.run.microbatches
+    parts = [n for n in range(now + 1, config.data.rows + 1) if config.data.rows % n == 0]
+    enough = [n for n in parts if n * room >= now * temporary]
+    ways = [f"run.microbatches = {enough[0]}"] if room > 0 and enough else []
+    ways += [f"run.remat = {'dots' if config.run.remat == 'none' else 'full'}"] * (config.run.remat != "full")
+    raise UserError(f"{told}; choose {' or '.join([*ways, 'more devices (run.mesh.fsdp)', 'fewer data.rows'])}")
+
+
+def _stats() -> dict:
+    return jax.local_devices()[0].memory_stats() or {}
