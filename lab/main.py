@@ -93,6 +93,7 @@ def main(argv: list[str]) -> int:
     say = functools.partial(print, file=sys.stderr, flush=True)
     study = open(config, overridden, flags.workdir, flags.remake).decide_attention(say)  # before a device is held
     config = study.config
+    runtime.open_devices()
     names = {cell.name for cell in study.cells[resolve.share(flags.cells)]}
     workdir, line = study.workdir, shlex.join(["python", "-m", "lab.main", *argv])
     first = jax.process_index() == 0

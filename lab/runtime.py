@@ -73,6 +73,21 @@ def start(config) -> None:
             ) from error
 
 
+def open_devices() -> None:
+    """Takes hold of the devices. Raises UserError where there are none of the kind that is asked for."""
+    import jax
+
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the latter where a known platform has no plugin
+        said = (str(error).strip().splitlines() or ["its plugin is not installed"])[0]
+        asked = os.environ.get("JAX_PLATFORMS")
+        raise UserError(
+            f"JAX opens no device{f' of JAX_PLATFORMS = {asked}' if asked else ''} ({said}); choose cpu, cuda or tpu "
+            "there, or unset it"
+        ) from error
+
+
 def hosts(environment: Mapping[str, str]) -> tuple[str, int, int]:
     """(address of process 0, processes, the number of this one) as the environment names them: ("", 1, 0) of none.
 

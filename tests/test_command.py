@@ -5,6 +5,7 @@ import math
 import sys
 
 import commands
+import jax
 import orbax.checkpoint as ocp
 import pytest
 from hypothesis import given
@@ -323,3 +324,19 @@ def test_text_that_is_no_tuple_is_refused_in_one_line(text):
     ) as told:
         overridden("evaluate.loss.branches", text)
     assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize(("error", "told"), [
+    (RuntimeError("Unable to initialize backend 'tqu'\nmore"), r"\(Unable to initialize backend 'tqu'\)"),
+    (AssertionError(), r"\(its plugin is not installed\)"),
+])  # fmt: skip
+def test_devices_that_do_not_open_are_one_line(monkeypatch, error, told):
+    def fail():
+        raise error
+
+    monkeypatch.setenv("JAX_PLATFORMS", "tqu")
+    monkeypatch.setattr(jax, "devices", fail)
+    with pytest.raises(
+        UserError, match=rf"^JAX opens no device of JAX_PLATFORMS = tqu {told}; choose cpu, cuda or tpu"
+    ):
+        runtime.open_devices()
