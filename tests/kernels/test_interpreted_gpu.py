@@ -1,6 +1,7 @@
 """Numbers of the kernels for GPUs, in the interpreter of jax, which checks that copies and barriers are in order.
 
-It has no products (wgmma) of transposed or of register operands, and no layouts: these are replaced by plain ones.
+That of jax before 0.12 has no products (wgmma) of transposed or of register operands, and no layouts: these are replaced
+by plain ones here. tests/kernels/test_interpreted_hopper.py has the kernels as they are, where jax can interpret them.
 """
 
 import dataclasses
@@ -68,7 +69,8 @@ def compiled(case: Case):
 
 @pytest.mark.matrix("name")
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[] if c == FAST else pytest.mark.slow) for n, c in CASES.items()]
+    "name",
+    [pytest.param(n, marks=[] if c == FAST else [pytest.mark.slow, pytest.mark.whole]) for n, c in CASES.items()],
 )
 @settings(max_examples=2)
 @given(seed=seeds, pack=st.sampled_from(sorted(packs.PACKS)))
@@ -78,6 +80,7 @@ def test_they_equal_the_reference_forward_and_backward(name, seed, pack):
 
 
 @pytest.mark.slow
+@pytest.mark.whole
 @pytest.mark.parametrize(("K", "pairs", "parts"), [(32, 16, (16, 16)), (48, 16, (16, 16, 16))])
 @settings(max_examples=2)
 @given(seed=seeds, pack=st.sampled_from(sorted(packs.PACKS)))

@@ -1,0 +1,135 @@
+"""The kernels for Hopper GPUs as they are, tiles of 64 and products by wgmma of tiles in shared memory, transposed ones
+too, in the interpreter of jax 0.12, which looks for races; against matrices in float64.
+
+One primitive is replaced: the interpreter has no product that adds to a sum in registers (wgmma of a value in a
+run_state), of which p v, ds k and their like are made. Register layouts are a machine's alone to show.
+"""
+
+import dataclasses
+import functools
+import re
+
+import exact
+import jax
+import jax.numpy as jnp
+import numpy as np
+import packs
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+
+from lab.kernels import hopper, pallas_gpu, rules
+from lab.kernels.rotary import rotate, rotation
+
+pytestmark = [
+    pytest.mark.smoke,  # which runs under the newest jax, where there is another Python
+    pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="this jax interprets no products of transposed tiles"),
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Attention:
+    """rows x T queries and keys; pairs: of queries that rotate inside."""
+
+    rule: rules.Rule
+    T: int = 100
+    H: int = 2
+    G: int = 1
+    K: int = 64
+    V: int = 64
+    rows: int = 1
+    softcap: float | None = None
+    pairs: int = 0
+    pack: str = "interleaved"
+
+    @property
+    def scale(self) -> float:
+        return self.K**-0.5
+
+
+CASES = {
+    "groups": Attention(rules.own_branch, H=4, G=2),
+    "padding anywhere, two rows": Attention(rules.all_branches, pack="scattered", rows=2),
+    "full tiles, capped": Attention(rules.causal, T=192, H=1, pack="ragged", softcap=2.0),
+    "rotated": Attention(rules.all_branches & rules.window(9), pairs=32),
+    "wide": Attention(rules.all_branches, T=70, H=1, K=128, V=128),
+    "unequal": Attention(rules.own_branch, T=70, H=1, K=192, V=128, pairs=32),
+}
+
+
+@pytest.fixture(autouse=True)
+def interpreter(monkeypatch):
+    kernel = functools.partial(hopper.plgpu.kernel, interpret=InterpretGPUParams(detect_races=True))
+    monkeypatch.setattr(hopper.plgpu, "kernel", kernel)
+    add = lambda sums, a, b_s: sums + jnp.dot(a, b_s[...], preferred_element_type=jnp.float32)  # noqa: E731
+    monkeypatch.setattr(hopper, "add_dot", add)
+
+
+def draw(case: Attention, seed: int):
+    rng = np.random.default_rng(seed)
+    at = packs.PACKS[case.pack](rng, case.rows, case.T)
+    shapes = [(case.rows, case.T, n, width) for n, width in ((case.H, case.K), (case.G, case.K), (case.G, case.V))]
+    arrays = [jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in shapes]
+    do = jnp.asarray(rng.normal(size=(case.rows, case.T, case.H, case.V)), jnp.bfloat16)
+    dlse = jnp.asarray(rng.normal(size=(case.rows, case.T, case.H)), jnp.float32)
+    frequencies = jnp.asarray(rng.normal(size=(3, case.pairs)) / 10, jnp.float32) if case.pairs else None
+    return arrays, at, (do, dlse), frequencies
+
+
+def found(case: Attention, arrays, at, cotangents, frequencies):
+    def attend(q, k, v, frequencies):
+        return pallas_gpu.attend(q, k, v, at, at, case.rule, case.scale, case.softcap, frequencies_3F=frequencies)
+
+    def both(*inputs):
+        outputs, pull = jax.vjp(attend, *inputs)
+        return *outputs, *pull(cotangents)
+
+    return jax.device_get(jax.jit(both)(*arrays, frequencies))
+
+
+def expected(case: Attention, arrays, at, cotangents, frequencies):
+    q, k, v = arrays
+    turned, turn = jax.vjp(
+        lambda q, frequencies: rotate(q, rotation(at, frequencies)), q.astype(jnp.float32), frequencies
+    ) if case.pairs else (q, None)  # fmt: skip
+    seen = rules.visible(case.rule, at, at)
+    outputs, (ds, _, dv) = exact.attend(
+        exact.scores(turned, k, case.scale), v, seen, *cotangents, softcap=case.softcap
+    )  # fmt: skip
+    dq, dk = exact.of_scores(ds, turned, k, case.scale)
+    df = None
+    if case.pairs:
+        dq, df = turn(jnp.asarray(dq, jnp.float32))
+    return *outputs, dq, dk, dv, df
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_they_equal_matrices_in_float64(name):
+    case = CASES[name]
+    inputs = draw(case, seed=sum(map(ord, name)))
+    allowed = {"o": 8e-3, "lse": 2e-3, "dq": 1.2e-2, "dk": 1.2e-2, "dv": 1.2e-2, "df": 3e-2}
+    for (output, most), a, b in zip(allowed.items(), found(case, *inputs), expected(case, *inputs), strict=True):
+        if b is None:
+            continue
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        assert (np.isfinite(a) == np.isfinite(b)).all(), output
+        a, b = (np.where(np.isfinite(b), x, 0) for x in (a, b))
+        assert np.linalg.norm(a - b) <= most * np.linalg.norm(b), output
+
+
+def test_queries_that_see_nothing_give_zeros_and_no_gradient():
+    case = Attention(rules.own_branch, pack="scattered")
+    arrays, at, cotangents, _ = draw(case, 1)
+    blind = ~rules.visible(case.rule, at, at).any(2)
+    assert blind.any() and not blind.all()
+    o, lse, dq, dk, dv, _ = found(case, arrays, at, cotangents, None)
+    assert not o[blind].any() and not dq[blind].any() and (lse[blind] == -np.inf).all()
+    assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in (dk, dv))
+
+
+def test_a_copy_that_is_not_waited_for_is_a_race(monkeypatch):
+    monkeypatch.setattr(pallas_gpu.plgpu, "barrier_wait", lambda barrier: None)
+    with pytest.raises(jax.errors.JaxRuntimeError) as race:
+        found(CASES["groups"], *draw(CASES["groups"], 0))
+    gpu_callbacks.reset_gpu_interpret_mode_state()
+    assert re.search(r"(?i)barrier|race", str(race.value))
