@@ -1,7 +1,7 @@
 """Numbers of the kernels for GPUs, in the interpreter of jax, which checks that copies and barriers are in order.
 
-That of jax before 0.12 has no products (wgmma) of transposed or of register operands, and no layouts: these are replaced
-by plain ones here. tests/kernels/test_interpreted_hopper.py has the kernels as they are, where jax can interpret them.
+That of jax before 0.12 has no products (wgmma) of transposed or of register operands, and no layouts: plain ones are in
+their place here. tests/kernels/test_interpreted_hopper.py has the kernels as they are, where jax can interpret them.
 """
 
 import dataclasses
