@@ -31,7 +31,7 @@ from lab.kernels.rules import Rule, pairs_visible
 from lab.kernels.tiles import BothWays, is_step, pad_to_tiles, plan_both_ways
 
 TILE = 64  # tokens: the rows that a warpgroup multiplies at once
-WIDTHS = (64, 128, 192, 256)  # no product is wider than 256
+WIDTHS = (64, 128, 192, 256)  # no product is wider than 256; others are padded to the next with zeros, which is exact
 ROTATED = 192  # the widest keys whose rotation has room beside them in the shared memory of dq
 LOG2E = math.log2(math.e)
 
@@ -59,8 +59,8 @@ def refusal(K: int, V: int, dtype) -> str | None:
         return f"multiplies as only Hopper GPUs do (compute capability 9.0), and this one has {capability}"
     if dtype != jnp.bfloat16:
         return f"computes in bfloat16, and this is {jnp.dtype(dtype).name}"
-    if not {K, V} <= {*WIDTHS}:
-        return f"needs widths among {', '.join(map(str, WIDTHS))}, and these are {K} for keys and {V} for values"
+    if max(K, V) > WIDTHS[-1]:
+        return f"needs widths up to {WIDTHS[-1]}, and these are {K} for keys and {V} for values"
     return None
 
 
@@ -75,11 +75,11 @@ def plan(rule: Rule, q_coordinates: Coordinates, k_coordinates: Coordinates):
 def attend(q_BTHK, k_BSGK, v_BSGV, q_coordinates, k_coordinates, rule, scale, softcap, tiles=None, frequencies_3F=None):
     """Returns (o_BTHV, lse_BTH) as lab.kernels.reference.attend does; with frequencies, queries come unrotated."""
     tiles = plan(rule, q_coordinates, k_coordinates) if tiles is None else tiles
-    (_, T, _, K), S = q_BTHK.shape, k_BSGK.shape[1]
+    (_, T, _, K), (_, S, _, V) = q_BTHK.shape, v_BSGV.shape
     parts = _parts(K, frequencies_3F)
     if frequencies_3F is not None and (is_step(T, S) or len(parts) == 1):
         q_BTHK = rotate(q_BTHK, rotation(q_coordinates, frequencies_3F))
-        parts, frequencies_3F = (K,), None
+        parts, frequencies_3F = _parts(K, None), None
     if is_step(T, S):
         step = _of_steps()
         options = dict(interpret=False) if step is pallas_triton else {}
@@ -87,15 +87,15 @@ def attend(q_BTHK, k_BSGK, v_BSGV, q_coordinates, k_coordinates, rule, scale, so
     q_tile, k_tile = tile_sizes(T, S)
     o_BTHV, lse_BHT = _attend(
         HopperStatic(rule, float(scale), float(softcap or 0.0), q_tile, k_tile, parts),
-        whole(q_BTHK, q_tile),
-        whole(k_BSGK, k_tile),
-        whole(v_BSGV, k_tile),
+        whole(q_BTHK, q_tile, WIDTHS[0]),
+        whole(k_BSGK, k_tile, WIDTHS[0]),
+        whole(v_BSGV, k_tile, WIDTHS[0]),
         _fields(pad_to_tiles(q_coordinates, q_tile)),
         _fields(pad_to_tiles(k_coordinates, k_tile)),
         frequencies_3F,
         tiles,
     )
-    return o_BTHV[:, :T], lse_BHT.swapaxes(1, 2)[:, :T]
+    return o_BTHV[:, :T, :, :V], lse_BHT.swapaxes(1, 2)[:, :T]
 
 
 def _of_steps():
@@ -103,10 +103,11 @@ def _of_steps():
 
 
 def _parts(K: int, frequencies_3F) -> tuple[int, ...]:
-    """Widths of the operands that a query comes in; a single one if it is not to rotate, or cannot here."""
+    """Widths of the operands that a query comes in; a single one, padded, if it is not to rotate, or cannot here."""
     F = 0 if frequencies_3F is None else frequencies_3F.shape[1]
     split = (K - 2 * F, F, F) if K > 2 * F else (F, F)
-    return split if F and K <= ROTATED and all(part % hopper.CHUNKS[-1] == 0 for part in split) else (K,)
+    inside = F and K <= ROTATED and K % WIDTHS[0] == 0 and all(part % hopper.CHUNKS[-1] == 0 for part in split)
+    return split if inside else (K + -K % WIDTHS[0],)
 
 
 def _fields(coordinates: Coordinates):

@@ -81,7 +81,7 @@ def test_they_equal_the_reference_forward_and_backward(name, seed, pack):
 
 @pytest.mark.slow
 @pytest.mark.whole
-@pytest.mark.parametrize(("K", "pairs", "parts"), [(32, 16, (16, 16)), (48, 16, (16, 16, 16))])
+@pytest.mark.parametrize(("K", "pairs", "parts"), [(64, 32, (32, 32)), (128, 16, (96, 16, 16))])
 @settings(max_examples=2)
 @given(seed=seeds, pack=st.sampled_from(sorted(packs.PACKS)))
 def test_queries_rotated_inside_are_queries_rotated_before(K, pairs, parts, seed, pack):

@@ -52,6 +52,7 @@ CASES = {
     "padding anywhere, two rows": Attention(rules.all_branches, pack="scattered", rows=2),
     "full tiles, capped": Attention(rules.causal, T=192, H=1, pack="ragged", softcap=2.0),
     "rotated": Attention(rules.all_branches & rules.window(9), pairs=32),
+    "narrow": Attention(rules.all_branches, T=70, H=1, K=32, V=16, pairs=8),
     "wide": Attention(rules.all_branches, T=70, H=1, K=128, V=128),
     "unequal": Attention(rules.own_branch, T=70, H=1, K=192, V=128, pairs=32),
 }
