@@ -22,7 +22,8 @@ def question(study: Results) -> list[Piece]:
 
 def runs(study: Results) -> list[Piece]:
     """What each cell is and cost, what failed, where it ran and how to do it again."""
-    return [*_cells(study), *_failures(study), *_evaluation_speed(study), *_environment(study), *_commands(study)]
+    about = _cells(study), _failures(study), _evaluation_speed(study), _environment(study), _attention(study)
+    return [*(piece for pieces in about for piece in pieces), *_commands(study)]
 
 
 def curves(study: Results) -> list[Piece]:
@@ -216,6 +217,21 @@ def _environment(study: Results) -> list[Piece]:
     mixed = "**The runs were made in different environments**, so their losses may differ by more than the variants do."
     notes = [Text(mixed)] if len(environments) > 1 else []
     return [*notes, Text(_texts(study)), Table(columns, rows, "Environment", folded=len(environments) == 1)]
+
+
+def _attention(study: Results) -> list[Piece]:
+    """What trials of attention found on the machine of the study, where there were any."""
+    chosen = study.plan.get("attention")
+    if not chosen:
+        return []
+    rows = []
+    for one in chosen["tried"]:
+        times = " ".join(number(1e3 * seconds, 3) for seconds in one["seconds"])
+        verdict = "taken" if one["name"] == chosen["name"] else one["refused"] or "right"
+        rows.append([one["name"], times or "—", "yes" if one["same"] else "no", verdict])
+    columns = ["attention", "ms of a call, by problem", "same bits twice", "verdict"]
+    notes = [Text(f"Attention: {chosen['warning']}.")] if chosen["warning"] else []
+    return [*notes, Table(columns, rows, "Implementations of attention, tried before the study began", folded=True)]
 
 
 def _texts(study: Results) -> str:

@@ -9,8 +9,9 @@ import commands
 import pytest
 import tiny
 import variants
+from studies import write, write_study
 
-from lab import main, runtime
+from lab import main, report, runtime
 from lab.errors import UserError
 from lab.kernels import choice
 from lab.study.define import cell
@@ -138,6 +139,23 @@ def test_the_first_of_several_hosts_tries_and_the_others_take_its_answer(machine
     here.driver = "590.2"
     with pytest.raises(UserError, match="the hosts differ in GPUs, drivers or code"):
         decide()
+
+
+def test_the_report_says_what_was_tried(tmp_path):
+    work = write_study(tmp_path, counts=(1, 2))
+    tried = [
+        {"name": "cudnn", "refused": "", "seconds": [0.0012, 0.0034], "errors": {}, "same": False, "sums": None},
+        {"name": "pallas_gpu", "refused": "wrong: o is off by 2.0e-01 on 0", "seconds": [], "errors": {}, "same": True},
+    ]
+    plan = json.loads((work / "plan.json").read_text())
+    write(
+        work / "plan.json",
+        plan | {"attention": {"name": "cudnn", "warning": "be warned", "machine": {}, "tried": tried}},
+    )
+    report.rebuild(work)
+    text = (work / "report.md").read_text()
+    assert "Attention: be warned." in text and "| cudnn | 1.200 3.400 | no | taken |" in text
+    assert "| pallas_gpu | — | yes | wrong: o is off by 2.0e-01 on 0 |" in text
 
 
 @pytest.mark.parametrize(("platforms", "code", "out", "found"), [
