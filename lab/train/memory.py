@@ -21,8 +21,8 @@ def peak(executable) -> int:
 
 def check(executable, config: ConfigDict) -> None:
     """Raises UserError for a training step that needs more than its device has, naming what would fit."""
-    limit, bytes_needed = _stats().get("bytes_limit"), needed(executable)
-    if not limit or bytes_needed <= limit:
+    limit = _stats().get("bytes_limit")
+    if not limit or (bytes_needed := needed(executable)) <= limit:
         return
     told = f"a training step needs {bytes_needed / 2**30:.1f} GiB of a device, and it has {limit / 2**30:.1f}"
     # What is left when the step is over grows with the model alone; the rest with the rows that are computed at once.
