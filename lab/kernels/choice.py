@@ -64,10 +64,13 @@ def tried(name: str, problems: pathlib.Path, count: int, until: float, command: 
     places = [found[place] for place in range(count)]
     worst = {}
     for place in places:
-        for output, error in place.get("errors", {}).items():
+        found_errors = place.get("errors", {})
+        for output, error in found_errors.items():
             worst[output] = max(worst.get(output, 0.0), error)
-            if not error <= place["allowed"][output]:
-                refused = refused or f"wrong: {output} is off by {error:.1e} on {place['problem']}"
+        if _wrong(place):
+            output = max(found_errors, key=lambda output: found_errors[output] / place["allowed"][output])
+            told = f"wrong: {output} is off by {found_errors[output]:.1e} on problem {place['problem'] + 1}"
+            refused = refused or told
     same = all(place.get("same", True) for place in places)
     if not same and name not in LIBRARIES:
         refused = refused or "does not give the same bits twice"

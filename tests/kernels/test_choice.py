@@ -39,8 +39,8 @@ def tried(tmp_path, monkeypatch):
 
 
 FAILING = {
-    "wrong": r"wrong: o is off by 5\.0e-02 on 0",
-    "wrong_backward": r"wrong: d\w is off by 1\.\de-01 on 0",
+    "wrong": r"wrong: o is off by 5\.0e-02 on problem 1",
+    "wrong_backward": r"wrong: d\w is off by 1\.\de-01 on problem 1",
     "restless": "does not give the same bits twice",
     "crashing": "ended with code -11: .*about to crash",
     "out_of_memory": "JaxRuntimeError: RESOURCE_EXHAUSTED: Out of memory",
