@@ -1,8 +1,9 @@
 """Files that disks, networks and people have changed: the right result or one line, no traceback, no other number.
 
-HOSTILE=1000 tries so many of each file; pytest --hypothesis-show-statistics tells what became of them.
+HOSTILE=1000 tries so many of each file, and tells at the end what became of them.
 """
 
+import collections
 import gzip
 import os
 import pathlib
@@ -16,7 +17,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck, event, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -30,6 +31,21 @@ from lab.study import results
 EXAMPLES = int(os.environ.get("HOSTILE", 0))
 TEXTS = [f"{a} {b} {c}" for a in ("river", "stone", "lamp") for b in ("winter", "paper") for c in range(40)]
 STEPS = 10
+COUNTS: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)  # of what happened, by test
+
+
+def event(what: str) -> None:
+    COUNTS[os.environ["PYTEST_CURRENT_TEST"].partition("::")[2].partition(" ")[0]][what] += 1
+
+
+@pytest.fixture(scope="module", autouse=True)
+def counts(request):
+    yield
+    shown = request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled()
+    with shown:
+        for test, counted in COUNTS.items() if EXAMPLES else ():
+            told = ", ".join(f"{what} {count}" for what, count in counted.most_common())
+            print(f"\n{test}: {counted.total()} tried; {told}")
 
 
 def examples(few: int) -> settings:
