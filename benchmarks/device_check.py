@@ -130,7 +130,7 @@ def environment(flags) -> dict:
 
 
 def wait(stages: list[Stage], meanwhile=lambda: None) -> None:
-    while any(stage.running() for stage in stages):
+    while any([stage.running() for stage in stages]):  # noqa: C419  each is looked after, whichever runs
         meanwhile()
         time.sleep(0.2)
 

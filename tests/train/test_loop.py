@@ -9,6 +9,7 @@ import pytest
 import tiny
 
 from lab.data import train_batches
+from lab.errors import UserError
 from lab.train import compiled, loop, optimizer
 from lab.train.checkpoint import Checkpoints, DiskFull, Position
 from lab.train.step import Program
@@ -249,3 +250,15 @@ def test_a_full_disk_ends_the_run_and_a_second_call_goes_on(tmp_path, monkeypatc
     resumed = run(tmp_path)
     assert resumed.start == 2 and resumed.records == undisturbed.records[2:]
     check_equal(resumed.trained.state, undisturbed.trained.state)
+
+
+def test_what_does_not_fit_a_device_is_refused_before_the_first_step(tmp_path, monkeypatch):
+    def refuse(executable, config):
+        assert executable.memory_analysis()
+        raise UserError("it does not fit")
+
+    monkeypatch.setattr(loop.memory, "check", refuse)
+    events = []
+    with pytest.raises(UserError, match="it does not fit"):
+        run(tmp_path, events=events)
+    assert ("save", 0) in events and not [event for event in events if event[0] == "step"]

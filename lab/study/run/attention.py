@@ -38,10 +38,8 @@ PACKAGES = (
     *("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda12-plugin", "nvidia-cudnn-cu13", "nvidia-cudnn-cu12", "tokamax"),
 )
 
-KEY, WAIT = (
-    "lab/attention",
-    3_600_000,
-)  # of what the first host tells the others, and for how many milliseconds they wait
+KEY = "lab/attention"  # of what the first host tells the others
+WAIT = 3_600_000  # milliseconds that they wait for it
 
 
 class Machine:
