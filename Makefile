@@ -29,7 +29,7 @@ test-tpu: $(VENV)/.tests
 	$(VENV)/bin/python -m pytest --matrix=all tests/kernels/test_compile_for_tpu.py
 
 smoke: $(VENV)/.tests
-	$(VENV)/bin/python -m pytest -m smoke
+	$(VENV)/bin/python -m pytest -m smoke -n 2 --dist loadfile
 
 $(VENV)/.runs: requirements.txt
 	@test -n "$(PYTHON)" || { echo "lab needs Python 3.11 or newer, and none was found; name one: make PYTHON=/path/to/python"; exit 1; }

@@ -18,8 +18,8 @@ from lab.train import compiled  # noqa: E402
 DEVICES = 8
 MAPPINGS = 30_000
 
-# Compiling is all that tiny models cost, and optimising is most of that. Programs that tests start in processes of
-# their own are optimised as usual.
+# Compiling is all that tiny models cost, and optimising is most of that. The whole lab is run once with
+# programs that are optimised as usual: tests/test_smoke.py.
 jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_num_cpu_devices", DEVICES)  # before the backend starts
 jax.config.update("jax_compilation_cache_dir", str(_CACHE / "xla"))

@@ -41,7 +41,7 @@ def together(place, study):
     return place / "together"
 
 
-@pytest.mark.parametrize("devices", [1, 4])
+@pytest.mark.parametrize("devices", [1, pytest.param(4, marks=pytest.mark.whole)])
 def test_one_process_finds_the_same(place, study, together, devices):
     work = place / f"alone{devices}"
     environment = {"JAX_NUM_CPU_DEVICES": str(devices)}
@@ -79,8 +79,12 @@ def children(process) -> dict[int, int]:
     return found
 
 
-def test_stopped_then_killed_then_finished(place, study, together):
-    """SIGTERM to the script stops both at one step; a process that is killed ends the other; nothing is lost."""
+def test_stopped_then_killed_then_stopped_again_then_finished(place, study, together):
+    """SIGTERM to the script stops both at one step; a process that is killed ends the other; nothing is lost.
+
+    The second stop comes while they evaluate: steps begin again with every run, and what the processes agree on to
+    stop must not.
+    """
     work = place / "stopped"
     process = launched(study, work, place / "stopped-log")
     assert process.until(lambda: commands.steps_logged(work) > LAST // 3), process.told()
@@ -97,21 +101,14 @@ def test_stopped_then_killed_then_finished(place, study, together):
     assert process.wait(60) == 128 + signal.SIGKILL, process.told()
     assert "launch/local.sh: process 1 ended with code 137" in process.err
 
-    process = launched(study, work, place / "finished-log")
-    assert process.wait() == 0, process.told()
-    assert re.search(r": from step \d+", process.out)
-    commands.same_results(work, together)
-
-
-def test_a_stop_while_it_evaluates_is_heard(place, study, together):
-    """Steps begin again with every run; what the processes agree on to stop must not."""
-    work = place / "evaluating"
     process = launched(study, work, place / "evaluating-log")
     assert process.until(lambda: commands.evaluating(work)), process.told()
     process.signal(signal.SIGTERM)
     assert process.wait() == 75, process.told()
+    assert re.search(r": from step \d+", process.out)
     assert "stopped and saved at " in process.out and not any(map(commands.asked, work.glob("cells/*ratio=1*/*")))
-    process = launched(study, work, place / "evaluating-log")
+
+    process = launched(study, work, place / "finished-log")
     assert process.wait() == 0, process.told()
     commands.same_results(work, together)
 

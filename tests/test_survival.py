@@ -8,7 +8,8 @@ import time
 import commands
 import pytest
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.whole]  # each commit does the like to four cells: test_study_runs.py
+KILLS = 20
 TWELVE = (
     'product(vary("model.position.ratio", (0.0, 0.5, 1.0)), vary("data.draw", ("fixed1", "fixed2", "fixed4", "1-3")))'
 )
@@ -33,14 +34,13 @@ def undisturbed(place, study):
     return work
 
 
-@pytest.mark.parametrize("kills", [6, pytest.param(20, marks=pytest.mark.whole)])
-def test_kills_over_twelve_cells(place, study, undisturbed, kills):
+def test_twenty_kills_over_twelve_cells(place, study, undisturbed):
     """At random after the first step of each attempt, so that every attempt gets somewhere."""
-    work, chance, killed = place / f"killed{kills}", random.Random(), 0
-    for attempt in range(kills):
+    work, chance, killed = place / "killed", random.Random(), 0
+    for attempt in range(KILLS):
         before = commands.steps_logged(work)
         with commands.started(
-            "main", f"--config={study}", f"--workdir={work}", log=place / f"killed{kills}-{attempt}"
+            "main", f"--config={study}", f"--workdir={work}", log=place / f"killed-{attempt}"
         ) as process:
             if process.until(lambda: commands.steps_logged(work) != before):  # noqa: B023
                 time.sleep(chance.uniform(0, 1.5))
@@ -48,12 +48,12 @@ def test_kills_over_twelve_cells(place, study, undisturbed, kills):
                 process.signal(signal.SIGKILL)
                 killed += 1
             process.wait()
-    assert killed > kills // 2, "the study was over too soon to be killed often"
+    assert killed > KILLS // 2, "the study was over too soon to be killed often"
     commands.finished("main", f"--config={study}", f"--workdir={work}", log=place / "killed-last")
     commands.same_results(work, undisturbed)
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.whole)])
+@pytest.mark.parametrize("processes", [2, 4])
 def test_processes_share_a_study(place, study, undisturbed, processes):
     work = place / f"shared{processes}"
     with contextlib.ExitStack() as running:
@@ -70,15 +70,4 @@ def test_processes_share_a_study(place, study, undisturbed, processes):
         made = [sum(" tokens/s" in line and "] " in line for line in process.out.splitlines()) for process in sharing]
     assert sum(made) == 12, "each run is made by one process"
     assert sum(count > 0 for count in made) > 1, "more than one process took part"
-    commands.same_results(work, undisturbed)
-
-
-def test_shares_of_a_study_add_up_to_it(place, study, undisturbed):
-    """What a job array does: disjoint shares, one after another here."""
-    work = place / "array"
-    for share in ("1/3", "2/3", "3/3"):
-        run = commands.finished(
-            "main", f"--config={study}", f"--workdir={work}", f"--cells={share}", log=place / f"array-{share[0]}"
-        )
-        assert "for 4 new runs" in run.out
     commands.same_results(work, undisturbed)

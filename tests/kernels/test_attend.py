@@ -176,7 +176,7 @@ def test_every_implementation_equals_the_reference_forward_and_backward(name, im
 
 @pytest.mark.slow
 @pytest.mark.parametrize("implementation", OTHERS)
-@settings(max_examples=12)
+@settings(max_examples=6)
 @given(rule=drawn_rules, seed=seeds, pack=st.sampled_from(sorted(packs.PACKS)))
 def test_every_implementation_equals_the_reference_for_any_rule(implementation, rule, seed, pack):
     case = Case(T=70, S=70, H=2, G=1, K=4, V=3, rule=rule.made)

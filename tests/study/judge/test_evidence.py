@@ -137,11 +137,11 @@ NULL = dict.fromkeys(MIXED, 0.0)
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("n", "effects"), [
-    pytest.param(3, MIXED, id="3-mixed"),
+    pytest.param(3, MIXED, id="3-mixed", marks=pytest.mark.whole),
     pytest.param(3, NULL, id="3-null"),
-    pytest.param(5, MIXED, id="5-mixed", marks=pytest.mark.whole),
-    pytest.param(5, NULL, id="5-null"),
-    pytest.param(10, MIXED, id="10-mixed"),
+    pytest.param(5, MIXED, id="5-mixed"),
+    pytest.param(5, NULL, id="5-null", marks=pytest.mark.whole),
+    pytest.param(10, MIXED, id="10-mixed", marks=pytest.mark.whole),
     pytest.param(10, NULL, id="10-null", marks=pytest.mark.whole),
 ])  # fmt: skip
 def test_intervals_cover_the_truth_and_false_findings_are_rare(tmp_path, n, effects):
