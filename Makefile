@@ -6,7 +6,7 @@ VENV ?= .venv
 CONFIG ?= configs/rope_ablation.py
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: run setup test test-slow test-commit test-all test-tpu smoke
+.PHONY: run setup test test-slow test-commit test-all test-tpu test-gpu smoke
 
 run: setup
 	$(VENV)/bin/python -m lab.main --config=$(CONFIG)
@@ -27,6 +27,9 @@ test-all: $(VENV)/.tests
 
 test-tpu: $(VENV)/.tests
 	$(VENV)/bin/python -m pytest --matrix=all tests/kernels/test_compile_for_tpu.py
+
+test-gpu: $(VENV)/.tests
+	$(VENV)/bin/python -m pytest --matrix=all tests/kernels/test_compile_for_gpu.py
 
 smoke: $(VENV)/.tests
 	$(VENV)/bin/python -m pytest -m smoke -n 2 --dist loadfile

@@ -5,6 +5,7 @@ One warpgroup runs a program. What is named .._s lies in shared memory.
 
 import functools
 import itertools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +13,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-BUFFERS = 2  # one tile is computed while the next is copied
 CHUNKS = (64, 32, 16)  # numbers of a swizzled row
-GRID = ("row", "head", "tile")
+LOG2E = math.log2(math.e)
+GRID = ("turn", "head")  # the last of which the machine counts first
 
 
 def dot(a_s, b_s):
@@ -31,6 +32,11 @@ def dot(a_s, b_s):
 def add_dot(sums, a, b_s):
     """sums + a @ b, where a is a value."""
     return pl.run_state(lambda sums: plgpu.wgmma(sums, a, b_s))(plgpu.ACC.init(sums))
+
+
+def tanh(x):
+    """Through the exponential: the instruction for tanh is off by 2^-11."""
+    return 1 - 2 / (jnp.exp2(2 * LOG2E * x) + 1)
 
 
 def matrix(x_s):
@@ -81,32 +87,56 @@ def write(*pairs) -> None:
     plgpu.wait_smem_to_gmem(0)
 
 
-def over_list(full, total, sources, buffers, arrived, add, sums):
-    """sums after add(masked, sums, *copies) for each of `total` steps, the first `full` of them without a mask.
+def over_list(full, total, listed, sources, coordinates, streamed, add, sums):
+    """sums after add(sums, at_s, *copies) for each of `total` steps.
 
-    copies: of what sources(step) names. buffers: BUFFERS of each of them; arrived: a barrier for each buffer.
+    listed(step): the tile of a step, and of steps beyond the last any. copies: of what sources(step, tile) names. at_s:
+    the coordinates of its tokens, copied from coordinates(tile); None in the first `full` steps, which hide nothing.
+    streamed: some buffers of each copy and a barrier for each buffer, and the same of coordinates. One tile is computed
+    while those for the other buffers are copied.
     """
+    buffers, arrived, at_buffers, at_arrived = streamed
+    ahead = at_buffers.shape[0] - 1
 
-    def start(step):
-        turn = lax.rem(step, BUFFERS)
-        copy(sources(step), [x_s.at[turn] for x_s in buffers], arrived.at[turn])
+    def start(step, tile):
+        turn = lax.rem(step, ahead + 1)
+        copy(sources(step, tile), [x_s.at[turn] for x_s in buffers], arrived.at[turn])
+        pl.when(step >= full)(lambda: copy([coordinates(tile)], [at_buffers.at[turn]], at_arrived.at[turn]))
 
-    def take(step, sums, masked: bool):
+    def take(step, carried, masked: bool):
+        following, sums = carried
         # The step before this one has read its buffer: it has waited for its products, and commits what else it read.
         plgpu.commit_smem()
-        pl.when(step + 1 < total)(lambda: start(step + 1))
-        turn = lax.rem(step, BUFFERS)
+        pl.when(step + ahead < total)(lambda: start(step + ahead, following))
+        following = listed(step + ahead + 1)  # on its way while this tile is computed: no copy waits for the list
+        turn = lax.rem(step, ahead + 1)
         plgpu.barrier_wait(arrived.at[turn])
-        return add(masked, sums, *(x_s.at[turn] for x_s in buffers))
+        if masked:
+            plgpu.barrier_wait(at_arrived.at[turn])
+        return following, add(sums, at_buffers.at[turn] if masked else None, *(x_s.at[turn] for x_s in buffers))
 
-    pl.when(total > 0)(lambda: start(jnp.int32(0)))
-    sums = lax.fori_loop(0, full, functools.partial(take, masked=False), sums)
-    return lax.fori_loop(full, total, functools.partial(take, masked=True), sums)
+    for step in map(jnp.int32, range(ahead)):
+        pl.when(step < total)(lambda step=step: start(step, listed(step)))
+    carried = lax.fori_loop(0, full, functools.partial(take, masked=False), (listed(jnp.int32(ahead)), sums))
+    return lax.fori_loop(full, total, functools.partial(take, masked=True), carried)[1]
 
 
-def place():
-    """What this program computes: (row of the batch, head or group, tile)."""
-    return tuple(lax.axis_index(name) for name in GRID)
+def listed(tiles, b, own, heads: int = 1):
+    """The tile of each step of a list, that each of so many heads takes in turn."""
+    last = tiles.shape[2] - 1
+    return lambda step: tiles[b, own, jnp.minimum(lax.div(step, heads), last)]
+
+
+def tiles_of(at, b, tokens: int):
+    """The coordinates of a tile."""
+    return lambda tile: at.at[b, :, pl.ds(tile * tokens, tokens)]
+
+
+def place(order, tiles: int):
+    """What this program computes: (row of the batch, head or group, tile), the tiles of all rows in `order`."""
+    turn, head = (lax.axis_index(name) for name in GRID)
+    tile = order[turn]
+    return lax.div(tile, tiles), head, lax.rem(tile, tiles)
 
 
 def _shared(x, *buffers: int):
@@ -118,10 +148,11 @@ def _shared(x, *buffers: int):
     return plgpu.SMEM((*buffers, *x.shape), x.dtype, transforms=transforms)
 
 
-def call(kernel, name: str, grid: tuple, inputs, outputs, own, streamed, results=()):
+def call(kernel, name: str, grid: tuple, inputs, outputs, own, streamed, coordinates, results=(), buffers: int = 2):
     """Runs a kernel. inputs: arrays; outputs: like what. In shared memory, each like what:
 
-    own: copied once; streamed: copied for each step; results: copied out.
+    own: copied once; streamed: copied for each step; coordinates: for each that masks; results: copied out. buffers:
+    of what is copied for a step.
     """
     run = plgpu.kernel(
         kernel,
@@ -132,8 +163,12 @@ def call(kernel, name: str, grid: tuple, inputs, outputs, own, streamed, results
         scratch_types=(
             tuple(_shared(x) for x in own),
             plgpu.Barrier(num_arrivals=len(own)),
-            tuple(_shared(x, BUFFERS) for x in streamed),
-            plgpu.Barrier(num_arrivals=len(streamed), num_barriers=BUFFERS),
+            (
+                tuple(_shared(x, buffers) for x in streamed),
+                plgpu.Barrier(num_arrivals=len(streamed), num_barriers=buffers),
+                _shared(coordinates, buffers),
+                plgpu.Barrier(num_arrivals=1, num_barriers=buffers),
+            ),
             *map(_shared, results),
         ),
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),

@@ -1,11 +1,11 @@
-"""The kernels compiled for real by Mosaic, with no TPU: in an environment of its own, since libtpu looks for one."""
+"""The kernels compiled for real by Mosaic, with no TPU."""
 
 import json
 import os
 import pathlib
 import subprocess
-import venv
 
+import elsewhere
 import filelock
 import jax
 import jax.numpy as jnp
@@ -15,22 +15,12 @@ from lab.kernels import mosaic_tpu, pallas_tpu
 
 pytestmark = pytest.mark.slow
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 SMALLEST = 64 * 2**20  # bytes of VMEM of a core of any TPU since v4
 
 
 @pytest.fixture(scope="module")
 def python() -> pathlib.Path:
-    """Of an environment that is made where it is missing."""
-    place = ROOT / f".venv-tpu-{jax.__version__}"
-    found, done = place / "bin" / "python", place / ".ready"
-    with filelock.FileLock(f"{place}.lock"):
-        if not done.exists():
-            venv.create(place, with_pip=True, clear=True)
-            install = ["-m", "pip", "install", "--quiet", f"jax[tpu]=={jax.__version__}"]
-            subprocess.run([found, *install], check=True, capture_output=True, text=True)
-            done.touch()
-    return found
+    return elsewhere.python("tpu", f"jax[tpu]=={jax.__version__}")
 
 
 @pytest.mark.parametrize(
@@ -39,8 +29,8 @@ def python() -> pathlib.Path:
 )
 def test_every_width_compiles_within_memory(tpu, options, python):
     environment = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_PLATFORMS")}
-    command = [python, ROOT / "benchmarks" / "compile_for_tpu.py", tpu, *options]
-    with filelock.FileLock(ROOT / ".venv-tpu.lock"):  # one process at a time may load it
+    command = [python, elsewhere.ROOT / "benchmarks" / "compile_for_tpu.py", tpu, *options]
+    with filelock.FileLock(elsewhere.ROOT / ".venv-tpu.lock"):  # one process at a time may load it
         made = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert made.returncode == 0, made.stderr[-3000:]
     found = [json.loads(line) for line in made.stdout.splitlines()]

@@ -54,6 +54,8 @@ CASES = {
     "rotated": Attention(rules.all_branches & rules.window(9), pairs=32),
     "narrow": Attention(rules.all_branches, T=70, H=1, K=32, V=16, pairs=8),
     "wide": Attention(rules.all_branches, T=70, H=1, K=128, V=128),
+    "widest": Attention(rules.causal, T=70, H=1, K=256, V=256),
+    "many tiles": Attention(rules.causal & rules.window(150), T=330, H=1),
     "unequal": Attention(rules.own_branch, T=70, H=1, K=192, V=128, pairs=32),
 }
 

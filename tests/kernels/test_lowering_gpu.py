@@ -16,6 +16,7 @@ from lab.kernels import pallas_gpu, pallas_triton, rules
 T, H, G = 200, 4, 2  # more than a tile, and no multiple of one
 STEPPED = (rules.q.time // 4 - rules.k.time // 4 < 3) & (rules.k.branch % 2 == 0)  # every kind of operator
 FORWARD, GRADIENTS = ["forward_kernel"], ["forward_kernel", "dq_kernel", "dkv_kernel"]
+APART = [*GRADIENTS[:2], "dk_kernel", "dv_kernel"]  # what wide heads have instead
 
 
 def shapes(K: int, V: int, dtype=jnp.bfloat16):
@@ -43,7 +44,7 @@ def lowered(run, shapes) -> list[str]:
     """The kernels in the program that CUDA would be given, by name and in order."""
     text = jax.jit(run).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
     calls = [line for line in text.splitlines() if "custom_call" in line and "mosaic_gpu" in line]
-    return [name for line in calls for name in GRADIENTS if name in line]
+    return [name for line in calls for name in dict.fromkeys((*GRADIENTS, *APART)) if name in line]
 
 
 def test_narrow_heads_lower_padded():
@@ -62,7 +63,16 @@ def pairs(widths):
 def test_forward_and_backward_lower_for_every_width(K, V):
     assert pallas_gpu.refusal(K, V, jnp.bfloat16) is None
     assert lowered(forward(), shapes(K, V)) == FORWARD
-    assert lowered(gradients(), shapes(K, V)) == GRADIENTS
+    assert lowered(gradients(), shapes(K, V)) == (GRADIENTS if K + V <= pallas_gpu.TOGETHER else APART)
+
+
+def test_programs_with_the_longest_lists_begin_first():
+    """Each tile of each row once."""
+    at = Coordinates(jnp.zeros((2, T), jnp.int32), *(jnp.tile(jnp.arange(T, dtype=jnp.int32), (2, 1)),) * 3)
+    queues = pallas_gpu.plan(rules.causal, at, at)
+    for tiles, order in zip(queues.lists, (queues.of_queries, queues.of_keys), strict=True):
+        assert sorted(order.tolist()) == list(range(tiles.total.size))
+        assert (jnp.diff(tiles.total.reshape(-1)[order]) <= 0).all() and len({*tiles.total.tolist()[0]}) > 1
 
 
 @pytest.mark.parametrize(

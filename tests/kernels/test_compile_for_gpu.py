@@ -1,0 +1,47 @@
+"""Kernels for Hopper GPUs, and a training step with each implementation that a study may take, compiled for real by
+ptxas and XLA, with no GPU."""
+
+import json
+import os
+import subprocess
+
+import elsewhere
+import jax
+import pytest
+
+pytestmark = pytest.mark.slow
+SCRIPT = elsewhere.ROOT / "benchmarks" / "compile_for_gpu.py"
+
+
+def compiled(*arguments) -> list[dict]:
+    packages = f"jax[cuda13]=={jax.__version__}", "-r", elsewhere.ROOT / "requirements.txt"
+    python = elsewhere.python("cuda", *map(str, packages))
+    environment = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+    made = subprocess.run([python, SCRIPT, *arguments], env=environment, capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr[-3000:]
+    return [json.loads(line) for line in made.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("options", [["--quick"], pytest.param([], marks=pytest.mark.whole)], ids=str)
+def test_products_wait_for_nothing_and_sums_stay_in_registers(options):
+    found = [each for each in compiled("kernels", *options) if each["implementation"] == "pallas_gpu"]
+    assert {(each["K"], each["V"]) for each in found} >= {(64, 64), (128, 128)}
+    for each in found:
+        assert each["kernels"], each
+        for name, takes in each["kernels"].items():
+            assert 0 < takes["registers"] <= 255 and not takes["serialised"], (each, name)
+            # Wider sums take more than there are: some of them rest in memory between turns.
+            assert takes["spilled"] <= (0 if each["K"] <= 128 else 256), (each, name)
+    if options:
+        assert set(found[0]["kernels"]) == {"forward_kernel_mosaic_gpu_kernel", "dq_kernel_mosaic_gpu_kernel",
+                                            "dkv_kernel_mosaic_gpu_kernel"}  # fmt: skip
+
+
+@pytest.mark.whole
+def test_no_step_waits_for_the_host():
+    implementations = ["pallas_gpu", "pallas_triton", *(["cudnn"] if jax.__version_info__ >= (0, 11, 1) else [])]
+    found = compiled("steps", "configs/rope_ablation.py:gpu", "--implementations", *implementations)
+    assert [each["implementation"] for each in found] == implementations
+    for each in found:
+        assert not each.get("error") and each["host_waits"] == 0 and each["kernels"] < 1000, each
+        assert each["bytes"] < 8e9, each
