@@ -49,6 +49,7 @@ IMPLEMENTATIONS = {
     "pallas_gpu": Implementation("gpu", rotates=True),
     "pallas_triton": Implementation("gpu", interpretable=True),
     "cudnn": Implementation("gpu"),
+    "tokamax": Implementation("gpu"),
 }
 
 

@@ -19,6 +19,7 @@ from jax import lax
 
 from lab.errors import UserError
 from lab.kernels.folding import whole
+from lab.kernels.residuals import without_gradient
 from lab.kernels.rules import visible
 from lab.kernels.tiles import pad_to_tiles
 
@@ -113,31 +114,10 @@ def _attend(q_BTHK, k_BSGK, v_BSGV, mask_B1TS, scale):
     o_BTHV, lse_BHT = _call(q, k, v, mask_B1TS, scale)
     saw_BT1 = mask_B1TS.any((1, 3))[..., None]
     o_BTHV = jnp.where(saw_BT1[..., None], o_BTHV, 0)
-    lse_BTH = jnp.where(saw_BT1, _without_gradient(lse_BHT.swapaxes(1, 2)), -jnp.inf)
+    lse_BTH = jnp.where(saw_BT1, without_gradient(lse_BHT.swapaxes(1, 2), "cudnn"), -jnp.inf)
     return o_BTHV[:, :T], lse_BTH[:, :T]
 
 
 def _call(q_BTHK, k_BSGK, v_BSGV, mask_B1TS, scale: float):
     """cuDNN itself: (o [B, T, H, V], lse [B, H, T] in float32)."""
     return fused.dot_product_attention(q_BTHK, k_BSGK, v_BSGV, mask=mask_B1TS, scale=scale, return_residual=True)
-
-
-@jax.custom_vjp
-def _without_gradient(x):
-    return x
-
-
-def _primal(x):
-    return x.value, None
-
-
-def _refuse(_, cotangent):
-    if isinstance(cotangent, jax.custom_derivatives.SymbolicZero):
-        return (jnp.zeros(cotangent.shape, cotangent.dtype),)
-    raise UserError(
-        "attention implementation 'cudnn' has no gradient of the log normaliser, which sinks and bands need; "
-        "choose another"
-    )
-
-
-_without_gradient.defvjp(_primal, _refuse, symbolic_zeros=True)

@@ -2,8 +2,13 @@
 of a token's channels, and one for each head) and making it again costs a whole forward pass of attention.
 """
 
+import functools
+
 import jax
+import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+
+from lab.errors import UserError
 
 NAME = "attention"
 OF_LIBRARIES = ("dot_product_attention_fwd_wrapper",)  # primitives that make it without our name: cuDNN
@@ -20,3 +25,25 @@ def kept(outputs):
 def policy(primitive, *inputs, **parameters):
     """For jax.checkpoint: keeps what attention made."""
     return primitive.name in OF_LIBRARIES or _named(primitive, *inputs, **parameters)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def without_gradient(x, implementation: str):
+    """A log normaliser of a library that drops its gradient; who asks for it is told, by UserError."""
+    return x
+
+
+def _primal(x, implementation):
+    return x.value, None
+
+
+def _refuse(implementation, _, cotangent):
+    if isinstance(cotangent, jax.custom_derivatives.SymbolicZero):
+        return (jnp.zeros(cotangent.shape, cotangent.dtype),)
+    raise UserError(
+        f"attention implementation {implementation!r} has no gradient of the log normaliser, which sinks and bands "
+        "need; choose another"
+    )
+
+
+without_gradient.defvjp(_primal, _refuse, symbolic_zeros=True)

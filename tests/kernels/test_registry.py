@@ -16,7 +16,7 @@ from lab.kernels import pallas_triton, rules
 
 def test_refusals_name_the_choices():
     (q, k, v), coordinates, _ = draw(Case(), 0)
-    choices = "auto, reference, tiled, pallas_tpu, pallas_gpu, pallas_triton, cudnn"
+    choices = "auto, reference, tiled, pallas_tpu, pallas_gpu, pallas_triton, cudnn, tokamax"
     with pytest.raises(UserError, match=rf"'tild' is unknown \(did you mean 'tiled'\?\).*{choices}"):
         kernels.attend(q, k, v, *coordinates, rules.causal, implementation="tild")
     with pytest.raises(UserError, match="4 query heads cannot share 3 key heads; choose a divisor of 4"):
@@ -49,7 +49,7 @@ def test_a_kernel_that_this_jax_cannot_compile_is_refused_by_name(monkeypatch):
     says = (
         f"'pallas_triton' needs the Triton lowering of Pallas, which jax {jax.__version__} no longer has; choose among"
     )
-    with pytest.raises(UserError, match=f"{says}: auto, reference, tiled, pallas_gpu(, cudnn)?$"):
+    with pytest.raises(UserError, match=f"{says}: auto, reference, tiled, pallas_gpu(, cudnn)?(, tokamax)?$"):
         kernels.resolve("pallas_triton")
     monkeypatch.setitem(sys.modules, "lab.kernels.pallas_triton", pallas_triton)
     assert kernels.resolve("pallas_triton") == "pallas_triton"

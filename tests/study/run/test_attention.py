@@ -74,7 +74,7 @@ def test_it_is_tried_once_for_a_machine(machine, tmp_path):
     )
     found = decide()
     assert found["name"] == "reference" and found["machine"]["gpus"] == ["NVIDIA H100"]
-    assert {*tried[0]} == {"tiled", "pallas_gpu", "pallas_triton", "cudnn"}
+    assert {*tried[0]} == {"tiled", "pallas_gpu", "pallas_triton", "cudnn", "tokamax"}
     assert said[-1] == "attention: reference is taken; be warned" and any("1.000 ms" in line for line in said)
     assert decide("b") == found and len(tried) == 1  # of the cache
     here.driver = "590.2"
