@@ -88,23 +88,28 @@ def decide(config: ConfigDict, cells: list[Cell], workdir: pathlib.Path, say: Ca
     A study that was begun on this machine goes on with its own. Of several hosts the first one tries. Raises UserError
     for hosts whose GPUs differ.
     """
-    if config.run.implementation != "auto" or (machine := Machine.here()) is None:
+    if config.run.implementation != "auto":
         return None
-    here, hosts = machine.described(), distributed.global_state
+    machine, hosts = Machine.here(), distributed.global_state
+    here = machine.described() if machine else None
     if hosts.client is not None and hosts.process_id:
         found = json.loads(hosts.client.blocking_key_value_get(KEY, WAIT))
-        if found["machine"] != here:
+        if (found or {}).get("machine") != here:
             raise UserError("the hosts differ in GPUs, drivers or code; give each the same, or name run.implementation")
         return found
-    before = (find_json(workdir / "plan.json") or {}).get("attention") or {}
-    if before.get("machine") == here and before.get("name") in kernels.IMPLEMENTATIONS:
-        found = before
-    else:
-        found = _found(cells, here, len(machine.names) * (hosts.num_processes or 1), say)
-        if before:
-            say(f"attention: {before.get('name')} was taken on another machine; runs go on here in a new segment")
+    found = _of_first_host(cells, machine, here, workdir, hosts.num_processes or 1, say) if machine else None
     if hosts.client is not None:
         hosts.client.key_value_set(KEY, json.dumps(found))
+    return found
+
+
+def _of_first_host(cells, machine, here, workdir, hosts, say) -> dict:
+    before = (find_json(workdir / "plan.json") or {}).get("attention") or {}
+    if before.get("machine") == here and before.get("name") in kernels.IMPLEMENTATIONS:
+        return before
+    found = _found(cells, here, len(machine.names) * hosts, say)
+    if before:
+        say(f"attention: {before.get('name')} was taken on another machine; runs go on here in a new segment")
     return found
 
 

@@ -139,6 +139,9 @@ def test_the_first_of_several_hosts_tries_and_the_others_take_its_answer(machine
     here.driver = "590.2"
     with pytest.raises(UserError, match="the hosts differ in GPUs, drivers or code"):
         decide()
+    monkeypatch.setattr(attention.Machine, "here", classmethod(lambda cls: None))
+    with pytest.raises(UserError, match="the hosts differ in GPUs, drivers or code"):
+        decide()
 
 
 def test_the_report_says_what_was_tried(tmp_path):
@@ -223,3 +226,16 @@ def test_the_command_prints_the_table(tmp_path):
     assert lines[0].startswith("attention: trying tiled (1 of 2)")
     assert sum(line.startswith("attention, problem") for line in lines) == 2
     assert sum(" ms" in line for line in lines) == 4 and lines[-1].endswith("is taken")
+
+
+def test_hosts_without_a_gpu_agree_and_one_beside_a_first_without_is_refused(machine, monkeypatch, tmp_path):
+    state, here = attention.distributed.global_state, attention.Machine.here
+    monkeypatch.setattr(state, "client", Client())
+    monkeypatch.setattr(attention.Machine, "here", classmethod(lambda cls: None))
+    decide = lambda: attention.decide(made().config, [made()], tmp_path, print)  # noqa: E731
+    assert decide() is None
+    monkeypatch.setattr(state, "process_id", 1)
+    assert decide() is None
+    monkeypatch.setattr(attention.Machine, "here", here)
+    with pytest.raises(UserError, match="the hosts differ in GPUs, drivers or code"):
+        decide()
