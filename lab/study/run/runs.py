@@ -103,9 +103,10 @@ def _file_name(name: str) -> str:
 
 
 def units_of(runs: list[Run], vmap: str) -> list[Unit]:
-    """What is trained at once: a run, or (study.vmap) the seeds of a cell or the cells of a seed."""
+    """What is trained at once: a run, or (study.vmap) the seeds of a cell or the cells of a seed. All cells of a seed
+    come before the next seed, so that what is there compares them."""
     if vmap == "none":
-        return [(run,) for run in runs]
+        return [(run,) for run in sorted(runs, key=lambda run: run.seed)]
     units: dict[tuple, list[Run]] = {}
     for run in runs:
         config = run.cell.config

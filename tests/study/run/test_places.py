@@ -10,6 +10,7 @@ from studies import write_study
 
 from lab import main, report
 from lab.errors import UserError
+from lab.study.define.cell import Cell
 from lab.study.run import hosts, places, runs
 from lab.study.run import study as run_study
 
@@ -174,3 +175,20 @@ def test_evaluations_of_other_weights_never_stay(tmp_path, monkeypatch):
     run = runs.Run(Named(), 0, made, data, tmp_path / "cell" / "seed-0")
     with pytest.raises(PermissionError):
         run_study._make((run,), None, None)
+
+
+@pytest.mark.parametrize("vmap", ["none", "seeds", "numbers"])
+def test_all_cells_of_a_seed_come_before_the_next(vmap):
+    """And each run once, in the order of the cells."""
+    one = config()
+    cells = [Cell(f"{name}", (("name", name),), one) for name in "abc"]
+    made = [
+        runs.Run(cell, seed, {}, None, pathlib.Path(cell.name) / str(seed), None) for cell in cells for seed in (4, 5)
+    ]
+    units = runs.units_of(made, vmap)
+    names = [[(run.cell.name, run.seed) for run in unit] for unit in units]
+    if vmap == "seeds":
+        assert names == [[(name, 4), (name, 5)] for name in "abc"]
+    else:
+        flat = [run for unit in names for run in unit]
+        assert flat == [(name, seed) for seed in (4, 5) for name in "abc"]
