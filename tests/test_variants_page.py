@@ -65,8 +65,8 @@ def test_every_diff_applies_and_what_it_adds_trains(tmp_path):
     few = (
         f"--config.{field}" for field in ("train.steps=2", "train.warmup=1", "study.seeds=1", "evaluate.loss.texts=16")
     )
-    told = python(tmp_path, "-m", "lab.main", "--config=configs/norm_ablation.py", "--cells=1/3", *few)
-    assert "2 of 2 runs done, 0 failed" in told
+    told = python(tmp_path, "-m", "lab.main", "--config=configs/norm_ablation.py", "--cells=1/6", *few)
+    assert "1 of 1 runs done, 0 failed" in told
 
 
 def python(directory, *arguments) -> str:

@@ -62,7 +62,7 @@ def test_what_hangs_is_ended(tried, monkeypatch):
     begun = time.monotonic()
     assert tried("hanging").refused == "hangs: said nothing for 30 s"
     assert time.monotonic() - begun < 120
-    assert tried("hanging", seconds=20.0).refused == "was not done in time"
+    assert tried("hanging", seconds=5.0).refused == "was not done in time"
 
 
 @pytest.mark.slow
@@ -75,11 +75,6 @@ def test_the_fastest_that_is_right_is_taken(tried, monkeypatch):
     assert [bool(one.refused) for one in chosen.tried] == [False, True, False]
     assert all(seconds > 0.2 for seconds in chosen.tried[0].seconds.values())
     assert said == [f"attention: trying {name} ({i} of 3)" for i, name in enumerate(("slow", "wrong", "right"), 1)]
-    monkeypatch.setattr(choice, "TRUSTED", ("right", "wrong_when_large"))
-    chosen = choice.choose(problems, ["right", "wrong_when_large"], budget=200, command=COMMAND)
-    assert chosen.name == "right" and (
-        not chosen.warning or "differ on the study's own; taking right" in chosen.warning
-    )
 
 
 def one(name: str, seconds: float, sums=1.0, **changed) -> Tried:

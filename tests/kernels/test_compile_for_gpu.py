@@ -2,8 +2,8 @@
 ptxas and XLA, with no GPU."""
 
 import json
-import os
 import subprocess
+import sys
 
 import elsewhere
 import jax
@@ -13,18 +13,17 @@ pytestmark = pytest.mark.slow
 SCRIPT = elsewhere.ROOT / "benchmarks" / "compile_for_gpu.py"
 
 
-def compiled(*arguments) -> list[dict]:
-    packages = f"jax[cuda13]=={jax.__version__}", "-r", elsewhere.ROOT / "requirements.txt"
-    python = elsewhere.python("cuda", *map(str, packages))
-    environment = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_PLATFORMS")}
-    made = subprocess.run([python, SCRIPT, *arguments], env=environment, capture_output=True, text=True)
+def compiled(environment: dict[str, str], *arguments) -> list[dict]:
+    command = [sys.executable, SCRIPT, *arguments]
+    made = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert made.returncode == 0, made.stderr[-3000:]
     return [json.loads(line) for line in made.stdout.splitlines()]
 
 
 @pytest.mark.parametrize("options", [["--quick"], pytest.param([], marks=pytest.mark.whole)], ids=str)
 def test_products_wait_for_nothing_and_sums_stay_in_registers(options):
-    found = [each for each in compiled("kernels", *options) if each["implementation"] == "pallas_gpu"]
+    ptxas = elsewhere.environment("ptxas", "--no-deps", *elsewhere.PTXAS)
+    found = [each for each in compiled(ptxas, "kernels", *options) if each["implementation"] == "pallas_gpu"]
     assert {(each["K"], each["V"]) for each in found} >= {(64, 64), (128, 128)}
     for each in found:
         assert each["kernels"], each
@@ -40,7 +39,8 @@ def test_products_wait_for_nothing_and_sums_stay_in_registers(options):
 @pytest.mark.whole
 def test_no_step_waits_for_the_host():
     implementations = ["pallas_gpu", "pallas_triton", *(["cudnn"] if jax.__version_info__ >= (0, 11, 1) else [])]
-    found = compiled("steps", "configs/rope_ablation.py:gpu", "--implementations", *implementations)
+    cuda = elsewhere.environment("cuda", f"jax[cuda13]=={jax.__version__}")
+    found = compiled(cuda, "steps", "configs/rope_ablation.py:gpu", "--implementations", *implementations)
     assert [each["implementation"] for each in found] == implementations
     for each in found:
         assert not each.get("error") and each["host_waits"] == 0 and each["kernels"] < 1000, each
