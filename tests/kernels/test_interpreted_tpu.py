@@ -47,7 +47,7 @@ def simulated(case: Case, turned: bool, backward: bool):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [*[*CASES][1:], pytest.param("groups", marks=pytest.mark.whole)])
 def test_nothing_races_and_numbers_are_those_of_the_reference(name):
     case, pairs = CASES[name]
     arrays, coordinates, cotangents = draw(case, len(name))
