@@ -66,7 +66,7 @@ CASES = [  # implementation, K, V, pairs that rotate inside, softcap
     *(("pallas_triton", K, V, 0, None) for K, V in ((32, 32), (64, 64), (128, 128))),  # of which ptxas tells nothing
 ]
 QUICK = (CASES[0], CASES[1])
-STEPS = ("configs/rope_ablation.py:gpu", "configs/head_dim_ablation.py:paper", "configs/attention_ablation.py:paper")
+STEPS = ("configs/rope_ablation.py:gpu", "configs/head_dim_ablation.py:paper")
 KERNELS = {"fusion", "custom-call", "copy", "sort", "scatter", "gather", "reduce", "dynamic-update-slice", "transpose",
            "broadcast", "iota", "pad", "concatenate", "convert", "select", "rng-bit-generator", "dot"}  # fmt: skip
 
@@ -138,7 +138,7 @@ def kernels(cases) -> None:
         print(json.dumps(row), flush=True)
 
 
-def steps(configs, implementations) -> None:
+def steps(configs, implementations, microbatches: int) -> None:
     from lab.command import load_config
     from lab.study.open import open
 
@@ -150,20 +150,20 @@ def steps(configs, implementations) -> None:
         for name in implementations:
             row = {"config": path, "cell": cell.name, "implementation": name}
             try:
-                row |= of_step(cell.config, name)
+                row |= of_step(cell.config, name, microbatches)
             except Exception as error:  # one that does not compile costs its own line
                 row |= {"error": f"{type(error).__name__}: {str(error)[:300]}"}
             print(json.dumps(row), flush=True)
 
 
-def of_step(config, implementation: str) -> dict:
+def of_step(config, implementation: str, microbatches: int = 1) -> dict:
     """Memory, kernels and host waits of a training step, all on one device."""
     from lab.model import mesh as lab_mesh
     from lab.train import canonical, compiled, memory, optimizer
     from lab.train.step import Program
 
     config = config.copy_and_resolve_references()
-    config.run.implementation = implementation
+    config.run.update(dict(implementation=implementation, microbatches=microbatches))
     names = lab_mesh.AXES
     mesh = Mesh(np.array([device()]).reshape((1,) * len(names)), names, axis_types=(AxisType.Auto,) * len(names))
     here = NamedSharding(mesh, PartitionSpec())
@@ -222,11 +222,12 @@ def main() -> None:
     parser.add_argument("configs", nargs="*", help=f"of steps (default: {' '.join(STEPS)})")
     parser.add_argument("--quick", action="store_true", help="the two commonest widths")
     parser.add_argument("--implementations", nargs="*", default=("cudnn", "pallas_gpu"), help="of attention in steps")
+    parser.add_argument("--microbatches", type=int, default=1, help="of a step, as run.microbatches")
     flags = parser.parse_args()
     if flags.what == "kernels":
         kernels(QUICK if flags.quick else CASES)
     else:
-        steps(flags.configs or STEPS, flags.implementations)
+        steps(flags.configs or STEPS, flags.implementations, flags.microbatches)
 
 
 if __name__ == "__main__":
