@@ -13,7 +13,7 @@ import numpy as np
 
 from lab.study.define.contrasts import settings
 from lab.study.judge import pairing
-from lab.study.judge.evidence import Comparison, Findings, overall
+from lab.study.judge.evidence import UNKNOWN, Comparison, Findings, overall
 from lab.study.judge.pairing import Scores
 from lab.study.judge.residuals import COSTS, beside, relative
 from lab.study.judge.statistics import detectable, half_widths
@@ -227,7 +227,7 @@ def _deviations(scores: Scores, findings: Findings | None) -> list[tuple[int, fl
 def _apart(mean: float | None, half: float | None) -> str:
     if mean is None:
         return "—"
-    return "yes" if half is not None and mean - half > 0 else "no"
+    return "yes" if half is not None and mean - half > 0 else UNKNOWN
 
 
 def _bounds(mean: float | None, half: float | None) -> str:
