@@ -135,13 +135,13 @@ def _cells(study: Results) -> list[Piece]:
         del planned["state per row and layer"]
     common = {name: show(cells[0]) for name, show in planned.items() if len({show(cell) for cell in cells}) == 1}
     differing = {name: show for name, show in planned.items() if name not in common}
-    measured = ("train s", "tokens/s", "outside the step", "peak MiB")
+    measured, training = ("train s", "tokens/s", "outside the step", "peak MiB"), _training_costs(study)
     rows = [
         [
             *map(str, study.key(cell)),
             _status(study, cell),
             *(show(cell) for show in differing.values()),
-            *_training_cost(study, cell),
+            *training[cell["name"]],
         ]
         for cell in cells
     ]
@@ -165,14 +165,16 @@ def _status(study: Results, cell: dict) -> str:
     return f"at step {runs[0].metrics[-1]['step']}" if started else runs[0].status
 
 
-def _training_cost(study: Results, cell: dict) -> list[str]:
-    frame = study.timings
-    train = frame[(frame["cell"] == cell["name"]) & (frame["phase"] == "train")]
-    seconds, speed, outside, peak = (
-        train[name].astype(float).mean() for name in ("seconds", "tokens_per_second", "overhead_share", "peak_bytes")
-    )
-    share = "—" if math.isnan(outside) else f"{100 * outside:.1f}%"
-    return [number(seconds, 1), number(speed, 0), share, number(peak / MEBIBYTE, 0)]
+def _training_costs(study: Results) -> dict[str, list[str]]:
+    """What training each cell took, means over its seeds; dashes of cells that have no time yet."""
+    names = ["seconds", "tokens_per_second", "overhead_share", "peak_bytes"]
+    train = study.timings[study.timings["phase"] == "train"].set_index("cell")[names].astype(float)
+    means = train.groupby(level="cell").mean().reindex([cell["name"] for cell in study.plan["cells"]])
+    found = {}
+    for name, seconds, speed, outside, peak in means.itertuples():
+        share = "—" if math.isnan(outside) else f"{100 * outside:.1f}%"
+        found[name] = [number(seconds, 1), number(speed, 0), share, number(peak / MEBIBYTE, 0)]
+    return found
 
 
 def _failures(study: Results) -> list[Piece]:
