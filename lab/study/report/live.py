@@ -24,7 +24,7 @@ GREY = "#737373"
 EFFECTS = EFFECT | {UNKNOWN: GREY}
 SHADE = "rgba(27, 108, 168, 0.2)"  # of an interval
 SIGNED = [[0, "#b2182b"], [0.5, "#f7f7f7"], [1, "#2166ac"]]  # red is negative
-NAMED = 34  # letters of a comparison beside its row
+NAMED = 42  # letters of a comparison beside its row
 
 Live = dict  # {"panels": [{"data": [...], "layout": {...}}, ...], "logarithmic": whether a log scale of y is offered}
 
@@ -147,7 +147,8 @@ def effects(comparisons: Sequence[tuple[str, Comparison]]) -> Live | None:
             "hovertemplate": "%{text}: %{x:+.4f}<br>%{customdata}<extra></extra>",
         }] if chosen else []  # fmt: skip
     names = [_text(name if len(name) <= NAMED else name[: NAMED - 1] + "…") for name, _ in comparisons]
-    down = {"tickvals": list(range(len(names))), "ticktext": names, "range": [len(names) - 0.4, -0.6]}
+    down = {"tickvals": list(range(len(names))), "ticktext": names, "tickfont": {"size": 10}}
+    down["range"] = [len(names) - 0.4, -0.6]
     across = _titled("difference of loss (nats per token); left of 0 is better") | {"zeroline": True}
     height = 120 + 18 * len(names)
     return _figure([{"": data}], lambda title, data: _panel(title, data, across, down, height=height), False)
