@@ -15,13 +15,13 @@ from lab.study import results
 
 def rebuild(directory: str | Path) -> list[Path]:
     """Writes results.csv, timings.csv, mixing.csv and comparisons.csv where there is what they hold, figures/,
-    report.md, report.html and the figures' TensorBoard events of a study, finished or not; returns the paths of the
-    files a reader opens. Raises UserError where `directory` is not the directory of a study."""
+    report.md, report.html, a page for each cell and the figures' TensorBoard events of a study, finished or not;
+    returns the paths of the files a reader opens. Raises UserError where `directory` is not that of a study."""
     study = results.collect(directory)
     written = results.write_csv(study)
     # Drawing is imported late: matplotlib and scipy take longer to load than everything above takes to run.
     from lab.study.judge import evidence
-    from lab.study.report import page, sections, tensorboard
+    from lab.study.report import cell_page, page, sections, tensorboard
 
     findings = evidence.find(study)
     if findings:
@@ -30,7 +30,9 @@ def rebuild(directory: str | Path) -> list[Path]:
     tensorboard.write_figures(
         study, [block for part in parts for block in part.blocks if isinstance(block, page.Chart)]
     )
-    return written + page.write(study.directory, study.plan["study"], parts)
+    written += page.write(study.directory, study.plan["study"], parts)
+    cell_page.write(study, findings)
+    return written
 
 
 def compare(directories: list[str], output: str | Path) -> list[Path]:

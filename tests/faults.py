@@ -220,6 +220,19 @@ ROWS = {
         ("interval of the bootstrap", "signed(known.mean), interval(known.t_interval)]",
          "signed(known.mean), interval(known.bootstrap_interval)]"),
     ],
+    "study/report/headline.py": [
+        ("the least of what is better", 'one = found["better"][0]', 'one = found["better"][-1]'),
+        ("apart within the interval", "half is not None and mean - half > 0", "half is not None and mean + half > 0"),
+        ("failed runs pass in silence", 'run.status == "failed" and not run.rows()', 'run.status == "lost"'),
+    ],
+    "study/report/cell_page.py": [
+        ("the command of the cell before", 'enumerate(study.plan["cells"], 1)', 'enumerate(study.plan["cells"], 0)'),
+        ("flags of the study's own share", 'own and "=" not in word', "False"),
+    ],
+    "study/report/live.py": [
+        ("interval turned", '"array": _numbers(high - mean for mean', '"array": _numbers(mean - high for mean'),
+        ("a gap as a zero", "if math.isfinite(value) else None", "if math.isfinite(value) else 0.0"),
+    ],
     "study/report/series.py": [
         ("replicates the other sign", "found == np.sign(difference)", "found != np.sign(difference)"),
     ],

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import zlib
 from pathlib import Path
 
@@ -179,3 +180,8 @@ def _config(labels):
         "data": {"draw": labels.get("train_branch", "1-15"), "corpus": "stdlib"},
         "train": {"steps": 250},
     }
+
+
+def without_plotly(page: str) -> str:
+    """An HTML page without the script that draws its figures: megabytes in which every word occurs."""
+    return re.sub(r'<script id="plotly">.*?</script>', "", page, flags=re.DOTALL)

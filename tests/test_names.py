@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import tiny
-from studies import write, write_study
+from studies import without_plotly, write, write_study
 from test_command import overridden
 
 from lab import command, report, runtime
@@ -282,7 +282,7 @@ def test_a_report_of_hostile_names_is_whole(tmp_path):
     study = {"baseline": [["a|b", [[HOSTILE, 0]]]], "groups": []}
     write(tmp_path / "plan.json", content | {"config": content["config"] | {"study": study}})
     assert report.main([str(tmp_path)]) == 0
-    text, whole = (tmp_path / "report.md").read_text(), (tmp_path / "report.html").read_text()
+    text, whole = (tmp_path / "report.md").read_text(), without_plotly((tmp_path / "report.html").read_text())
     assert "<b>" not in text and "````\n```\n<i>\n" in text
     assert "<b>" not in whole and "<i>" not in whole and "&lt;b&gt;c&lt;/b&gt;" in whole
 

@@ -3,6 +3,7 @@
 import csv
 import html.parser
 import json
+from urllib.parse import unquote
 
 import commands
 import jax
@@ -81,7 +82,8 @@ def test_the_page_is_self_contained(work):
 
     page = Page()
     page.feed((work / "report.html").read_text())
-    assert page.pictures >= 4 and not page.other
+    assert page.pictures >= 4 and len(page.other) == 2  # cells: each has its page
+    assert all((work / unquote(link)).is_file() for link in page.other)
     assert len(list((work / "figures").glob("*.png"))) >= 4 and (work / "report.md").stat().st_size > 500
 
 

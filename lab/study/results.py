@@ -76,6 +76,14 @@ class Results:
     def condition(self) -> str:
         return self.plan["condition"]
 
+    @functools.cached_property
+    def runs_by_cell(self) -> dict[str, list[Outcome]]:
+        """The runs of every cell of the plan by its name."""
+        found: dict = {cell["name"]: [] for cell in self.plan["cells"]}
+        for run in self.runs:
+            found[run.cell["name"]].append(run)
+        return found
+
     def key(self, cell: dict) -> tuple:
         """The values of a cell's labels, in the order of the labels; "" for a label that the cell lacks."""
         return tuple(cell["labels"].get(label, "") for label in self.labels)

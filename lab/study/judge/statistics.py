@@ -45,7 +45,7 @@ def estimate(differences: Sequence[float], resolution: float = 0.0) -> Estimate:
         return Estimate(n, mean, deviation)
     test = stats.ttest_1samp(values, 0.0)
     low, high = test.confidence_interval(1 - LEVEL)
-    bootstrap, smallest = _bootstrap(values), _detectable(n) * deviation
+    bootstrap, smallest = _bootstrap(values), detectable(n) * deviation
     return Estimate(n, mean, deviation, (float(low), float(high)), bootstrap, float(test.pvalue), smallest)
 
 
@@ -105,7 +105,7 @@ def _student(values: np.ndarray, axis: int) -> np.ndarray:
 
 
 @functools.cache
-def _detectable(n: int) -> float:
+def detectable(n: int) -> float:
     """In standard deviations: where the two-sided t-test of n differences has POWER. Its power is the normal one
     averaged over the spread that n differences may show; scipy's noncentral t has holes at two of them."""
     critical = stats.t.ppf(1 - LEVEL / 2, n - 1)

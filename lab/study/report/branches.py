@@ -10,7 +10,7 @@ from typing import NamedTuple
 from lab.options import leaves
 from lab.study.define.cells import ASIDE
 from lab.study.numbers import number
-from lab.study.report import costs, figures, tables
+from lab.study.report import costs, figures, live, tables
 from lab.study.report.layout import arrange, cell_label, describe
 from lab.study.report.page import Chart, Code, Heading, Piece, Table, Text
 from lab.study.report.tables import Choice, Losses
@@ -43,11 +43,11 @@ def _section(names: Names, study: Results) -> list[Piece]:
         return [Text("No cell has finished yet."), *_configurations(names, study), *_all_published(study)]
     return [
         *_recommendation(names, study, ours, theirs),
-        *costs.overview(study),
         *_figures(names, study, ours),
         *_at_counts(names, study, ours, theirs),
         *_scaling(names, study, ours, theirs),
         *_fixed(names, study, ours, theirs),
+        *costs.overview(study),
         *_configurations(names, study),
         *_everything(study, ours),
         *_all_published(study),
@@ -147,16 +147,19 @@ def _figures(names: Names, study: Results, ours: Losses) -> list[Piece]:
             figures.png(figures.by_condition(rows, bars, study.condition, trained)),
             f"Loss against the number of branches, one line for each {names.ratio}; grey: the counts trained on. "
             "Vertical scales differ between draws.",
+            live.by_condition(rows, bars, study.condition, trained),
         ),
         Chart(
             "loss_by_ratio",
             figures.png(figures.by_label(turned, names.ratio)),
             f"Loss against {names.ratio}, one line for each number of branches.",
+            live.by_label(turned, names.ratio),
         ),
         Chart(
             "heat_map",
             figures.png(figures.heat_maps(rows, names.ratio, study.condition)),
             "The same losses in nats per token; dark is better, one scale for all panels.",
+            live.heat_maps(rows, names.ratio, study.condition),
         ),
     ]
     return [Heading("Loss by ratio and number of branches"), *charts]
@@ -272,11 +275,12 @@ def _configurations(names: Names, study: Results) -> list[Piece]:
             known = [cell["labels"].get(label, "") for label in labels]
             rows[tuple(known)] = [str(item) for item in (*known, cell["head_dim"], sum(pairs), *pairs)]
     headings = [*labels, "head_dim", "frequency pairs", "carry branch", "carry time", "carry index"]
-    note = (
-        "Selected pairs alternate between branch and time; what the published note calls branch pairs are all selected "
-        "pairs, the sum of the two."
+    caption = (
+        "What rotates the frequency pairs of a head. Selected pairs alternate between branch and time; what the "
+        "published note calls branch pairs are all selected pairs, the sum of the two."
     )
-    return [Heading("Frequency pairs of a head"), Text(note), Table(headings, list(rows.values()))] if rows else []
+    table = Table(headings, list(rows.values()), caption, folded=True)
+    return [Heading("Frequency pairs of a head"), table] if rows else []
 
 
 def _everything(study: Results, ours: Losses) -> list[Piece]:

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from lab.study.judge.evidence import Findings
 from lab.study.judge.residuals import COSTS, MEANINGS, beside
 from lab.study.numbers import number, short
-from lab.study.report import figures, tables
-from lab.study.report.layout import arrange, cell_label, differences, line_label
+from lab.study.report import figures, live, tables
+from lab.study.report.layout import arrange, cell_label, differences, few, line_label, lowest
 from lab.study.report.page import Chart, Heading, Piece, Table, Text
 from lab.study.report.tables import Losses
 from lab.study.results import Results
@@ -37,7 +37,8 @@ def pareto(study: Results, findings: Findings) -> list[Piece]:
     table = Table(
         ["point", "cell", "loss", *panels], rows, "Bold: no cell is better in one of the two and no worse in the other"
     )
-    return [Chart("pareto", figures.png(figures.pareto(drawn)), caption), table, common(study)]
+    chart = Chart("pareto", figures.png(figures.pareto(drawn)), caption, live.pareto(panels, numbers))
+    return [chart, table, common(study)]
 
 
 def common(study: Results) -> Text:
@@ -93,7 +94,7 @@ def config_differences(study: Results, findings: Findings) -> list[Piece]:
     caption = (
         "What a cell changes of its baseline's config. Pairs may differ in the layout of texts, never in the texts."
     )
-    return [Table(["cell", "changes", "differs in layout"], rows, caption)] if rows else []
+    return [Table(["cell", "changes", "differs in layout"], rows, caption, folded=True)] if rows else []
 
 
 def _costs(study: Results, findings: Findings) -> dict[str, dict[str, float]]:
@@ -114,10 +115,13 @@ def _condition_figure(study: Results, ours: Losses, errors: Losses, every: list)
     if len(every) < 2 or not all(isinstance(count, (int, float)) and count > 0 for count in every):
         return []
     line = line_label(study)
-    bars = {title: panel for row in arrange(study, errors, line) for title, panel in row.items()}
-    image = figures.png(figures.by_condition(arrange(study, ours, line), bars, study.condition, {}))
-    caption = f"Loss by {study.condition}, one line for each {line or cell_label(study, next(iter(ours)))}."
-    return [Chart("loss_by_condition", image, caption)]
+    rows = arrange(study, lowest(study, ours), line)
+    bars = {title: panel for row in arrange(study, lowest(study, errors), line) for title, panel in row.items()}
+    image = figures.png(figures.by_condition(rows, bars, study.condition, {}))
+    caption = (
+        f"Loss by {study.condition}, one line for each {line or cell_label(study, next(iter(ours)))}.{few(len(ours))}"
+    )
+    return [Chart("loss_by_condition", image, caption, live.by_condition(rows, bars, study.condition, {}))]
 
 
 def _loss(loss: float | None, deviation: float | None, best: float) -> str:

@@ -115,18 +115,16 @@ def learning_curves(rows: Sequence[Mapping[str, Mapping[object, Sequence[Mapping
     their fall."""
 
     def draw(axes: Axes, title: str, curves: Mapping) -> None:
-        colours, ends, tops = _colours(curves), {}, []
+        palette, ends, tops = colours(curves), {}, []
         for name, seeds in curves.items():
-            finite = [{step: loss for step, loss in points.items() if math.isfinite(loss)} for points in seeds]
-            steps = sorted({step for points in finite for step in points})
+            finite, steps, smooth = smoothed(seeds)
             if not steps:
                 continue
-            smooth = np.array([_smoothed(points, steps) for points in finite])
             middle = np.nanmean(smooth, axis=0)
             if len(finite) == 1:
-                axes.plot(steps, [finite[0][step] for step in steps], color=colours[name], linewidth=0.7, alpha=0.3)
-            axes.fill_between(steps, np.nanmin(smooth, axis=0), np.nanmax(smooth, axis=0), color=colours[name], **BAND)
-            axes.plot(steps, middle, color=colours[name], linewidth=1.6)
+                axes.plot(steps, [finite[0][step] for step in steps], color=palette[name], linewidth=0.7, alpha=0.3)
+            axes.fill_between(steps, np.nanmin(smooth, axis=0), np.nanmax(smooth, axis=0), color=palette[name], **BAND)
+            axes.plot(steps, middle, color=palette[name], linewidth=1.6)
             ends[name] = (steps[-1], float(middle[-1]))
             tops += [loss for points in finite for step, loss in points.items() if 10 * step >= steps[-1]]
         longest = max((len(str(name)) for name in ends), default=0)
@@ -134,7 +132,7 @@ def learning_curves(rows: Sequence[Mapping[str, Mapping[object, Sequence[Mapping
         if tops:
             axes.set_ylim(top=max(tops))
         _style(axes)
-        _name_lines(axes, ends, colours)
+        _name_lines(axes, ends, palette)
         axes.set_xlabel("optimizer step")
         _perplexity(axes)
 
@@ -207,7 +205,15 @@ def beaten(x: float, y: float, points: Iterable[tuple[float, float]]) -> bool:
     return any(a <= x and b <= y and (a, b) != (x, y) for a, b in points)
 
 
-def _smoothed(points: Mapping[float, float], steps: Sequence[float]) -> list[float]:
+def smoothed(seeds: Sequence[Mapping[float, float]]) -> tuple[list[dict], list[float], np.ndarray]:
+    """Of the logged losses of each seed: those that are finite; every step that has one; the centred means
+    [seeds, steps]."""
+    finite = [{step: loss for step, loss in points.items() if math.isfinite(loss)} for points in seeds]
+    steps = sorted({step for points in finite for step in points})
+    return finite, steps, np.array([_at(points, steps) for points in finite])
+
+
+def _at(points: Mapping[float, float], steps: Sequence[float]) -> list[float]:
     """The centred means of one seed at `steps`; nan where it has logged nothing, as one that still runs."""
     known = dict(zip(points, _smooth(list(points.values())), strict=True))
     return [known.get(step, math.nan) for step in steps]
@@ -245,7 +251,7 @@ def _panels(rows: Sequence[Mapping], draw, vertical: str = LOSS, share: bool = T
 
 def _lines(axes: Axes, curves: Curves, errors: Curves) -> tuple[dict, dict]:
     """Draws the lines; returns where they end and their colours, by name."""
-    colours, ends = _colours(curves), {}
+    palette, ends = colours(curves), {}
     for place, (name, curve) in enumerate(curves.items()):
         xs = sorted(curve)
         if not xs:
@@ -255,7 +261,7 @@ def _lines(axes: Axes, curves: Curves, errors: Curves) -> tuple[dict, dict]:
             xs,
             [curve[x] for x in xs],
             yerr=None if all(math.isnan(bar) for bar in bars) else bars,
-            color=colours[name],
+            color=palette[name],
             marker=MARKERS[place % len(MARKERS)],
             markersize=4,
             linewidth=1.6,
@@ -263,7 +269,7 @@ def _lines(axes: Axes, curves: Curves, errors: Curves) -> tuple[dict, dict]:
         )
         ends[name] = (xs[-1], curve[xs[-1]])
     _style(axes)
-    return ends, colours
+    return ends, palette
 
 
 def _style(axes: Axes) -> None:
@@ -290,13 +296,13 @@ def _log2(axes: Axes, ticks: Sequence[int], label: str) -> None:
     axes.set_xlabel(label)
 
 
-def _colours(names: Sequence) -> dict:
+def colours(names: Sequence) -> dict:
     """Ordered from dark to light and told apart by the colour-blind; the palest end is unreadable on white."""
     places = np.linspace(0.0, 0.82, max(len(names), 2))
     return {name: colormaps["plasma"](place) for name, place in zip(names, places, strict=False)}
 
 
-def _name_lines(axes: Axes, ends: Mapping[object, tuple[float, float]], colours: Mapping) -> None:
+def _name_lines(axes: Axes, ends: Mapping[object, tuple[float, float]], palette: Mapping) -> None:
     """Writes each line's name beside its right end, moved up or down where names would touch."""
     bottom, top = axes.get_ylim()
     heights = _spaced([y for _, y in ends.values()], (top - bottom) * 0.06, bottom, top)
@@ -304,8 +310,8 @@ def _name_lines(axes: Axes, ends: Mapping[object, tuple[float, float]], colours:
     for (name, (x, y)), height in zip(ends.items(), heights, strict=True):
         place = across.inverted().transform((across.transform((x, y))[0] + 0.055, 0))[0]
         text = f" {name:g}" if isinstance(name, float) else f" {name}"
-        axes.plot([x, place], [y, height], color=colours[name], linewidth=0.6, alpha=0.6, clip_on=False)
-        axes.text(place, height, text, va="center", fontsize=SMALL, color=colours[name])
+        axes.plot([x, place], [y, height], color=palette[name], linewidth=0.6, alpha=0.6, clip_on=False)
+        axes.text(place, height, text, va="center", fontsize=SMALL, color=palette[name])
 
 
 def _spaced(heights: Sequence[float], gap: float, bottom: float, top: float) -> list[float]:

@@ -1,12 +1,18 @@
 """How reports name cells and arrange them into panels."""
 
+import math
 from collections.abc import Mapping, Sequence
+from statistics import fmean
+from urllib.parse import quote
 
 from lab.options import leaves
 from lab.study.define.cells import ASIDE
+from lab.study.report import tables
 from lab.study.results import Outcome, Results, identity
 
 WIDEST = 3  # panels in a row, where rows mean nothing
+CELL_PAGE = "index.html"  # in the directory of each cell
+MOST_CELLS = 60  # of a figure: no reader tells more lines apart, and drawing them takes minutes
 
 
 def line_label(study: Results) -> str:
@@ -33,6 +39,20 @@ def arrange(study: Results, curves: Mapping[tuple, object], line: str, *, rows_b
     if len(others) > 1:
         return list(rows.values())
     return panel_rows(rows.get("", {}))
+
+
+def lowest(study: Results, curves: Mapping[tuple, object]) -> dict[tuple, object]:
+    """Of `curves` by cell those that a figure has room for: the cells with the lowest mean loss, in their order."""
+    if len(curves) <= MOST_CELLS:
+        return dict(curves)
+    means = {key: fmean(curve.values()) for key, curve in tables.losses(study).items()}
+    kept = set(sorted(curves, key=lambda key: means.get(key, math.inf))[:MOST_CELLS])
+    return {key: curve for key, curve in curves.items() if key in kept}
+
+
+def few(cells: int) -> str:
+    """What the caption of such a figure adds."""
+    return f" **Of {cells} cells the {MOST_CELLS} with the lowest loss are drawn.**" if cells > MOST_CELLS else ""
 
 
 def grouped(rows: list[dict[str, dict]], groups: Sequence[tuple[str, Sequence]]) -> list[dict[str, dict]]:
@@ -75,6 +95,14 @@ def cell_label(study: Results, key: tuple) -> str:
 def run_label(study: Results, run: Outcome) -> str:
     """A cell and its seed."""
     return describe({name: value for name, value in identity(study, run).items() if name != "cell"})
+
+
+def links(study: Results) -> list[str]:
+    """Where the page of each cell of the plan lies, from the study's own pages; "" of one that is not begun."""
+    begun = {
+        name: any(run.metrics or run.result or run.failure for run in runs) for name, runs in study.runs_by_cell.items()
+    }
+    return [quote(f"{cell['directory']}/{CELL_PAGE}") if begun[cell["name"]] else "" for cell in study.plan["cells"]]
 
 
 def _is_number(value: object) -> bool:

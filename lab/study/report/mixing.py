@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 
-from lab.study.report import figures
+from lab.study.report import figures, live
 from lab.study.report.layout import describe, panel_rows
 from lab.study.report.page import Chart, Piece, Text
 from lab.study.results import EMBEDDING, Results
@@ -25,7 +25,8 @@ def section(study: Results) -> list[Piece]:
         "(column) in layer m (row). Blue is positive, red negative; each map has its own scale. Those of every seed "
         "are in mixing.csv."
     )
-    return [Chart("mixing", figures.png(figures.weight_maps(panel_rows(panels))), caption)]
+    rows = panel_rows(panels)
+    return [Chart("mixing", figures.png(figures.weight_maps(rows)), caption, live.weight_maps(rows))]
 
 
 def mean(rows: pd.DataFrame) -> np.ndarray:

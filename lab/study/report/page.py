@@ -2,7 +2,9 @@
 
 import base64
 import dataclasses
+import functools
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import jinja2
@@ -21,6 +23,7 @@ class Text:
     """A paragraph. `code` and **bold** are rendered, here and in tables and captions; nothing else is."""
 
     text: str
+    strong: bool = False  # set larger: the answer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,15 +38,18 @@ class Table:
     caption: str = ""
     folded: bool = False  # behind its caption, for tables one looks things up in
     sortable: bool = False  # by a click on a heading, where the page's script may run
+    links: Sequence[str] = ()  # where the first cell of each row leads, relative to the page; "": nowhere
 
 
 @dataclasses.dataclass(frozen=True)
 class Chart:
-    """A figure: written to figures/<name>.png and embedded in the page."""
+    """A figure: written to figures/<name>.png and embedded in the page; b"" of one that the script alone draws. live:
+    the same as `lab.study.report.live` has it, for readers who look into it."""
 
     name: str
     content: bytes
     caption: str
+    live: dict | None = None
 
 
 Piece = Heading | Text | Code | Table | Chart
@@ -74,8 +80,28 @@ def markdown(title: str, sections: list[Section]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def html(title: str, sections: list[Section]) -> str:
-    """A page that needs no other file and no network; its script only sorts tables that say so."""
+def html(title: str, sections: list[Section], script: str = "", home: str = "") -> str:
+    """A page that needs no network. Its own script sorts tables and hands figures to plotly, whose script is in it
+    once if there is a figure to look into; a page that is one of many names it by `script`, where that lies, and the
+    page that leads to it by `home`."""
+    blocks = [block for section in sections for block in section.blocks]
+    live = any(isinstance(block, Chart) and block.live for block in blocks)
+    scripted = live or any(isinstance(block, Table) and block.sortable for block in blocks)
+    inlined = Markup(plotly()) if live and not script else ""
+    shown = dict(title=title, sections=sections, scripted=scripted, live=live, plotly=inlined, script=script, home=home)
+    return _template().render(shown)
+
+
+@functools.cache
+def plotly() -> str:
+    """The script that draws figures to look into."""
+    from plotly.offline import get_plotlyjs  # late: reports of studies that have no figure yet do without
+
+    return get_plotlyjs()
+
+
+@functools.cache
+def _template() -> jinja2.Template:
     environment = jinja2.Environment(
         autoescape=True,
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -83,20 +109,29 @@ def html(title: str, sections: list[Section]) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    scripted = any(getattr(block, "sortable", False) for section in sections for block in section.blocks)
     environment.filters |= {"inline": _inline, "slug": _slug, "numeric": _numeric, "base64": _base64}
+    environment.filters["linked"] = _with_links
     environment.tests["kind"] = lambda block, name: type(block).__name__ == name
-    return environment.get_template("report.html.j2").render(title=title, sections=sections, scripted=scripted)
+    return environment.get_template("report.html.j2")
 
 
 def _markdown_table(table: Table) -> str:
     aligned = ["--:" if number else ":--" for number in _numeric(table)]
-    rows = [table.columns, aligned, *table.rows]
+    rows = [table.columns, aligned, *(_linked(row, link) for row, link in _with_links(table))]
     lines = ["| " + " | ".join(map(cell, row)) + " |" for row in rows]
     body = "\n".join(lines)
     if not table.folded:
         return f"{_plain(table.caption)}\n\n{body}" if table.caption else body
     return f"<details><summary>{_plain(table.caption)}</summary>\n\n{body}\n\n</details>"
+
+
+def _with_links(table: Table) -> list[tuple[list[str], str]]:
+    return list(zip(table.rows, table.links or [""] * len(table.rows), strict=True))
+
+
+def _linked(row: list[str], link: str) -> list[str]:
+    text = re.sub(r"([\[\]])", r"\\\1", row[0])
+    return [f"[{text}]({link})", *row[1:]] if link else row
 
 
 _MARKDOWN = {

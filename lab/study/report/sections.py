@@ -7,17 +7,25 @@ from collections.abc import Callable, Sequence
 from lab.errors import UserError, choose
 from lab.study.judge.evidence import Findings
 from lab.study.numbers import number, short, whole
-from lab.study.report import accuracy, answers, branches, costs, figures, mixing, series, trials, verdicts
-from lab.study.report.layout import arrange, grouped, line_label, run_label
+from lab.study.report import (
+    accuracy,
+    answers,
+    branches,
+    costs,
+    figures,
+    headline,
+    live,
+    mixing,
+    series,
+    trials,
+    verdicts,
+)
+from lab.study.report.layout import arrange, few, grouped, line_label, links, lowest, run_label
 from lab.study.report.page import Chart, Code, Piece, Section, Table, Text
 from lab.study.results import Results
 
 MEBIBYTE = 2**20
-
-
-def question(study: Results) -> list[Piece]:
-    """What was asked, and how much of the answer is there; opens every report."""
-    return [Text(study.plan["question"]), Text(_progress(study))]
+HEADLINES = ("effects", "loss_by_branches", "loss_by_condition", "learning_curves")  # figures that a page may open with
 
 
 def runs(study: Results) -> list[Piece]:
@@ -39,12 +47,13 @@ def curves(study: Results) -> list[Piece]:
     name = line_label(study)
     caption = (
         f"Training loss, one line for each {name or 'run'}: the centred mean of 1/25 of the logged values; "
-        "faint, the values themselves, or the range of these means over seeds; on the right, its perplexity. "
-        "The first tenth of the steps may rise above the panel."
+        "faint, the values themselves, or the range of these means over seeds; in the picture on the right, its "
+        f"perplexity. The first tenth of the steps may rise above the panel.{few(len(found))}"
     )
     groups = study.plan["config"].get("study", {}).get("groups", ())
-    image = figures.png(figures.learning_curves(grouped(arrange(study, found, name), groups)))
-    return [Chart("learning_curves", image, caption)]
+    rows = grouped(arrange(study, lowest(study, found), name), groups)
+    image = figures.png(figures.learning_curves(rows))
+    return [Chart("learning_curves", image, caption, live.learning_curves(rows))]
 
 
 SECTIONS = {
@@ -81,44 +90,34 @@ def parts(entries: Sequence, labels: Sequence[str]) -> dict[str, tuple[str, Call
 
 
 def make(study: Results, findings: Findings | None) -> list[Section]:
-    """The parts of the report, those that the plan names among them; `findings` of a study that compares its cells put
-    the verdicts first. Raises what `parts` does."""
+    """The parts of the report, those that the plan names among them. The answer comes first, with the first figure of
+    what follows; `findings` of a study that compares its cells put the verdicts next. Raises what `parts` does."""
     wanted, further = parts(study.plan["sections"], study.labels), answers.sections(study)
-    if findings is None:
-        named = [Section(title, function(study)) for title, function in wanted.values()]
-        return [
-            Section("Overview", question(study) + runs(study)),
-            *_if_any("Tuning", trials.section(study)),
-            *named,
-            *further,
-        ]
     named = [Section(title, function(study)) for name, (title, function) in wanted.items() if name != "curves"]
-    found = [
-        Section("Verdicts", question(study) + verdicts.verdicts(study, findings)),
-        Section("Evidence", verdicts.evidence(findings) if findings.evidence else []),
-        Section("Learning curves", curves(study) + verdicts.through_training(study, findings)),
-        Section("Loss by condition", [] if "branches" in wanted else costs.by_condition(study)),
-        Section("Loss by cost", costs.pareto(study, findings)),
-        *named,
-        *further,
-        Section("Tuning", trials.section(study)),
-        Section("Runs", costs.config_differences(study, findings) + runs(study)),
-    ]
-    return [section for section in found if section.blocks]
+    by_condition = Section("Loss by condition", [] if "branches" in wanted else costs.by_condition(study))
+    learning, about = curves(study) if findings or "curves" in wanted else [], runs(study)
+    found = [*named, by_condition]
+    if findings:
+        learning += verdicts.through_training(study, findings)
+        about += costs.config_differences(study, findings)
+        found = [
+            Section("Verdicts", verdicts.verdicts(study, findings)),
+            Section("Evidence", verdicts.evidence(findings) if findings.evidence else []),
+            by_condition,
+            Section("Loss by cost", costs.pareto(study, findings)),
+            *named,
+        ]
+    found += [*further, Section("Learning curves", learning), Section("Tuning", trials.section(study))]
+    figure, rest = _headline_figure([*found, Section("Runs", about)])
+    return [headline.section(study, findings, figure), *(section for section in rest if section.blocks)]
 
 
-def _if_any(title: str, blocks: list[Piece]) -> list[Section]:
-    return [Section(title, blocks)] if blocks else []
-
-
-def _progress(study: Results) -> str:
-    states = [run.status for run in study.runs]
-    counted = {state: states.count(state) for state in ("done", "failed", "pending")}
-    runs = "cell" if all(len(cell["seeds"]) == 1 for cell in study.plan["cells"]) else "run"
-    text = f"**{counted['done']} of {len(states)} {runs}s done**"
-    text += "".join(f", {counted[state]} {state}" for state in ("failed", "pending") if counted[state])
-    executables = len({cell["executable"] for cell in study.plan["cells"]})
-    return f"{text}. The study needs {executables} training executable{'s' if executables > 1 else ''}."
+def _headline_figure(sections: list[Section]) -> tuple[list[Chart], list[Section]]:
+    """The first of HEADLINES that was drawn, and the sections without it."""
+    drawn = {block.name: block for section in sections for block in section.blocks if isinstance(block, Chart)}
+    first = next((drawn[name] for name in HEADLINES if name in drawn), None)
+    rest = [Section(one.title, [block for block in one.blocks if block is not first]) for one in sections]
+    return ([first] if first else []), rest
 
 
 def _cells(study: Results) -> list[Piece]:
@@ -130,24 +129,25 @@ def _cells(study: Results) -> list[Piece]:
         "attention work": lambda cell: whole(cell.get("attention_work", math.nan)),
         "state per row and layer": lambda cell: whole(cell.get("state_per_layer", 0)),
         "training tokens": lambda cell: f"{cell['tokens']:,}",
-        "executable": lambda cell: f"`{cell['executable']}`",
     }
     cells = study.plan["cells"]
     if not any(cell.get("state_per_layer") for cell in cells):
         del planned["state per row and layer"]
     common = {name: show(cells[0]) for name, show in planned.items() if len({show(cell) for cell in cells}) == 1}
     differing = {name: show for name, show in planned.items() if name not in common}
-    measured = ("train s", "tokens/s", "outside the step", "peak MiB")
+    measured, training = ("train s", "tokens/s", "outside the step", "peak MiB"), _training_costs(study)
     rows = [
         [
             *map(str, study.key(cell)),
             _status(study, cell),
             *(show(cell) for show in differing.values()),
-            *_training_cost(study, cell),
+            *training[cell["name"]],
         ]
         for cell in cells
     ]
-    table = Table([*study.labels, "status", *differing, *measured], rows, "Cells; times are means over seeds.")
+    caption = "Cells; times are means over seeds. Each leads to its own page: curves, losses, config, and its command."
+    columns = [*study.labels, "status", *differing, *measured]
+    table = Table(columns, rows, caption, sortable=True, links=links(study))
     return [*([Text(_shared(common))] if common else []), table]
 
 
@@ -156,7 +156,7 @@ def _shared(common: dict[str, str]) -> str:
 
 
 def _status(study: Results, cell: dict) -> str:
-    runs = [run for run in study.runs if run.cell is cell]
+    runs = study.runs_by_cell[cell["name"]]
     if len(runs) > 1:
         return f"{sum(run.status == 'done' for run in runs)} of {len(runs)} done"
     if runs[0].status == "pending" and runs[0].result:
@@ -165,14 +165,16 @@ def _status(study: Results, cell: dict) -> str:
     return f"at step {runs[0].metrics[-1]['step']}" if started else runs[0].status
 
 
-def _training_cost(study: Results, cell: dict) -> list[str]:
-    frame = study.timings
-    train = frame[(frame["cell"] == cell["name"]) & (frame["phase"] == "train")]
-    seconds, speed, outside, peak = (
-        train[name].astype(float).mean() for name in ("seconds", "tokens_per_second", "overhead_share", "peak_bytes")
-    )
-    share = "—" if math.isnan(outside) else f"{100 * outside:.1f}%"
-    return [number(seconds, 1), number(speed, 0), share, number(peak / MEBIBYTE, 0)]
+def _training_costs(study: Results) -> dict[str, list[str]]:
+    """What training each cell took, means over its seeds; dashes of cells that have no time yet."""
+    names = ["seconds", "tokens_per_second", "overhead_share", "peak_bytes"]
+    train = study.timings[study.timings["phase"] == "train"].set_index("cell")[names].astype(float)
+    means = train.groupby(level="cell").mean().reindex([cell["name"] for cell in study.plan["cells"]])
+    found = {}
+    for name, seconds, speed, outside, peak in means.itertuples():
+        share = "—" if math.isnan(outside) else f"{100 * outside:.1f}%"
+        found[name] = [number(seconds, 1), number(speed, 0), share, number(peak / MEBIBYTE, 0)]
+    return found
 
 
 def _failures(study: Results) -> list[Piece]:

@@ -7,8 +7,8 @@ from lab.study import evaluations
 from lab.study.evaluations import LOSS
 from lab.study.judge import residuals
 from lab.study.numbers import number
-from lab.study.report import costs, figures
-from lab.study.report.layout import arrange, describe, line_label
+from lab.study.report import costs, figures, live
+from lab.study.report.layout import arrange, describe, line_label, lowest
 from lab.study.report.page import Chart, Piece, Table, Text
 from lab.study.results import Results, judged_loss
 
@@ -29,8 +29,10 @@ def section(study: Results) -> list[Piece]:
     if len(fields) == 1:
         curves = {study.key(cell): _curve(study, _of(trials, cell), fields[0]) for cell in study.plan["cells"]}
         if drawn := {key: curve for key, curve in curves.items() if curve}:
-            image = figures.png(figures.by_label(arrange(study, drawn, line_label(study)), fields[0]))
-            blocks.append(Chart("tuning", image, f"Judged loss of each cell against {fields[0]}, seed {seed}."))
+            panels = arrange(study, lowest(study, drawn), line_label(study))
+            image = figures.png(figures.by_label(panels, fields[0]))
+            caption = f"Judged loss of each cell against {fields[0]}, seed {seed}."
+            blocks.append(Chart("tuning", image, caption, live.by_label(panels, fields[0])))
     beside = residuals.beside(study)
     rows = [
         [*_row(study, cell, _of(trials, cell), fields), *beside.cells[study.key(cell)]] for cell in study.plan["cells"]

@@ -7,8 +7,8 @@ from lab.study.judge.residuals import AGAINST, BETWEEN, COSTS, MEANINGS, relativ
 from lab.study.judge.statistics import LEAST_RESAMPLED, Interval
 from lab.study.judge.trends import EARLY, END, reading, trend
 from lab.study.numbers import number
-from lab.study.report import figures
-from lab.study.report.layout import describe, panel_rows, run_label
+from lab.study.report import figures, live
+from lab.study.report.layout import describe, links, panel_rows, run_label
 from lab.study.report.page import Chart, Piece, Table, Text
 from lab.study.results import Results
 
@@ -16,6 +16,7 @@ JUDGED = ["verdict", "difference", "95% interval"]
 DETAILS = ["p (Holm)", "detectable", "bootstrap 95%"]  # last, so that costs are seen without scrolling
 OF_CONTRAST = ["contrast", "expected", "difference", "95% interval", *COSTS]
 NONE = ["—"] * len(OF_CONTRAST)  # where a row is about several contrasts
+MOST_TRENDS, MOST_EFFECTS = 24, 40  # in a figure
 EXPLAINED = (
     "Difference: mean over seeds of the paired differences, in nats per token; below 0 is better. 95% interval: "
     "Student t; bootstrap: studentised; both of one comparison by itself; none where differences over seeds spread by "
@@ -40,6 +41,7 @@ def verdicts(study: Results, findings: Findings) -> list[Piece]:
             *map(str, study.key(cell)),
             _loss(findings, cell["name"]),
             *_judged(findings, cell["name"], against),
+            differing(against[cell["name"]]) if cell["name"] in against else "—",
             *_costs(cell, against),
             str(len(findings.scores[cell["name"]])),
             *(details(against[cell["name"]]) if cell["name"] in against else ["—"] * len(DETAILS)),
@@ -47,27 +49,27 @@ def verdicts(study: Results, findings: Findings) -> list[Piece]:
         for cell in study.plan["cells"]
     ]
     if against:
-        columns = [*study.labels, "loss", *JUDGED, *COSTS, "seeds", *DETAILS]
+        columns = [*study.labels, "loss", *JUDGED, "differs in", *COSTS, "seeds", *DETAILS]
         caption = (
             f"Every cell against the one with {describe(dict(findings.settings.baseline))} and otherwise its labels. "
-            f"{AGAINST}"
+            f"{AGAINST} {DIFFERS}"
         )
-        blocks.append(Table(columns, rows, caption, sortable=True))
+        blocks.append(Table(columns, rows, caption, sortable=True, links=links(study)))
     if contrasts := findings.of_kind("contrast"):
         rows = [
             [
                 one.name,
                 *judged(one),
+                differing(one),
                 *relative(one.residuals),
                 str(one.estimate.n),
                 *details(one),
-                differing(one),
                 one.against,
             ]
             for one in contrasts
         ]
-        columns = ["contrast", *JUDGED, *COSTS, "seeds", *DETAILS, "differs in", "compares"]
-        blocks.append(Table(columns, rows, f"Contrasts. {BETWEEN} {DIFFERS}", sortable=True))
+        columns = ["contrast", *JUDGED, "differs in", *COSTS, "seeds", *DETAILS, "compares"]
+        blocks.append(Table(columns, rows, f"Contrasts. {BETWEEN}{f' {DIFFERS}' * (not against)}", sortable=True))
     return [*blocks, Text(EXPLAINED), Text(MEANINGS), *_effects(study, findings), *refusals(findings.comparisons)]
 
 
@@ -95,8 +97,9 @@ def evidence(findings: Findings) -> list[Piece]:
     rows = []
     for claim, found in _grouped(findings.evidence, lambda one: one.claim).items():
         rows.append([f"**{claim}**", f"**{overall(one.outcome for one in found)}**", "all", *NONE])
-        for layer, ones in _grouped(found, lambda one: one.layer).items():
-            if len(ones) > 1:
+        layers = _grouped(found, lambda one: one.layer)
+        for layer, ones in layers.items():
+            if len(ones) > 1 and len(layers) > 1:
                 rows.append(["", overall(one.outcome for one in ones), layer, *NONE])
             rows += [["", one.outcome, one.told_layer, *_contrast(one)] for one in ones]
     caption = (
@@ -114,7 +117,7 @@ def through_training(study: Results, findings: Findings) -> list[Piece]:
     found = {labels[name]: curve for name, curve in found.items() if curve}
     if not found:
         return []
-    rows = [[name, reading(curve)] for name, curve in found.items()]
+    read = [[name, reading(curve)] for name, curve in found.items()]
     caption = (
         "Training loss less the baseline's at the same step, mean over seeds, with a pointwise 95% interval (Student "
         "t, each point by itself): below 0 is better."
@@ -123,8 +126,11 @@ def through_training(study: Results, findings: Findings) -> list[Piece]:
         f"Told if the mean over the last {100 * END:.0f}% of training has an interval without 0, and since when the "
         f"mean has stayed on that side: within the first {100 * EARLY:.0f}% is through training."
     )
-    chart = Chart("paired_differences", figures.png(figures.trends(panel_rows(found))), caption)
-    return [chart, Table(["cell", "training loss against its baseline"], rows, note)]
+    rows = panel_rows(dict(list(found.items())[:MOST_TRENDS]))
+    if len(found) > MOST_TRENDS:
+        caption += f" The first {MOST_TRENDS} of {len(found)} cells are drawn."
+    chart = Chart("paired_differences", figures.png(figures.trends(rows)), caption, live.trends(rows))
+    return [chart, Table(["cell", "training loss against its baseline"], read, note)]
 
 
 def refusals(comparisons: Iterable[Comparison]) -> list[Piece]:
@@ -197,11 +203,14 @@ def _costs(cell: Mapping, against: Mapping[str, Comparison]) -> list[str]:
 
 def _effects(study: Results, findings: Findings) -> list[Piece]:
     labels = {cell["name"]: describe(cell["labels"]) for cell in study.plan["cells"]}
-    named = [(labels.get(one.name, one.name), one) for one in findings.comparisons if one.estimate.n]
+    named = [(labels.get(one.name) or one.name, one) for one in findings.comparisons if one.estimate.n]
     if not named:
         return []
     caption = "Differences with their 95% intervals (Student t): blue is better, orange worse, grey cannot be told."
-    return [Chart("effects", figures.png(figures.effects(named)), caption)]
+    if len(named) > MOST_EFFECTS:
+        caption += f" Of {len(named)} differences the {MOST_EFFECTS} lowest are drawn."
+        named = sorted(named, key=lambda pair: pair[1].estimate.mean)[:MOST_EFFECTS]
+    return [Chart("effects", figures.png(figures.effects(named)), caption, live.effects(named))]
 
 
 def _contrast(one: Evidence) -> list[str]:

@@ -1,4 +1,4 @@
-"""The page in a real browser, from disk and offline: no errors on its console, and tables that sort."""
+"""The page in a real browser, from disk and offline: no errors on its console, tables that sort, live figures."""
 
 import json
 import re
@@ -7,10 +7,11 @@ import subprocess
 
 import numpy as np
 import pytest
-from studies import write_study
+from studies import without_plotly, write_study
 from test_residuals import made
 
 from lab import report
+from lab.study import results
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
@@ -48,6 +49,7 @@ def study(tmp_path_factory):
 def browse(path, profile):
     """The page's final HTML, and what it wrote on the console."""
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
+    flags += ["--virtual-time-budget=5000", "--window-size=1400,2400"]
     flags += [f"--user-data-dir={profile}", "--enable-logging=stderr", "--host-resolver-rules=MAP * ~NOTFOUND"]
     done = subprocess.run(
         [CHROMIUM, *flags, "--dump-dom", path.as_uri()], capture_output=True, text=True, timeout=180, check=True
@@ -67,12 +69,13 @@ def sorted_by(study, tmp_path, heading):
 def test_page_opens_from_disk_without_errors(study, tmp_path):
     text, console = browse(study / "report.html", tmp_path / "profile")
     assert not console and 'tabindex="0"' in text  # the script ran
-    assert 'id="verdicts"' in text and "http" not in text
+    assert 'id="verdicts"' in text and text.count('class="live drawn"') == 6
 
 
 def test_errors_of_a_page_would_show(study, tmp_path):
     broken = tmp_path / "broken.html"
-    broken.write_text((study / "report.html").read_text().replace('"use strict";', "undefinedFunction();"))
+    text = without_plotly((study / "report.html").read_text())
+    broken.write_text(text.replace('"use strict";', "undefinedFunction();"))
     text, console = browse(broken, tmp_path / "profile")
     assert any("undefinedFunction" in line for line in console) and 'tabindex="0">rope_ratio' not in text
 
@@ -96,3 +99,53 @@ def test_sizes_sort_by_what_their_prefixes_say(tmp_path):
 def test_words_sort_by_the_alphabet(study, tmp_path):
     (_, rising), (_, falling) = sorted_by(study, tmp_path, "verdict")
     assert rising == sorted(rising) and falling == rising[::-1] and len(set(rising)) > 1
+
+
+LOOKED_INTO = """<script>
+addEventListener("load", async () => {
+  const wait = () => new Promise(done => setTimeout(done, 600));
+  const figure = document.querySelector('img[src][alt^="Training loss"]').closest("figure");
+  const box = figure.querySelector(".js-plotly-plot"), seen = {wide: document.documentElement.scrollWidth};
+  Plotly.Fx.hover(box, [{curveNumber: 1, pointNumber: 3}]);
+  await wait();
+  seen.told = box.querySelector(".hoverlayer").textContent;
+  box.querySelector(".legendtoggle").dispatchEvent(new MouseEvent("mousedown", {bubbles: true}));
+  box.querySelector(".legendtoggle").dispatchEvent(new MouseEvent("mouseup", {bubbles: true}));
+  await wait();
+  seen.switched = box.data.map(line => line.visible ?? true);
+  const button = figure.querySelector(".scale"), range = [...box.layout.yaxis.range];
+  seen.scales = [box.layout.yaxis.type ?? "linear"];
+  for (const press of [1, 2]) { button.click(); await wait(); seen.scales.push(box.layout.yaxis.type); }
+  seen.back = JSON.stringify(box.layout.yaxis.range) === JSON.stringify(range);
+  document.body.dataset.seen = JSON.stringify(seen);
+});
+</script></body>"""
+
+
+def test_a_line_has_values_under_the_pointer_and_can_be_switched_off(study, tmp_path):
+    path = tmp_path / "probed.html"
+    path.write_text((study / "report.html").read_text().replace("</body>", LOOKED_INTO))
+    text, console = browse(path, tmp_path / "profile")
+    assert not console
+    seen = json.loads(re.search(r'data-seen="(.*?)"', text)[1].replace("&quot;", '"'))
+    told = re.match(r"0, step (\d+): (\d\.\d{4})", seen["told"])
+    lines = [line for line in results.collect(study).runs[0].metrics if line["step"] == int(told[1])]
+    assert lines and abs(float(told[2]) - lines[0]["loss"]) < 1
+    assert seen["switched"].count("legendonly") == 2 and True in seen["switched"]  # a line and what is behind it
+    assert seen["scales"][1:] == ["log", "linear"] and seen["back"]
+
+
+@pytest.mark.parametrize("width", [420, 1300])
+def test_only_tables_scroll_sideways(study, tmp_path, width):
+    """Figures fit a narrow window, and no page is wider than its window."""
+    probe = """<script>addEventListener("load", () => setTimeout(() => parent.postMessage(JSON.stringify([
+      innerWidth, document.documentElement.scrollWidth,
+      ...[...document.querySelectorAll(".js-plotly-plot .main-svg")].map(one => one.getBoundingClientRect().right)
+    ]), "*"), 500));</script></body>"""
+    (tmp_path / "inner.html").write_text((study / "report.html").read_text().replace("</body>", probe))
+    path = tmp_path / "outer.html"  # a window has a least width, a frame has none
+    listen = 'addEventListener("message", event => { document.body.dataset.seen = event.data; });'
+    path.write_text(f'<body><script>{listen}</script><iframe src="inner.html" width="{width}" height="900"></iframe>')
+    text, console = browse(path, tmp_path / "profile")
+    seen, scrolled, *rights = json.loads(re.search(r'data-seen="(.*?)"', text)[1])
+    assert not console and len(rights) > 6 and max(scrolled, *rights) <= seen <= width
