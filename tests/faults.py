@@ -217,8 +217,8 @@ ROWS = {
     ],
     "study/report/verdicts.py": [
         ("expected sign turned", '"below 0" if one.sign < 0', '"below 0" if one.sign > 0'),
-        ("interval of the bootstrap", "signed(known.mean), interval(known.t_interval)]",
-         "signed(known.mean), interval(known.bootstrap_interval)]"),
+        ("interval of the bootstrap", "signed(known.mean), interval(known.t_interval), *floor",
+         "signed(known.mean), interval(known.bootstrap_interval), *floor"),
     ],
     "study/report/series.py": [
         ("replicates the other sign", "found == np.sign(difference)", "found != np.sign(difference)"),
