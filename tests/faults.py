@@ -211,6 +211,11 @@ ROWS = {
         ("uncorrected verdicts", "if self.adjusted >= LEVEL", "if self.estimate.p >= LEVEL"),
         ("any support is enough", 'if outcomes == {"supported"}', 'if "supported" in outcomes'),
     ],
+    "study/judge/calibration.py": [
+        ("a run against itself", "generator.integers(1, len(runs), comparisons)",
+         "generator.integers(0, len(runs), comparisons)"),
+        ("noise of one run", "math.sqrt(2 * variance)", "math.sqrt(variance)"),
+    ],
     "study/judge/trends.py": [
         ("lower for higher", 'side = "lower" if ends.mean() < 0', 'side = "lower" if ends.mean() > 0'),
         ("tokens of each step", "np.cumsum([line.get(", "np.array([line.get("),

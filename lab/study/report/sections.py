@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from lab.errors import UserError, choose
 from lab.study.judge.evidence import Findings
 from lab.study.numbers import number, short, whole
-from lab.study.report import accuracy, answers, branches, costs, figures, mixing, series, trials, verdicts
+from lab.study.report import accuracy, answers, branches, calibration, costs, figures, mixing, series, trials, verdicts
 from lab.study.report.layout import arrange, grouped, line_label, run_label
 from lab.study.report.page import Chart, Code, Piece, Section, Table, Text
 from lab.study.results import Results
@@ -84,10 +84,12 @@ def make(study: Results, findings: Findings | None) -> list[Section]:
     """The parts of the report, those that the plan names among them; `findings` of a study that compares its cells put
     the verdicts first. Raises what `parts` does."""
     wanted, further = parts(study.plan["sections"], study.labels), answers.sections(study)
+    calibrated = Section("Calibration", calibration.section(study, findings))
     if findings is None:
         named = [Section(title, function(study)) for title, function in wanted.values()]
         return [
             Section("Overview", question(study) + runs(study)),
+            *_if_any(calibrated.title, calibrated.blocks),
             *_if_any("Tuning", trials.section(study)),
             *named,
             *further,
@@ -96,6 +98,7 @@ def make(study: Results, findings: Findings | None) -> list[Section]:
     found = [
         Section("Verdicts", question(study) + verdicts.verdicts(study, findings)),
         Section("Evidence", verdicts.evidence(findings) if findings.evidence else []),
+        calibrated,
         Section("Learning curves", curves(study) + verdicts.through_training(study, findings)),
         Section("Loss by condition", [] if "branches" in wanted else costs.by_condition(study)),
         Section("Loss by cost", costs.pareto(study, findings)),
