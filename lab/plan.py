@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lab import command
+from lab.study.numbers import short
 
 COLUMNS = {
     "name": "cell",
@@ -44,12 +45,15 @@ def main(argv: list[str]) -> None:
     flags, config, overridden = command.parse(parser, argv)
 
     from lab.data.dataset import unnamed
+    from lab.study.define import calibration
     from lab.study.open import open
 
     study = open(config, overridden)
     rows = study.rows
+    added = calibration.cost(config, study.cells, rows)
     if flags.json:
-        print(json.dumps({"study": config.study.name, "question": config.study.question, "cells": rows}, indent=1))
+        about = {"study": config.study.name, "question": config.study.question}
+        print(json.dumps(about | {"cells": rows, "calibration": added}, indent=1))
         return
     title = f"{config.study.name}: {config.study.question} {len(rows)} cells, seeds of each: {config.study.seeds}"
     table = Table(title=title, caption=CAPTION)
@@ -66,6 +70,12 @@ def main(argv: list[str]) -> None:
     for line in _matches(rows):
         console.print(line)
     console.print(f"{programs} training program{'s' * (programs > 1)} to compile")
+    if added:
+        console.print(
+            f"calibration: {added['cell']} {config.study.calibrate} more times at every seed, {added['runs']} "
+            f"runs of {added['tokens']:,} tokens and {short(added['train_flops'])} training FLOPs in all, "
+            f"{added['share']:+.0%} of the study's own"
+        )
     for line in dict.fromkeys(filter(None, (unnamed(cell.config) for cell in study.cells))):
         console.print(line)
 

@@ -15,8 +15,8 @@ from lab.study import results
 
 def rebuild(directory: str | Path) -> list[Path]:
     """Writes results.csv, timings.csv, mixing.csv and comparisons.csv where there is what they hold, figures/,
-    report.md, report.html, a page for each cell and the figures' TensorBoard events of a study, finished or not;
-    returns the paths of the files a reader opens. Raises UserError where `directory` is not that of a study."""
+    report.md, report.html, a page for each cell and the TensorBoard events of figures and groups of a study, finished
+    or not; returns the paths of the files a reader opens. Raises UserError where `directory` is not that of a study."""
     study = results.collect(directory)
     written = results.write_csv(study)
     # Drawing is imported late: matplotlib and scipy take longer to load than everything above takes to run.
@@ -30,6 +30,7 @@ def rebuild(directory: str | Path) -> list[Path]:
     tensorboard.write_figures(
         study, [block for part in parts for block in part.blocks if isinstance(block, page.Chart)]
     )
+    tensorboard.write_groups(study)
     written += page.write(study.directory, study.plan["study"], parts)
     cell_page.write(study, findings)
     return written

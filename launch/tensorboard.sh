@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Opens TensorBoard on a study, or on all of them: curves of every cell, HPARAMS, configs and the report's figures.
+# Opens TensorBoard on a study, or on all of them: curves of every run and of cells over their seeds (groups/), HPARAMS,
+# configs and the report's figures.
 #
 #   launch/tensorboard.sh [runs/<study>] [ARGUMENTS of tensorboard]
 #

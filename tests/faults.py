@@ -211,14 +211,19 @@ ROWS = {
         ("uncorrected verdicts", "if self.adjusted >= LEVEL", "if self.estimate.p >= LEVEL"),
         ("any support is enough", 'if outcomes == {"supported"}', 'if "supported" in outcomes'),
     ],
+    "study/judge/calibration.py": [
+        ("a run against itself", "generator.integers(1, len(runs), comparisons)",
+         "generator.integers(0, len(runs), comparisons)"),
+        ("noise of one run", "math.sqrt(2 * variance)", "math.sqrt(variance)"),
+    ],
     "study/judge/trends.py": [
         ("lower for higher", 'side = "lower" if ends.mean() < 0', 'side = "lower" if ends.mean() > 0'),
         ("tokens of each step", "np.cumsum([line.get(", "np.array([line.get("),
     ],
     "study/report/verdicts.py": [
         ("expected sign turned", '"below 0" if one.sign < 0', '"below 0" if one.sign > 0'),
-        ("interval of the bootstrap", "signed(known.mean), interval(known.t_interval)]",
-         "signed(known.mean), interval(known.bootstrap_interval)]"),
+        ("interval of the bootstrap", "signed(known.mean), interval(known.t_interval), *floor",
+         "signed(known.mean), interval(known.bootstrap_interval), *floor"),
     ],
     "study/report/headline.py": [
         ("the least of what is better", 'one = found["better"][0]', 'one = found["better"][-1]'),

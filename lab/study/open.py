@@ -11,11 +11,11 @@ from ml_collections import ConfigDict
 
 from lab import config as lab_config
 from lab.options import leaves
-from lab.study.define import plan, tuning
+from lab.study.define import calibration, plan, tuning
 from lab.study.define.cell import Cell
 from lab.study.define.resolve import resolve
 from lab.study.report import sections
-from lab.study.run import attention, hosts, places, runs, trials
+from lab.study.run import attention, hosts, places, repeats, runs, trials
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +49,8 @@ class Study:
         return trials.trials(self.config, self.cells, self.workdir, self.remake)
 
     def planned(self, command: str, held: contextlib.ExitStack | None = None) -> list[runs.Run]:
-        """Every run, cells at their best points as far as trials are made; plan.json is written, with the command.
-        held: closes what keeps other configs out of the directory, from here on.
+        """Every run, cells at their best points as far as trials are made, and the repeats of a calibration; plan.json
+        is written, with the command. held: closes what keeps other configs out of the directory, from here on.
 
         Raises UserError for a mesh or batches that do not fit the devices, hosts that differ, and a directory that
         holds something else.
@@ -59,18 +59,19 @@ class Study:
         rows = plan.table(self.config, cells) if self.trials else self.rows
         seeds = range(self.config.seed, self.config.seed + self.config.study.seeds)
         every = runs.runs_of(cells, seeds, self.workdir, self.remake)
+        again = repeats.repeats(self.config, every, self.workdir, self.remake)
         runs.check_devices(every)
-        runs.check_hosts_agree(every)
-        tried = [trial.describe() for trial in self.trials]
+        runs.check_hosts_agree([*every, *again])
+        tried, repeated = [trial.describe() for trial in self.trials], repeats.describe(again)
 
         def write() -> None:
             if held is not None:
                 places.check(self.workdir, self.config)
                 held.enter_context(places.held(self.workdir, self.config))
-            runs.write_plan(self.workdir, self.config, rows, every, tried, command, self.attention)
+            runs.write_plan(self.workdir, self.config, rows, every, tried, command, self.attention, repeated)
 
         hosts.first(write)
-        return every
+        return [*every, *again]
 
 
 def open(
@@ -85,6 +86,7 @@ def open(
     cells = resolve(config, overridden)
     sections.parts(config.study.sections, [label for _, label in config.study.labels])
     rows = plan.table(config, cells)
+    calibration.check(config, cells)
     for point, cell in itertools.product(tuning.points(config, cells), cells):
         plan.check(tuning.with_values(cell, point))
     return Study(config, cells, rows, workdir or pathlib.Path("runs") / config.study.name, remake)

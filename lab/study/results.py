@@ -35,6 +35,8 @@ CELL = dict(
     asks=dict, name=str, labels=dict, directory=str, seeds=list, tokens=NUMBER, parameters=NUMBER, executable=str
 )
 TRIAL = dict(asks=dict, cell=str, values=dict, directory=str, seed=int)
+REPEAT = dict(asks=dict, name=str, cell=str, directory=str, seeds=list)  # of the cell that is calibrated
+ROWS = {"cells": ("a cell", CELL), "tuning": ("a trial", TRIAL), "calibration": ("a repeat", REPEAT)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,15 +163,18 @@ def collect(directory: str | Path) -> Results:
     if not (directory / "plan.json").exists():
         raise UserError(f"{directory} has no plan.json: give the directory of a study, such as runs/rope_ablation")
     plan = read_plan(directory / "plan.json")
-    runs = [_run(directory, cell, seed) for cell in plan["cells"] for seed in cell["seeds"]]
-    return Results(directory, plan, runs)
+    return Results(directory, plan, outcomes(directory, plan["cells"]))
+
+
+def outcomes(directory: Path, cells: Sequence[dict]) -> list[Outcome]:
+    """Every seed of every row of a plan, of its cells or of the repeats of one of them."""
+    return [_run(directory, cell, seed) for cell in cells for seed in cell["seeds"]]
 
 
 def read_plan(path: Path) -> dict:
     """A plan.json. Raises UserError where it is none, or one of a lab that had other fields in it."""
     plan = read_json(path)
-    cells, trials = (plan.get(name) or () for name in ("cells", "tuning"))
-    rows = [*(("a cell", one, CELL) for one in cells), *(("a trial", one, TRIAL) for one in trials)]
+    rows = [(told, one, fields) for name, (told, fields) in ROWS.items() for one in plan.get(name) or ()]
     for name, one, fields in [("it", plan, PLAN), *rows]:
         for field, kind in fields.items():
             if not isinstance(one, dict) or not isinstance(one.get(field), kind):
@@ -177,7 +182,7 @@ def read_plan(path: Path) -> dict:
                     f"{path} is of an older lab, or no plan of a study: {name} lacks {field}; run the study's command "
                     "again, then its report"
                 )
-    for cell in cells:
+    for cell in plan["cells"]:
         cell["labels"] = {label: tuples(value) for label, value in cell["labels"].items()}
     return plan
 

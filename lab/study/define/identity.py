@@ -94,9 +94,9 @@ def read(directory: pathlib.Path) -> list[Identity]:
     return found if whole else []
 
 
-def records(workdir: pathlib.Path) -> dict[str, list[Identity]]:
-    """{directory of a cell, relative to the study's: its records} of all cells that were begun."""
-    found = [path.parent for path in sorted(workdir.glob(f"cells/*/{FILE}"))]
+def records(workdir: pathlib.Path, folder: str = "cells") -> dict[str, list[Identity]]:
+    """{directory of a cell, relative to the study's: its records} of all cells in the folder that were begun."""
+    found = [path.parent for path in sorted(workdir.glob(f"{folder}/*/{FILE}"))]
     return {directory.relative_to(workdir).as_posix(): read(directory) for directory in found}
 
 

@@ -29,6 +29,9 @@ STUDY = Room({
     "tune": Option((), "(field, values), ...: each cell is tuned on this grid first",
                    kind=tuple[tuple[str, tuple[object, ...]], ...]),
     "tune_seed": Option(1000, "of the trials; cells are judged on seed, seed + 1, ...", least=0),
+    "calibrate": Option(0, "times that one cell is run again at every seed, from other initial values: what the "
+                        "verdicts make of runs between which nothing differs", least=0, most=100),
+    "calibrate_cell": Option("", "the name of that cell; empty: the first that is a baseline, else the first"),
     "vmap": Option("none", "runs of one program that are trained as one vmapped program",
                    choices=("none", "seeds", "numbers")),
 })  # fmt: skip

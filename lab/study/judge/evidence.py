@@ -11,7 +11,7 @@ from lab.storage import write_atomically
 from lab.study.define.contrasts import SIGNS, Contrast, Settings, baselines, differing, select, settings
 from lab.study.judge import pairing, statistics
 from lab.study.judge.pairing import Differences, Scores
-from lab.study.judge.residuals import COSTS, Residuals, residuals
+from lab.study.judge.residuals import COSTS, Residuals, faster, residuals, throughput
 from lab.study.judge.statistics import LEVEL, Estimate
 from lab.study.results import Results
 
@@ -35,6 +35,7 @@ class Comparison:
     residuals: Residuals  # by how much `name` costs more
     adjusted: float | None = None  # p after Holm's correction over the comparisons of the study
     differing: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)  # {field: its values by side}
+    speed: float = math.nan  # by how much `name` trains faster, as it was measured
 
     @property
     def verdict(self) -> str:
@@ -91,8 +92,8 @@ def find(study: Results) -> Findings | None:
     sides = [("baseline", name, other, ([name], [other])) for name, other in against.items()]
     for contrast in asked.contrasts:
         sides.append(("contrast", contrast.name, _against(contrast), [select(cells, side) for side in contrast.sides]))
-    planned = {cell["name"]: cell for cell in study.plan["cells"]}
-    found = [_compare(*names, its, scores, planned) for *names, its in sides]
+    planned, speeds = {cell["name"]: cell for cell in study.plan["cells"]}, throughput(study)
+    found = [_compare(*names, its, scores, planned, speeds) for *names, its in sides]
     comparisons = corrected(found)
     named = {comparison.name: comparison for comparison in comparisons if comparison.kind == "contrast"}
     evidence = [
@@ -103,9 +104,11 @@ def find(study: Results) -> Findings | None:
     return Findings(asked, scores, against, comparisons, evidence)
 
 
-def compare(kind: str, name: str, against: str, differences: Differences, costs: Residuals) -> Comparison:
+def compare(
+    kind: str, name: str, against: str, differences: Differences, costs: Residuals, speed: float = math.nan
+) -> Comparison:
     """A comparison that stands alone, before correction."""
-    return Comparison(kind, name, against, differences, _estimate(differences), costs)
+    return Comparison(kind, name, against, differences, _estimate(differences), costs, speed=speed)
 
 
 def _estimate(differences: Differences) -> Estimate:
@@ -156,10 +159,19 @@ def _row(one: Comparison) -> list:
     ]
 
 
-def _compare(kind: str, name: str, against: str, sides, scores: Scores, planned: Mapping[str, dict]) -> Comparison:
+def _compare(
+    kind: str,
+    name: str,
+    against: str,
+    sides,
+    scores: Scores,
+    planned: Mapping[str, dict],
+    speeds: Mapping[str, float],
+) -> Comparison:
     found = [[scores[cell] for cell in side] for side in sides]
     costs = residuals([[planned[cell] for cell in side] for side in sides])
-    made = compare(kind, name, against, pairing.differences(found, SIGNS[len(sides)]), costs)
+    speed = faster([[speeds[cell] for cell in side] for side in sides])
+    made = compare(kind, name, against, pairing.differences(found, SIGNS[len(sides)]), costs, speed)
     return dataclasses.replace(
         made, differing=differing([[planned[cell].get("fields", {}) for cell in s] for s in sides])
     )

@@ -55,6 +55,18 @@ def residuals(sides: Sequence[Sequence[Mapping]]) -> Residuals:
     return {name: _residual([statistics.fmean(map(cost.of, side)) for side in sides]) for name, cost in COSTS.items()}
 
 
+def throughput(study: Results) -> dict[str, float]:
+    """{cell: tokens per second of training, the median of its runs}; nan of a cell that none has timed."""
+    frame = study.timings[study.timings["phase"] == "train"]
+    medians = frame["tokens_per_second"].astype(float).groupby(frame["cell"]).median()
+    return {cell["name"]: float(medians.get(cell["name"], math.nan)) for cell in study.plan["cells"]}
+
+
+def faster(sides: Sequence[Sequence[float]]) -> float:
+    """By how much the first of 2 or 4 sides has the higher throughput, as `residuals` takes it; nan if unknown."""
+    return _residual([statistics.fmean(side) for side in sides])
+
+
 def shown(cell: Mapping) -> dict[str, str]:
     """A cell's costs as text; a recurrent state is added to the cache."""
     texts = {name: cost.show(cost.of(cell)) for name, cost in COSTS.items()}

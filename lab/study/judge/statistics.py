@@ -25,9 +25,14 @@ class Estimate:
     mean: float | None
     deviation: float | None = None  # of single differences
     t_interval: Interval | None = None
-    bootstrap_interval: Interval | None = None
     p: float | None = None  # of the paired t-test against no difference, two-sided
     detectable: float | None = None  # the difference that n seeds of this deviation find with probability POWER
+    values: tuple[float, ...] = ()  # the differences, where their spread can be measured
+
+    @functools.cached_property
+    def bootstrap_interval(self) -> Interval | None:
+        """Made once it is asked for: it takes longer than all else."""
+        return _bootstrap(np.array(self.values))
 
 
 def estimate(differences: Sequence[float], resolution: float = 0.0) -> Estimate:
@@ -45,8 +50,8 @@ def estimate(differences: Sequence[float], resolution: float = 0.0) -> Estimate:
         return Estimate(n, mean, deviation)
     test = stats.ttest_1samp(values, 0.0)
     low, high = test.confidence_interval(1 - LEVEL)
-    bootstrap, smallest = _bootstrap(values), detectable(n) * deviation
-    return Estimate(n, mean, deviation, (float(low), float(high)), bootstrap, float(test.pvalue), smallest)
+    interval, smallest = (float(low), float(high)), detectable(n) * deviation
+    return Estimate(n, mean, deviation, interval, float(test.pvalue), smallest, tuple(map(float, values)))
 
 
 def resolution(loss: float) -> float:
@@ -105,10 +110,11 @@ def _student(values: np.ndarray, axis: int) -> np.ndarray:
 
 
 @functools.cache
-def detectable(n: int) -> float:
-    """In standard deviations: where the two-sided t-test of n differences has POWER. Its power is the normal one
-    averaged over the spread that n differences may show; scipy's noncentral t has holes at two of them."""
-    critical = stats.t.ppf(1 - LEVEL / 2, n - 1)
+def detectable(n: int, comparisons: int = 1) -> float:
+    """In standard deviations: where the two-sided t-test of n differences has POWER, at the level that Holm's
+    correction leaves the smallest p of so many comparisons. Its power is the normal one averaged over the spread that n
+    differences may show; scipy's noncentral t has holes at two of them."""
+    critical = stats.t.ppf(1 - LEVEL / 2 / comparisons, n - 1)
     shares = (np.arange(10_000) + 0.5) / 10_000
     spreads = stats.chi.ppf(shares, n - 1) / math.sqrt(n - 1)
 
@@ -116,4 +122,4 @@ def detectable(n: int) -> float:
         found = stats.norm.sf(critical * spreads - shift) + stats.norm.cdf(-critical * spreads - shift)
         return found.mean() - POWER
 
-    return float(optimize.brentq(lacking, 0.0, 100.0)) / math.sqrt(n)
+    return float(optimize.brentq(lacking, 0.0, max(100.0, 3 * critical))) / math.sqrt(n)

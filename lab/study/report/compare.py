@@ -7,7 +7,7 @@ from lab.study.define.contrasts import settings
 from lab.study.judge import pairing
 from lab.study.judge.evidence import Comparison, compare, corrected
 from lab.study.judge.pairing import Scores
-from lab.study.judge.residuals import BETWEEN, COSTS, MEANINGS, relative, residuals, shown
+from lab.study.judge.residuals import BETWEEN, COSTS, MEANINGS, faster, relative, residuals, shown, throughput
 from lab.study.numbers import number
 from lab.study.report.page import Piece, Section, Table, Text
 from lab.study.report.verdicts import DETAILS, JUDGED, details, judged, refusals
@@ -28,6 +28,7 @@ def sections(studies: list[Results]) -> list[Section]:
 def paired(studies: dict[str, Results], scores: dict[str, Scores]) -> list[Comparison]:
     """Every later study against the first, cell by cell of the same name, as one family of tests."""
     planned = {name: {cell["name"]: cell for cell in study.plan["cells"]} for name, study in studies.items()}
+    speeds = {name: throughput(study) for name, study in studies.items()}
     first, *others = studies
     found = []
     for other in others:
@@ -35,7 +36,8 @@ def paired(studies: dict[str, Results], scores: dict[str, Scores]) -> list[Compa
             if cell in scores[other]:
                 differences = pairing.differences([[scores[other][cell]], [scores[first][cell]]], (1, -1))
                 costs = residuals([[planned[other][cell]], [planned[first][cell]]])
-                found.append(compare("study", f"{other}: {cell}", first, differences, costs))
+                speed = faster([[speeds[other][cell]], [speeds[first][cell]]])
+                found.append(compare("study", f"{other}: {cell}", first, differences, costs, speed))
     return corrected(found)
 
 

@@ -11,6 +11,7 @@ from lab.study.report import (
     accuracy,
     answers,
     branches,
+    calibration,
     costs,
     figures,
     headline,
@@ -107,7 +108,8 @@ def make(study: Results, findings: Findings | None) -> list[Section]:
             Section("Loss by cost", costs.pareto(study, findings)),
             *named,
         ]
-    found += [*further, Section("Learning curves", learning), Section("Tuning", trials.section(study))]
+    found += [*further, Section("Calibration", calibration.section(study, findings))]
+    found += [Section("Learning curves", learning), Section("Tuning", trials.section(study))]
     figure, rest = _headline_figure([*found, Section("Runs", about)])
     return [headline.section(study, findings, figure), *(section for section in rest if section.blocks)]
 

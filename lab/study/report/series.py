@@ -104,7 +104,8 @@ def _loss(losses: Sequence[float]) -> str:
 def _difference(name: str, against: Mapping[str, Comparison], theirs: Published) -> list[str]:
     """Ours and theirs, and whether the one has the sign of the other; dashes of a cell that has no baseline."""
     if name not in against:
-        return ["baseline" if name in {one.against for one in against.values()} else "—", *["—"] * 4]
+        mark = "baseline" if name in {one.against for one in against.values()} else "—"
+        return [mark, *["—"] * (len(JUDGED) + 1)]
     one = against[name]
     difference = published_difference([[name], [one.against]], theirs)
     return [*judged(one), signed(difference), "—" if difference is None else replicates(one, difference)]

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 
 from lab.study.judge.evidence import UNKNOWN, Comparison, Evidence, Findings, overall
-from lab.study.judge.residuals import AGAINST, BETWEEN, COSTS, MEANINGS, relative, shown
+from lab.study.judge.residuals import AGAINST, BETWEEN, COSTS, MEANINGS, percent, relative, shown
 from lab.study.judge.statistics import LEAST_RESAMPLED, Interval
 from lab.study.judge.trends import EARLY, END, reading, trend
 from lab.study.numbers import number
@@ -12,8 +12,8 @@ from lab.study.report.layout import describe, links, panel_rows, run_label
 from lab.study.report.page import Chart, Piece, Table, Text
 from lab.study.results import Results
 
-JUDGED = ["verdict", "difference", "95% interval"]
-DETAILS = ["p (Holm)", "detectable", "bootstrap 95%"]  # last, so that costs are seen without scrolling
+JUDGED = ["verdict", "difference", "95% interval", "noise", "detectable", "tokens/s"]
+DETAILS = ["p (Holm)", "bootstrap 95%"]  # last, so that costs are seen without scrolling
 OF_CONTRAST = ["contrast", "expected", "difference", "95% interval", *COSTS]
 NONE = ["—"] * len(OF_CONTRAST)  # where a row is about several contrasts
 MOST_TRENDS, MOST_EFFECTS = 24, 40  # in a figure
@@ -22,7 +22,9 @@ EXPLAINED = (
     "Student t; bootstrap: studentised; both of one comparison by itself; none where differences over seeds spread by "
     "less than float32 tells losses apart. p: paired t-test, corrected (Holm) over all "
     "comparisons of the study; below 0.05 there is a verdict, so that an interval without 0 may still tell nothing. "
-    "Detectable: the difference that this many seeds of this spread find 4 times in 5, uncorrected."
+    "Noise: the standard deviation of the paired differences over seeds. Detectable: the difference that this many "
+    "seeds of this noise find 4 times in 5, uncorrected: what is smaller is mostly missed. Tokens/s: by how much the "
+    "median throughput of training is higher (+) or lower (-), as it was measured."
 )
 
 
@@ -77,13 +79,14 @@ def judged(comparison: Comparison) -> list[str]:
     """The cells of the columns JUDGED."""
     known, verdict = comparison.estimate, comparison.verdict
     strong = verdict if verdict.startswith(UNKNOWN) else f"**{verdict}**"
-    return [strong, signed(known.mean), interval(known.t_interval)]
+    floor = number(known.deviation, 4), number(known.detectable, 4)
+    return [strong, signed(known.mean), interval(known.t_interval), *floor, percent(comparison.speed)]
 
 
 def details(comparison: Comparison) -> list[str]:
     """The cells of the columns DETAILS."""
     known = comparison.estimate
-    return [_p(comparison.adjusted), number(known.detectable, 4), interval(known.bootstrap_interval)]
+    return [_p(comparison.adjusted), interval(known.bootstrap_interval)]
 
 
 def differing(comparison: Comparison) -> str:
@@ -190,7 +193,7 @@ def _loss(findings: Findings, name: str) -> str:
 def _judged(findings: Findings, cell: str, against: Mapping[str, Comparison]) -> list[str]:
     if cell in against:
         return judged(against[cell])
-    return ["baseline" if cell in findings.baselines.values() else "—", "—", "—"]
+    return ["baseline" if cell in findings.baselines.values() else "—", *["—"] * (len(JUDGED) - 1)]
 
 
 def _costs(cell: Mapping, against: Mapping[str, Comparison]) -> list[str]:

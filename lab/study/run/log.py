@@ -91,7 +91,10 @@ class Log:
 
 
 def compare(run: Run, column: str, conditions: list[dict]) -> None:
-    """The run among the others, in the HPARAMS tab: what it was asked, after its last step."""
+    """The run among the others, in the HPARAMS tab: what it was asked, after its last step. Trials and repeats stay
+    out: the tab takes the mean over runs of the same labels and seed."""
+    if run.note:
+        return
     from lab.study.run import events
 
     metrics = {

@@ -85,14 +85,21 @@ def runs_of(cells: list[Cell], seeds: Sequence[int], workdir: pathlib.Path, rema
     there, runs, taken = identity.records(workdir), [], {}
     for cell, data in zip(cells, opened, strict=True):
         made = identity.record(cell.config, data)
-        found = identity.find(made, there, remake)
-        directory = found[0] if found else f"cells/{_file_name(cell.name)}-{identity.name_of(made)}"
+        directory = place(cell, made, there, remake, "cells")
         if taken.setdefault(directory, cell) is not cell:
             raise UserError(f"the cells {taken[directory].name!r} and {cell.name!r} compute the same; leave one out")
         for seed in seeds:
-            place = workdir / directory / f"seed-{seed}"
-            runs.append(Run(cell, seed, made, data, place, by_name.get(against.get(cell.name))))
+            run = workdir / directory / f"seed-{seed}"
+            runs.append(Run(cell, seed, made, data, run, by_name.get(against.get(cell.name))))
     return runs
+
+
+def place(
+    cell: Cell, made: identity.Identity, there: dict[str, list[identity.Identity]], remake: bool, folder: str
+) -> str:
+    """The directory of a cell, relative to the study's: one of those that are there, or one in the folder."""
+    found = identity.find(made, there, remake)
+    return found[0] if found else f"{folder}/{_file_name(cell.name)}-{identity.name_of(made)}"
 
 
 def _file_name(name: str) -> str:
@@ -123,6 +130,7 @@ def write_plan(
     tuning: list[dict],
     command: str,
     attention: dict | None = None,
+    calibration: Sequence[dict] = (),
 ) -> None:
     """plan.json: what the study is, for the report and for whoever finds the directory. Refuses another study's."""
     path, looks = workdir / "plan.json", places.check(workdir, config).get("looks") or []
@@ -152,6 +160,7 @@ def write_plan(
         "command": command,
         "config": json.loads(config.to_json_best_effort()),
         "tuning": tuning,
+        "calibration": list(calibration),
         "attention": attention,
         "looks": looks,
         "cells": cells,

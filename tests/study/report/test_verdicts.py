@@ -5,10 +5,11 @@ import re
 
 import numpy as np
 import pytest
-from studies import branches, without_plotly, write, write_study
+from studies import branches, without_plotly, write, write_run, write_study
 from test_report import Page, rows_of
 
 from lab import report
+from lab.study.judge import statistics
 
 VALUES = {"rope_ratio": [0.0, 0.5, 1.0], "train_branch": ["fixed1", "1-15"]}
 CONTRAST = ("all or nothing", (("rope_ratio", 1.0),), (("rope_ratio", 0.0),))
@@ -70,6 +71,27 @@ def test_each_part_is_compared_with_its_own_baseline(finished):
     low, high = (float(bound) for bound in row["95% interval"].strip("[]").split(", "))
     assert low < float(row["difference"]) < high < 0 and low < -0.2 < high + 0.02
     assert (row["seeds"], rows["0.0", "1-15"]["difference"]) == ("4", "—")
+
+
+def test_the_noise_and_the_throughput_stand_beside_a_difference(tmp_path):
+    write_study(tmp_path, VALUES, loss, (1, 16), 3, study=STUDY, noise=noise)
+    for cell in json.loads((tmp_path / "plan.json").read_text())["cells"]:
+        for seed, speed in enumerate((90000.0, 54000.0, 9.0) if cell["labels"]["rope_ratio"] == 1.0 else ()):
+            write_run(tmp_path, cell, seed, loss, (1, 16), speed, noise)
+    report.rebuild(tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    rows = {(row["rope_ratio"], row["train_branch"]): row for row in table(text, "rope_ratio")}
+    ours, theirs = ({"rope_ratio": ratio, "train_branch": "1-15"} for ratio in (1.0, 0.0))
+    spread = np.std([noise(ours, seed) - noise(theirs, seed) for seed in range(3)], ddof=1)
+    row = rows["1.0", "1-15"]
+    assert row["noise"] == f"{spread:.4f}" and float(row["detectable"]) == pytest.approx(
+        spread * statistics.detectable(3), abs=1e-4
+    )
+    assert row["tokens/s"] == "+20.0%"  # the median, 54,000, less 45,000
+    assert (rows["0.5", "1-15"]["tokens/s"], rows["0.0", "1-15"]["tokens/s"]) == ("+0.0%", "—")
+    assert rows["0.0", "1-15"]["noise"] == "—"
+    (contrast,) = table(text, "contrast")
+    assert contrast["tokens/s"] == "+20.0%" and float(contrast["noise"]) > 0
 
 
 def test_evidence_is_by_claim_and_layer(finished):

@@ -1,6 +1,7 @@
 """Event files as TensorBoard itself reads them back."""
 
 import contextlib
+import dataclasses
 import functools
 import io
 import json
@@ -15,6 +16,7 @@ import urllib.parse
 import urllib.request
 
 import matplotlib.image
+import numpy as np
 import pytest
 from studies import write_run, write_study
 from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
@@ -26,6 +28,7 @@ from tensorboard.plugins.hparams.metadata import PLUGIN_NAME, SESSION_END_INFO_T
 
 from lab import report
 from lab.study import results
+from lab.study.report import tensorboard
 from lab.study.run.events import Writer, describe
 
 LOSS = "train/loss_nats"
@@ -144,10 +147,63 @@ def test_figures_of_the_report_are_images_and_the_newest_replace_the_others(tmp_
     assert second.name > first.name  # a server reads files of a directory in order
 
 
+CELL = "rope_ratio=1.0,train_branch=1-15"
+OVER_SEEDS = {"mean": np.mean, "low": np.min, "high": np.max}
+
+
+def over_seeds(directory, over, tag=LOSS):
+    """What a group of the cell must show, from the files of its finished runs."""
+    (cell,) = directory.glob(f"cells/{CELL}-*")
+    found = {}
+    for run in cell.glob("seed-*"):
+        if (run / "result.json").exists():
+            if tag == LOSS:
+                losses = {line["step"]: line["loss"] for line in results.metrics(run)}
+            else:
+                (path,) = run.glob("evaluations/*.json")
+                rows = json.loads(path.read_text())["conditions"]
+                (loss,) = (row["loss"] for row in rows if tag.endswith(f"_{row['eval_branch']}"))
+                losses = {251: loss}
+            for step, loss in losses.items():
+                found.setdefault(step, []).append(loss)
+    return {step: over(losses) for step, losses in found.items()}
+
+
+def test_a_cell_over_its_seeds_is_three_runs_that_follow_the_seeds(tmp_path):
+    def noise(labels, seed):
+        return (0.3, 0.0, 0.9, 0.5)[seed]  # the last is neither the lowest nor the highest
+
+    values, pending = {"rope_ratio": [1.0], "train_branch": ["1-15"]}, {(CELL, seed) for seed in range(4)}
+    write_study(tmp_path, values, counts=(1, 16), seeds=4, noise=noise, skip=pending)
+    (cell,) = results.collect(tmp_path).plan["cells"]
+    place = f"groups/{pathlib.Path(cell['directory']).name}"
+    for seed in range(4):
+        write_run(tmp_path, cell, seed, counts=(1, 16), noise=noise)
+        for _ in range(2):  # as often as it likes
+            tensorboard.write_groups(results.collect(tmp_path))
+        assert (tmp_path / place).exists() == (seed > 0)  # one seed has no band
+        shown = read(tmp_path)
+        for name, over in OVER_SEEDS.items() if seed else ():
+            for tag in (LOSS, "eval/loss_nats_eval_branch_1", "eval/loss_nats_eval_branch_16"):
+                events, wanted = shown.Tensors(f"{place}/{name}", tag), over_seeds(tmp_path, over, tag)
+                assert [event.step for event in events] == sorted(wanted)  # each once
+                found = {event.step: float(event.tensor_proto.float_val[0]) for event in events}
+                assert found == pytest.approx(wanted, rel=1e-6)
+            assert len([*(tmp_path / place / name).iterdir()]) == 1
+
+
+def test_groups_of_cells_that_the_study_has_no_more_go(tmp_path):
+    study = results.collect(write_study(tmp_path, counts=(1,), seeds=2))
+    tensorboard.write_groups(study)
+    assert len([*tmp_path.glob("groups/*/mean/*")]) == 10
+    tensorboard.write_groups(dataclasses.replace(study, plan=study.plan | {"cells": study.plan["cells"][2:]}))
+    assert len([*tmp_path.glob("groups/*/mean/*")]) == 8
+
+
 @pytest.mark.slow
 def test_the_server_shows_scalars_hparams_configs_and_figures(tmp_path):
     """The real server, opened as a user opens it, asked over HTTP what its page asks."""
-    directory = write_study(tmp_path / "study", counts=(1, 16))
+    directory = write_study(tmp_path / "study", counts=(1, 16), seeds=3, noise=lambda labels, seed: 0.1 * seed**2)
     report.rebuild(directory)
     config = {"model": {"dim": 96}}
     for ratio, loss in ((0.5, 2.5), (1.0, 2.0)):
@@ -181,6 +237,15 @@ def test_the_server_shows_scalars_hparams_configs_and_figures(tmp_path):
         assert found == {0.5: 2.5, 1.0: 2.0}
         assert "report/learning_curves" in ask("images/tags")["tensorboard"]
         assert ask("text/tags")[run] == ["config"]
+        (group,) = directory.glob(f"groups/{CELL}-*")
+        for name, over in OVER_SEEDS.items():
+            run = f"groups/{group.name}/{name}"
+            for tag in (LOSS, "eval/loss_nats_eval_branch_16"):
+                assert tag in ask("scalars/tags")[run]
+                shown = ask(f"scalars/scalars?run={urllib.parse.quote(run)}&tag={urllib.parse.quote(tag)}")
+                wanted = over_seeds(directory, over, tag)
+                assert {step: value for _, step, value in shown} == pytest.approx(wanted, rel=1e-6)
+                assert len(shown) == len(wanted)
     finally:
         server.terminate()
         server.wait(30)
