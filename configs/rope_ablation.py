@@ -1,6 +1,6 @@
 """Which rotary frequencies should carry the branch, when texts are decoded in parallel in one sequence?
 
-    python -m lab.main --config=configs/rope_ablation.py         # :cpu, 10 cells, minutes on two cores
+    python -m lab.main --config=configs/rope_ablation.py         # :cpu, 10 cells of three seeds, minutes on two cores
     python -m lab.main --config=configs/rope_ablation.py:gpu     # 25.8M parameters, the 140 published rows
     python -m lab.main --config=configs/rope_ablation.py:paper --config.data.path=texts.jsonl
 
@@ -28,13 +28,18 @@ def get_config(scale: str = "cpu"):
     study.cells = product(vary("model.position.ratio", RATIOS), vary("data.draw", DRAWS))
     study.labels = (("model.position.ratio", "rope_ratio"), ("data.draw", "train_branch"))
     study.sections = (("branches", "rope_ratio", "train_branch"), "curves")
+    study.baseline = (("rope_ratio", 0.0),)
+    study.judged = (16,)
     study.published = "configs/published/branches_512.csv"
     SCALES[choose("the scale of configs/rope_ablation.py", scale, SCALES)](config)
     return config
 
 
 def cpu(config) -> None:
-    """The base model: 3 layers of width 96 on bytes of Python's own sources, 250 steps of 64 texts of 32 bytes."""
+    """The base model: 3 layers of width 96 on bytes of Python's own sources, 160 steps of 64 texts of 32 bytes."""
+    config.study.seeds = 3
+    config.train.steps = 160
+    config.evaluate.loss.update(dict(branches=(1, 2, 4, 8, 16, 32, 64), texts=384))
 
 
 def gpu(config) -> None:
