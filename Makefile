@@ -6,10 +6,13 @@ VENV ?= .venv
 CONFIG ?= configs/rope_ablation.py
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: run setup test test-slow test-commit test-all test-tpu test-gpu smoke
+.PHONY: run studies setup test test-slow test-commit test-all test-tpu test-gpu smoke
 
 run: setup
 	$(VENV)/bin/python -m lab.main --config=$(CONFIG)
+
+studies: setup
+	$(VENV)/bin/python launch/studies.py
 
 setup: $(VENV)/.runs
 

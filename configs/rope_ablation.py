@@ -28,11 +28,17 @@ def get_config(scale: str = "cpu"):
     study.cells = product(vary("model.position.ratio", RATIOS), vary("data.draw", DRAWS))
     study.labels = (("model.position.ratio", "rope_ratio"), ("data.draw", "train_branch"))
     study.sections = (("branches", "rope_ratio", "train_branch"), "curves")
-    study.baseline = (("rope_ratio", 0.0),)
+    study.contrasts = tuple(against_none(ratio) for ratio in RATIOS[1:])
     study.judged = (16,)
     study.published = "configs/published/branches_512.csv"
     SCALES[choose("the scale of configs/rope_ablation.py", scale, SCALES)](config)
     return config
+
+
+def against_none(ratio: float) -> tuple:
+    """Of models that were trained on many branches; those of one branch show what training on many is for."""
+    sides = ((("rope_ratio", each), ("train_branch", DRAWS[1])) for each in (ratio, 0.0))
+    return (f"ratio {ratio:g} - ratio 0", *sides)
 
 
 def cpu(config) -> None:

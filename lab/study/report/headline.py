@@ -25,6 +25,7 @@ from lab.study.results import Results
 
 MOST = 24  # conditions that a table has a row for
 SAME = re.compile(r"—|[+-]0\.0%")  # a cost in which the sides do not differ
+TWO_SIDES = re.compile(r"\(([^()]*)\) - \(([^()]*)\)")  # of a contrast that has no more
 KEPT = "`--config.study.seeds={}` adds seeds, and keeps the runs that are done"
 
 
@@ -243,6 +244,8 @@ def _label(study: Results, name: str) -> str:
 def _sides(study: Results, one: Comparison, verdict: str) -> str:
     if one.kind == "baseline":
         return f"{_label(study, one.name)} is {verdict} than {_label(study, one.against)}"
+    if two := TWO_SIDES.fullmatch(one.against):
+        return f"{two[1]} is {verdict} than {two[2]}"
     return f"{one.name}: {one.against} is {verdict}"
 
 

@@ -90,7 +90,7 @@ def test_one_seed_cannot_tell_a_baseline(tmp_path):
 
 def test_contrasts_answer_where_there_is_no_baseline(tmp_path):
     said = answer(tmp_path, study={"contrasts": (CONTRAST,)})
-    assert said.startswith("**wider: (variant b) - (variant a) is better** by 0.")
+    assert said.startswith("**variant b is better than variant a** by 0.")
 
 
 def test_a_cell_that_costs_more_says_so(tmp_path):

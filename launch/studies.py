@@ -1,0 +1,107 @@
+#!/usr/bin/env python
+"""Runs the lab's own studies at :cpu, and writes what they found to docs/studies, a page for each.
+
+    python launch/studies.py                             # all of them; stopped, the same command goes on
+    python launch/studies.py rope_ablation:cpu           # some
+    python launch/studies.py --pages                     # runs nothing: the pages of what is there
+
+A study runs in runs/studies/<name>. docs/studies/README.md has a line for each, also for those that were not run.
+"""
+
+import argparse
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+from lab.errors import UserError, choose
+from lab.study import results
+
+STUDIES = (
+    "rope_ablation:cpu", "head_dim_ablation:cpu", "attention_ablation:cpu", "attention_ablation:cpu-factorial",
+    "attention_ablation:cpu-rotate", "muon_ablation:cpu", "probes:cpu", "residual_ablation:cpu-confirm",
+    "residual_ablation:cpu-v1", "residual_ablation:cpu-v2", "residual_ablation:cpu-v3", "residual_ablation:cpu-v4",
+    "residual_ablation:cpu-beyond", "residual_ablation:cpu-sanity", "attention_ablation:cpu-flops",
+    "attention_ablation:cpu-beyond", "attention_ablation:cpu-beyond-flops",
+)  # fmt: skip
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+RUNS, PAGES = ROOT / "runs" / "studies", ROOT / "docs" / "studies"
+HEADER = """\
+# What the lab's own studies found
+
+Each at `:cpu`, on two cores and Python's own sources: small models, so that an effect here is a hint at what a larger
+one may show. `make studies` runs what is not done, and writes these pages.
+
+| study | question | answer |
+|:--|:--|:--|
+"""
+
+
+def directory(study: str) -> str:
+    """Of runs and pages: rope_ablation-cpu."""
+    return study.replace(":", "-")
+
+
+def run(study: str) -> int:
+    """The exit code of the study's command, which goes on where it was."""
+    name, _, scale = study.partition(":")
+    flags = f"--config=configs/{name}.py:{scale}", f"--workdir={RUNS / directory(study)}"
+    print(f"== {study}", flush=True)
+    return subprocess.run([sys.executable, "-m", "lab.main", *flags], cwd=ROOT).returncode
+
+
+def write_page(study: str) -> str | None:
+    """Writes the page of a study that was begun, with its figures; returns its line of the index."""
+    from lab import report
+    from lab.study.judge import evidence
+    from lab.study.report import headline
+
+    work, name = RUNS / directory(study), directory(study)
+    if not (work / "plan.json").exists():
+        return f"| `{study}` | | not run: `python launch/studies.py {study}` |"
+    report.rebuild(work)
+    found = results.collect(work)
+    figures = PAGES / "figures" / name
+    shutil.rmtree(figures, ignore_errors=True)
+    page = re.sub(r"\[([^\]]+)\]\(cells/[^)]*\)", r"\1", (work / "report.md").read_text())  # pages that stay behind
+    for figure in dict.fromkeys(re.findall(r"\]\(figures/([^)]+)\)", page)):
+        figures.mkdir(parents=True, exist_ok=True)
+        shutil.copy(work / "figures" / figure, figures / figure)
+    page = page.replace("](figures/", f"](figures/{name}/").replace(f"{ROOT}/", "")
+    (PAGES / f"{name}.md").write_text(page)
+    answer = headline.answer(found, evidence.find(found)).replace("|", r"\|")
+    return f"| [{study}]({name}.md) | {found.plan['question']} | {answer} {headline.progress(found)} |"
+
+
+def write_pages() -> None:
+    """All pages, and the index."""
+    PAGES.mkdir(parents=True, exist_ok=True)
+    lines = [write_page(study) for study in STUDIES]
+    (PAGES / "README.md").write_text(HEADER + "\n".join(lines) + "\n")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("studies", nargs="*", help=f"of: {', '.join(STUDIES)} (default: all)")
+    parser.add_argument("--pages", action="store_true", help="run nothing, write the pages of what is there")
+    flags = parser.parse_args(arguments)
+    try:
+        for study in flags.studies:
+            choose("a study", study, STUDIES)
+        for study in () if flags.pages else flags.studies or STUDIES:
+            code = run(study)
+            write_pages()
+            if code not in (0, 1):  # 1: some of its runs failed, and its page says which
+                return code
+        write_pages()
+    except UserError as error:
+        print(f"studies: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

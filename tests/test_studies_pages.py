@@ -1,0 +1,63 @@
+"""launch/studies.py: pages of what was run, an index of all, and runs that go on."""
+
+import importlib.util
+import re
+
+import commands
+import pytest
+from studies import write_study
+
+specification = importlib.util.spec_from_file_location("launch_studies", commands.REPOSITORY / "launch" / "studies.py")
+studies = importlib.util.module_from_spec(specification)
+specification.loader.exec_module(studies)
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A repository in which one study has run."""
+    monkeypatch.setattr(studies, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(studies, "PAGES", tmp_path / "docs")
+    values = {"rope_ratio": [0.0, 1.0], "train_branch": ["fixed1", "1-15"]}
+    write_study(tmp_path / "runs" / "rope_ablation-cpu", values, counts=(1, 16), seeds=3)
+    return tmp_path
+
+
+def test_a_page_stands_alone_and_the_index_has_all(place):
+    assert studies.main(["--pages"]) == 0
+    page = (place / "docs" / "rope_ablation-cpu.md").read_text()
+    pictures = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", page)
+    assert pictures and all((place / "docs" / path).stat().st_size > 1000 for path in pictures)
+    assert "](cells/" not in page and "## Answer" in page
+    index = (place / "docs" / "README.md").read_text().splitlines()
+    lines = [line for line in index if line.startswith(("| [", "| `"))]
+    assert len(lines) == len(studies.STUDIES)
+    assert lines[0].startswith("| [rope_ablation:cpu](rope_ablation-cpu.md) |") and "runs done**" in lines[0]
+    assert all("not run: `python launch/studies.py" in line for line in lines[1:])
+
+
+@pytest.mark.parametrize(("codes", "code", "begun"), [([0, 1], 0, 2), ([75], 75, 1), ([2], 2, 1)])
+def test_a_study_that_stops_stops_all_and_one_that_fails_does_not(place, monkeypatch, codes, code, begun):
+    made = []
+
+    def run(study):
+        made.append(study)
+        return codes[len(made) - 1]
+
+    monkeypatch.setattr(studies, "run", run)
+    assert studies.main([*studies.STUDIES[:2]]) == code
+    assert made == [*studies.STUDIES[:begun]]
+    assert (place / "docs" / "README.md").exists()
+
+
+def test_a_study_that_is_none_is_one_line(place, capsys):
+    assert studies.main(["rope:cpu"]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("studies: a study = 'rope:cpu' is unknown (did you mean") and told.count("\n") == 1
+
+
+def test_every_study_is_a_scale_of_a_config():
+    from test_configs import CONFIGS, module
+
+    scales = {path.stem: module(path).SCALES for path in CONFIGS}
+    assert all(scale in scales[name] for name, _, scale in (study.partition(":") for study in studies.STUDIES))
+    assert {name for name, _, _ in (study.partition(":") for study in studies.STUDIES)} == {*scales}
