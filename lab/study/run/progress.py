@@ -24,7 +24,7 @@ class Display:
             refresh_per_second=4,
         )
         self._runs = runs
-        self._study = self._live.add_task("cells", total=runs, status="")
+        self._study = self._live.add_task("runs", total=runs, status="")
         self._run = self._live.add_task("", total=None, status="", visible=False)
         self._done, self._seconds, self._name = 0, [], ""
         self._began = self._last_line = time.monotonic()
@@ -57,7 +57,7 @@ class Display:
         self._live.update(self._run, completed=step + 1, status=status)
         self._live.update(self._study, status=f"{left} left")
         self._line(
-            f"{self._name}: step {step + 1}/{self._steps}  {status}  cells {self._done}/{self._runs}  {left} left"
+            f"{self._name}: step {step + 1}/{self._steps}  {status}  runs {self._done}/{self._runs}  {left} left"
         )
 
     def condition(self, label: str, value, loss: float) -> None:
