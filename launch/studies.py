@@ -5,7 +5,8 @@
     python launch/studies.py rope_ablation:cpu           # some
     python launch/studies.py --pages                     # runs nothing: the pages of what is there
 
-A study runs in runs/studies/<name>. docs/studies/README.md has a line for each, also for those that were not run.
+A study runs in runs/studies/<name>. docs/studies/README.md has a line for each, also for those that were not run. What
+was written by hand about a study, docs/studies/notes/<name>.md, is part of its page.
 """
 
 import argparse
@@ -33,7 +34,8 @@ HEADER = """\
 # What the lab's own studies found
 
 Each at `:cpu`, on two cores and Python's own sources: small models, so that an effect here is a hint at what a larger
-one may show. `make studies` runs what is not done, and writes these pages.
+one may show. `make studies` runs what is not done, and writes these pages. What each method of a residual stream does
+and costs: [streams.md](streams.md).
 
 | study | question | answer |
 |:--|:--|:--|
@@ -60,8 +62,14 @@ def write_page(study: str) -> str | None:
     from lab.study.report import headline
 
     work, name = RUNS / directory(study), directory(study)
+    by_hand = PAGES / "notes" / f"{name}.md"
+    notes = f"\n## Notes\n\n{by_hand.read_text()}" if by_hand.exists() else ""
     if not (work / "plan.json").exists():
-        return f"| `{study}` | | not run: `python launch/studies.py {study}` |"
+        not_run = f"not run: `python launch/studies.py {study}`"
+        if not notes:
+            return f"| `{study}` | | {not_run} |"
+        (PAGES / f"{name}.md").write_text(f"# {study}\n\nThis version was {not_run}. Of an earlier one:\n{notes}")
+        return f"| [{study}]({name}.md) | | {not_run}; notes on an earlier version |"
     report.rebuild(work)
     found = results.collect(work)
     figures = PAGES / "figures" / name
@@ -71,7 +79,7 @@ def write_page(study: str) -> str | None:
         figures.mkdir(parents=True, exist_ok=True)
         shutil.copy(work / "figures" / figure, figures / figure)
     page = page.replace("](figures/", f"](figures/{name}/").replace(f"{ROOT}/", "")
-    (PAGES / f"{name}.md").write_text(page)
+    (PAGES / f"{name}.md").write_text(page + notes)
     answer = headline.answer(found, evidence.find(found)).replace("|", r"\|")
     return f"| [{study}]({name}.md) | {found.plan['question']} | {answer} {headline.progress(found)} |"
 

@@ -18,6 +18,9 @@ def place(tmp_path, monkeypatch):
     monkeypatch.setattr(studies, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(studies, "PAGES", tmp_path / "docs")
     values = {"rope_ratio": [0.0, 1.0], "train_branch": ["fixed1", "1-15"]}
+    (tmp_path / "docs" / "notes").mkdir(parents=True)
+    for name in ("rope_ablation-cpu", "probes-cpu"):
+        (tmp_path / "docs" / "notes" / f"{name}.md").write_text(f"By hand of {name}.\n")
     write_study(tmp_path / "runs" / "rope_ablation-cpu", values, counts=(1, 16), seeds=3)
     return tmp_path
 
@@ -33,6 +36,8 @@ def test_a_page_stands_alone_and_the_index_has_all(place):
     assert len(lines) == len(studies.STUDIES)
     assert lines[0].startswith("| [rope_ablation:cpu](rope_ablation-cpu.md) |") and "runs done**" in lines[0]
     assert all("not run: `python launch/studies.py" in line for line in lines[1:])
+    assert page.endswith("## Notes\n\nBy hand of rope_ablation-cpu.\n")
+    assert "not run" in (not_run := (place / "docs" / "probes-cpu.md").read_text()) and "By hand of probes" in not_run
 
 
 @pytest.mark.parametrize(("codes", "code", "begun"), [([0, 1], 0, 2), ([75], 75, 1), ([2], 2, 1)])
