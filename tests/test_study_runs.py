@@ -340,7 +340,7 @@ def small_disk(tmp_path):
     """A file system of a few megabytes."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", disk], capture_output=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=48m", "tmpfs", disk], capture_output=True)
     if mounted.returncode:
         pytest.skip("mounting needs rights; tests/test_command.py injects a full disk everywhere")
     yield disk
