@@ -337,7 +337,7 @@ def test_a_mistake_ends_the_process_with_one_line(place, study, override, told):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of a few megabytes."""
+    """A file system of some megabytes: a page has its script in it."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=48m", "tmpfs", disk], capture_output=True)
