@@ -12,17 +12,21 @@ last thing printed is a table; check.json has everything.
 env: versions, and the two ceilings: a product of matrices, a copy. numerics: every implementation and width against the
 reference in float32, forward and backward; run again after other inputs, to the last bit (a result that moves is a
 race, one that stays from the run before was never written). times: attention alone, on packs of the studies and on
-masks of benchmarks/attention.py, calls queued back to back. torch: FlexAttention and SDPA on the same masks; compiles
-while numerics run, and is timed alone. train: steps of rope_ablation:gpu on its own texts by implementation, tokens/s
-and share of the peak, and whether they learn alike; then of the 272M model on rows of 16k tokens. main: the study's own
+masks of benchmarks/attention.py, calls queued back to back. torch: FlexAttention and SDPA on the same masks. train:
+steps of rope_ablation:gpu on its own texts by implementation, tokens/s and share of the peak, and whether they learn
+alike; of the 272M model on rows of 16k tokens; and the kernels of a step that take longest. main: the study's own
 command, a few steps of one cell.
+
+What is timed compiles at once, and then takes its turn alone.
 """
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -32,22 +36,16 @@ import time
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
-from device_work import BEGUN, NUMERICS, TIMED, TRAINED, lines, write  # noqa: E402
+from device_work import BEGUN, LARGE, NUMERICS, TIMED, TRAINED, go_of, lines, write  # noqa: E402
 
 RUNS = {
     "pallas_tpu": ("tpu",),
     "tiled": ("cpu", "gpu", "tpu"),
-    **dict.fromkeys(("pallas_gpu", "pallas_triton", "cudnn"), ("gpu",)),
+    **dict.fromkeys(("pallas_gpu", "pallas_triton", "cudnn", "tokamax"), ("gpu",)),
 }
-LIMITS = {
-    "data": 240,
-    "env": 75,
-    "numerics": 150,
-    "times": 130,
-    "torch": 420,
-    "train": 110,
-    "main": 150,
-}  # seconds, of a process
+PREPARE = 120  # seconds, of all that compiles
+LIMITS = {"env": 75, "numerics": PREPARE, "times": 40, "torch": 40, "train": 40, "main": 150}  # of a process
+TAKING_TURNS = ("times", "torch", "train")  # compile at once, are timed one after another
 STAGES = ["env", "numerics", "times", "torch", "train", "main"]
 SILENT = float(os.environ.get("CHECK_SILENT", 75))  # seconds without a line after which a process is taken to hang
 
@@ -59,18 +57,31 @@ def say(*words) -> None:
 class Stage:
     """A process of a stage, which writes lines to a file; started again behind what killed it."""
 
-    def __init__(self, flags, stage: str, share: str = "", **options):
-        self.name, self.flags, self.options = " ".join(filter(None, (stage, share))), flags, options
+    def __init__(self, flags, stage: str, share: str = ""):
+        self.name, self.flags = " ".join(filter(None, (stage, share))), flags
         self.stage, self.share, self.skip = stage, share, []
-        self.path = flags.scratch / f"{self.name.replace(' ', '-')}.jsonl"
-        self.log = flags.scratch / f"{self.name.replace(' ', '-')}.log"
-        self.until = time.monotonic() + min(LIMITS[stage], flags.budget - (time.monotonic() - BEGUN) - 5)
+        self.path = flags.scratch / f"{re.sub('[ /]', '-', self.name)}.jsonl"
+        self.log = self.path.with_suffix(".log")
         self.process, self.seen, self.heard, self.over = None, 0, time.monotonic(), False
+        self.limit(LIMITS[stage] if stage not in TAKING_TURNS else PREPARE + 600)
         self.start()
+
+    def limit(self, seconds: float) -> None:
+        self.heard, longest = time.monotonic(), BEGUN + self.flags.budget - 5
+        self.until = longest if self.flags.dry else min(time.monotonic() + seconds, longest)
+
+    def stop(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def ready(self) -> bool:
+        """Whether it waits for its turn, or never will."""
+        return not self.running() or any(x.get("what") == "ready" for x in lines(self.path))
 
     def start(self) -> None:
         command = [sys.executable, str(HERE / "device_work.py"), "--worker", self.stage, "--share", self.share,
-                   "--lines", str(self.path), "--skip", json.dumps(self.skip), "--options", json.dumps(self.options),
+                   "--lines", str(self.path), "--skip", json.dumps(self.skip),
                    *(["--dry"] if self.flags.dry else [])]  # fmt: skip
         with self.log.open("a") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
@@ -88,13 +99,12 @@ class Stage:
             self.seen, self.heard = len(found), time.monotonic()
         code = self.process.poll()
         out_of_time = time.monotonic() > self.until
-        hangs = time.monotonic() - self.heard > SILENT and self.stage != "data"
+        prepares = self.stage in TAKING_TURNS and not go_of(self.path).exists()
+        hangs = time.monotonic() - self.heard > SILENT and not prepares
         if code is None and not (out_of_time or hangs):
             return True
         if code is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
+            self.stop()
         if code == 0:
             return False
         begun, done = ({json.dumps(x["id"]) for x in found if x.get("what") == what} for what in ("begin", "end"))
@@ -129,9 +139,9 @@ def environment(flags) -> dict:
     return {**os.environ, **own}
 
 
-def wait(stages: list[Stage], meanwhile=lambda: None) -> None:
-    while any([stage.running() for stage in stages]):  # noqa: C419  each is looked after, whichever runs
-        meanwhile()
+def wait(stages: list[Stage], done=lambda stage: not stage.running(), seconds: float = 1e9) -> None:
+    until = time.monotonic() + seconds
+    while time.monotonic() < until and not all([done(stage) for stage in stages]):  # noqa: C419  looks after each
         time.sleep(0.2)
 
 
@@ -142,21 +152,19 @@ def left(flags) -> float:
 def main(flags) -> None:
     flags.scratch.mkdir(parents=True, exist_ok=True)
     (flags.scratch / "autotune").mkdir(exist_ok=True)
-    wanted = lambda stage: stage in flags.stages and left(flags) > 30  # noqa: E731
-    torch, data, found = None, None, []
-    go = flags.scratch / "torch-go"
-    platform = "cpu"
-    if wanted("env"):
+    platform, found = "cpu", []
+    if "env" in flags.stages:
         env = Stage(flags, "env")
         wait([env])
         platform = next((x["platform"] for x in lines(env.path) if "platform" in x), "gpu")
-    here = lambda names: [n for n in names if (flags.dry or platform in RUNS[n.split()[0]])]  # noqa: E731
-    if wanted("train"):  # on the CPU, meanwhile
-        data = Stage(flags, "data")
-    if wanted("torch"):
-        torch = Stage(flags, "torch", go=str(go))
-    if wanted("numerics"):
-        wait([Stage(flags, "numerics", name) for name in here(NUMERICS)], lambda: torch and torch.running())
+    here = lambda names: [name for name in names if runs(name.split()[0], platform, flags.dry)]  # noqa: E731
+    if "numerics" in flags.stages:
+        parts = [
+            f"{name} {part}"
+            for name in here(NUMERICS)
+            for part in (("0/2", "1/2") if len(NUMERICS[name]) > 6 else ("0/1",))
+        ]
+        wait([Stage(flags, "numerics", part) for part in parts])
     results = [x for path in flags.scratch.glob("numerics-*.jsonl") for x in lines(path)]
     wrong = {
         x["id"][0]
@@ -165,24 +173,16 @@ def main(flags) -> None:
     }
     if wrong:
         say("wrong at width 64 or 128, left out from here on:", *sorted(wrong))
-    allowed = lambda names: [n for n in here(names) if n.split()[0] not in wrong]  # noqa: E731
-    if wanted("times"):
-        for name in allowed(TIMED):
-            if left(flags) > 60:
-                wait([Stage(flags, "times", name)], lambda: torch and torch.running())
-    if torch:
-        go.touch()
-        torch.until = min(time.monotonic() + 75, BEGUN + flags.budget - 10)
-        wait([torch])
-    if data:
-        wait([data])
-    if wanted("train"):
-        for name in allowed(TRAINED):
-            if left(flags) > 60:
-                wait([Stage(flags, "train", name)])
-        if best_of(flags) != "tiled" and left(flags) > 120:
-            wait([Stage(flags, "train", f"{best_of(flags)} large")])
-    if wanted("main"):
+    right = lambda names: [name for name in here(names) if name.split()[0] not in wrong]  # noqa: E731
+    shares = {"times": right(TIMED), "torch": [""], "train": right((*TRAINED, *LARGE))}
+    waiting = [Stage(flags, stage, share) for stage in shares if stage in flags.stages for share in shares[stage]]
+    wait(waiting, Stage.ready, flags.budget if flags.dry else PREPARE)
+    for stage in waiting:
+        if stage.running():
+            go_of(stage.path).touch()
+            stage.limit(LIMITS[stage.stage])
+            wait([stage])
+    if "main" in flags.stages and left(flags) > 30:
         wait([Stage(flags, "main", best_of(flags))])
     for path in sorted(flags.scratch.glob("*.jsonl")):
         found += [{"stage": path.stem, **line} for line in lines(path)]
@@ -192,6 +192,13 @@ def main(flags) -> None:
         for path in sorted(flags.scratch.glob("*.log")):
             file.write(f"=== {path.name}\n{path.read_text(errors='replace')[-200_000:]}\n")
     table(found)
+
+
+def runs(name: str, platform: str, dry: bool) -> bool:
+    """Whether an implementation has anything to say on this machine."""
+    if name == "tokamax" and (dry or not importlib.util.find_spec("tokamax")):
+        return False
+    return dry or platform in RUNS[name]
 
 
 def best_of(flags) -> str:
@@ -215,11 +222,15 @@ def table(found: list[dict]) -> None:
         if "ms" in line:
             of = " ".join(f"{k} {v:.3f} ms {line['tflops'][k]:.0f} TF/s" for k, v in line["ms"].items())
             print(f"  {line['id']}: {of}")
-        else:
-            print(f"  {line['id']}: {line.get('error', '')[:160]}")
+        elif "error" in line:
+            print(f"  {line['id']}: {line['error'][:160]}")
     print("\nsteps of a study")
+    for line in (x for x in found if x.get("busiest")):
+        print(f"  {line['id']}: of {line['ms_per_step']:.1f} ms a step")
+        for name, milliseconds, calls in line["busiest"][:12]:
+            print(f"    {milliseconds:8.3f} ms {calls:5.0f} x {name[:100]}")
     for line in (x for x in found if x["stage"].split("-")[0] in ("train", "main") and x.get("what") == "end"):
-        print(" ", {k: v for k, v in line.items() if k not in ("stage", "what", "losses", "tail")})
+        print(" ", {k: v for k, v in line.items() if k not in ("stage", "what", "losses", "tail", "busiest")})
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 # ruff: noqa: B023  what is defined in a loop is called in it
 
 import argparse
+import collections
 import concurrent.futures
 import contextlib
 import importlib.metadata as metadata
@@ -26,10 +27,12 @@ NUMERICS = {  # implementation -> (K, V, what else)
     "cudnn": [(64, 64, ""), (128, 128, ""), (32, 32, ""), (16, 16, ""), (192, 128, ""), (256, 256, "")],
     "pallas_tpu": [(64, 64, ""), (128, 128, ""), (64, 64, "rotated"), (64, 64, "capped"), (192, 128, ""),
                    (64, 64, "step")],
+    "tokamax": [(64, 64, ""), (128, 128, "")],
     "tiled": [(64, 64, "")],
 }  # fmt: skip
-TIMED = ("pallas_gpu", "pallas_triton", "pallas_tpu", "cudnn", "cudnn causal", "tiled")
-TRAINED = ("pallas_gpu", "cudnn", "pallas_triton", "pallas_tpu", "tiled")
+TIMED = ("pallas_gpu", "pallas_triton", "pallas_tpu", "cudnn", "cudnn causal", "tokamax", "tiled")
+TRAINED = ("pallas_gpu", "cudnn", "pallas_triton", "pallas_tpu", "tokamax", "tiled")
+LARGE = ("pallas_gpu large", "cudnn large", "pallas_tpu large")
 
 
 def lines(path: pathlib.Path) -> list[dict]:
@@ -45,11 +48,26 @@ def write(path: pathlib.Path, **record) -> None:
         file.write(json.dumps(record) + "\n")
 
 
+def go_of(path: pathlib.Path) -> pathlib.Path:
+    """The file whose presence says that it is the turn of the process that writes to `path`."""
+    return path.with_suffix(".go")
+
+
 class Notes:
     """Lines of this process: `with notes(id) as note:` says that a thing begins, and what came of it."""
 
     def __init__(self, flags):
         self.path, self.skip = pathlib.Path(flags.lines), json.loads(flags.skip)
+
+    def turn(self) -> None:
+        """Waits until nothing else is timed."""
+        write(self.path, what="ready", at=time.time())
+        heard = time.monotonic()
+        while not go_of(self.path).exists():
+            time.sleep(0.1)
+            if time.monotonic() > heard + 20:
+                heard = time.monotonic()
+                write(self.path, what="beat")
 
     def wants(self, *id_) -> bool:
         return list(id_) not in self.skip
@@ -157,12 +175,16 @@ def worker_numerics(flags, notes) -> None:
     from lab.coordinates import Coordinates
     from lab.kernels import rules, trial
 
-    name, rng = flags.share, np.random.default_rng(time.time_ns() % 2**32)  # fresh inputs at every check
+    (name, part), rng = (
+        flags.share.split(),
+        np.random.default_rng(time.time_ns() % 2**32),
+    )  # fresh inputs at every check
+    first, every_nth = map(int, part.split("/"))
     if flags.dry:
         trial.SMALL = 48
     every = (rules.all_branches, rules.own_branch & rules.window(40), rules.causal)
     at = Coordinates.single(1, 1)  # small packs are drawn
-    for K, V, extra in NUMERICS[name][: 2 if flags.dry else None]:
+    for K, V, extra in NUMERICS[name][: 2 if flags.dry else None][first::every_nth]:
         if not notes.wants(name, K, V, extra):
             continue
         with notes(name, K, V, extra) as note:
@@ -270,6 +292,7 @@ def worker_times(flags, notes) -> None:
                     lowered = program(key[0], which).lower(*arrays)
                     programs[key, which] = pool.submit(lowered.compile)
         note["seconds_to_lower"] = time.perf_counter() - begun
+    notes.turn()
     for case, (arrays, products, share, key) in todo.items():
         with notes(name, case) as note:
             note |= {"tiles": share, "ms": {}, "tflops": {}}
@@ -331,10 +354,7 @@ def worker_torch(flags, notes) -> None:
                 for which in ("forward",) if device == "cpu" else ("forward", "both"):
                     run(which)
                 ready[peer, case] = run, pairs * H * K
-    go = pathlib.Path(json.loads(flags.options)["go"])
-    while not go.exists():
-        time.sleep(0.2)
-        write(notes.path, what="waits") if int(time.time()) % 30 == 0 else None
+    notes.turn()
     for (peer, case), (run, products) in ready.items():
         with notes(peer, case) as note:
             note |= {"ms": {}, "tflops": {}}
@@ -371,16 +391,6 @@ def study(flags, large: bool = False):
     return config
 
 
-def worker_data(flags, notes) -> None:
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    sys.path[:0] = [str(ROOT)]
-    from lab import data as lab_data
-
-    with notes("data") as note:
-        data = lab_data.open(study(flags))
-        note["train"], note["validation"] = len(data.train), len(data.validation)
-
-
 def mfu(flops_per_second: float) -> float | None:
     """The share of what the data sheet of this device promises in bfloat16; None for one that is not listed."""
     import jax
@@ -401,7 +411,7 @@ def worker_train(flags, notes) -> None:
     from lab.train.workload import Member, Workload
 
     name, _, large = flags.share.partition(" ")
-    steps = {"tiled": 3}.get(name, 40) if not flags.dry else 3
+    steps = {"tiled": 4}.get(name, 40) if not flags.dry else 4
     with notes(name, *([large] if large else []), "272M, 16k" if large else "rope_ablation:gpu") as note:
         config = study(flags, bool(large))
         config.run.implementation = name
@@ -410,21 +420,24 @@ def worker_train(flags, notes) -> None:
         data = lab_data.open(config)
         note["seconds_for_data"] = round(time.perf_counter() - begun, 1)
         workload, mesh = Workload([Member(config, data.train)]), lab_mesh.make(config.run.mesh)
-        state, batches, losses, times = workload.initial_state(mesh), workload.batches(0), [], []
-        for step in range(steps):
-            batch, sent = next(batches)
-            numbers, placed = workload.numbers(step), lab_mesh.place(batch, mesh)
-            if not step:
-                begun = time.perf_counter()
-                run = workload.compile(state, numbers, placed, mesh)
-                note["seconds_to_compile"] = round(time.perf_counter() - begun, 1)
-                seen = [rules.mean_visible_keys(rules.parse(config.model.rule), batch.coordinates)]
-                flops = accounting.train_flops_per_token(state.model, seen)
-            begun = time.perf_counter()
-            state, metrics = run(state, numbers, placed)
-            losses.append(float(metrics.loss))  # waits
-            times.append(time.perf_counter() - begun)
-        steady = statistics.median(times[1:])
+        state, batches = workload.initial_state(mesh), workload.batches(0)
+        taken = [next(batches) for _ in range(steps)]
+        inputs = [(workload.numbers(step), lab_mesh.place(batch, mesh)) for step, (batch, _) in enumerate(taken)]
+        begun = time.perf_counter()
+        run = workload.compile(state, *inputs[0], mesh)
+        note["seconds_to_compile"] = round(time.perf_counter() - begun, 1)
+        seen = [rules.mean_visible_keys(rules.parse(config.model.rule), taken[0][0].coordinates)]
+        flops, sent = accounting.train_flops_per_token(state.model, seen), taken[0][1]
+        notes.turn()
+        losses, times, each, last = [], [], max(1, steps // 4), inputs[-2:]
+        while inputs:  # the first of which warms up
+            begun, now, inputs = time.perf_counter(), inputs[:each], inputs[each:]
+            for numbers, placed in now:
+                state, metrics = run(state, numbers, placed)
+                losses.append(metrics.loss)
+            jax.block_until_ready(losses)
+            times.append((time.perf_counter() - begun) / len(now))
+        losses, steady = [float(x) for x in losses], statistics.median(times[1:])
         tokens = config.data.rows * config.data.texts_per_row * config.data.text_length
         stats = jax.local_devices()[0].memory_stats() or {}
         note |= {
@@ -433,6 +446,30 @@ def worker_train(flags, notes) -> None:
             "peak_gib": stats.get("peak_bytes_in_use", 0) / 2**30, "losses": losses, "last_loss": losses[-1],
             "ok": bool(np.isfinite(losses).all()),
         }  # fmt: skip
+        if not flags.dry:
+            trace = notes.path.with_suffix(".trace")
+            with jax.profiler.trace(trace):
+                for numbers, placed in last:
+                    state, _ = run(state, numbers, placed)
+                jax.block_until_ready(state)
+            note["busiest"] = busiest(trace, len(last))
+
+
+def busiest(trace: pathlib.Path, steps: int) -> list[tuple[str, float, float]]:
+    """(kernel and operation, milliseconds a step, calls a step) of what ran on a GPU, the longest first."""
+    import jax
+
+    found = collections.defaultdict(list)
+    for file in trace.rglob("*.xplane.pb"):
+        for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
+            for line in plane.lines if "GPU" in plane.name else ():
+                for event in line.events if line.name.startswith("Stream") else ():
+                    stats = dict(event.stats)
+                    operation = str(stats.get("tf_op") or stats.get("name") or "")[-90:]
+                    name = f"{event.name[:60]} {stats.get('hlo_op', '')} {operation}"
+                    found[name].append(event.duration_ns / 1e6)
+    rows = [(name, sum(times) / steps, len(times) / steps) for name, times in found.items()]
+    return sorted(rows, key=lambda row: -row[1])[:150]
 
 
 def worker_main(flags, notes) -> None:
@@ -441,7 +478,7 @@ def worker_main(flags, notes) -> None:
         sys.path[:0] = [str(ROOT)]
         scale, texts = ("cpu", 384) if flags.dry else ("gpu", 96)
         command = [sys.executable, "-m", "lab.main", f"--config=configs/rope_ablation.py:{scale}", "--cells=1/20",
-                   "--config.train.steps=20", "--config.train.warmup=5", "--config.evaluate.loss.branches=(4,)",
+                   "--config.train.steps=20", "--config.train.warmup=5", "--config.evaluate.loss.branches=(16,)",
                    f"--config.evaluate.loss.texts={texts}",
                    f"--config.run.implementation={'auto' if flags.dry else name}",
                    f"--workdir={pathlib.Path(flags.lines).parent / 'run'}"]  # fmt: skip
@@ -460,7 +497,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--worker", required=True)
     parser.add_argument("--dry", action="store_true")
-    for name, default in (("--share", ""), ("--lines", ""), ("--skip", "[]"), ("--options", "{}")):
+    for name, default in (("--share", ""), ("--lines", ""), ("--skip", "[]")):
         parser.add_argument(name, default=default)
     flags = parser.parse_args()
     globals()[f"worker_{flags.worker}"](flags, Notes(flags))
