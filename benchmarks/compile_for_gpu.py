@@ -7,10 +7,12 @@
 kernels: for each implementation and widths a line of JSON: {"implementation", "K", "V", "pairs": that rotate inside,
 "softcap", "kernels": {name: {"registers", "spilled": bytes, "serialised": products that wait for each other}}}.
 steps: for each config and implementation {"config", "cell", "implementation", "bytes": of the device that a step takes,
-"kernels": that a step starts, "host_waits": how often it waits for a number of the device to know what is next}.
+"kernels": that a step starts, "attention": how often which of our own, "host_waits": how often it waits for a number of
+the device to know what is next}.
 """
 
 import argparse
+import collections
 import contextlib
 import json
 import os
@@ -176,13 +178,13 @@ def of_step(config, implementation: str, microbatches: int = 1) -> dict:
         batch = placed(canonical.abstract_batch(config))
         traced = compiled._train.trace(state, numbers, batch, program=Program.of(config))
         with overheard():
-            program = traced.lower(lowering_platforms=("cuda",)).compile()
+            program = traced.lower(lowering_platforms=("cuda",)).compile(compiler_options=compiled.OPTIONS["gpu"])
     return {"bytes": memory.needed(program), **counted(program.as_text())}
 
 
-def counted(hlo: str) -> dict[str, int]:
-    """Kernels that a program starts, and how often it waits for the host: at each turn of a loop whose length, and at
-    each branch whose choice, is on the device. Loops of unknown length count as one turn."""
+def counted(hlo: str) -> dict:
+    """Kernels that a program starts, our own of attention by name, and how often it waits for the host: at each turn of
+    a loop whose length, and at each branch whose choice, is on the device. A loop of unknown length counts once."""
     computations: dict[str, list[str]] = {}
     entry = lines = None
     for line in hlo.splitlines():
@@ -192,28 +194,30 @@ def counted(hlo: str) -> dict[str, int]:
         elif line.startswith("  ") and lines is not None:
             lines.append(line)
 
-    def within(name: str) -> tuple[int, int]:
-        started = waits = 0
+    def within(name: str) -> collections.Counter:
+        found = collections.Counter()
         for line in computations.get(name, ()):
             operation = re.search(r"= .*? ([a-z][\w\-]*)\(", line)
             kind = operation[1] if operation else ""
             if kind in KERNELS:
-                started += 1
+                found["kernels"] += 1
+                if ours := re.search(r"/(\w+_kernel)/", line) if kind == "custom-call" else None:
+                    found[ours[1]] += 1
             elif kind == "while":
                 turns = re.search(r'"known_trip_count":{"n":"(\d+)"}', line)
                 inside = [within(re.search(rf"{part}=%?([\w.\-]+)", line)[1]) for part in ("condition", "body")]
-                n = int(turns[1]) if turns else 1
-                started += n * sum(x for x, _ in inside)
-                waits += n * sum(x for _, x in inside) + (0 if turns else 1)
+                for key, times in sum(inside, collections.Counter()).items():
+                    found[key] += times * (int(turns[1]) if turns else 1)
+                found["waits"] += 0 if turns else 1
             elif kind == "conditional":
-                waits += 1
+                found["waits"] += 1
             elif kind in ("call", "async-start") and (called := re.search(r"(?:to_apply|calls)=%?([\w.\-]+)", line)):
-                inside = within(called[1])
-                started, waits = started + inside[0], waits + inside[1]
-        return started, waits
+                found += within(called[1])
+        return found
 
-    started, waits = within(entry)
-    return {"kernels": started, "host_waits": waits}
+    found = within(entry)
+    kernels, waits = found.pop("kernels", 0), found.pop("waits", 0)
+    return {"kernels": kernels, "attention": dict(found), "host_waits": waits}
 
 
 def main() -> None:

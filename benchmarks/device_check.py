@@ -36,7 +36,7 @@ import time
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
-from device_work import BEGUN, LARGE, NUMERICS, TIMED, TRAINED, go_of, lines, write  # noqa: E402
+from device_work import BEGUN, NUMERICS, TIMED, TRAINED, go_of, lines, write  # noqa: E402
 
 RUNS = {
     "pallas_tpu": ("tpu",),
@@ -174,7 +174,7 @@ def main(flags) -> None:
     if wrong:
         say("wrong at width 64 or 128, left out from here on:", *sorted(wrong))
     right = lambda names: [name for name in here(names) if name.split()[0] not in wrong]  # noqa: E731
-    shares = {"times": right(TIMED), "torch": [""], "train": right((*TRAINED, *LARGE))}
+    shares = {"times": right(TIMED), "torch": [""], "train": right(TRAINED)}
     waiting = [Stage(flags, stage, share) for stage in shares if stage in flags.stages for share in shares[stage]]
     wait(waiting, Stage.ready, flags.budget if flags.dry else PREPARE)
     for stage in waiting:

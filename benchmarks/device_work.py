@@ -31,8 +31,8 @@ NUMERICS = {  # implementation -> (K, V, what else)
     "tiled": [(64, 64, "")],
 }  # fmt: skip
 TIMED = ("pallas_gpu", "pallas_triton", "pallas_tpu", "cudnn", "cudnn causal", "tokamax", "tiled")
-TRAINED = ("pallas_gpu", "cudnn", "pallas_triton", "pallas_tpu", "tokamax", "tiled")
-LARGE = ("pallas_gpu large", "cudnn large", "pallas_tpu large")
+TRAINED = ("pallas_gpu", "pallas_gpu large", "pallas_tpu", "pallas_tpu large", "cudnn", "pallas_triton", "tokamax",
+           "cudnn large", "tiled")  # fmt: skip
 
 
 def lines(path: pathlib.Path) -> list[dict]:
@@ -173,7 +173,7 @@ def worker_numerics(flags, notes) -> None:
     import numpy as np
 
     from lab.coordinates import Coordinates
-    from lab.kernels import rules, trial
+    from lab.kernels import choice, rules, trial
 
     (name, part), rng = (
         flags.share.split(),
@@ -195,7 +195,7 @@ def worker_numerics(flags, notes) -> None:
                     q=(2, tokens, 4, K), k=(2, keys, 2, K), v=(2, keys, 2, V), dtype="bfloat16", rule=rule,
                     scale=K**-0.5, softcap=2.0 if extra == "capped" else 0.0,
                     frequencies=K // 2 if extra == "rotated" else 0, training=extra != "step",
-                    of_lse=name != "cudnn", at=(at, at),
+                    of_lse=name not in choice.LIBRARIES, at=(at, at),
                 )  # fmt: skip
                 write(notes.path, what="beat")
                 found.append(trial.numbers(problem, name, rng))

@@ -277,7 +277,7 @@ def gpu(config) -> Sizes:
     """1024 wide, 12 layers, on Python's own sources."""
     config.model.update(dict(dim=1024, layers=12, vocabulary=6400, compute="bfloat16"))
     config.model.feedforward.width = 2728
-    config.run.scan = True
+    config.run.update(dict(scan=True, remat="dots"))
     config.data.update(dict(tokenizer="bpe:6400", text_length=1024, rows=16))
     config.evaluate.loss.texts = 0
     config.train.update(dict(steps=1000, learning_rate=2e-3, final_learning_rate=2e-4, warmup=100))
@@ -291,7 +291,6 @@ def paper(config) -> Sizes:
     gpu(config)
     config.model.update(dict(dim=2048, vocabulary=159_619))
     config.model.feedforward.width = 5456
-    config.run.remat = "dots"
     config.data.update(dict(corpus="jsonl", tokenizer="bpe:159619", text_length=4096, rows=256, texts=4_096_000))
     config.train.update(dict(steps=16_000, warmup=1000))
     config.evaluate.loss.update(dict(texts=4096, rows=32))

@@ -54,7 +54,7 @@ def gpu(config) -> None:
     """512 wide, 8 layers, on Python's own sources."""
     config.model.update(dict(dim=512, layers=8, vocabulary=6400, compute="bfloat16"))
     config.model.feedforward.width = 1408
-    config.run.scan = True
+    config.run.update(dict(scan=True, remat="dots"))
     config.study.cells = cells(512, (8, 16, 32))
     config.data.update(dict(tokenizer="bpe:6400", text_length=256, texts_per_row=16, rows=4))
     config.train.update(dict(steps=1000, learning_rate=1e-3, final_learning_rate=1e-4, warmup=50))
@@ -67,7 +67,6 @@ def paper(config) -> None:
     gpu(config)
     config.model.update(dict(dim=1024, layers=24))
     config.model.feedforward.width = 2752
-    config.run.remat = "dots"
     config.study.cells = cells(1024, (8, 16, 32))
     config.data.update(dict(corpus="jsonl", long_texts="truncate", texts=1_024_000))
     config.train.update(dict(steps=16_000, learning_rate=5.5e-4, final_learning_rate=5e-5, warmup=0))

@@ -98,7 +98,7 @@ def gpu(config) -> None:
     config.model.update(dict(dim=512, layers=8, vocabulary=6400, compute="bfloat16"))
     config.model.mixer.update(dict(heads=8, kv_heads=2, head_dim=64))
     config.model.feedforward.width = 1408
-    config.run.scan = True
+    config.run.update(dict(scan=True, remat="dots"))
     config.data.update(dict(tokenizer="bpe:6400", text_length=512, rows=32))
     config.train.update(dict(steps=1000, warmup=50))
     set_decay(config, 0.1)
@@ -115,7 +115,6 @@ def paper(config) -> None:
     config.model.update(dict(dim=2048, layers=12, vocabulary=159_616))
     config.model.mixer.update(dict(heads=16, kv_heads=16, head_dim=128))
     config.model.feedforward.width = 5456
-    config.run.remat = "dots"
     config.data.update(dict(corpus="jsonl", tokenizer="bpe:159616", text_length=4096, rows=256, texts=4_096_000))
     config.train.update(dict(steps=16_000, warmup=1000))
     config.evaluate.loss.update(dict(texts=4096, rows=32))

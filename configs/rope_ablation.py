@@ -71,7 +71,7 @@ def published_model(config) -> None:
     config.model.update(dict(dim=512, layers=8, vocabulary=6400, compute="bfloat16"))
     config.model.mixer.update(dict(heads=8, kv_heads=2, head_dim=64))
     config.model.feedforward.width = 1408
-    config.run.scan = True
+    config.run.update(dict(scan=True, remat="dots"))
 
 
 def published_training(config) -> None:

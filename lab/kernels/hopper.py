@@ -1,11 +1,15 @@
-"""What kernels for Hopper GPUs are made of in Mosaic: products, layouts of their sums, copies, and the walk of a list.
+"""What kernels for Hopper GPUs are made of in Mosaic: roles, turns, products, layouts of their sums, copies.
 
-One warpgroup runs a program. What is named .._s lies in shared memory.
+As many programs run as there are processors, and each takes tiles in turn. It has one warpgroup that copies, ahead of
+those that compute: up to CONSUMERS, each its own ROWS rows of the tile, on the same copies. What is named .._s lies in
+shared memory. The structure of FlashAttention-3 (arXiv 2407.08608).
 """
 
+import contextlib
 import functools
 import itertools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,25 +17,147 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+ROWS = 64  # that a warpgroup multiplies at once
+CONSUMERS = 2
+TILE = CONSUMERS * ROWS  # tokens of a tile of the lists
 CHUNKS = (64, 32, 16)  # numbers of a swizzled row
 LOG2E = math.log2(math.e)
-GRID = ("turn", "head")  # the last of which the machine counts first
+PROGRAM, ROLE = "program", "warpgroup"
+REGISTERS = {1: (240, 24), 2: (232, 40)}  # by consumers: of a thread that computes, and of one that copies
+SHARED = 224 * 1024  # bytes of shared memory that a program plans with; 227 KiB are there
+STAGES = 4  # buffers of a stream at most
+PROCESSORS = 132  # of an H100 or H200, where the device does not say
 
 
-def dot(a_s, b_s):
-    """a @ b^T in float32, of operands in parts of their columns."""
+class Crew(NamedTuple):
+    """How many programs there are, and how many warpgroups compute in each."""
+
+    programs: int
+    consumers: int
+
+
+class Stream(NamedTuple):
+    """What is copied again and again: several buffers of each array; for each buffer a barrier at which its copies
+    arrive, and one at which those that read it are done."""
+
+    buffers: tuple
+    arrived: object
+    free: object
+
+    def at(self, step):
+        """(arrays, arrived, free) of the buffer that a step has."""
+        slot = lax.rem(step, jnp.int32(self.count))
+        return [x_s.at[slot] for x_s in self.buffers], self.arrived.at[slot], self.free.at[slot]
+
+    @property
+    def count(self) -> int:
+        return self.buffers[0].shape[0]
+
+
+class Turn(NamedTuple):
+    """One tile of the lists, of row `b` of the batch and of a head or group, that a program computes.
+
+    part: the first of its parts of ROWS tokens that this program has. full, total: steps that hide nothing, and all.
+    done: steps of the turns before this one. first: whether this is the first turn.
+    """
+
+    b: jax.Array
+    head: jax.Array
+    tile: jax.Array
+    part: jax.Array
+    full: jax.Array
+    total: jax.Array
+    done: jax.Array
+    first: jax.Array
+
+    def rows(self, consumer):
+        return pl.ds((self.tile * CONSUMERS + self.part + consumer) * ROWS, ROWS)
+
+
+def over_turns(order, tiles, heads: int, steps: int, crew: Crew, body) -> None:
+    """body(turn) for all turns of this program. The tiles of all rows of the batch are taken in `order`, of each all
+    heads side by side; each entry of their lists takes so many steps. Every other round begins with the last program,
+    so that none has the longer list each time."""
+    _, full, total = tiles
+    parts, of_row = CONSUMERS // crew.consumers, total.shape[1]
+    programs, me = crew.programs, lax.axis_index(PROGRAM)
+    rounds, rest = divmod(order.shape[0] * parts * heads, programs)
+    place = lambda round_: jnp.where(lax.rem(round_, 2) == 0, me, programs - 1 - me)  # noqa: E731
+
+    def turn(round_, done):
+        n = round_ * programs + place(round_)
+        part, tile = lax.rem(lax.div(n, heads), parts), order[lax.div(n, heads * parts)]
+        b, own = lax.div(tile, of_row), lax.rem(tile, of_row)
+        here = Turn(b, lax.rem(n, heads), own, part, full[b, own] * steps, total[b, own] * steps, done, round_ == 0)
+        body(here)
+        return done + here.total
+
+    lax.fori_loop(0, rounds + (place(jnp.int32(rounds)) < rest).astype(jnp.int32), turn, jnp.int32(0))
+
+
+def roles(consumers: int, copies, products) -> None:
+    """copies() in the warpgroup that copies, products(consumer) in those that compute."""
+    role, (many, few) = lax.axis_index(ROLE), REGISTERS[consumers]
+
+    @pl.when(role < consumers)
+    def _():
+        plgpu.set_max_registers(many, action="increase")
+        products(role)
+        plgpu.wait_smem_to_gmem(0)
+
+    @pl.when(role == consumers)
+    def _():
+        plgpu.set_max_registers(few, action="decrease")
+        copies()
+
+
+def bring(turn: Turn, own: Stream, sources) -> None:
+    """Copies what each consumer has of its own, sources(rows), once it is done with that of the turn before."""
+    for consumer in range(own.count):
+        targets_s, arrived, free = own.at(jnp.int32(consumer))
+        pl.when(~turn.first)(functools.partial(_wait_to_overwrite, free))
+        copy(sources(turn.rows(consumer)), targets_s, arrived)
+
+
+def feed(turn: Turn, streams, sources) -> None:
+    """Copies what each step reads, sources(step) for each stream, as soon as there is a free buffer."""
+
+    def step(i, _):
+        for stream, source in zip(streams, sources(i), strict=True):
+            targets_s, arrived, free = stream.at(turn.done + i)
+            pl.when(turn.done + i >= stream.count)(functools.partial(_wait_to_overwrite, free))
+            copy(source, targets_s, arrived)
+
+    lax.fori_loop(0, turn.total, step, None)
+
+
+def _wait_to_overwrite(free) -> None:
+    plgpu.barrier_wait(free)
+    plgpu.commit_smem()  # what was read otherwise than by products comes before what copies write
+
+
+def dots(pairs, meanwhile=lambda: None) -> list:
+    """a @ b^T in float32 for each pair of operands, which come in parts of their columns: all at once."""
+
+    def multiply(*sums):
+        for sum_, (a_s, b_s) in zip(sums, pairs, strict=True):
+            for x_s, y_s in zip(a_s, b_s, strict=True):
+                plgpu.wgmma(sum_, x_s, y_s.transpose((1, 0)))
+        meanwhile()
+        return tuple(sum_[...] for sum_ in sums)
+
+    return list(pl.run_scoped(multiply, *(plgpu.ACC((a[0].shape[0], b[0].shape[0]), jnp.float32) for a, b in pairs)))
+
+
+def add_dots(triples, meanwhile=lambda: None) -> list:
+    """sums + a @ b for each (sums, a, b), where a is a value: all at once."""
 
     def multiply(sums):
-        for x_s, y_s in zip(a_s, b_s, strict=True):
-            plgpu.wgmma(sums, x_s, y_s.transpose((1, 0)))
-        return sums[...]
+        for sum_, (_, a, b_s) in zip(sums, triples, strict=True):
+            plgpu.wgmma(sum_, a, b_s)
+        meanwhile()
 
-    return pl.run_scoped(multiply, plgpu.ACC((a_s[0].shape[0], b_s[0].shape[0]), jnp.float32))
-
-
-def add_dot(sums, a, b_s):
-    """sums + a @ b, where a is a value."""
-    return pl.run_state(lambda sums: plgpu.wgmma(sums, a, b_s))(plgpu.ACC.init(sums))
+    return list(pl.run_state(multiply)(tuple(plgpu.ACC.init(sum_) for sum_, _, _ in triples)))
 
 
 def tanh(x):
@@ -80,63 +206,41 @@ def copy(sources, targets_s, arrived) -> None:
 
 
 def write(*pairs) -> None:
-    """Copies results (from, to) out of shared memory."""
+    """Starts to copy results (from, to) out of shared memory."""
     plgpu.commit_smem()
     for source_s, target in pairs:
         plgpu.copy_smem_to_gmem(source_s, target)
-    plgpu.wait_smem_to_gmem(0)
 
 
-def over_list(full, total, listed, sources, coordinates, streamed, add, sums):
-    """sums after add(sums, at_s, *copies) for each of `total` steps.
-
-    listed(step): the tile of a step, and of steps beyond the last any. copies: of what sources(step, tile) names. at_s:
-    the coordinates of its tokens, copied from coordinates(tile); None in the first `full` steps, which hide nothing.
-    streamed: some buffers of each copy and a barrier for each buffer, and the same of coordinates. One tile is computed
-    while those for the other buffers are copied.
-    """
-    buffers, arrived, at_buffers, at_arrived = streamed
-    ahead = at_buffers.shape[0] - 1
-
-    def start(step, tile):
-        turn = lax.rem(step, ahead + 1)
-        copy(sources(step, tile), [x_s.at[turn] for x_s in buffers], arrived.at[turn])
-        pl.when(step >= full)(lambda: copy([coordinates(tile)], [at_buffers.at[turn]], at_arrived.at[turn]))
-
-    def take(step, carried, masked: bool):
-        following, sums = carried
-        # The step before this one has read its buffer: it has waited for its products, and commits what else it read.
-        plgpu.commit_smem()
-        pl.when(step + ahead < total)(lambda: start(step + ahead, following))
-        following = listed(step + ahead + 1)  # on its way while this tile is computed: no copy waits for the list
-        turn = lax.rem(step, ahead + 1)
-        plgpu.barrier_wait(arrived.at[turn])
-        if masked:
-            plgpu.barrier_wait(at_arrived.at[turn])
-        return following, add(sums, at_buffers.at[turn] if masked else None, *(x_s.at[turn] for x_s in buffers))
-
-    for step in map(jnp.int32, range(ahead)):
-        pl.when(step < total)(lambda step=step: start(step, listed(step)))
-    carried = lax.fori_loop(0, full, functools.partial(take, masked=False), (listed(jnp.int32(ahead)), sums))
-    return lax.fori_loop(full, total, functools.partial(take, masked=True), carried)[1]
+@contextlib.contextmanager
+def released(free, in_place: bool):
+    """Says that this consumer has read what it had of its own: before it writes results, or after, if they are written
+    there."""
+    if not in_place:
+        plgpu.barrier_arrive(free)
+    yield
+    if in_place:
+        plgpu.wait_smem_to_gmem(0)
+        plgpu.barrier_arrive(free)
 
 
-def listed(tiles, b, own, heads: int = 1):
-    """The tile of each step of a list, that each of so many heads takes in turn."""
-    last = tiles.shape[2] - 1
-    return lambda step: tiles[b, own, jnp.minimum(lax.div(step, heads), last)]
+def over_list(turn: Turn, take, sums):
+    """sums after take(step, sums, masked) for each step, of which the first `full` hide nothing."""
+    sums = lax.fori_loop(0, turn.full, functools.partial(take, masked=False), sums)
+    return lax.fori_loop(turn.full, turn.total, functools.partial(take, masked=True), sums)
 
 
-def tiles_of(at, b, tokens: int):
-    """The coordinates of a tile."""
-    return lambda tile: at.at[b, :, pl.ds(tile * tokens, tokens)]
+def tokens_of(keys, turn: Turn, size: int, heads: int = 1):
+    """(step) -> (the `size` tokens, and which of the heads) that it reads: of each tile on a list all heads in turn,
+    and of each head all parts of the tile."""
+    parts = TILE // size
 
+    def of(step):
+        tile = keys[turn.b, turn.tile, lax.div(step, parts * heads)]
+        part = lax.rem(step, parts) if parts > 1 else 0
+        return pl.ds(tile * TILE + part * size, size), lax.rem(lax.div(step, parts), heads)
 
-def place(order, tiles: int):
-    """What this program computes: (row of the batch, head or group, tile), the tiles of all rows in `order`."""
-    turn, head = (lax.axis_index(name) for name in GRID)
-    tile = order[turn]
-    return lax.div(tile, tiles), head, lax.rem(tile, tiles)
+    return of
 
 
 def _shared(x, *buffers: int):
@@ -148,28 +252,42 @@ def _shared(x, *buffers: int):
     return plgpu.SMEM((*buffers, *x.shape), x.dtype, transforms=transforms)
 
 
-def call(kernel, name: str, grid: tuple, inputs, outputs, own, streamed, coordinates, results=(), buffers: int = 2):
-    """Runs a kernel. inputs: arrays; outputs: like what. In shared memory, each like what:
+def _bytes(arrays) -> int:
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays)
 
-    own: copied once; streamed: copied for each step; coordinates: for each that masks; results: copied out. buffers:
-    of what is copied for a step.
+
+def call(kernel, name: str, turns: int, inputs, outputs, own, streams, results, consumers: int, stay: bool = True):
+    """Runs a kernel of so many turns of two consumers. inputs: arrays; outputs: like what. In shared memory, each like
+    what: own: copied for each consumer at each turn; streams: copied for each step, for all consumers; results: of each
+    consumer, to be copied out. There are as many buffers of streams as fit.
+
+    stay: a program for each processor takes many turns, and copies for the next while it computes one. Else there is a
+    program for each turn, which the processor takes that is free first: for few turns of unlike lengths.
     """
+    turns = turns * CONSUMERS // consumers
+    there = getattr(jax.devices()[0], "core_count", PROCESSORS)
+    crew = Crew(min(turns, there) if stay else turns, consumers)
+    taken = consumers * _bytes((*own, *results))
+    stages = min(STAGES, (SHARED - taken) // _bytes(x for stream in streams for x in stream))
+    assert stages > 1, f"{name}: no room for two buffers beside {taken} bytes"
+    streams_s = lambda like, count, readers: (  # noqa: E731
+        tuple(_shared(x, count) for x in like),
+        plgpu.Barrier(num_arrivals=len(like), num_barriers=count),
+        plgpu.Barrier(num_arrivals=readers, num_barriers=count),
+    )
     run = plgpu.kernel(
-        kernel,
+        functools.partial(kernel, crew=crew),
         kernel_name=name,
         out_type=tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outputs),
-        grid=grid,
-        grid_names=GRID,
+        grid=(crew.programs,),
+        grid_names=(PROGRAM,),
+        num_threads=consumers + 1,
+        thread_name=ROLE,
         scratch_types=(
-            tuple(_shared(x) for x in own),
-            plgpu.Barrier(num_arrivals=len(own)),
-            (
-                tuple(_shared(x, buffers) for x in streamed),
-                plgpu.Barrier(num_arrivals=len(streamed), num_barriers=buffers),
-                _shared(coordinates, buffers),
-                plgpu.Barrier(num_arrivals=1, num_barriers=buffers),
-            ),
-            *map(_shared, results),
+            streams_s(own, consumers, 1),
+            tuple(streams_s(like, stages, consumers) for like in streams),
+            tuple(_shared(x, consumers) for x in results),
+            plgpu.Barrier(num_arrivals=consumers),
         ),
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
     )

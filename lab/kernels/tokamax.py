@@ -11,9 +11,12 @@ import importlib.util
 
 import jax.numpy as jnp
 
+from lab.kernels.folding import whole
 from lab.kernels.residuals import without_gradient
 from lab.kernels.rules import visible
+from lab.kernels.tiles import pad_to_tiles
 
+TILE = 128  # rows are padded to it: its copies want a mask whose rows begin at multiples of 16 bytes
 OBSTACLE = None if importlib.util.find_spec("tokamax") else "needs tokamax; `pip install tokamax` (Python 3.12)"
 DTYPES = (jnp.bfloat16, jnp.float16)
 
@@ -29,13 +32,13 @@ def refusal(K: int, V: int, dtype) -> str | None:
 
 def tile_sizes(T: int, S: int) -> tuple[int, int]:
     """Tokens of a query tile and of a key tile."""
-    return 128, 128
+    return TILE, TILE
 
 
 def plan(rule, q_coordinates, k_coordinates):
     """(mask [B, 1, T, S], begin [B, 1, T], end [B, 1, T]) that layers of a rule share: each query sees keys of
     begin .. end - 1 at most."""
-    mask_B1TS = visible(rule, q_coordinates, k_coordinates)[:, None]
+    mask_B1TS = visible(rule, pad_to_tiles(q_coordinates, TILE), pad_to_tiles(k_coordinates, TILE))[:, None]
     sees, S = mask_B1TS.any(-1), mask_B1TS.shape[-1]
     begin = mask_B1TS.argmax(-1)
     end = jnp.where(sees, S - mask_B1TS[..., ::-1].argmax(-1), 0)
@@ -45,11 +48,13 @@ def plan(rule, q_coordinates, k_coordinates):
 def attend(q_BTHK, k_BSGK, v_BSGV, q_coordinates, k_coordinates, rule, scale, softcap, tiles=None):
     """Returns (o_BTHV, lse_BTH) as lab.kernels.reference.attend does; lse has no gradient."""
     seen = plan(rule, q_coordinates, k_coordinates) if tiles is None else tiles
-    o_BTHV, (top_BHT, sum_BHT) = _call(q_BTHK, k_BSGK, v_BSGV, *seen, float(scale), softcap or None)
+    T = q_BTHK.shape[1]
+    q, k, v = (whole(x, TILE) for x in (q_BTHK, k_BSGK, v_BSGV))
+    o_BTHV, (top_BHT, sum_BHT) = _call(q, k, v, *seen, float(scale), softcap or None)
     saw_BT1 = seen[0].any((1, 3))[..., None]
     lse_BHT = top_BHT + jnp.log(sum_BHT)
     lse_BTH = jnp.where(saw_BT1, without_gradient(lse_BHT.swapaxes(1, 2), "tokamax"), -jnp.inf)
-    return jnp.where(saw_BT1[..., None], o_BTHV, 0), lse_BTH
+    return jnp.where(saw_BT1[..., None], o_BTHV, 0)[:, :T], lse_BTH[:, :T]
 
 
 def _call(q_BTHK, k_BSGK, v_BSGV, mask_B1TS, begin_B1T, end_B1T, scale: float, softcap: float | None):

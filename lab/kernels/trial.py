@@ -62,11 +62,15 @@ class Problem:
     free: bool = True
     calls: int = 1
 
+    def program(self) -> str:
+        """What two problems share that one program computes."""
+        of_batches = ("at", "free", "calls")
+        return " ".join(repr(getattr(self, x.name)) for x in dataclasses.fields(self) if x.name not in of_batches)
+
     def key(self) -> str:
         """What two problems share that are one."""
-        fields = [repr(getattr(self, field.name)) for field in dataclasses.fields(self) if field.name != "at"]
         at = hashlib.sha256(b"".join(np.ascontiguousarray(x).tobytes() for x in jax.tree.leaves(self.at)))
-        return " ".join([*fields[:-1], at.hexdigest()])
+        return " ".join([self.program(), repr(self.free), at.hexdigest()])
 
     def __str__(self) -> str:
         rows, tokens, heads, width = self.q
@@ -87,7 +91,16 @@ def draw(problem: Problem, rng: np.random.Generator, at, shapes) -> tuple:
 def program(problem: Problem, name: str) -> Callable:
     """(q, k, v, at, frequencies, cotangents, tiles) -> {"o", "lse"} and, in training, {"dq", "dk", "dv"} and, of
     frequencies, "df". tiles: what layers share, or None."""
+    key = problem.program(), name
+    if key not in _programs:
+        _programs[key] = _program(problem, name)
+    return _programs[key]
 
+
+_programs: dict[tuple[str, str], Callable] = {}
+
+
+def _program(problem: Problem, name: str) -> Callable:
     def attend(q, k, v, frequencies, at, tiles):
         if name == "reference":
             q = q if frequencies is None else rotate(q, rotation(at[0], frequencies))
@@ -110,7 +123,9 @@ def program(problem: Problem, name: str) -> Callable:
         found = {"o": o, "lse": lse} | dict(zip(("dq", "dk", "dv", "df"), gradients, strict=True))
         return {key: x for key, x in found.items() if x is not None}
 
-    return jax.jit(run)
+    # A search for the fastest products in float32 would take longer than all the rest of a trial.
+    unhurried = name == "reference" and jax.default_backend() == "gpu"
+    return jax.jit(run, compiler_options={"xla_gpu_autotune_level": 0} if unhurried else None)
 
 
 def packs(rng: np.random.Generator, rows: int, tokens: int) -> Coordinates:
@@ -195,9 +210,12 @@ def timed(problem: Problem, name: str) -> dict:
 
 def tried(problems: list[Problem], name: str) -> Iterator[dict]:
     """What becomes known, step by step, of an implementation: numbers of all problems first, then times."""
+    known: dict[str, dict] = {}
     for place, problem in enumerate(problems):
         yield {"problem": place, "begins": "numbers"}
-        yield {"problem": place, **numbers(problem, name, np.random.default_rng())}
+        if problem.program() not in known:
+            known[problem.program()] = numbers(problem, name, np.random.default_rng())
+        yield {"problem": place, **known[problem.program()]}
     for place, problem in enumerate(problems):
         yield {"problem": place, "begins": "time"}
         yield {"problem": place, **timed(problem, name)}

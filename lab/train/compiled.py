@@ -14,6 +14,9 @@ _train = jax.jit(step.train_step, donate_argnums=0, static_argnames="program")
 _train_many = jax.jit(step.train_steps, donate_argnums=0, static_argnames="program")
 _evaluate = jax.jit(step.evaluation_step)
 _executables = {}
+# XLA would start a kernel twice whose output is kept for the backward pass: once to write it among those of all layers,
+# and once more for the layer above.
+OPTIONS = {"gpu": {"xla_gpu_enable_dynamic_slice_fusion": False}}
 
 
 def initial_state(config, program: Program, mesh: Mesh) -> State:
@@ -94,7 +97,8 @@ def _compile(function, mesh: Mesh, *arguments, **static):
     key = (function, mesh, structure, tuple((x.shape, x.dtype, x.sharding) for x in leaves), tuple(static.items()))
     if key not in _executables:
         with jax.set_mesh(mesh):
-            _executables[key] = function.lower(*arguments, **static).compile()
+            options = OPTIONS.get(mesh.devices.flat[0].platform)
+            _executables[key] = function.lower(*arguments, **static).compile(compiler_options=options)
     return _executables[key]
 
 

@@ -45,3 +45,6 @@ def test_no_step_waits_for_the_host():
     for each in found:
         assert not each.get("error") and each["host_waits"] == 0 and each["kernels"] < 1000, each
         assert each["bytes"] < 8e9, each
+        # No kernel of a layer is started again, neither for the backward pass nor to keep its output.
+        assert {*each["attention"].values()} <= {8}, each
+    assert {*found[0]["attention"]} == {"forward_kernel", "dq_kernel", "dkv_kernel"}

@@ -1,5 +1,5 @@
-"""The kernels for Hopper GPUs as they are, tiles of 64 and products by wgmma of tiles in shared memory, transposed ones
-too, in the interpreter of jax 0.12, which looks for races; against matrices in float64.
+"""The kernels for Hopper GPUs as they are, in the interpreter of jax 0.12, which looks for races and for what waits for
+ever: warpgroups of several roles, tiles of 128, several turns of a program; against matrices in float64.
 
 One primitive is replaced: the interpreter has no product that adds to a sum in registers (wgmma of a value in a
 run_state), of which p v, ds k and their like are made. Register layouts are a machine's alone to show.
@@ -29,7 +29,7 @@ pytestmark = [
 
 @dataclasses.dataclass(frozen=True)
 class Attention:
-    """rows x T queries and keys; pairs: of queries that rotate inside."""
+    """rows x T queries and keys, or only the last `asked` tokens ask; pairs: of queries that rotate inside."""
 
     rule: rules.Rule
     T: int = 100
@@ -41,6 +41,7 @@ class Attention:
     softcap: float | None = None
     pairs: int = 0
     pack: str = "interleaved"
+    asked: int = 0
 
     @property
     def scale(self) -> float:
@@ -56,6 +57,9 @@ CASES = {
     "wide": Attention(rules.all_branches, T=70, H=1, K=128, V=128),
     "widest": Attention(rules.causal, T=70, H=1, K=256, V=256),
     "many tiles": Attention(rules.causal & rules.window(150), T=330, H=1),
+    "partly rotated": Attention(rules.all_branches, T=70, H=1, pairs=16),
+    "few queries": Attention(rules.causal, T=330, asked=70, pack="ragged"),
+    "no room for results": Attention(rules.causal, T=70, H=2, K=192, V=192),
     "unequal": Attention(rules.own_branch, T=70, H=1, K=192, V=128, pairs=32),
 }
 
@@ -64,24 +68,33 @@ CASES = {
 def interpreter(monkeypatch):
     kernel = functools.partial(hopper.plgpu.kernel, interpret=InterpretGPUParams(detect_races=True))
     monkeypatch.setattr(hopper.plgpu, "kernel", kernel)
-    add = lambda sums, a, b_s: sums + jnp.dot(a, b_s[...], preferred_element_type=jnp.float32)  # noqa: E731
-    monkeypatch.setattr(hopper, "add_dot", add)
+
+    def add_dots(triples, meanwhile=lambda: None):
+        found = [sums + jnp.dot(a, b_s[...], preferred_element_type=jnp.float32) for sums, a, b_s in triples]
+        meanwhile()
+        return found
+
+    monkeypatch.setattr(hopper, "add_dots", add_dots)
+    monkeypatch.setattr(hopper, "PROCESSORS", 3)  # so that a program has several turns
 
 
 def draw(case: Attention, seed: int):
     rng = np.random.default_rng(seed)
     at = packs.PACKS[case.pack](rng, case.rows, case.T)
-    shapes = [(case.rows, case.T, n, width) for n, width in ((case.H, case.K), (case.G, case.K), (case.G, case.V))]
+    asked = case.asked or case.T
+    at = at.map(lambda x: x[:, -asked:]), at
+    of_values = (case.T, case.G, case.V)
+    shapes = [(case.rows, *shape) for shape in ((asked, case.H, case.K), (case.T, case.G, case.K), of_values)]
     arrays = [jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in shapes]
-    do = jnp.asarray(rng.normal(size=(case.rows, case.T, case.H, case.V)), jnp.bfloat16)
-    dlse = jnp.asarray(rng.normal(size=(case.rows, case.T, case.H)), jnp.float32)
+    do = jnp.asarray(rng.normal(size=(case.rows, asked, case.H, case.V)), jnp.bfloat16)
+    dlse = jnp.asarray(rng.normal(size=(case.rows, asked, case.H)), jnp.float32)
     frequencies = jnp.asarray(rng.normal(size=(3, case.pairs)) / 10, jnp.float32) if case.pairs else None
     return arrays, at, (do, dlse), frequencies
 
 
 def found(case: Attention, arrays, at, cotangents, frequencies):
     def attend(q, k, v, frequencies):
-        return pallas_gpu.attend(q, k, v, at, at, case.rule, case.scale, case.softcap, frequencies_3F=frequencies)
+        return pallas_gpu.attend(q, k, v, *at, case.rule, case.scale, case.softcap, frequencies_3F=frequencies)
 
     def both(*inputs):
         outputs, pull = jax.vjp(attend, *inputs)
@@ -93,9 +106,9 @@ def found(case: Attention, arrays, at, cotangents, frequencies):
 def expected(case: Attention, arrays, at, cotangents, frequencies):
     q, k, v = arrays
     turned, turn = jax.vjp(
-        lambda q, frequencies: rotate(q, rotation(at, frequencies)), q.astype(jnp.float32), frequencies
+        lambda q, frequencies: rotate(q, rotation(at[0], frequencies)), q.astype(jnp.float32), frequencies
     ) if case.pairs else (q, None)  # fmt: skip
-    seen = rules.visible(case.rule, at, at)
+    seen = rules.visible(case.rule, *at)
     outputs, (ds, _, dv) = exact.attend(
         exact.scores(turned, k, case.scale), v, seen, *cotangents, softcap=case.softcap
     )  # fmt: skip
@@ -123,7 +136,7 @@ def test_they_equal_matrices_in_float64(name):
 def test_queries_that_see_nothing_give_zeros_and_no_gradient():
     case = Attention(rules.own_branch, pack="scattered")
     arrays, at, cotangents, _ = draw(case, 1)
-    blind = ~rules.visible(case.rule, at, at).any(2)
+    blind = ~rules.visible(case.rule, *at).any(2)
     assert blind.any() and not blind.all()
     o, lse, dq, dk, dv, _ = found(case, arrays, at, cotangents, None)
     assert not o[blind].any() and not dq[blind].any() and (lse[blind] == -np.inf).all()
@@ -131,7 +144,7 @@ def test_queries_that_see_nothing_give_zeros_and_no_gradient():
 
 
 def test_a_copy_that_is_not_waited_for_is_a_race(monkeypatch):
-    monkeypatch.setattr(pallas_gpu.plgpu, "barrier_wait", lambda barrier: None)
+    monkeypatch.setattr(hopper.plgpu, "barrier_wait", lambda barrier: None)
     with pytest.raises(jax.errors.JaxRuntimeError) as race:
         found(CASES["groups"], *draw(CASES["groups"], 0))
     gpu_callbacks.reset_gpu_interpret_mode_state()
