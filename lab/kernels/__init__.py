@@ -28,8 +28,8 @@ from lab.kernels.rules import Rule
 from lab.kernels.tiles import is_step
 
 __all__ = [
-    "IMPLEMENTATIONS", "Bias", "arrange", "attend", "interpreted", "plan_tiles", "recorded", "resolve", "rotates",
-    "rules",
+    "IMPLEMENTATIONS", "Bias", "arrange", "attend", "interpreted", "lacks", "plan_tiles", "recorded", "resolve",
+    "rotates", "rules",
 ]  # fmt: skip
 
 
@@ -125,6 +125,11 @@ def _obstacle(name: str) -> str | None:
     wanted = IMPLEMENTATIONS[name].platform
     if wanted is not None and wanted != (platform := jax.default_backend()):
         return f"needs a {wanted.upper()}, and this is a {platform.upper()}"
+    return lacks(name)
+
+
+def lacks(name: str) -> str | None:
+    """Which of the packages that an implementation needs keep it from running, if any do; asks for no device."""
     return getattr(_module(name), "OBSTACLE", None)
 
 

@@ -134,11 +134,18 @@ def _found(cells: list[Cell], here: dict, devices: int, say: Callable[[str], Non
 
 def _tried(problems: list[Problem], here: dict, say: Callable[[str], None]) -> dict:
     names = [name for name, row in kernels.IMPLEMENTATIONS.items() if row.platform == "gpu" or name == "tiled"]
-    chosen = choice.choose(problems, names, say)
+    chosen = _chosen(problems, names, say)
     for line in table(problems, chosen):
         say(line)
     tried = [{**one._asdict(), "seconds": [*one.seconds.values()], "sums": None} for one in chosen.tried]
     return {"name": chosen.name, "warning": chosen.warning, "machine": here, "tried": tried}
+
+
+def _chosen(problems: list[Problem], names: list[str], say: Callable[[str], None]) -> choice.Decision:
+    """Tries those for which everything is installed."""
+    absent = {name: why for name in names if (why := kernels.lacks(name))}
+    chosen = choice.choose(problems, [name for name in names if name not in absent], say)
+    return chosen._replace(tried=[*chosen.tried, *(choice.Tried(*one, {}, {}) for one in absent.items())])
 
 
 def table(problems: list[Problem], chosen: choice.Decision) -> Iterator[str]:
@@ -212,5 +219,5 @@ def show(cells: list[Cell]) -> None:
     platform = "gpu" if machine else os.environ.get("JAX_PLATFORMS", "").split(",")[0] or "cpu"
     names = [name for name, row in kernels.IMPLEMENTATIONS.items() if row.platform in (None, platform)]
     problems, say = of_study(cells, len(machine.names) if machine else 1), functools.partial(print, flush=True)
-    for line in table(problems, choice.choose(problems, names, say)):
+    for line in table(problems, _chosen(problems, names, say)):
         say(line)

@@ -11,7 +11,7 @@ import tiny
 import variants
 from studies import write, write_study
 
-from lab import main, report, runtime
+from lab import kernels, main, report, runtime
 from lab.errors import UserError
 from lab.kernels import choice
 from lab.study.define import cell
@@ -74,7 +74,9 @@ def test_it_is_tried_once_for_a_machine(machine, tmp_path):
     )
     found = decide()
     assert found["name"] == "reference" and found["machine"]["gpus"] == ["NVIDIA H100"]
-    assert {*tried[0]} == {"tiled", "pallas_gpu", "pallas_triton", "cudnn", "tokamax"}
+    lacking = {one["name"]: one["refused"] for one in found["tried"] if one["name"] not in {"reference", "tiled"}}
+    assert {*tried[0], *lacking} == {"tiled", "pallas_gpu", "pallas_triton", "cudnn", "tokamax"}
+    assert all(kernels.lacks(name) == why for name, why in lacking.items()) and not {*tried[0]} & {*lacking}
     assert said[-1] == "attention: reference is taken; be warned" and any("1.000 ms" in line for line in said)
     assert decide("b") == found and len(tried) == 1  # of the cache
     here.driver = "590.2"
