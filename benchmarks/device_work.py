@@ -101,19 +101,11 @@ def prepare(flags):
 
 def stand_in(kernels) -> None:
     """On a CPU: what stands for each implementation."""
-    import jax
-    import jax.numpy as jnp
+    import as_cudnn
 
     from lab.kernels import cudnn, pallas_triton, tiled
 
-    def call(q, k, v, mask, scale):
-        k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], 2) for x in (k, v))
-        s = jnp.einsum("bthk,bshk->bhts", q, k, preferred_element_type=jnp.float32) * scale
-        s = s + jnp.where(mask, 0, -(2.0**41))
-        lse = jax.nn.logsumexp(s, -1)
-        return jnp.einsum("bhts,bshv->bthv", jnp.exp(s - lse[..., None]).astype(v.dtype), v), lse
-
-    cudnn._call, cudnn.OBSTACLE, cudnn.refusal = call, None, lambda *_: None
+    cudnn._call, cudnn.OBSTACLE, cudnn.refusal = as_cudnn.call, None, lambda *_: None
     kernels.IMPLEMENTATIONS["cudnn"] = kernels.Implementation()
     kernels.IMPLEMENTATIONS["pallas_gpu"] = kernels.Implementation()
     sys.modules["lab.kernels.pallas_gpu"] = tiled

@@ -25,7 +25,7 @@ LOG2E = math.log2(math.e)
 PROGRAM, ROLE = "program", "warpgroup"
 REGISTERS = {1: (240, 24), 2: (232, 40)}  # by consumers: of a thread that computes, and of one that copies
 SHARED = 224 * 1024  # bytes of shared memory that a program plans with; 227 KiB are there
-STAGES = 4  # buffers of a stream at most
+STAGES = 4  # buffers of a pipeline at most
 PROCESSORS = 132  # of an H100 or H200, where the device does not say
 
 
@@ -36,7 +36,7 @@ class Crew(NamedTuple):
     consumers: int
 
 
-class Stream(NamedTuple):
+class Pipeline(NamedTuple):
     """What is copied again and again: several buffers of each array; for each buffer a barrier at which its copies
     arrive, and one at which those that read it are done."""
 
@@ -111,7 +111,7 @@ def roles(consumers: int, copies, products) -> None:
         copies()
 
 
-def bring(turn: Turn, own: Stream, sources) -> None:
+def bring(turn: Turn, own: Pipeline, sources) -> None:
     """Copies what each consumer has of its own, sources(rows), once it is done with that of the turn before."""
     for consumer in range(own.count):
         targets_s, arrived, free = own.at(jnp.int32(consumer))
@@ -119,13 +119,13 @@ def bring(turn: Turn, own: Stream, sources) -> None:
         copy(sources(turn.rows(consumer)), targets_s, arrived)
 
 
-def feed(turn: Turn, streams, sources) -> None:
-    """Copies what each step reads, sources(step) for each stream, as soon as there is a free buffer."""
+def feed(turn: Turn, pipelines, sources) -> None:
+    """Copies what each step reads, sources(step) for each pipeline, as soon as there is a free buffer."""
 
     def step(i, _):
-        for stream, source in zip(streams, sources(i), strict=True):
-            targets_s, arrived, free = stream.at(turn.done + i)
-            pl.when(turn.done + i >= stream.count)(functools.partial(_wait_to_overwrite, free))
+        for pipeline, source in zip(pipelines, sources(i), strict=True):
+            targets_s, arrived, free = pipeline.at(turn.done + i)
+            pl.when(turn.done + i >= pipeline.count)(functools.partial(_wait_to_overwrite, free))
             copy(source, targets_s, arrived)
 
     lax.fori_loop(0, turn.total, step, None)
@@ -256,10 +256,11 @@ def _bytes(arrays) -> int:
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays)
 
 
-def call(kernel, name: str, turns: int, inputs, outputs, own, streams, results, consumers: int, stay: bool = True):
-    """Runs a kernel of so many turns of two consumers. inputs: arrays; outputs: like what. In shared memory, each like
-    what: own: copied for each consumer at each turn; streams: copied for each step, for all consumers; results: of each
-    consumer, to be copied out. There are as many buffers of streams as fit.
+def call(kernel, name: str, turns: int, inputs, outputs, own, pipelines, results, consumers: int, stay: bool = True):
+    """Runs a kernel of so many turns of two consumers. inputs: arrays; outputs: like what.
+
+    In shared memory, each like what: own: copied for each consumer at each turn; pipelines: copied for each step, for
+    all consumers, with as many buffers as fit; results: of each consumer, to be copied out.
 
     stay: a program for each processor takes many turns, and copies for the next while it computes one. Else there is a
     program for each turn, which the processor takes that is free first: for few turns of unlike lengths.
@@ -268,9 +269,9 @@ def call(kernel, name: str, turns: int, inputs, outputs, own, streams, results, 
     there = getattr(jax.devices()[0], "core_count", PROCESSORS)
     crew = Crew(min(turns, there) if stay else turns, consumers)
     taken = consumers * _bytes((*own, *results))
-    stages = min(STAGES, (SHARED - taken) // _bytes(x for stream in streams for x in stream))
+    stages = min(STAGES, (SHARED - taken) // _bytes(x for pipeline in pipelines for x in pipeline))
     assert stages > 1, f"{name}: no room for two buffers beside {taken} bytes"
-    streams_s = lambda like, count, readers: (  # noqa: E731
+    pipeline_s = lambda like, count, readers: (  # noqa: E731
         tuple(_shared(x, count) for x in like),
         plgpu.Barrier(num_arrivals=len(like), num_barriers=count),
         plgpu.Barrier(num_arrivals=readers, num_barriers=count),
@@ -284,8 +285,8 @@ def call(kernel, name: str, turns: int, inputs, outputs, own, streams, results, 
         num_threads=consumers + 1,
         thread_name=ROLE,
         scratch_types=(
-            streams_s(own, consumers, 1),
-            tuple(streams_s(like, stages, consumers) for like in streams),
+            pipeline_s(own, consumers, 1),
+            tuple(pipeline_s(like, stages, consumers) for like in pipelines),
             tuple(_shared(x, consumers) for x in results),
             plgpu.Barrier(num_arrivals=consumers),
         ),

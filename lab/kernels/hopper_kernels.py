@@ -60,9 +60,9 @@ def _turn(q_s, cos_sin_s) -> None:
 
 def forward_kernel(
     q, k, v, q_at, k_at, turning, order, keys, full, total,
-    o, lse, own, streams, results_s, turns, *, static, crew,
+    o, lse, own, pipelines, results_s, turns, *, static, crew,
 ):  # fmt: skip
-    own, of_keys, of_values = (hopper.Stream(*stream) for stream in (own, *streams))
+    own, of_keys, of_values = (hopper.Pipeline(*pipeline) for pipeline in (own, *pipelines))
     tokens = of_values.buffers[0].shape[1]
     shape, heads, lists = (hopper.ROWS, tokens), q.shape[2], (keys, full, total)
     over_turns = functools.partial(hopper.over_turns, order, lists, heads, hopper.TILE // tokens, crew)
@@ -153,10 +153,10 @@ def dq_kernel(
     q, k, v, q_at, k_at, do, lse, delta, turning, order, keys, full, total,
     dq, *turned_and_scratch, static, crew,
 ):  # fmt: skip
-    *turned, own, streams, dq_s, _ = turned_and_scratch
-    own, stream = (hopper.Stream(*stream) for stream in (own, *streams))
+    *turned, own, pipelines, dq_s, _ = turned_and_scratch
+    own, pipeline = (hopper.Pipeline(*pipeline) for pipeline in (own, *pipelines))
     in_parts = functools.partial(hopper.columns_of, parts=static.parts)
-    tokens = stream.buffers[0].shape[2]
+    tokens = pipeline.buffers[0].shape[2]
     shape, heads, lists = (hopper.ROWS, tokens), q.shape[2], (keys, full, total)
     over_turns = functools.partial(hopper.over_turns, order, lists, heads, hopper.TILE // tokens, crew)
 
@@ -173,7 +173,7 @@ def dq_kernel(
             return ((k_at.at[b, :, at], v.at[b, at, g], *in_parts(k.at[b, at, g])),)
 
         hopper.bring(turn, own, mine)
-        hopper.feed(turn, [stream], sources)
+        hopper.feed(turn, [pipeline], sources)
 
     def products(me, turn):
         mine, own_arrived, own_free = own.at(me)
@@ -181,7 +181,7 @@ def dq_kernel(
         queries, mine_s = turn.rows(me), [x_s.at[me] for x_s in dq_s] or q_s
 
         def take(step, sums, masked: bool):
-            (k_at_s, v_s, *k_s), arrived, free = stream.at(turn.done + step)
+            (k_at_s, v_s, *k_s), arrived, free = pipeline.at(turn.done + step)
             plgpu.barrier_wait(arrived)
             dot_qk, dp_qk = hopper.dots([(q_s, k_s), ([do_s], [v_s])])
             s_qk, c = _scores(dot_qk, static)
@@ -214,9 +214,9 @@ def dkv_kernel(
     q, k, v, q_at, k_at, do, lse, delta, order, queries, full, total,
     *wanted_and_scratch, static, wanted, crew,
 ):  # fmt: skip
-    *found, own, streams, found_s, _ = wanted_and_scratch
-    own, stream = (hopper.Stream(*stream) for stream in (own, *streams))
-    tokens, heads = stream.buffers[0].shape[2], q.shape[2] // k.shape[2]
+    *found, own, pipelines, found_s, _ = wanted_and_scratch
+    own, pipeline = (hopper.Pipeline(*pipeline) for pipeline in (own, *pipelines))
+    tokens, heads = pipeline.buffers[0].shape[2], q.shape[2] // k.shape[2]
     shape, lists, steps = (hopper.ROWS, tokens), (queries, full, total), hopper.TILE // tokens * heads
     over_turns = functools.partial(hopper.over_turns, order, lists, k.shape[2], steps, crew)
 
@@ -230,13 +230,13 @@ def dkv_kernel(
             return ((q_at.at[b, :, at], q.at[b, at, h], do.at[b, at, h], lse.at[b, h, at], delta.at[b, h, at]),)
 
         hopper.bring(turn, own, lambda rows: (k.at[b, rows, g], v.at[b, rows, g], k_at.at[b, :, rows]))
-        hopper.feed(turn, [stream], sources)
+        hopper.feed(turn, [pipeline], sources)
 
     def products(me, turn):
         (k_s, v_s, k_at_s), own_arrived, own_free = own.at(me)
 
         def take(step, sums, masked: bool):
-            (q_at_s, q_s, do_s, lse_s, delta_s), arrived, free = stream.at(turn.done + step)
+            (q_at_s, q_s, do_s, lse_s, delta_s), arrived, free = pipeline.at(turn.done + step)
             plgpu.barrier_wait(arrived)
             dot_kq, *dp_kq = hopper.dots([([k_s], [q_s]), *([([v_s], [do_s])] if "dk" in wanted else [])])
             s_kq, c = _scores(dot_kq, static)

@@ -148,7 +148,7 @@ def _output(static: HopperStatic, q_BTHK, k_BSGK, v_BSGV, q_at, k_at, frequencie
             jax.ShapeDtypeStruct((B, H, T), jnp.float32),
         ),
         own=(*_in_parts(q_BTHK, hopper.ROWS, static), _coordinates(hopper.ROWS), *map(_rows_of, turning)),
-        streams=((*_in_parts(k_BSGK, keys, static), _coordinates(keys)), (_tile(v_BSGV, keys),)),
+        pipelines=((*_in_parts(k_BSGK, keys, static), _coordinates(keys)), (_tile(v_BSGV, keys),)),
         results=(_tile(v_BSGV, hopper.ROWS), _numbers(hopper.ROWS)),
         consumers=_consumers(K, V),
     )
@@ -180,7 +180,7 @@ def _gradients(static: HopperStatic, residuals, cotangents):
             *_in_parts(q_BTHK, rows, static),
             *map(_rows_of, turning),
         ),
-        streams=((_coordinates(tokens), _tile(v_BSGV, tokens), *_in_parts(k_BSGK, tokens, static)),),
+        pipelines=((_coordinates(tokens), _tile(v_BSGV, tokens), *_in_parts(k_BSGK, tokens, static)),),
         results=_in_parts(q_BTHK, rows, static) if roomy else (),
         consumers=consumers,
     )
@@ -195,7 +195,7 @@ def _gradients(static: HopperStatic, residuals, cotangents):
             (*turned, *inputs[len(turned) :], *cotangents, queues.of_keys, *queues.lists.by_key),
             outputs=[outputs[name] for name in wanted],
             own=(_tile(k_BSGK, rows), _tile(v_BSGV, rows), _coordinates(rows)),
-            streams=(
+            pipelines=(
                 (
                     _coordinates(tokens),
                     _tile(q_BTHK, tokens),

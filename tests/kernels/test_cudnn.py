@@ -3,6 +3,7 @@ call itself is lowered for CUDA; and what it does not take is refused by name.""
 
 import dataclasses
 
+import as_cudnn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,16 +25,9 @@ CASES = {
 }
 
 
-def as_cudnn_does(q_BTHK, k_BSGK, v_BSGV, mask_B1TS, scale):
-    """A mask is a bias of a large negative number, so that a query which sees nothing averages all values."""
-    k, v = (jnp.repeat(x, q_BTHK.shape[2] // x.shape[2], 2) for x in (k_BSGK, v_BSGV))
-    scores = jnp.einsum("bthk,bshk->bhts", q_BTHK, k) * scale + jnp.where(mask_B1TS, 0, -(2.0**41))
-    return jnp.einsum("bhts,bshv->bthv", jax.nn.softmax(scores), v), jax.nn.logsumexp(scores, -1)
-
-
 @pytest.fixture
 def stand_in(monkeypatch):
-    monkeypatch.setattr(cudnn, "_call", as_cudnn_does)
+    monkeypatch.setattr(cudnn, "_call", as_cudnn.call)
 
 
 def outputs_and_gradients(attend, case, arrays, coordinates, do, **options):
@@ -51,7 +45,7 @@ def outputs_and_gradients(attend, case, arrays, coordinates, do, **options):
 def test_what_surrounds_the_call_equals_the_reference(name, row_by_row, seed, pack):
     arrays, coordinates, (do, _) = draw(CASES[name], seed, pack)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cudnn, "_call", as_cudnn_does)
+        patch.setattr(cudnn, "_call", as_cudnn.call)
         patch.setattr(cudnn, "MOST", 0 if row_by_row else cudnn.MOST)
         assert (cudnn.plan(CASES[name].rule, *coordinates) is None) == row_by_row
         got = outputs_and_gradients(cudnn.attend, CASES[name], arrays, coordinates, do)
