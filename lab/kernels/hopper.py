@@ -1,8 +1,8 @@
 """What kernels for Hopper GPUs are made of in Mosaic: roles, turns, products, layouts of their sums, copies.
 
-As many programs run as there are processors, and each takes tiles in turn. It has one warpgroup that copies, ahead of
-those that compute: up to CONSUMERS, each its own ROWS rows of the tile, on the same copies. What is named .._s lies in
-shared memory. The structure of FlashAttention-3 (arXiv 2407.08608).
+As many programs run as there are processors, and each takes tiles in turn; or one for each tile. It has one
+warpgroup that copies, ahead of those that compute: up to CONSUMERS, each its own ROWS rows of the tile, on the same
+copies. What is named .._s lies in shared memory. The structure of FlashAttention-3 (arXiv 2407.08608).
 """
 
 import contextlib
@@ -76,8 +76,8 @@ class Turn(NamedTuple):
 
 def over_turns(order, tiles, heads: int, steps: int, crew: Crew, body) -> None:
     """body(turn) for all turns of this program. The tiles of all rows of the batch are taken in `order`, of each all
-    heads side by side; each entry of their lists takes so many steps. Every other round begins with the last program,
-    so that none has the longer list each time."""
+    heads side by side, so that lists never get longer; each entry of them takes so many steps. Every other round begins
+    with the last program, so that none has the longer list each time."""
     _, full, total = tiles
     parts, of_row = CONSUMERS // crew.consumers, total.shape[1]
     programs, me = crew.programs, lax.axis_index(PROGRAM)

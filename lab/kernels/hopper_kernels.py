@@ -33,10 +33,11 @@ def _seen(rule: Rule, q_at_s, k_at_s, of_queries, of_keys, shape):
 
 
 def _scores(dot, static: HopperStatic):
-    """(s, c): capped scores are s * c, in base 2."""
+    """(s, c): capped scores are s * c, in base 2, and the greatest s is that of the greatest."""
     if static.softcap:
         return static.softcap * hopper.tanh(static.scale / static.softcap * dot), hopper.LOG2E
-    return dot, hopper.LOG2E * static.scale
+    c = hopper.LOG2E * static.scale
+    return (dot, c) if c > 0 else (dot * c, 1.0)
 
 
 def _score_gradients(p, dp, delta, s, static: HopperStatic):
@@ -83,6 +84,9 @@ def forward_kernel(
         hopper.feed(turn, (of_keys, of_values), sources)
 
     def take_turns():
+        """The consumers meet twice in a step, and in a turn without steps: one when its first product is under way, the
+        other before its second. So one is half a step ahead: it has one more meeting at the end, the other at the
+        beginning."""
         if crew.consumers > 1:
             plgpu.barrier_arrive(turns)
             plgpu.barrier_wait(turns)
@@ -101,7 +105,8 @@ def forward_kernel(
                 seen_qk = _seen(static.rule, q_at_s, k_at_s, hopper.rows, hopper.columns, shape)
                 s_qk, c = jnp.where(seen_qk, s_qk * c, MASKED), 1.0  # of a product, MASKED would not be exact below
             plgpu.barrier_arrive(k_free)
-            # Now, not at the end: there one waits for the other, who waits for its next keys, which come after queries.
+            # Now, not at the end of the turn: there the one that is behind waits for the next step of the other, whose
+            # queries are copied once both are done with these.
             pl.when(step + 1 == turn.total)(lambda: plgpu.barrier_arrive(own_free))
             new_q = jnp.maximum(top_q, s_qk.max(1) * c)
             shrink_q = jnp.exp2(top_q - new_q)
@@ -129,7 +134,13 @@ def forward_kernel(
         nothing = jnp.zeros(hopper.ROWS, jnp.float32)
         start = hopper.zeros(hopper.ROWS, v.shape[3]), hopper.by_row(nothing + MASKED), hopper.by_row(nothing)
         pl.when(turn.total > 0)(lambda: plgpu.barrier_wait(of_keys.at(turn.done)[1]))
-        pl.when(turn.total == 0)(lambda: plgpu.barrier_arrive(own_free))
+
+        @pl.when(turn.total == 0)
+        def _():
+            plgpu.barrier_arrive(own_free)
+            take_turns()
+            take_turns()
+
         o_qV, top_q, sum_q = hopper.over_list(turn, take, start)
         # A row that saw nothing has kept its first maximum, or has summed exp2(0) over hidden keys.
         saw_q = (top_q > MASKED / 2) & is_token_q

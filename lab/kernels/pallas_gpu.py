@@ -1,12 +1,12 @@
 """Attention over lists of non-empty tiles as Pallas kernels for Hopper GPUs (Mosaic): forward, dq, and dk with dv.
 
-A program has one query tile of a head (forward, dq) or one key tile of a group (dk with dv), and goes through the list
-of that tile: first the tiles that hide nothing, then those that are masked. Programs with the longest lists begin
-first, so that none is left alone at the end. One warpgroup copies what is next, and two compute half of the tile each:
-forward they take turns at the tensor cores, one multiplying while the other takes exponentials. The backward pass
-computes each tile again; no two programs add to one sum, so every sum has one order. Queries rotate as they come: what
-stays, and each side of the pairs, are operands of their own. Steps of decoding, which have few queries and stream keys,
-are left to the Triton kernels, or to tiled where jax no longer has those.
+A program takes query tiles of a head (forward, dq) or a key tile of a group (dk with dv), and goes through the list of
+each: first the tiles that hide nothing, then those that are masked. The longest lists are taken first, so that none is
+left alone at the end. One warpgroup copies what is next, and two compute half of a tile each, or one where heads are
+wider than WIDEST. Forward they take turns at the tensor cores: one multiplies while the other takes exponentials. The
+backward pass computes each tile again; no two programs add to one sum, so every sum has one order. Queries of narrow
+heads rotate as they come: what stays, and each side of the pairs, are operands of their own. Steps of decoding, which
+have few queries and stream keys, are left to the Triton kernels, or to tiled where jax no longer has those.
 
 b: row of the batch; h, g: head and group; q, k: tokens of a tile. What is named .._s lies in shared memory.
 FlashAttention-2 and -3 (arXiv 2307.08691, 2407.08608) on tile lists.
@@ -31,8 +31,8 @@ from lab.kernels.tiles import BothWays, is_step, pad_to_tiles, plan_both_ways
 WIDTHS = (64, 128, 192, 256)  # no product is wider than 256; others are padded to the next with zeros, which is exact
 TOGETHER = 256  # widths of keys and of values, whose gradients one program adds up
 ROOMY = 320  # widths of keys and of values, beyond which gradients have no place of their own in shared memory
-WIDE = 128  # from wider ones on a step of the forward pass reads fewer keys, and
-WIDEST = 192  # from wider than these on a program has one consumer: there is no room for two
+WIDE = 128  # from wider keys or values on a step of the forward pass reads half as many tokens
+WIDEST = 192  # from wider ones on a program has one consumer: there is no room for two
 ROTATED = 64  # the widest keys whose rotation has room beside them in shared memory; it is cheap beside wider ones
 
 

@@ -6,6 +6,7 @@ run_state), of which p v, ds k and their like are made. Register layouts are a m
 """
 
 import dataclasses
+import faulthandler
 import functools
 import re
 
@@ -29,7 +30,8 @@ pytestmark = [
 
 @dataclasses.dataclass(frozen=True)
 class Attention:
-    """rows x T queries and keys, or only the last `asked` tokens ask; pairs: of queries that rotate inside."""
+    """rows x T queries and keys, or only the last `asked` tokens ask; from `real` on there is padding alone; pairs: of
+    queries that rotate inside; processors: that share the work, so that a program has several turns."""
 
     rule: rules.Rule
     T: int = 100
@@ -42,30 +44,36 @@ class Attention:
     pairs: int = 0
     pack: str = "interleaved"
     asked: int = 0
+    real: int = 0
+    processors: int = 3
+    scale_sign: int = 1
 
     @property
     def scale(self) -> float:
-        return self.K**-0.5
+        return self.scale_sign * self.K**-0.5
 
 
 CASES = {
-    "groups": Attention(rules.own_branch, H=4, G=2),
+    "groups": Attention(rules.own_branch, H=4, G=2, processors=1),
     "padding anywhere, two rows": Attention(rules.all_branches, pack="scattered", rows=2),
     "full tiles, capped": Attention(rules.causal, T=192, H=1, pack="ragged", softcap=2.0),
     "rotated": Attention(rules.all_branches & rules.window(9), pairs=32),
     "narrow": Attention(rules.all_branches, T=70, H=1, K=32, V=16, pairs=8),
     "wide": Attention(rules.all_branches, T=70, H=1, K=128, V=128),
-    "widest": Attention(rules.causal, T=70, H=1, K=256, V=256),
+    "widest": Attention(rules.causal, T=70, K=256, V=256, processors=1),
+    "tiles without a token": Attention(rules.causal, T=640, H=1, real=100, processors=1),
+    "negative scale": Attention(rules.causal, T=192, H=1, pack="ragged", scale_sign=-1),
     "many tiles": Attention(rules.causal & rules.window(150), T=330, H=1),
     "partly rotated": Attention(rules.all_branches, T=70, H=1, pairs=16),
     "few queries": Attention(rules.causal, T=330, asked=70, pack="ragged"),
-    "no room for results": Attention(rules.causal, T=70, H=2, K=192, V=192),
+    "no room for results": Attention(rules.causal, T=70, H=2, K=192, V=192, processors=1),
     "unequal": Attention(rules.own_branch, T=70, H=1, K=192, V=128, pairs=32),
 }
 
 
 @pytest.fixture(autouse=True)
 def interpreter(monkeypatch):
+    monkeypatch.setattr(hopper, "PROCESSORS", 3)
     kernel = functools.partial(hopper.plgpu.kernel, interpret=InterpretGPUParams(detect_races=True))
     monkeypatch.setattr(hopper.plgpu, "kernel", kernel)
 
@@ -75,12 +83,15 @@ def interpreter(monkeypatch):
         return found
 
     monkeypatch.setattr(hopper, "add_dots", add_dots)
-    monkeypatch.setattr(hopper, "PROCESSORS", 3)  # so that a program has several turns
+    jax.clear_caches()  # of what was traced without this, or with other programs
 
 
 def draw(case: Attention, seed: int):
     rng = np.random.default_rng(seed)
     at = packs.PACKS[case.pack](rng, case.rows, case.T)
+    if case.real:
+        padding = np.arange(case.T) >= case.real
+        at = dataclasses.replace(at, segment=np.where(padding, -1, at.segment))
     asked = case.asked or case.T
     at = at.map(lambda x: x[:, -asked:]), at
     of_values = (case.T, case.G, case.V)
@@ -93,6 +104,8 @@ def draw(case: Attention, seed: int):
 
 
 def found(case: Attention, arrays, at, cotangents, frequencies):
+    hopper.PROCESSORS = case.processors
+
     def attend(q, k, v, frequencies):
         return pallas_gpu.attend(q, k, v, *at, case.rule, case.scale, case.softcap, frequencies_3F=frequencies)
 
@@ -100,7 +113,11 @@ def found(case: Attention, arrays, at, cotangents, frequencies):
         outputs, pull = jax.vjp(attend, *inputs)
         return *outputs, *pull(cotangents)
 
-    return jax.device_get(jax.jit(both)(*arrays, frequencies))
+    faulthandler.dump_traceback_later(300, exit=True)  # a kernel that waits for ever would not end
+    try:
+        return jax.device_get(jax.jit(both)(*arrays, frequencies))
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def expected(case: Attention, arrays, at, cotangents, frequencies):
