@@ -28,9 +28,7 @@ def test_products_wait_for_nothing_and_sums_stay_in_registers(options):
     for each in found:
         assert each["kernels"], each
         for name, takes in each["kernels"].items():
-            assert 0 < takes["registers"] <= 255 and not takes["serialised"], (each, name)
-            # Wider sums take more than there are: some of them rest in memory between turns.
-            assert takes["spilled"] <= (0 if each["K"] <= 128 else 256), (each, name)
+            assert 0 < takes["registers"] <= 255 and not takes["serialised"] and not takes["spilled"], (each, name)
     if options:
         assert set(found[0]["kernels"]) == {"forward_kernel_mosaic_gpu_kernel", "dq_kernel_mosaic_gpu_kernel",
                                             "dkv_kernel_mosaic_gpu_kernel"}  # fmt: skip
