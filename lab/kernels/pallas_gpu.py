@@ -165,7 +165,7 @@ def _gradients(static: HopperStatic, residuals, cotangents):
     delta_BHT = delta_BTH.swapaxes(1, 2) - jnp.where(saw_BHT, dlse_BHT, 0)
     lse_BHT = jnp.where(saw_BHT, hopper.LOG2E * lse_BHT, jnp.inf)  # rows that saw nothing: every probability is 0
     turning, cotangents = _turning(q_at, frequencies_3F, q_BTHK.dtype), (do_BTHV, lse_BHT, delta_BHT)
-    rows, tokens, consumers, roomy = hopper.ROWS, hopper.ROWS, _consumers(K, V), K + V <= ROOMY
+    rows, consumers, roomy = hopper.ROWS, _consumers(K, V), K + V <= ROOMY
     dq_BTHK, *turned = hopper.call(
         functools.partial(hopper_kernels.dq_kernel, static=static),
         "dq_kernel",
@@ -180,7 +180,7 @@ def _gradients(static: HopperStatic, residuals, cotangents):
             *_in_parts(q_BTHK, rows, static),
             *map(_rows_of, turning),
         ),
-        pipelines=((_coordinates(tokens), _tile(v_BSGV, tokens), *_in_parts(k_BSGK, tokens, static)),),
+        pipelines=((_coordinates(rows), _tile(v_BSGV, rows), *_in_parts(k_BSGK, rows, static)),),
         results=_in_parts(q_BTHK, rows, static) if roomy else (),
         consumers=consumers,
     )
@@ -197,11 +197,11 @@ def _gradients(static: HopperStatic, residuals, cotangents):
             own=(_tile(k_BSGK, rows), _tile(v_BSGV, rows), _coordinates(rows)),
             pipelines=(
                 (
-                    _coordinates(tokens),
-                    _tile(q_BTHK, tokens),
-                    _tile(do_BTHV, tokens),
-                    _numbers(tokens),
-                    _numbers(tokens),
+                    _coordinates(rows),
+                    _tile(q_BTHK, rows),
+                    _tile(do_BTHV, rows),
+                    _numbers(rows),
+                    _numbers(rows),
                 ),
             ),
             results=[_tile(outputs[name], rows) for name in wanted] if roomy else (),
