@@ -1,5 +1,6 @@
 """Implementations are tried in processes of their own: what is wrong, crashes or hangs costs itself alone."""
 
+import dataclasses
 import pathlib
 import pickle
 import re
@@ -117,6 +118,20 @@ def test_where_none_is_right_tiled_is_taken_with_a_warning():
 def test_nothing_is_tried_once_the_time_is_over(monkeypatch):
     chosen = choice.choose([problem()], ["cudnn", "tiled"], budget=-1.0)
     assert chosen.name == "tiled" and {one.refused for one in chosen.tried} == {"was not tried: no time was left"}
+
+
+def test_what_differs_in_batches_alone_is_compared_once(monkeypatch):
+    compared = []
+    monkeypatch.setattr(trial, "numbers", lambda one, name, rng: compared.append(one) or {"same": True})
+    monkeypatch.setattr(trial, "timed", lambda one, name: {"seconds": 1.0})
+    one, other = problem(), problem(training=False)
+    lines = [*trial.tried([one, dataclasses.replace(one, calls=5), other], "tiled")]
+    assert compared == [one, other]
+    assert (
+        [line["problem"] for line in lines if "same" in line]
+        == [0, 1, 2]
+        == [line["problem"] for line in lines if "seconds" in line]
+    )
 
 
 @pytest.mark.parametrize("changed", [{}, {"training": False}, {"frequencies": 3}, {"of_lse": False}])
