@@ -157,6 +157,8 @@ def main(flags) -> None:
         env = Stage(flags, "env")
         wait([env])
         platform = next((x["platform"] for x in lines(env.path) if "platform" in x), "gpu")
+    # compiles for minutes on the host, and numbers are not timed: both at once
+    torch = [Stage(flags, "torch")] if "torch" in flags.stages else []
     here = lambda names: [name for name in names if runs(name.split()[0], platform, flags.dry)]  # noqa: E731
     if "numerics" in flags.stages:
         parts = [
@@ -174,8 +176,9 @@ def main(flags) -> None:
     if wrong:
         say("wrong at width 64 or 128, left out from here on:", *sorted(wrong))
     right = lambda names: [name for name in here(names) if name.split()[0] not in wrong]  # noqa: E731
-    shares = {"times": right(TIMED), "torch": [""], "train": right(TRAINED)}
+    shares = {"times": right(TIMED), "train": right(TRAINED)}
     waiting = [Stage(flags, stage, share) for stage in shares if stage in flags.stages for share in shares[stage]]
+    waiting += torch
     wait(waiting, Stage.ready, flags.budget if flags.dry else PREPARE)
     for stage in waiting:
         if stage.running():

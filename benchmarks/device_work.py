@@ -228,6 +228,7 @@ def cases(flags) -> dict:
         "study 1-15": ("all_branches", study("1-15"), 8, 2, 64),
         "study fixed1": ("all_branches", study("fixed1"), 8, 2, 64),
         f"causal {T}": ("causal", Coordinates.single(1, T), heads, heads, 128),
+        f"causal {T}, width 64": ("causal", Coordinates.single(1, T), heads, heads, 64),
         f"own_branch {few}": ("own_branch", branches(*few), heads, heads, 64),
         f"own_branch, 4 x {four[:3]}": ("own_branch", branches(*four), heads, heads, 64),
     }
@@ -308,7 +309,7 @@ def worker_torch(flags, notes) -> None:
 
     by_rule = {rules.RULES[name]: name for name in texts}
     for case, (rule, at, H, G, K, pairs, _) in cases(flags).items():
-        if case.startswith("own_branch,"):
+        if case.startswith("own_branch,") or case.endswith("width 64"):
             continue
         at = {f: torch.tensor(np.asarray(getattr(at, f)), device=device) for f in ours.FIELDS}
         (B, T), text = at["index"].shape, by_rule[rule]

@@ -1,6 +1,7 @@
 """Batches of probes, made on the fly: in training functions of (seed, step, row), in evaluation of the row alone."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import grain
 import numpy as np
@@ -56,8 +57,14 @@ def open(config: ConfigDict) -> Data:
 
 
 def train_batches(
-    config: ConfigDict, texts: None = None, *, start: int = 0, process_index: int = 0, process_count: int = 1
-) -> Iterator[tuple[Batch, Info]]:
+    config: ConfigDict,
+    texts: None = None,
+    *,
+    start: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+    then: Callable[[Batch], Any] | None = None,
+) -> Iterator[tuple[Any, Info]]:
     """Batches of steps start .. train.steps - 1, as `pipeline.train_batches` gives them.
 
     The difficulty of each row is uniform over those of data.probe.difficulty. Raises UserError for bad fields.
@@ -65,7 +72,7 @@ def train_batches(
     check(config)
     local = rows_of_process("data.rows", config.data.rows, process_index, process_count)
     make = _ProbeSteps(config, local)
-    return prefetched(grain.MapDataset.range(start, config.train.steps).map(make), config.run.workers)
+    return prefetched(grain.MapDataset.range(start, config.train.steps).map(make), config.run.workers, then)
 
 
 def evaluation_batches(

@@ -6,8 +6,8 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import grain
 import jax
@@ -48,16 +48,23 @@ class Info(NamedTuple):
 
 
 def train_batches(
-    config: ConfigDict, texts: Sequence[np.ndarray], *, start: int = 0, process_index: int = 0, process_count: int = 1
-) -> Iterator[tuple[Batch, Info]]:
+    config: ConfigDict,
+    texts: Sequence[np.ndarray],
+    *,
+    start: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+    then: Callable[[Batch], Any] | None = None,
+) -> Iterator[tuple[Any, Info]]:
     """Batches of steps start .. train.steps - 1, each holding this process's share of the rows.
 
     Step s reads texts [s * rows * texts_per_row, ...) of a seeded permutation, drawn anew each epoch. A batch depends
-    on (seed, step) alone. Close the iterator to end its worker processes early. Raises UserError for bad fields.
+    on (seed, step) alone. `then` is done with each where it is made, ahead of time: what it gives comes instead of the
+    batch. Close the iterator to end its worker processes early. Raises UserError for bad fields.
     """
     check_training(config)
     pack = _TextSteps(config, texts, process_index, process_count)
-    return prefetched(grain.MapDataset.range(start, config.train.steps).map(pack), config.run.workers)
+    return prefetched(grain.MapDataset.range(start, config.train.steps).map(pack), config.run.workers, then)
 
 
 def evaluation_batches(
@@ -137,8 +144,12 @@ class _TextSteps:
         return _stacked(rows), Info(_hash(ids), tokens / (self._rows * self._layout.length), tokens)
 
 
-def prefetched(steps: grain.MapDataset, workers: int) -> Iterator[tuple[Batch, Info]]:
-    """The steps in order, made ahead of time: in threads, or in so many worker processes."""
+def prefetched(
+    steps: grain.MapDataset, workers: int, then: Callable[[Batch], Any] | None = None
+) -> Iterator[tuple[Any, Info]]:
+    """The steps in order, and `then` done with their batches, ahead of time: in threads, or in so many processes."""
+    if then is not None:
+        steps = steps.map(lambda step: (then(step[0]), step[1]))
     batches = steps.to_iter_dataset(_PREFETCH)
     if workers:
         # Its workers read absl flags, which only a program started by app.run has parsed.

@@ -50,7 +50,7 @@ def open(config: ConfigDict) -> Data:
 
 
 def train_batches(config: ConfigDict, texts, **options) -> Iterator[tuple[Batch, Info]]:
-    """Batches of steps start .. train.steps - 1. Options: start, process_index, process_count."""
+    """Batches of steps start .. train.steps - 1. Options: start, process_index, process_count, then."""
     return source(config).train_batches(config, texts, **options)
 
 

@@ -41,18 +41,21 @@ def evaluate(
     asked = config.evaluate[name]
     model, config = laid_over(config, asked, model, mesh), asks.remodelled(config, asked)
     hosts = dict(process_index=jax.process_index(), process_count=jax.process_count())
-    run, arrange, batches_of = None, Arrangement(config.model, config.run), asks.ASKS[asked.kind].batches
+    run, arrange, batches_of = None, None, asks.ASKS[asked.kind].batches
     for value in asks.conditions(asked)[done:]:
         sums = np.zeros(3)  # nats, right answers and tokens; float64 on the host
-        begun = time.perf_counter()
+        begun, sent = time.perf_counter(), None
         for batch in batches_of(config, asked, texts, value, **hosts):
+            arrange = arrange or Arrangement(config.model, config.run, batch.tokens.shape[1])
             placed = lab_mesh.place(arrange(batch)[0], mesh)
             if run is None:
                 run = compiled.evaluation_step(model, placed, mesh)
                 begun = time.perf_counter()
-            sums += jax.device_get(run(model, placed))
+            before, sent = sent, run(model, placed)
+            if before is not None:  # waited for while the next batch is computed
+                sums += jax.device_get(before)
             if stop():
                 raise Stopped(f"the ask {name}, {asks.ASKS[asked.kind].column} {value}")
-        nats, right, tokens = sums.tolist()
+        nats, right, tokens = (sums + jax.device_get(sent)).tolist()
         seconds = time.perf_counter() - begun
         yield Condition(value, nats / tokens, right / tokens, int(tokens), seconds, run)

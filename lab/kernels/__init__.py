@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from lab.coordinates import Coordinates
 from lab.errors import UserError, choose
@@ -176,11 +175,13 @@ def arrange(
 
     NumPy coordinates [B, T]. The order is kept where it is not free, and where nothing is computed by tiles.
     """
-    B, T = coordinates.shape
-    module = _module(resolve(implementation, T))
-    if not hasattr(module, "plan"):
-        return Arranged(np.tile(np.arange(T), (B, 1)), 1.0)
-    return order.arrange(coordinates, needed, *module.tile_sizes(T, T), free)
+    return order.arrange(coordinates, needed, tile_sizes(implementation, coordinates.shape[1]), free)
+
+
+def tile_sizes(implementation: str | None, tokens: int) -> tuple[int, int] | None:
+    """Of queries and keys, for rows of so many tokens; None where nothing is computed by tiles."""
+    module = _module(resolve(implementation, tokens))
+    return module.tile_sizes(tokens, tokens) if hasattr(module, "plan") else None
 
 
 def attend(

@@ -23,18 +23,25 @@ class Arranged(NamedTuple):
     share: float
 
 
-def arrange(coordinates: Coordinates, rules: Sequence[Rule], q_tile: int, k_tile: int, free: bool = True) -> Arranged:
+def arrange(
+    coordinates: Coordinates, rules: Sequence[Rule], sizes: tuple[int, int] | None, free: bool = True
+) -> Arranged:
     """The best of three orders for each row [B, T]: as it is, branch after branch, and that with branches on tiles.
 
-    rules: one for each layer of the pattern. free: False keeps the order, for layers that read tokens in turn.
+    rules: one for each layer of the pattern. sizes: of the tiles of queries and of keys; None where there are none, and
+    the order is kept. free: False keeps the order, for layers that read tokens in turn.
     """
     B, T = coordinates.shape
     given = np.tile(np.arange(T), (B, 1))
-    orders = [given]
+    if sizes is None:
+        return Arranged(given, 1.0)
+    q_tile, k_tile = sizes
+    orders, moved = [given], [coordinates]
     if free:
         by_branch = np.lexsort((coordinates.time, coordinates.branch, _padding_last(coordinates.segment)))
         orders += [by_branch, _on_tiles(coordinates, by_branch, max(q_tile, k_tile))]
-    counts = np.array([_computed(_moved(coordinates, order), rules, q_tile, k_tile) for order in orders])
+        moved += [_moved(coordinates, order) for order in orders[1:]]
+    counts = np.array([_computed(each, rules, q_tile, k_tile) for each in moved])
     worth = np.concatenate([counts[:1], np.where(counts[1:] <= GAIN * counts[0], counts[1:], np.inf)])
     best = worth.argmin(0)
     chosen, rows = np.stack(orders), np.arange(B)
@@ -59,6 +66,8 @@ def _computed(coordinates: Coordinates, rules: Sequence[Rule], q_tile: int, k_ti
 
 def _padded(coordinates: Coordinates, tile: int) -> Coordinates:
     short = ((0, 0), (0, -coordinates.shape[1] % tile))
+    if not short[1][1]:
+        return coordinates
     pad = lambda x, value: np.pad(x, short, constant_values=value)  # noqa: E731
     fields = coordinates.branch, coordinates.time, coordinates.index
     return Coordinates(pad(coordinates.segment, -1), *(pad(x, 0) for x in fields))
@@ -79,6 +88,7 @@ def _on_tiles(coordinates: Coordinates, by_branch: np.ndarray, tile: int) -> np.
         if tokens == 0 or starts[-1] + lengths[-1] > order.shape[1]:
             continue
         places = np.arange(tokens) + np.repeat(starts - begins, lengths)
-        left = np.setdiff1d(np.arange(order.shape[1]), places)
+        left = np.ones(order.shape[1], bool)
+        left[places] = False
         order[row, places], order[row, left] = by_branch[row, :tokens], by_branch[row, tokens:]
     return order

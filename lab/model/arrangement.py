@@ -4,21 +4,24 @@ import jax
 import numpy as np
 
 from lab import kernels
-from lab.kernels import rules
+from lab.kernels import order, rules
 from lab.model.mixers import MIXERS
 from lab.model.spec import layer_specs
 
 
 class Arrangement:
-    """Puts the tokens of each row where the rules of a model leave the fewest tiles of attention to compute."""
+    """Puts the tokens of each row where the rules of a model leave the fewest tiles of attention to compute.
 
-    def __init__(self, model, run):
+    Rows have `length` tokens. Asks nothing of JAX once it is made: it may be called in any thread or process.
+    """
+
+    def __init__(self, model, run, length: int):
         specs = layer_specs(model)
         self._rules = [rules.parse(spec.rule) for spec in specs]
         self._free = not any(MIXERS[spec.mixer.name].in_order for spec in specs)
-        self._implementation = run.implementation
+        self._sizes = kernels.tile_sizes(run.implementation, length)
 
     def __call__(self, batch):
         """(the batch of [B, T] arrays with its `coordinates`, rearranged; the share of tiles that are computed)"""
-        order, share = kernels.arrange(batch.coordinates, self._rules, self._implementation, self._free)
-        return jax.tree.map(lambda x: np.take_along_axis(np.asarray(x), order, axis=1), batch), share
+        at, share = order.arrange(batch.coordinates, self._rules, self._sizes, self._free)
+        return jax.tree.map(lambda x: np.take_along_axis(np.asarray(x), at, axis=1), batch), share

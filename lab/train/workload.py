@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from lab.data import Batch, train_batches
+from lab.data import Batch, nominal_coordinates, train_batches
 from lab.model.arrangement import Arrangement
 from lab.train import compiled, optimizer
 from lab.train.optimizer import Numbers
@@ -55,7 +55,8 @@ class Workload:
         self.members = list(members)
         self.config = self.members[0].config
         self._program = Program.of(self.config)
-        self._arrange = Arrangement(self.config.model, self.config.run)
+        length = nominal_coordinates(self.config, 1).shape[1]
+        self._arrange = Arrangement(self.config.model, self.config.run, length)
         self._numbers = [optimizer.numbers_by_step(member.config.train) for member in self.members]
 
     @property
@@ -68,10 +69,11 @@ class Workload:
 
     def batches(self, start: int) -> Iterator[tuple[Batch, list[Sent]]]:
         """This host's rows of each step from `start`, arranged for the model, and what is known of each member's."""
-        hosts = dict(process_index=jax.process_index(), process_count=jax.process_count())
-        for step in zip(*(train_batches(m.config, m.texts, start=start, **hosts) for m in self.members), strict=True):
-            batches, infos = zip(*step, strict=True)
-            batches, shares = zip(*map(self._arrange, batches), strict=True)
+        options = dict(process_index=jax.process_index(), process_count=jax.process_count(), then=self._arrange)
+        each = [train_batches(member.config, member.texts, start=start, **options) for member in self.members]
+        for step in zip(*each, strict=True):
+            arranged, infos = zip(*step, strict=True)
+            batches, shares = zip(*arranged, strict=True)
             sent = [Sent(*info, share) for info, share in zip(infos, shares, strict=True)]
             yield jax.tree.map(lambda *x: np.stack(x), *batches) if self.vmapped else batches[0], sent
 

@@ -41,26 +41,26 @@ def computed(rule, at: Coordinates, q_tile: int, k_tile: int) -> np.ndarray:
 @given(seed=seeds, rule=st.sampled_from(NAMED), pack=st.sampled_from(sorted(packs.PACKS)), sides=SIDES)
 def test_an_order_is_a_permutation_that_costs_no_more_than_what_was_given(seed, rule, pack, sides):
     at = packs.PACKS[pack](np.random.default_rng(seed), 3, 37)
-    found = order.arrange(at, [rule], *sides)
+    found = order.arrange(at, [rule], sides)
     assert (np.sort(found.order, axis=1) == np.arange(37)).all()
-    given_share = order.arrange(at, [rule], *sides, free=False).share
+    given_share = order.arrange(at, [rule], sides, free=False).share
     assert computed(rule, moved(at, found.order), *sides).mean() <= found.share + 1e-9 <= given_share + 2e-9
-    kept = order.arrange(moved(at, found.order), [rule], *sides, free=False).share
+    kept = order.arrange(moved(at, found.order), [rule], sides, free=False).share
     assert kept == pytest.approx(found.share)
 
 
 def test_branches_lie_together_for_own_branch_and_apart_for_all_branches():
     at = branches(6, 16, row=112)
-    own, every = (order.arrange(at, [rule], 8, 8) for rule in (rules.own_branch, rules.all_branches))
+    own, every = (order.arrange(at, [rule], (8, 8)) for rule in (rules.own_branch, rules.all_branches))
     assert (np.diff(moved(at, own.order).branch[0]) >= 0).all()
     assert (every.order == np.arange(112)).all()
     # Prompt: 3 of 4 pairs of tiles; each branch: its 2 x 2 with 3, and the prompt's 2 x 2.
     assert own.share == pytest.approx((3 + 6 * (3 + 4)) / 14**2)
-    assert own.share < 0.6 * order.arrange(at, [rules.own_branch], 8, 8, free=False).share
+    assert own.share < 0.6 * order.arrange(at, [rules.own_branch], (8, 8), free=False).share
 
 
 def test_branches_begin_on_tiles_where_the_row_has_the_room():
-    tight, roomy = (order.arrange(branches(5, 13, row), [rules.own_branch], 8, 8) for row in (78, 96))
+    tight, roomy = (order.arrange(branches(5, 13, row), [rules.own_branch], (8, 8)) for row in (78, 96))
     at = moved(branches(5, 13, 96), roomy.order)
     assert [int(np.flatnonzero(at.branch[0] == b)[0]) for b in range(1, 6)] == [16, 32, 48, 64, 80]
     assert (at.segment[0] == -1).sum() == 18
@@ -70,24 +70,24 @@ def test_branches_begin_on_tiles_where_the_row_has_the_room():
 
 def test_rules_of_several_layers_are_weighed_together():
     at = branches(6, 16, row=112)
-    mostly_all = order.arrange(at, [rules.all_branches] * 3 + [rules.own_branch], 8, 8)
-    mostly_own = order.arrange(at, [rules.own_branch] * 3 + [rules.all_branches], 8, 8)
+    mostly_all = order.arrange(at, [rules.all_branches] * 3 + [rules.own_branch], (8, 8))
+    mostly_own = order.arrange(at, [rules.own_branch] * 3 + [rules.all_branches], (8, 8))
     assert (mostly_all.order == np.arange(112)).all() and (mostly_own.order != np.arange(112)).any()
 
 
 def test_nothing_moves_where_it_may_not_or_need_not():
     at = branches(6, 16, row=112)
-    assert (order.arrange(at, [rules.own_branch], 8, 8, free=False).order == np.arange(112)).all()
+    assert (order.arrange(at, [rules.own_branch], (8, 8), free=False).order == np.arange(112)).all()
     still, share = kernels.arrange(at, [rules.own_branch], "reference")
     assert (still == np.arange(112)).all() and share == 1.0
     alone = Coordinates.single(1, 40)
-    assert (order.arrange(alone, [rules.own_branch], 8, 8).order == np.arange(40)).all()
+    assert (order.arrange(alone, [rules.own_branch], (8, 8)).order == np.arange(40)).all()
 
 
 def test_rows_are_arranged_each_for_itself():
     one, two = branches(6, 16, row=112), branches(1, 56, row=112)
     both = Coordinates(*(np.concatenate(pair) for pair in zip(*map(dataclasses.astuple, (one, two)), strict=True)))
-    found = order.arrange(both, [rules.own_branch], 8, 8)
-    alone = [order.arrange(at, [rules.own_branch], 8, 8) for at in (one, two)]
+    found = order.arrange(both, [rules.own_branch], (8, 8))
+    alone = [order.arrange(at, [rules.own_branch], (8, 8)) for at in (one, two)]
     np.testing.assert_array_equal(found.order, np.concatenate([each.order for each in alone]))
     assert found.share == pytest.approx(np.mean([each.share for each in alone]))

@@ -32,7 +32,7 @@ def test_a_batch_is_rearranged_whole(monkeypatch, overrides):
     monkeypatch.setattr(tiled, "tile_sizes", lambda T, S: (8, 8))
     batch = tiny.batch(rows=3, length=96)
     config = tiny.config(**overrides)
-    found, share = Arrangement(config.model, config.run)(batch)
+    found, share = Arrangement(config.model, config.run, 96)(batch)
     before, after = (np.stack(jax.tree.leaves(b), axis=-1) for b in (batch, found))
     assert (before != after).any() and 0 < share < 1
     for row in range(3):  # the same tokens, each with its label and coordinates
@@ -44,6 +44,6 @@ def test_layers_that_read_tokens_in_turn_keep_their_order(monkeypatch):
     batch = tiny.batch(rows=3, length=96)
     hybrid = ((("rule", "own_branch"),), (("mixer.name", "delta"), ("rule", "causal")))
     config = tiny.config(model__pattern=hybrid)
-    found, share = Arrangement(config.model, config.run)(batch)
+    found, share = Arrangement(config.model, config.run, 96)(batch)
     jax.tree.map(np.testing.assert_array_equal, found, batch)
     assert 0 < share < 1

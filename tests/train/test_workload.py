@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import tiny
 
+from lab import kernels
 from lab.data import train_batches
 from lab.kernels import order, rules, tiled
 from lab.train import compiled, loop
@@ -90,6 +91,15 @@ def test_batches_are_laid_out_for_the_model_and_tell_their_share_of_tiles(monkey
         ]
         assert pairs[0] == pairs[1]
         moved += (before.coordinates.branch != after.coordinates.branch).any()
-        still = order.arrange(before.coordinates, [rules.own_branch], 4, 4, free=False).share
-        assert sent.tiles == order.arrange(after.coordinates, [rules.own_branch], 4, 4, free=False).share <= still
+        still = order.arrange(before.coordinates, [rules.own_branch], (4, 4), free=False).share
+        assert sent.tiles == order.arrange(after.coordinates, [rules.own_branch], (4, 4), free=False).share <= still
     assert moved
+
+
+def test_batches_are_arranged_where_they_are_made_by_processes_that_ask_jax_for_no_device(monkeypatch):
+    configs = [tiny.config(model__rule="own_branch", data__draw="fixed4", run__workers=n) for n in (0, 2)]
+    threads, processes = (Workload([Member(config, tiny.texts())]) for config in configs)
+    monkeypatch.setattr(kernels, "resolve", None)  # asks which devices there are
+    for (one, told), (other, also_told) in zip(threads.batches(0), processes.batches(0), strict=True):
+        assert told == also_told
+        jax.tree.map(np.testing.assert_array_equal, one, other)
