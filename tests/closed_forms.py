@@ -3,7 +3,9 @@
 import functools
 import math
 
-NORMS_OF_SUBLAYER = {"pre": 1, "output": 1, "sandwich": 2}
+NORMS_OF_SUBLAYER = {"pre": 1, "output": 1, "sandwich": 2, "post": 1, "deepnorm": 1}
+NORM_THE_STREAM = ("post", "deepnorm")  # placements after which the head needs no norm
+GATED = ("swiglu", "geglu", "geglu-tanh", "reglu", "glu", "bilinear")  # feed-forwards of three matrices
 
 
 def widths(model) -> tuple[int, int, int]:
@@ -13,13 +15,29 @@ def widths(model) -> tuple[int, int, int]:
     return K, R, K - R if model.mixer.name == "s3" else model.mixer.v_head_dim or K
 
 
+def of_norm(model) -> int:
+    """Numbers of a norm for each channel."""
+    return (model.norm.name != "none") * (1 + model.norm.bias)
+
+
+def feedforward_parameters(model) -> tuple[int, int]:
+    """(numbers in matrices, numbers in biases) of one feed-forward sublayer."""
+    D, F, into = model.dim, model.feedforward.width, 2 if model.feedforward.name in GATED else 1
+    return (into + 1) * D * F, model.feedforward.bias * (into * F + D)
+
+
+def branch_parameters(model) -> int:
+    """What the outputs of a layer's two sublayers are multiplied with."""
+    return 2 * {"plain": 0, "rezero": 1, "layer-scale": model.dim}[model.branch.name]
+
+
 def mixer_parameters(model) -> tuple[int, int]:
     """(numbers in matrices, numbers in scales and biases) of one mixer."""
     D, H, G, C = model.dim, model.mixer.heads, model.mixer.kv_heads, model.mixer.latent
     K, R, V = widths(model)
     maps, N = H * (2 if model.mixer.name == "differential" else 1), K - R
     if model.mixer.name == "delta":
-        return D * H * (2 * K + 2 * V) + 2 * D * H + H * V * D, 2 * H + V
+        return D * H * (2 * K + 2 * V) + 2 * D * H + H * V * D, 2 * H + V * of_norm(model)
     own = {
         "attention": D * G * (K + V),
         "differential": D * G * (K + V) + D * H,
@@ -34,7 +52,9 @@ def mixer_parameters(model) -> tuple[int, int]:
     m = model.mixer
     matrices = own + full(m.q_rank, maps * K) + full(m.o_rank, H * V) + m.output_gate * D * H * V
     latents = {"mla": C + m.q_rank, "s3": N}.get(m.name, 0) * m.latent_norm
-    return matrices, latents + (H if m.name == "forgetting" else 0) + m.sink * maps + m.qk_norm * 2 * K
+    biases = {"none": 0, "qkv": H * K + G * (K + V), "all": H * K + G * (K + V) + D}[m.bias]
+    normed = (latents + m.qk_norm * 2 * K) * of_norm(model)
+    return matrices, normed + (H if m.name == "forgetting" else 0) + m.sink * maps + biases
 
 
 def cache(model) -> int:
@@ -67,11 +87,13 @@ def layers(model) -> list:
 
 def parameters(model) -> tuple[int, int]:
     """(numbers in matrices, in scales, biases and the stream) of a whole model, embeddings among the matrices."""
-    mixers = [mixer_parameters(spec) for spec in layers(model)]
-    matrices = sum(m for m, _ in mixers) + model.layers * 3 * model.dim * model.feedforward.width
-    norms = sum(2 * NORMS_OF_SUBLAYER[spec.placement.name] for spec in layers(model)) + 1
-    vectors = sum(v for _, v in mixers) + norms * model.dim
-    return matrices + embeddings(model), vectors + stream_parameters(model)
+    specs = layers(model)
+    sublayers = [of(spec) for spec in specs for of in (mixer_parameters, feedforward_parameters)]
+    shared = model.stream.name == "parallel"  # the norm before both sublayers
+    norms = sum((2 * NORMS_OF_SUBLAYER[spec.placement.name] - shared) * of_norm(spec) for spec in specs)
+    norms += (specs[-1].placement.name not in NORM_THE_STREAM) * of_norm(model)
+    vectors = sum(v for _, v in sublayers) + norms * model.dim + sum(map(branch_parameters, specs))
+    return sum(m for m, _ in sublayers) + embeddings(model), vectors + stream_parameters(model)
 
 
 def embeddings(model) -> int:
@@ -85,7 +107,8 @@ def stream_parameters(model) -> int:
     pairs = L * (L + 1) // 2
     inferred = L * D + (D + 1) * pairs + L * (L + 1) * (2 * L + 1) // 6
     own = {
-        **dict.fromkeys(("plain", "v2m1", "v2m2", "v3m1", "v3m2", "v3m3.1", "v3m4.1", "v4m1", "v4m2", "v4m3"), 0),
+        **dict.fromkeys(("plain", "parallel", "parallel-two"), 0),
+        **dict.fromkeys(("v2m1", "v2m2", "v3m1", "v3m2", "v3m3.1", "v3m4.1", "v4m1", "v4m2", "v4m3"), 0),
         **{f"v1m{number}": 0 for number in range(1, 8)},
         **dict.fromkeys(("v2m3", "v3m3.2", "v3m4.2"), pairs - 1),
         "v4m4": 2 * L,
@@ -132,13 +155,14 @@ def stream_work(model, keys: int) -> int:
     K, _, V = widths(model)
     if name.startswith("v3"):
         replayed = D * model.mixer.kv_heads * V + model.mixer.heads * V * D + keys * model.mixer.heads * (K + V)
-        return earlier * (replayed + 3 * D * model.feedforward.width * (name in ("v3m1", "v3m3.1", "v3m3.2")))
+        return earlier * (replayed + feedforward_parameters(model)[0] * (name in ("v3m1", "v3m3.1", "v3m3.2")))
     if name == "v4mD":
         return L * (D + 1)
     if name.startswith("v4") and name != "v4mC":
         inferred = sum(D * M + M * M for M in range(1, L + 1)) if name in ("v4m1D", "v4m1E") else 0
         return earlier * keys * model.mixer.heads * K + inferred
-    return 0 if name in ("plain", "temperature", "v4mC") or name[:2] in ("v1", "v2") else beside(model)[1]
+    free = name in ("plain", "parallel", "parallel-two", "temperature", "v4mC") or name[:2] in ("v1", "v2")
+    return 0 if free else beside(model)[1]
 
 
 def stream_cache(model) -> int:

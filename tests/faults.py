@@ -99,7 +99,8 @@ ROWS = {
     "model/attention.py": [
         ("sink helps", "jax.nn.sigmoid(lse_BTH - self.sink[...])", "jax.nn.sigmoid(lse_BTH + self.sink[...])"),
         ("outputs turn on", "rotate(o_BTHV, (cos, -sin))", "rotate(o_BTHV, (cos, sin))"),
-        ("output matrix drawn too wide", "gain=1.0 if o_rank else gain,", "gain=1.0,"),
+        ("output matrix drawn too wide", '"latent" if o_rank else "output", o,', '"latent", o,'),
+        ("bias of the output with the others", 'among=("all",)', 'among=("qkv", "all")'),
     ],
     "model/differential.py": [("maps are added", "[..., 0, :] - share_BTH", "[..., 0, :] + share_BTH")],
     "model/forgetting.py": [("forgets the new", "parts(-total_BSH1[..., 0]", "parts(total_BSH1[..., 0]")],
@@ -121,7 +122,18 @@ ROWS = {
         ("Muon splits the wrong heads", '"qkv": lambda of_input: not of_input', '"qkv": lambda of_input: of_input'),
         ("embedding by the vocabulary", "weight = shape[1] ** -0.5", "weight = shape[0] ** -0.5"),
     ],
-    "model/feedforward.py": [("output drawn too wide", ", gain=(2 * model.layers) ** -0.5", "")],
+    "model/feedforward.py": [
+        ("gate and up exchanged", "GATES[self.name](affine(x_BTD, self.gate, self.gate_bias))",
+         "GATES[self.name](affine(x_BTD, self.up, self.gate_bias))"),
+    ],
+    "model/init.py": [
+        ("output drawn too wide", '"output": chosen.output', '"output": chosen.value'),
+        ("Xavier by the output", "2 * fan_in / (fan_in", "2 * fan_out / (fan_in"),
+    ],
+    "model/placement.py": [
+        ("DeepNorm weighs the output", "self.alpha * x_BTD + y_BTD", "x_BTD + self.alpha * y_BTD"),
+    ],
+    "model/streams/parallel.py": [("parallel in series", "block.feed(normed_BTD)", "block.feed(x_BTD)")],
     "model/transformer.py": [
         ("scanned layers miscounted", "(P * jnp.arange(full), repeats)", "(jnp.arange(full), repeats)"),
         ("logits in bfloat16", "preferred_element_type=wide", "preferred_element_type=x_BTD.dtype"),

@@ -192,7 +192,7 @@ MODEL_LEVEL = [
     (dict(model__norm__eps=0.0), "model.norm.eps = 0.0 must be above 0: added to the mean square before its root"),
     (dict(model__norm__eps=math.nan), "model.norm.eps = nan must be a finite number"),
     (dict(model__mixer__softcap=math.inf), "model.mixer.softcap = inf must be a finite number"),
-    (dict(model__placement__name="post"), "model.placement.name = 'post' is unknown; choose one of: pre, output, "),
+    (dict(model__placement__name="past"), "model.placement.name = 'past' is unknown (did you mean 'post'?); "),
     (dict(model__pattern=("rule", "causal")), "model.pattern = ('rule', 'causal') is no tuple (((str, object), ...), "),
     (dict(model__pattern=(("rule", "causal"),)), "model.pattern = (('rule', 'causal'),) is no tuple"),
     (dict(model__rule="causal & windo(3)"), "model.rule = 'windo(3)' is unknown"),
@@ -329,7 +329,7 @@ VALUES = {  # another than the default, by type, where the declaration names no 
     bool: True, "rule": "causal & window(2)", "mixer.heads": 8, "mixer.kv_heads": 4, "mixer.head_dim": 16,
     "mixer.v_head_dim": 10, "mixer.q_rank": 3, "mixer.o_rank": 5, "mixer.rotate": "q", "mixer.softmax_scale": 0.3,
     "mixer.softcap": 2.0, "mixer.latent": 6, "feedforward.width": 20, "norm.eps": 0.1, "position.theta": 7.0,
-    "position.dim": 6, "position.ratio": 0.3, "position.stride": 2,
+    "position.dim": 6, "position.ratio": 0.3, "position.stride": 2, "branch.start": 0.2,
 }  # fmt: skip
 ALREADY = {"mixer.latent_norm": False}
 
@@ -338,7 +338,7 @@ def reading(field: str) -> dict:
     """A model that has an option of a layer in use."""
     if field in ("mixer.latent", "mixer.latent_norm"):
         return variants.mixer("mla")
-    return {}
+    return dict(model__branch__name="layer-scale") if field == "branch.start" else {}
 
 
 @pytest.mark.parametrize("field", spec.OF_LAYERS)

@@ -8,7 +8,7 @@ from lab import kernels
 from lab.kernels.rules import RULES
 from lab.model.execution import REMAT
 from lab.model.mixers import MIXERS
-from lab.model.placement import PLACEMENTS
+from lab.model.placement import OF_SUBLAYERS
 from lab.model.position import POSITIONS
 from lab.model.spec import layer_specs
 from lab.model.streams import STREAMS
@@ -26,6 +26,19 @@ SIZES = dict(length=ROW, copies=2, rank=3, blocks=3)  # of streams that read the
 OPTIONS = ("output_gate", "sink", "qk_norm")  # that add one thing to any softmax mixer that reads them
 
 HYBRID = ((("mixer.name", "delta"), ("rule", "causal")), (("rule", "causal"), ("mixer.sink", True)))
+
+
+POST_NORMED = dict(  # as it was at first, and what composes with it
+    model__placement__name="post", model__norm__name="layer", model__norm__bias=True, model__mixer__bias="all",
+    model__feedforward__name="gelu", model__feedforward__bias=True, model__branch__name="rezero",
+    model__init__name="deepnorm", model__embedding_scale=4.0,
+)  # fmt: skip
+PARALLEL = dict(
+    model__stream__name="parallel", model__placement__name="sandwich", model__norm__name="rms-zero",
+    model__feedforward__name="geglu-tanh", model__feedforward__bias=True, model__branch__name="layer-scale",
+    model__logit_softcap=10.0,
+)  # fmt: skip
+LIKE_PLAIN = ("parallel", "parallel-two")  # streams without state or weights of their own: test_transformer.py has them
 
 
 def mixer(name: str, **overrides) -> dict:
@@ -63,8 +76,10 @@ VARIANTS = {
     "values of another width": dict(model__mixer__v_head_dim=12, model__position__dim=4, model__position__table="head"),
     "delta : attention": dict(model__pattern=HYBRID, model__layers=3),
     **{f"position {name}": dict(model__position__name=name) for name in POSITIONS},
-    **{f"placement {name}": dict(model__placement__name=name) for name in PLACEMENTS},
+    **{f"placement {name}": dict(model__placement__name=name) for name in OF_SUBLAYERS},
     **{f"rule {name}": dict(model__rule=name) for name in RULES},
+    "post-normed": POST_NORMED,
+    "parallel": PARALLEL,
     "unselected time": dict(model__position__unselected="time"),
     "untied, capped, one group": dict(model__tied=False, model__mixer__softcap=3.0, model__mixer__kv_heads=1),
     "window": dict(model__rule="own_branch & window(3)"),
@@ -85,7 +100,11 @@ ON_RULES = {  # every mixer on every rule that it supports, beside those that VA
 }
 LOOK_INSIDE = {"v3m1": STREAMS["v3m1"].mixers, "v4m1": STREAMS["v4m1"].mixers, "v4mD": ("forgetting",)}
 ON_STREAMS = {  # every stream, and those that look into mixers on each of these, for the cheaper contracts
-    **{f"stream {name}": stream(name) for name in STREAMS if f"stream {name}" not in VARIANTS and name != "plain"},
+    **{
+        f"stream {name}": stream(name)
+        for name in STREAMS
+        if not {name, f"stream {name}"} & {"plain", *LIKE_PLAIN, *VARIANTS}
+    },
     **{
         f"stream {name} on {mixer_name}": mixer(mixer_name, **stream(name))
         for name, mixers in LOOK_INSIDE.items()
@@ -124,9 +143,12 @@ def in_order(name: str) -> bool:
 __all__ = [
     "FAST",
     "IMPLEMENTATIONS",
+    "LIKE_PLAIN",
     "LOCAL_GLOBAL",
     "ON_RULES",
     "ON_STREAMS",
+    "PARALLEL",
+    "POST_NORMED",
     "REMAT",
     "SCANNED",
     "VARIANTS",

@@ -17,7 +17,7 @@ from lab.coordinates import Coordinates
 from lab.errors import UserError, choose
 from lab.kernels.rotary import rotate
 from lab.kernels.rules import Rule
-from lab.model import mesh, norm, parameter, position, slots
+from lab.model import init, mesh, norm, parameter, position, slots
 from lab.options import Option
 
 Kept = tuple[jax.Array, ...]  # what a token keeps, arrays [B, S, groups, width]
@@ -50,7 +50,8 @@ class View:
 
 
 class Softmax(nnx.Module):
-    """What softmax mixers share. No biases; queries and output may be of low rank (mixer.q_rank, mixer.o_rank).
+    """What softmax mixers share. Queries and output may be of low rank (mixer.q_rank, mixer.o_rank). No biases, but for
+    the subclass that has the option.
 
     Options: the output gate (arXiv 2505.06708, G1: elementwise, after attention), a learned sink in the softmax's
     denominator (gpt-oss, arXiv 2508.10925), RMSNorm of queries and keys before they rotate (arXiv 2302.05442).
@@ -85,18 +86,16 @@ class Softmax(nnx.Module):
         K, V = self.widths(model)
         self.heads, self.kv_heads, self.head_dim, self.v_head_dim = self.heads_each * H, options.kv_heads, K, V
         self.rotary_dim, self.rotate = position.rotary_dim(model), self.rotated(model)
-        q_rank, o_rank, gain = options.q_rank, options.o_rank, (2 * model.layers) ** -0.5
-        self.q_down = parameter.matrix(q_down, (D, q_rank), ("embed", "rank")) if q_rank else None
+        q_rank, o_rank = options.q_rank, options.o_rank
+        self.q_down = init.matrix(model, "latent", q_down, (D, q_rank), ("embed", "rank")) if q_rank else None
         self.q_latent_norm = self.norm_of_query_latent(model) if q_rank else None
-        self.q = parameter.matrix(q, (q_rank or D, self.heads, K), ("rank" if q_rank else "embed", "heads", "head_dim"))
-        self.o = parameter.matrix(
-            o,
-            (H, V, o_rank or D),
-            ("heads", "head_dim", "rank" if o_rank else "embed"),
-            inputs=2,
-            gain=1.0 if o_rank else gain,
-        )
-        self.o_up = parameter.matrix(o_up, (o_rank, D), ("rank", "embed"), gain=gain) if o_rank else None
+        q_axes = ("rank" if q_rank else "embed", "heads", "head_dim")
+        self.q = init.matrix(model, "score", q, (q_rank or D, self.heads, K), q_axes)
+        o_axes = ("heads", "head_dim", "rank" if o_rank else "embed")
+        self.o = init.matrix(model, "latent" if o_rank else "output", o, (H, V, o_rank or D), o_axes, inputs=2)
+        self.o_up = init.matrix(model, "output", o_up, (o_rank, D), ("rank", "embed")) if o_rank else None
+        self.q_bias = self.bias_of(model, self.heads * K, "heads")
+        self.o_bias = self.bias_of(model, D, "channel", among=("all",))
         self.output_gate = (
             parameter.matrix(gate, (D, H, V), ("embed", "heads", "head_dim")) if options.output_gate else None
         )
@@ -105,6 +104,11 @@ class Softmax(nnx.Module):
         self.rule = rule
         self.scale = options.softmax_scale or K**-0.5
         self.softcap = options.softcap
+
+    @classmethod
+    def bias_of(cls, model, size: int, axis: str, among: tuple[str, ...] = ("qkv", "all")) -> nnx.Param | None:
+        """A bias where mixer.bias is among these, of a mixer that reads it."""
+        return parameter.bias(size, axis) if "bias" in cls.options and model.mixer.bias in among else None
 
     @staticmethod
     def norm_of_query_latent(model) -> nnx.Module | None:
@@ -178,7 +182,7 @@ class Softmax(nnx.Module):
             x_BTD = x_BTD @ self.q_down[...].astype(x_BTD.dtype)
         if self.q_latent_norm is not None:
             x_BTD = self.q_latent_norm(x_BTD)
-        q_BTHK = heads(x_BTD, self.q)
+        q_BTHK = heads(x_BTD, self.q, self.q_bias)
         return q_BTHK if self.q_norm is None else self.q_norm(q_BTHK)
 
     def keep(self, x_BTD, rotation) -> Kept:
@@ -219,7 +223,8 @@ class Softmax(nnx.Module):
         if self.output_gate is not None:
             o_BTHV = o_BTHV * jax.nn.sigmoid(heads(x_BTD, self.output_gate))
         y_BTD = jnp.einsum("bthk,hkd->btd", o_BTHV, self.o[...].astype(o_BTHV.dtype))
-        return y_BTD if self.o_up is None else y_BTD @ self.o_up[...].astype(y_BTD.dtype)
+        y_BTD = y_BTD if self.o_up is None else y_BTD @ self.o_up[...].astype(y_BTD.dtype)
+        return y_BTD if self.o_bias is None else y_BTD + self.o_bias[...].astype(y_BTD.dtype)
 
     def project(self, x_BTD, view: View, cache: Kept | None) -> tuple[jax.Array, Kept, Kept | None]:
         """Queries, not rotated yet, what every token that may be seen has kept, and the new cache."""
@@ -235,27 +240,35 @@ class Attention(Softmax):
     """H query heads over G key-value heads: MHA at G = H, MQA at 1, GQA between (arXiv 2305.13245).
 
     position.dim < head_dim rotates only the end of each head (partial RoPE); mixer.rotate says which of q, k, v, o
-    rotate, o by the inverse (VO-RoPE, kexue.fm/archives/10862).
+    rotate, o by the inverse (VO-RoPE, kexue.fm/archives/10862). mixer.bias adds biases, zero at the start, to queries,
+    keys and values before they are normed and rotate ("qkv"), and also to the output ("all").
     """
+
+    options: ClassVar[dict[str, Option]] = Softmax.options | {
+        "bias": Option("none", "of q, k and v, or of all four projections", choices=("none", "qkv", "all"))
+    }
 
     def __init__(self, model, rule: Rule, key: jax.Array):
         super().__init__(model, rule, key)
         _, k, v, _ = jax.random.split(key, 4)
         D, G, axes = model.dim, self.kv_heads, ("embed", "kv_heads", "head_dim")
-        self.k = parameter.matrix(k, (D, G, self.head_dim), axes)
-        self.v = parameter.matrix(v, (D, G, self.v_head_dim), axes)
+        self.k = init.matrix(model, "score", k, (D, G, self.head_dim), axes)
+        self.v = init.matrix(model, "value", v, (D, G, self.v_head_dim), axes)
+        self.k_bias, self.v_bias = (
+            self.bias_of(model, G * width, "kv_heads") for width in (self.head_dim, self.v_head_dim)
+        )
 
     def keep(self, x_BTD, rotation) -> Kept:
         return self.keys(x_BTD, rotation), self.values(x_BTD, rotation)
 
     def keys(self, x_BTD, rotation):
         """Keys [B, T, G, K]. Here and for values x may be [B, T, G, D], an input for each group."""
-        k_BTGK = heads(x_BTD, self.k)
+        k_BTGK = heads(x_BTD, self.k, self.k_bias)
         return self.turned("k", k_BTGK if self.k_norm is None else self.k_norm(k_BTGK), rotation)
 
     def values(self, x_BTD, rotation):
         """Values [B, T, G, V]."""
-        return self.turned("v", heads(x_BTD, self.v), rotation)
+        return self.turned("v", heads(x_BTD, self.v, self.v_bias), rotation)
 
 
 def further_keys(key: jax.Array, count: int, after: int = 0) -> list[jax.Array]:
@@ -282,10 +295,14 @@ def check_rotated(mixer: type[Softmax], model) -> None:
         raise UserError(f"model.position.dim = {R} does not fit into values of width {V}; choose an even one up to {V}")
 
 
-def heads(x_BTD, weight: nnx.Param):
-    """x W for a weight [D, N, K]: N heads of K numbers for each token; x may be [B, T, N, D], one for each head."""
+def heads(x_BTD, weight: nnx.Param, bias: nnx.Param | None = None):
+    """x W + b for a weight [D, N, K] and a bias [N K], if there is one: N heads of K numbers for each token.
+
+    x may be [B, T, N, D], one for each head.
+    """
     equation = "btd,dnk->btnk" if x_BTD.ndim == 3 else "btnd,dnk->btnk"
-    return jnp.einsum(equation, x_BTD, weight[...].astype(x_BTD.dtype))
+    y_BTNK = jnp.einsum(equation, x_BTD, weight[...].astype(x_BTD.dtype))
+    return y_BTNK if bias is None else y_BTNK + bias[...].reshape(weight.shape[1:]).astype(y_BTNK.dtype)
 
 
 def attend_over_mesh(q_BTHK, k_BSGK, v_BSGV, view: View, mixer: Softmax, scale: float | None = None):

@@ -9,7 +9,7 @@ from flax import nnx
 from lab.errors import UserError
 from lab.kernels import rules
 from lab.kernels.rules import Rule
-from lab.model import chains, mesh, norm, parameter
+from lab.model import chains, init, mesh, norm, parameter
 from lab.model.attention import Softmax, View, check_rule, further_keys, heads
 from lab.model.chains import Chains, faded
 
@@ -43,15 +43,14 @@ class GatedDelta(nnx.Module):
         D, H, K = model.dim, model.mixer.heads, model.mixer.head_dim
         V = model.mixer.v_head_dim or K
         axes = ("embed", "heads", "head_dim")
-        self.q, self.k = (parameter.matrix(x, (D, H, K), axes) for x in (q, k))
-        self.v, self.output_gate = (parameter.matrix(x, (D, H, V), axes) for x in (v, gate))
+        self.q, self.k = (init.matrix(model, "score", x, (D, H, K), axes) for x in (q, k))
+        self.v = init.matrix(model, "value", v, (D, H, V), axes)
+        self.output_gate = parameter.matrix(gate, (D, H, V), axes)
         self.alpha, self.beta = (parameter.matrix(x, (D, H), ("embed", "heads")) for x in (alpha, beta))
         self.alpha_log = parameter.bias(H, "heads")
         self.alpha_bias = parameter.bias(H, "heads", value=-4.0)  # alpha = 0.98: forgetting is learned
         self.norm = norm.make(model, V)
-        self.o = parameter.matrix(
-            o, (H, V, D), ("heads", "head_dim", "embed"), inputs=2, gain=(2 * model.layers) ** -0.5
-        )
+        self.o = init.matrix(model, "output", o, (H, V, D), ("heads", "head_dim", "embed"), inputs=2)
         self.heads, self.head_dim, self.v_head_dim = H, K, V
         self.rule = rule
 

@@ -5,12 +5,13 @@ import jax.numpy as jnp
 
 from lab.kernels.rules import Rule
 from lab.model import parameter
-from lab.model.attention import Attention, further_keys
+from lab.model.attention import Attention, Softmax, further_keys
 
 
 class Differential(Attention):
     """2 H query heads, o = o_1 - sigmoid(x w) o_2 for the two of each pair, which share a key-value group."""
 
+    options = Softmax.options
     heads_each = 2
 
     def __init__(self, model, rule: Rule, key: jax.Array):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from lab.kernels.rules import Rule
 from lab.model import parameter
-from lab.model.attention import Attention, Kept, View, attend_over_mesh, further_keys
+from lab.model.attention import Attention, Kept, Softmax, View, attend_over_mesh, further_keys
 from lab.options import without
 
 PARTS = 3  # dimensions in which one F rides
@@ -18,7 +18,7 @@ class Forgetting(Attention):
     out F_i: each key needs -F_j alone, which rides in more dimensions of it, a few for each query head of its group.
     """
 
-    options = without(Attention.options, "softcap")  # it would cap what is forgotten
+    options = without(Softmax.options, "softcap")  # it would cap what is forgotten
     rules = ("causal", "all_branches", "own_branch")  # transitive: a window is not
 
     def __init__(self, model, rule: Rule, key: jax.Array):

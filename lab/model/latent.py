@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from lab.errors import UserError
 from lab.kernels.rules import Rule
-from lab.model import norm, parameter
+from lab.model import init, norm
 from lab.model.attention import Kept, Softmax, View, attend_over_mesh, further_keys, heads
 from lab.model.position import rotary_dim
 from lab.options import Option, without
@@ -34,11 +34,11 @@ class LatentAttention(Softmax):
         kv_down, rope = further_keys(key, 2, after=3)
         D, H, G, C = model.dim, model.mixer.heads, model.mixer.kv_heads, model.mixer.latent
         N = self.head_dim - self.rotary_dim
-        self.kv_down = parameter.matrix(kv_down, (D, G, C), ("embed", "kv_heads", "latent"))
-        self.rope = parameter.matrix(rope, (D, 1, self.rotary_dim), ("embed", "shared", "head_dim"))
+        self.kv_down = init.matrix(model, "latent", kv_down, (D, G, C), ("embed", "kv_heads", "latent"))
+        self.rope = init.matrix(model, "score", rope, (D, 1, self.rotary_dim), ("embed", "shared", "head_dim"))
         self.latent, self.latent_norm = C, norm.make(model, C) if model.mixer.latent_norm else None
-        self.up_k = parameter.matrix(k, (C, H, N), ("latent", "heads", "head_dim"))
-        self.up_v = parameter.matrix(v, (C, H, self.v_head_dim), ("latent", "heads", "head_dim"))
+        self.up_k = init.matrix(model, "score", k, (C, H, N), ("latent", "heads", "head_dim"))
+        self.up_v = init.matrix(model, "value", v, (C, H, self.v_head_dim), ("latent", "heads", "head_dim"))
 
     @staticmethod
     def norm_of_query_latent(model):

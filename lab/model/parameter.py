@@ -34,13 +34,14 @@ def embedding(key: jax.Array, shape: tuple[int, int]) -> nnx.Param:
     return nnx.Param(weight, axes=("vocabulary", "embed"), inputs=0, decay=True)
 
 
-def scale(size: int) -> nnx.Param:
-    """A multiplier per channel that starts at one, does not decay, and is whole on every device."""
-    return nnx.Param(jnp.ones(size), axes=("channel",), inputs=0, decay=False)
+def scale(size: int, value: float = 1.0) -> nnx.Param:
+    """A multiplier per channel that starts at `value`, does not decay, and is whole on every device."""
+    return nnx.Param(jnp.full(size, value), axes=("channel",), inputs=0, decay=False)
 
 
 def bias(size: int, axis: str = "channel", value: float = 0.0) -> nnx.Param:
-    """Something added for each channel or head; it starts at `value` and does not decay."""
+    """Something added for each channel or head, or for all channels of heads, flat, so that they lie as their heads
+    do; it starts at `value` and does not decay."""
     return nnx.Param(jnp.full(size, value), axes=(axis,), inputs=0, decay=False)
 
 

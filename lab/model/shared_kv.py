@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from lab.errors import UserError
 from lab.kernels.rules import Rule
-from lab.model import norm, parameter
+from lab.model import init, norm
 from lab.model.attention import Kept, Softmax, further_keys, heads
 from lab.model.latent import LATENT_NORM, check_unrotated
 from lab.model.position import rotary_dim
@@ -27,9 +27,9 @@ class PartlyShared(Softmax):
         D, G, R, axes = model.dim, self.kv_heads, self.rotary_dim, ("embed", "kv_heads", "head_dim")
         N = self.head_dim - R
         one, its_axes = (1, ("embed", "shared", "head_dim")) if self.rope_of_all_groups else (G, axes)
-        self.c = parameter.matrix(c, (D, G, N), axes)
-        self.rope = parameter.matrix(further_keys(key, 1, after=3)[0], (D, one, R), its_axes)
-        self.extra = parameter.matrix(e, (D, G, self.v_head_dim - N), axes)
+        self.c = init.matrix(model, "value", c, (D, G, N), axes)
+        self.rope = init.matrix(model, "score", further_keys(key, 1, after=3)[0], (D, one, R), its_axes)
+        self.extra = init.matrix(model, "value", e, (D, G, self.v_head_dim - N), axes)
 
     @classmethod
     def check(cls, model) -> None:
@@ -75,7 +75,8 @@ class FullyShared(Softmax):
     def __init__(self, model, rule: Rule, key: jax.Array):
         super().__init__(model, rule, key)
         k = jax.random.split(key, 4)[1]
-        self.kv = parameter.matrix(k, (model.dim, self.kv_heads, self.head_dim), ("embed", "kv_heads", "head_dim"))
+        shape, axes = (model.dim, self.kv_heads, self.head_dim), ("embed", "kv_heads", "head_dim")
+        self.kv = init.matrix(model, "value", k, shape, axes)
 
     @classmethod
     def check(cls, model) -> None:
@@ -112,8 +113,9 @@ class LatentShared(Softmax):
         super().__init__(model, rule, key)
         c = jax.random.split(key, 4)[1]
         D, G, N, R = model.dim, self.kv_heads, self.v_head_dim, self.rotary_dim
-        self.c = parameter.matrix(c, (D, G, N), ("embed", "kv_heads", "latent"))
-        self.rope = parameter.matrix(further_keys(key, 1, after=3)[0], (D, G, R), ("embed", "kv_heads", "head_dim"))
+        self.c = init.matrix(model, "value", c, (D, G, N), ("embed", "kv_heads", "latent"))
+        rope, axes = further_keys(key, 1, after=3)[0], ("embed", "kv_heads", "head_dim")
+        self.rope = init.matrix(model, "score", rope, (D, G, R), axes)
         self.latent_norm = norm.make(model, N) if model.mixer.latent_norm else None
 
     @staticmethod

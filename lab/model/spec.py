@@ -3,7 +3,9 @@
 from lab.errors import UserError, choose
 from lab.kernels import rules
 from lab.model import position, streams
+from lab.model.branch import BRANCHES
 from lab.model.feedforward import FEEDFORWARDS
+from lab.model.init import INITIALISERS
 from lab.model.mixers import MIXERS
 from lab.model.norm import NORMS
 from lab.model.placement import PLACEMENTS
@@ -16,6 +18,8 @@ OWN = {
     "layers": Option(3, "layers", least=1),
     "vocabulary": Option(258, "token ids", least=1),
     "tied": Option(True, "the head reads the embedding of tokens"),
+    "embedding_scale": Option(1.0, "of the embeddings of tokens", above=0),
+    "logit_softcap": Option(0.0, "logits z become c tanh(z / c); 0: none", least=0),
     "rule": Option("causal", "who sees whom: rules of lab.kernels.rules, joined by & and |, in parentheses"),
     "pattern": Option(((),), "layer specs that repeat, each of (field of a layer's part, value) laid over the model's",
                       kind=tuple[tuple[tuple[str, object], ...], ...]),
@@ -32,9 +36,14 @@ LAYER = (  # the parts of a layer, which the layers of a pattern may have differ
     _part("feedforward", FEEDFORWARDS, "swiglu", "what every token goes through by itself"),
     _part("norm", NORMS, "rms", "what norms do"),
     _part("placement", PLACEMENTS, "pre", "where norms stand around a sublayer"),
+    _part("branch", BRANCHES, "plain", "what outputs of sublayers are multiplied with"),
     _part("position", POSITIONS, "rope2d", "how the position of a token enters"),
 )
-MODEL = Room(OWN, (*LAYER, _part("stream", STREAMS, "plain", "how the outputs of layers are combined")))
+WHOLE = (  # the parts that it has one of
+    _part("stream", STREAMS, "plain", "how the outputs of layers are combined"),
+    _part("init", INITIALISERS, "scaled", "how matrices of sublayers are drawn"),
+)
+MODEL = Room(OWN, (*LAYER, *WHOLE))
 OF_LAYERS = ("rule", *Room({}, LAYER).declared())  # what an entry of the pattern may set
 
 

@@ -43,17 +43,18 @@ class Block(nnx.Module):
 
     def __init__(self, spec, key: jax.Array, m: jax.Array):
         mixer, feedforward = jax.random.split(key)
-        self.mixer_placement = PLACEMENTS[spec.placement.name](spec)
+        stream, placement = STREAMS[spec.stream.name], PLACEMENTS[spec.placement.name]
+        self.mixer_placement = placement(spec)
         self.mixer = MIXERS[spec.mixer.name](spec, rules.parse(spec.rule), mixer)
-        self.feedforward_placement = PLACEMENTS[spec.placement.name](spec)
+        self.feedforward_placement = placement(spec, reads_normed=stream.shares_norm)
         self.feedforward = FEEDFORWARDS[spec.feedforward.name](spec, feedforward)
-        self.stream = STREAMS[spec.stream.name].of_layer(spec, jax.random.fold_in(key, 2), m)
+        self.stream = stream.of_layer(spec, jax.random.fold_in(key, 2), m)
 
     def __call__(self, x_BTD, view: View, cache=None):
         """The plain residual layer, and the new cache. Other streams combine `mix` and `feed` otherwise."""
         mixed_BTD, cache = self.mix(x_BTD, view, cache)
-        h_BTD = x_BTD + mixed_BTD
-        return h_BTD + self.feed(h_BTD), cache
+        h_BTD = self.mixer_placement.add(x_BTD, mixed_BTD)
+        return self.feedforward_placement.add(h_BTD, self.feed(h_BTD)), cache
 
     def mix(self, x_BTD, view: View, cache=None):
         """mixer(norm(x)), with norms where the placement has them, and the new cache."""
@@ -67,7 +68,12 @@ class Block(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """tokens [B, T] -> logits [B, T, C]. Made by `lab.model.build`."""
+    """tokens [B, T] -> logits [B, T, C]. Made by `lab.model.build`.
+
+    There is a norm before the head unless the last layer's placement norms the stream itself (post, deepnorm), as in
+    arXiv 1706.03762. model.embedding_scale multiplies the embeddings of tokens, before a position code is added;
+    model.logit_softcap c makes logits z c tanh(z / c).
+    """
 
     def __init__(self, model, key: jax.Array, execution: Execution):
         embedding, head, *layers = jax.random.split(key, 2 + model.layers)
@@ -86,9 +92,11 @@ class Transformer(nnx.Module):
             ]
         )
         self.stream = STREAMS[model.stream.name](model, jax.random.fold_in(key, 2 + model.layers))
-        self.norm = norm.make(model, model.dim)
+        last = PLACEMENTS[specs[(model.layers - 1) % len(specs)].placement.name]
+        self.norm = None if last.norms_sum else norm.make(model, model.dim)
         self.head = None if model.tied else parameter.embedding(head, shape)
         self.compute = jnp.dtype(model.compute)
+        self.embedding_scale, self.logit_softcap = model.embedding_scale, model.logit_softcap
         self.layers, self.execution = model.layers, execution
 
     def __call__(self, tokens_BT: jax.Array, coordinates: Coordinates | None = None) -> jax.Array:
@@ -166,6 +174,8 @@ class Transformer(nnx.Module):
 
     def embed(self, tokens_BT, coordinates: Coordinates):
         x_BTD = self.embedding[...][tokens_BT]
+        if self.embedding_scale != 1:
+            x_BTD = self.embedding_scale * x_BTD
         if self.code is not None:
             x_BTD = x_BTD + self.code(coordinates)
         x_BTD = self.stream.place(x_BTD, coordinates)
@@ -225,9 +235,10 @@ class Transformer(nnx.Module):
 
     def logits(self, x_BTD):
         weight_CD = self.embedding if self.head is None else self.head
-        x_BTD = self.norm(x_BTD)
+        x_BTD = x_BTD if self.norm is None else self.norm(x_BTD)
         wide = jnp.promote_types(x_BTD.dtype, jnp.float32)
-        return jnp.einsum("btd,cd->btc", x_BTD, weight_CD[...].astype(x_BTD.dtype), preferred_element_type=wide)
+        z_BTC = jnp.einsum("btd,cd->btc", x_BTD, weight_CD[...].astype(x_BTD.dtype), preferred_element_type=wide)
+        return self.logit_softcap * jnp.tanh(z_BTC / self.logit_softcap) if self.logit_softcap else z_BTC
 
 
 def picked(x_BTD, wanted_BW):

@@ -3,7 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from numpy_layers import normed, placed, swiglu, turned, weights
+import variants
+from numpy_layers import feedforward, layered, through, turned, weights
 
 from lab import model as lab_model
 from lab.coordinates import Coordinates
@@ -14,9 +15,11 @@ from lab.kernels import rules
 def attention(config, mixer, layer: int, x_TD: np.ndarray, at: Coordinates, seen_TS: np.ndarray) -> np.ndarray:
     """One head after another, each with the keys and values of its group."""
     q_DHK, k_DGK, v_DGK, o_HKD = (weights(w)[layer] for w in (mixer.q, mixer.k, mixer.v, mixer.o))
-    q_THK = turned(np.tensordot(x_TD, q_DHK, 1), at, config)
-    k_SGK = turned(np.tensordot(x_TD, k_DGK, 1), at, config)
-    v_SGK, out_TD = np.tensordot(x_TD, v_DGK, 1), np.zeros_like(x_TD)
+    names = ("q", "k", "v", "o")[: {"none": 0, "qkv": 3, "all": 4}[config.mixer.bias]]
+    bias = {name: weights(getattr(mixer, f"{name}_bias"))[layer] for name in names}
+    of_heads = lambda name, w: np.tensordot(x_TD, w, 1) + bias.get(name, np.zeros(w[0].size)).reshape(w[0].shape)  # noqa: E731
+    q_THK, k_SGK = turned(of_heads("q", q_DHK), at, config), turned(of_heads("k", k_DGK), at, config)
+    v_SGK, out_TD = of_heads("v", v_DGK), np.zeros_like(x_TD) + bias.get("o", 0.0)
     H, G, softcap = config.mixer.heads, config.mixer.kv_heads, config.mixer.softcap
     for h in range(H):
         g = h * G // H
@@ -31,17 +34,16 @@ def attention(config, mixer, layer: int, x_TD: np.ndarray, at: Coordinates, seen
 def forward(config, model, tokens_T: np.ndarray, at: Coordinates) -> np.ndarray:
     """The whole network on one row, in float64 numpy."""
     seen_TS = np.asarray(rules.visible(rules.parse(config.rule), at, at))
-    x_TD = weights(model.embedding)[tokens_T]
+    x_TD = config.embedding_scale * weights(model.embedding)[tokens_T]
     block = model.blocks[0]
     for layer in range(config.layers):
-        for placement, sublayer in (
-            (block.mixer_placement, lambda n, i=layer: attention(config, block.mixer, i, n, at, seen_TS)),
-            (block.feedforward_placement, lambda n, i=layer: swiglu(block.feedforward, i, n)),
-        ):
-            y_TD = sublayer(placed(placement, "input", layer, x_TD, config))
-            x_TD = x_TD + placed(placement, "output", layer, y_TD, config)
-    head = model.embedding if model.head is None else model.head
-    return normed(x_TD, weights(model.norm.weight), config.norm.eps) @ weights(head).T
+        mix = lambda n, i=layer: attention(config, block.mixer, i, n, at, seen_TS)  # noqa: E731
+        feed = lambda n, i=layer: feedforward(block.feedforward, i, n, config)  # noqa: E731
+        x_TD = layered(block, layer, x_TD, config, mix, feed)
+    if config.placement.name not in ("post", "deepnorm"):
+        x_TD = through(model.norm, ..., x_TD, config)
+    z_TC = x_TD @ weights(model.embedding if model.head is None else model.head).T
+    return config.logit_softcap * np.tanh(z_TC / config.logit_softcap) if config.logit_softcap else z_TC
 
 
 @pytest.mark.parametrize("overrides", [
@@ -50,7 +52,12 @@ def forward(config, model, tokens_T: np.ndarray, at: Coordinates) -> np.ndarray:
     dict(model__placement__name="sandwich"),
     dict(model__tied=False, model__rule="own_branch", model__mixer__softcap=2.0, model__mixer__kv_heads=1,
          model__norm__eps=0.1),
-])  # fmt: skip
+    variants.POST_NORMED,
+    variants.PARALLEL,
+    dict(model__placement__name="deepnorm", model__norm__name="rms-zero", model__norm__bias=True,
+         model__mixer__bias="qkv", model__feedforward__name="squared-relu", model__branch__name="layer-scale"),
+    dict(model__stream__name="parallel-two", model__norm__name="none", model__feedforward__name="geglu"),
+], ids=str)  # fmt: skip
 def test_forward_against_numpy(overrides):
     config = tiny.config(**overrides).model
     model, batch = tiny.model(tiny.config(**overrides), seed=1), tiny.batch(2, length=70)

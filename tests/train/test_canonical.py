@@ -76,7 +76,7 @@ def test_a_changed_formula_changes_the_training_step(traced, monkeypatch):
         (step, "_summed", lambda logits, labels, real=step._summed: real(1.5 * logits, labels)),
         (norm, "rms_normed", lambda x, eps, real=norm.rms_normed: real(x, 2 * eps)),
         (attention, "heads", halved(attention.heads)),
-        (feedforward.SwiGLU, "__call__", halved(feedforward.SwiGLU.__call__)),
+        (feedforward.Gated, "__call__", halved(feedforward.Gated.__call__)),
         (optimizer, "adamw", lambda n, *rest, real=optimizer.adamw: real(n | {"adamw.b1": n["adamw.b2"]}, *rest)),
     ]:
         with monkeypatch.context() as patch:
@@ -91,8 +91,8 @@ def test_a_function_that_is_jitted_wrapped_or_copied_changes_nothing(traced, mon
     before = traced()
     monkeypatch.setattr(step, "_summed", jax.jit(step._summed))
     monkeypatch.setattr(norm, "rms_normed", lambda values, constant, real=norm.rms_normed: real(values, constant))
-    real = feedforward.SwiGLU.__call__
-    monkeypatch.setattr(feedforward.SwiGLU, "__call__", lambda self, x: jax.jit(real)(self, x))
+    real = feedforward.Gated.__call__
+    monkeypatch.setattr(feedforward.Gated, "__call__", lambda self, x: jax.jit(real)(self, x))
     assert traced() == before
 
 

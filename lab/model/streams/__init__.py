@@ -8,12 +8,15 @@ from lab.model.streams.hyper import ConstrainedHyperConnections, HyperConnection
 from lab.model.streams.laurel import Laurel
 from lab.model.streams.lime import LayerIntegratedMemory
 from lab.model.streams.muddformer import MUDDFormer
+from lab.model.streams.parallel import Parallel, ParallelTwoNorms
 from lab.model.streams.resformer import ValueResidual
-from lab.model.streams.stream import Stream
+from lab.model.streams.stream import Plain
 from lab.model.streams.unet import UNet
 
 STREAMS = {
-    "plain": Stream,
+    "plain": Plain,
+    "parallel": Parallel,
+    "parallel-two": ParallelTwoNorms,
     **dict.fromkeys(v1.METHODS, v1.RunningSums),
     **v2.METHODS,
     **dict.fromkeys(v3.METHODS, v3.Replay),
@@ -44,8 +47,7 @@ def check(model, specs: list) -> None:
     for spec in specs:
         if stream.mixers is not None:
             choose(f"model.mixer.name under {named}", spec.mixer.name, stream.mixers)
-        if stream.placements is not None:
-            choose(f"model.placement.name under {named}", spec.placement.name, stream.placements)
+        choose(f"model.placement.name under {named}", spec.placement.name, stream.placements)
     if stream.mixers is not None and stream.grows:
         check_alike(specs, named)
     stream.check(model)

@@ -7,6 +7,7 @@ import numpy as np
 from flax import nnx
 
 from lab.coordinates import Coordinates
+from lab.model.placement import OF_SUBLAYERS, PLACEMENTS
 from lab.options import Option
 
 
@@ -16,13 +17,14 @@ class Stream(nnx.Module):
 
     A state of fixed size may be scanned over layers, m is then traced; one that grows is not, and m is an int. This is
     the plain residual; a stream says where it differs. What layers have alike lives in their blocks (`of_layer`), the
-    rest here.
+    rest here. A placement that norms the sum is for Plain, which leaves the sum to it.
     """
 
     grows: ClassVar[bool] = False  # whether the state grows with the layers
     needs: ClassVar[int] = 1  # layers, to mean anything
     mixers: ClassVar[tuple[str, ...] | None] = None  # those that it can look into; None: it need not
-    placements: ClassVar[tuple[str, ...] | None] = None  # those under which it means something; None: every one
+    placements: ClassVar[tuple[str, ...]] = OF_SUBLAYERS  # those under which it means something
+    shares_norm: ClassVar[bool] = False  # whether a layer's feed-forward reads what its mixer does, normed once
     options: ClassVar[dict[str, Option]] = {}
     reads: ClassVar[tuple[str, ...]] = ()  # further options of the model that it reads
     replaces: ClassVar[tuple[str, ...]] = ()  # those that mean nothing beside it
@@ -73,3 +75,9 @@ class Stream(nnx.Module):
         [L, L + 1] where the embedding comes first.
         """
         return {}
+
+
+class Plain(Stream):
+    """The plain residual, under every placement."""
+
+    placements = tuple(PLACEMENTS)

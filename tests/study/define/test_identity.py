@@ -127,8 +127,8 @@ def test_a_field_that_is_read_changes_it(made, overrides):
 
 
 def formula(patch):
-    original = feedforward.SwiGLU.__call__
-    patch.setattr(feedforward.SwiGLU, "__call__", lambda self, x: 1.5 * original(self, x))
+    original = feedforward.Gated.__call__
+    patch.setattr(feedforward.Gated, "__call__", lambda self, x: 1.5 * original(self, x))
 
 
 def initialiser(patch):
