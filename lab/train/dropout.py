@@ -36,7 +36,7 @@ def of_attention(train) -> bool:
 
 
 def numbers_by_step(config: ConfigDict) -> Callable[[int], dict]:
-    """A function step -> what `noise` reads; nothing where nothing is dropped."""
+    """A function step -> what `noise` reads, Numbers beside the optimizer's; nothing where nothing is dropped."""
     rates = {f"dropout.{name}": np.float32(config.train.dropout[name]) for name in of_program(config.train)}
     return lambda step: rates and rates | {"step": np.int32(step), "model_seed": np.int32(config.model_seed)}
 

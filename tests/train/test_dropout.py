@@ -54,7 +54,7 @@ def check_same(got, expected):
 
 
 @pytest.mark.parametrize("run", [
-    dict(run__scan=True, run__remat="full", run__microbatches=2),
+    dict(run__implementation="reference", run__scan=True, run__remat="full", run__microbatches=2),
     dict(run__implementation="reference", mesh=dict(data=2, tensor=2, context=2)),
 ], ids=str)  # fmt: skip
 def test_the_same_numbers_are_dropped_however_a_step_is_made(run):
