@@ -16,7 +16,7 @@ from lab.train.optimizer import TRAIN
 
 SEEDS = {
     "seed": Option(0, "of the order and layout of texts: batches depend on it and the step alone", least=0),
-    "model_seed": Option(0, "of the weights", least=0),
+    "model_seed": Option(0, "of the weights, and of what dropout drops", least=0),
 }
 # How a study runs: nothing of what it computes but the rounding.
 ROUNDING = (

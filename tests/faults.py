@@ -55,6 +55,10 @@ ROWS = {
         ("bias of negative indices", "(index >= 0) & (index < N)", "(index < N)"),
         ("gradient of slopes", "slope_H=(d_H * index.astype(d_H.dtype)).sum(pairs)", "slope_H=d_H.sum(pairs)"),
     ],
+    "kernels/dropout.py": [
+        ("as many are kept as should be dropped", "jnp.where(bits >= (rate", "jnp.where(bits < (rate"),
+        ("heads drop alike", "absorb(self.head_H, self.query", "absorb(self.head_H * 0, self.query"),
+    ],
     "kernels/rotary.py": [("a shear for a rotation", "b * cos + a * sin", "b * cos - a * sin")],
     "kernels/bands.py": [
         ("keys turn by the time of queries", "k_coordinates, band.k_time)", "k_coordinates, band.q_time)"),
@@ -122,6 +126,11 @@ ROWS = {
         ("Muon splits the wrong heads", '"qkv": lambda of_input: not of_input', '"qkv": lambda of_input: of_input'),
         ("embedding by the vocabulary", "weight = shape[1] ** -0.5", "weight = shape[0] ** -0.5"),
     ],
+    "model/dropout.py": [
+        ("every step drops alike", "absorb(self.seed, self.step), token_BT", "absorb(self.seed, 0), token_BT"),
+        ("layers drop alike", "state=absorb(self.state, m)", "state=absorb(self.state, 0)"),
+        ("sites drop alike", "(_number(site), 0)", "(2, 0)"),
+    ],
     "model/feedforward.py": [
         ("gate and up exchanged", "GATES[self.name](affine(x_BTD, self.gate, self.gate_bias))",
          "GATES[self.name](affine(x_BTD, self.up, self.gate_bias))"),
@@ -180,6 +189,7 @@ ROWS = {
          '"weight_decay": numbers["weight_decay"]'),
         ("b1 and b2 exchanged", "b1, b2, eps = (numbers", "b2, b1, eps = (numbers"),
     ],
+    "train/dropout.py": [("rows of a host alone", "np.arange(first, first + len", "np.arange(0, len")],
     "train/muon.py": [
         ("moonlight by the short side", "0.2 * math.sqrt(max(d_in, d_out))", "0.2 * math.sqrt(min(d_in, d_out))"),
         ("mup the wrong way", '"mup": lambda d_in, d_out: math.sqrt(d_out / d_in)',

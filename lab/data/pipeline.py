@@ -27,11 +27,15 @@ _PREFETCH = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """tokens, labels: int32 [R, T], label -1 where there is none; coordinates: [R, T]."""
+    """tokens, labels: int32 [R, T], label -1 where there is none; coordinates: [R, T].
+
+    rows: int32 [R, T], the row of each token among those of the whole step, of all hosts; None where nothing drops.
+    """
 
     tokens: jax.Array | np.ndarray
     labels: jax.Array | np.ndarray
     coordinates: Coordinates
+    rows: jax.Array | np.ndarray | None = None
 
 
 class Info(NamedTuple):

@@ -21,6 +21,7 @@ from lab.errors import UserError, choose
 from lab.kernels import bias as biases
 from lab.kernels import order, rules, split
 from lab.kernels.bias import Bias
+from lab.kernels.dropout import Dropped
 from lab.kernels.order import Arranged
 from lab.kernels.rotary import rotate, rotation
 from lab.kernels.rules import Rule
@@ -39,17 +40,19 @@ class Implementation(NamedTuple):
     interpretable: bool = False  # runs elsewhere as plain JAX, for tests
     rotates: bool = False  # rotates queries as it reads them
     biases: bool = False  # adds a Bias to scores
+    drops: bool = False  # drops probabilities
 
 
 IMPLEMENTATIONS = {
-    "reference": Implementation(biases=True),
-    "tiled": Implementation(biases=True),
+    "reference": Implementation(biases=True, drops=True),
+    "tiled": Implementation(biases=True, drops=True),
     "pallas_tpu": Implementation("tpu", interpretable=True, rotates=True),
     "pallas_gpu": Implementation("gpu", rotates=True),
     "pallas_triton": Implementation("gpu", interpretable=True),
     "cudnn": Implementation("gpu"),
     "tokamax": Implementation("gpu"),
 }
+UNABLE = {"biases": "adds no bias to scores", "drops": "drops no probabilities"}  # what is said of rows without
 
 
 # platform -> (what "auto" takes, for rows of how many keys at most). "tiled" beyond, and on every other platform; on a
@@ -85,21 +88,27 @@ def recorded() -> Iterator[list[dict]]:
         _calls = before
 
 
-def resolve(implementation: str | None, keys: int = 1, biased: bool = False) -> str:
+def resolve(implementation: str | None, keys: int = 1, biased: bool = False, dropping: bool = False) -> str:
     """The implementation that a name means for rows of so many keys; None and "auto" pick the best one.
 
-    biased: whether scores have a `Bias`. Raises UserError for an unknown name, for one that cannot run here, and for
-    one that adds no bias where there is one.
+    biased: whether scores have a `Bias`; dropping: whether there is dropout. Raises UserError for an unknown name, for
+    one that cannot run here, and for one that adds no bias, or drops nothing, where it is to.
     """
+    needs = tuple(name for name, needed in (("biases", biased), ("drops", dropping)) if needed)
     if implementation in (None, "auto"):
-        return _auto(jax.default_backend(), keys, biased)
+        return _auto(jax.default_backend(), keys, needs)
     choose("attention implementation", implementation, ("auto", *IMPLEMENTATIONS))
     obstacle = _obstacle(implementation)
     if obstacle and not (_interpreting and IMPLEMENTATIONS[implementation].interpretable):
         raise _refused(implementation, obstacle)
-    if biased and not IMPLEMENTATIONS[implementation].biases:
-        raise _refused(implementation, "adds no bias to scores", biased)
+    if why := _unable(implementation, needs):
+        raise _refused(implementation, why, needs)
     return implementation
+
+
+def _unable(name: str, needs: Sequence[str]) -> str | None:
+    """What of the needs, fields of its row, an implementation cannot do."""
+    return next((UNABLE[need] for need in needs if not getattr(IMPLEMENTATIONS[name], need)), None)
 
 
 def rotates(implementation: str | None, keys: int) -> bool:
@@ -112,9 +121,9 @@ def rotates(implementation: str | None, keys: int) -> bool:
 def _module(name: str) -> ModuleType:
     """Of an implementation; loaded when it is first needed, since Pallas takes its time.
 
-    It has `attend`, which takes a `bias` if its row says so; `tile_sizes` and `plan` if it computes by tiles;
-    `OBSTACLE` if what is installed may keep it from running (why, or None); `refusal` if it does not take every width
-    and precision.
+    It has `attend`, which takes a `bias` and `dropout` if its row says so; `tile_sizes` and `plan` if it computes by
+    tiles; `OBSTACLE` if what is installed may keep it from running (why, or None); `refusal` if it does not take every
+    width and precision.
     """
     return importlib.import_module(f"lab.kernels.{name}")
 
@@ -132,16 +141,16 @@ def lacks(name: str) -> str | None:
     return getattr(_module(name), "OBSTACLE", None)
 
 
-def _refused(implementation: str, why: str, biased: bool = False) -> UserError:
-    others = (name for name, row in IMPLEMENTATIONS.items() if name != implementation and (row.biases or not biased))
+def _refused(implementation: str, why: str, needs: Sequence[str] = ()) -> UserError:
+    others = (name for name in IMPLEMENTATIONS if name != implementation and not _unable(name, needs))
     able = ["auto", *(name for name in others if not _obstacle(name))]
     return UserError(f"attention implementation {implementation!r} {why}; choose among: {', '.join(able)}")
 
 
-def _auto(platform: str, keys: int, biased: bool) -> str:
+def _auto(platform: str, keys: int, needs: Sequence[str]) -> str:
     name, most = AUTO.get(platform, ("tiled", keys))
-    if biased and not IMPLEMENTATIONS[name].biases:
-        return _picked("tiled", f"{name} adds no bias to scores")
+    if why := _unable(name, needs):
+        return _picked("tiled", f"{name} {why}")
     if keys <= most:
         return _picked(name, f"what there is for {platform}")
     return _picked("tiled", f"{name} takes rows of {most} keys at most")
@@ -178,9 +187,9 @@ def arrange(
     return order.arrange(coordinates, needed, tile_sizes(implementation, coordinates.shape[1]), free)
 
 
-def tile_sizes(implementation: str | None, tokens: int) -> tuple[int, int] | None:
+def tile_sizes(implementation: str | None, tokens: int, dropping: bool = False) -> tuple[int, int] | None:
     """Of queries and keys, for rows of so many tokens; None where nothing is computed by tiles."""
-    module = _module(resolve(implementation, tokens))
+    module = _module(resolve(implementation, tokens, dropping=dropping))
     return module.tile_sizes(tokens, tokens) if hasattr(module, "plan") else None
 
 
@@ -199,6 +208,7 @@ def attend(
     return_lse: bool = False,
     frequencies_3F=None,
     bias: Bias | None = None,
+    dropout: Dropped | None = None,
 ):
     """Softmax attention in which a query sees the keys of its own segment that `rule` lets it see.
 
@@ -207,8 +217,9 @@ def attend(
     into c tanh(s / c). tiles: what `plan_tiles` gave for the same coordinates, rule and implementation.
     frequencies: radians per unit of index, branch and time; with them queries come unrotated, and the last 2F of their
     dimensions rotate here (lab.kernels.rotary), in the kernel where it can. Keys have rotated already.
-    bias: added to scores after the cap (lab.kernels.bias); gradients flow to its table or slopes. An implementation
-    that adds none refuses it by name, and "auto" takes another.
+    bias: added to scores after the cap (lab.kernels.bias); gradients flow to its table or slopes. dropout: which
+    probabilities are dropped, after the softmax (lab.kernels.dropout). An implementation that does not know them
+    refuses by name, and "auto" takes another.
     Returns [B, T, H, V]; a query that sees no key gets zeros. With return_lse also the log of the softmax denominator,
     float32 [B, T, H] (-inf where no key is seen), differentiable like the output.
     """
@@ -219,7 +230,7 @@ def attend(
     if _calls is not None:
         outputs = _noted(q_BTHK, k_BSGK, v_BSGV, rule, scale, softcap, frequencies_3F, bias)
         return outputs if return_lse else outputs[0]
-    implementation = resolve(implementation, S, bias is not None)
+    implementation = resolve(implementation, S, bias is not None, dropout is not None)
     row, module = IMPLEMENTATIONS[implementation], _module(implementation)
     if hasattr(module, "refusal") and (why := module.refusal(K, V, q_BTHK.dtype)):
         raise _refused(implementation, why)
@@ -227,6 +238,9 @@ def attend(
     if bias is not None:
         biases.check(bias, H)
         options["bias"] = bias
+    if dropout is not None:
+        dropout.check(H)
+        options["dropout"] = dropout
     if frequencies_3F is not None and row.rotates:
         options["frequencies_3F"] = frequencies_3F
     elif frequencies_3F is not None:

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from lab.coordinates import Coordinates
 from lab.kernels.bias import Bias, dense
+from lab.kernels.dropout import Dropped, dropped
 from lab.kernels.rules import Rule, visible
 
 
@@ -18,10 +19,14 @@ def attend(
     scale,
     softcap,
     bias: Bias | None = None,
+    dropout: Dropped | None = None,
 ):
-    """Returns (o_BTHV, lse_BTH): softmax(scale q k^T, soft-capped, plus bias, over visible keys) v, and its log sum."""
+    """Returns (o_BTHV, lse_BTH): softmax(scale q k^T, soft-capped, plus bias, over visible keys) v, and its log sum.
+
+    Dropout is of the probabilities, and leaves the log sum as it is.
+    """
     s_BGRTS = scores(q_BTHK, k_BSGK, scale)
-    o_BTHV, lse_BTH = attend_scores(s_BGRTS, v_BSGV, q_coordinates, k_coordinates, rule, softcap, bias)
+    o_BTHV, lse_BTH = attend_scores(s_BGRTS, v_BSGV, q_coordinates, k_coordinates, rule, softcap, bias, dropout)
     return o_BTHV.astype(q_BTHK.dtype), lse_BTH
 
 
@@ -42,6 +47,7 @@ def attend_scores(
     rule: Rule,
     softcap,
     bias: Bias | None = None,
+    dropout: Dropped | None = None,
 ):
     """`attend` of scores, in their precision."""
     B, G, R, T, _ = s_BGRTS.shape
@@ -58,5 +64,8 @@ def attend_scores(
     saw = sum_BGRT1 > 0
     lse_BGRT = jnp.where(saw, top_BGRT1 + jnp.log(jnp.where(saw, sum_BGRT1, 1)), -jnp.inf)[..., 0]
     p_BGRTS = p_BGRTS / jnp.where(saw, sum_BGRT1, 1)
+    if dropout is not None:
+        state_BGRT1 = jnp.moveaxis(dropout.states(), 2, 1).reshape(B, G, R, T, 1)
+        p_BGRTS = dropped(p_BGRTS, state_BGRT1, dropout.key_BS[:, None, None, None], dropout.rate)
     o_BTGRV = jnp.einsum("bgrts,bsgv->btgrv", p_BGRTS, v_BSGV.astype(s_BGRTS.dtype))
     return o_BTGRV.reshape(B, T, G * R, -1), jnp.moveaxis(lse_BGRT, 3, 1).reshape(B, T, G * R)

@@ -18,12 +18,21 @@ from jax import lax
 from lab.coordinates import Coordinates
 from lab.kernels import bias as biases
 from lab.kernels.bias import Bias
+from lab.kernels.dropout import Dropped, factors
 from lab.kernels.folding import fold_queries, key_tiles, unfold_queries
 from lab.kernels.residuals import kept
 from lab.kernels.rules import Rule, visible
 from lab.kernels.tiles import Tiles, is_step, make_tiles, pad_to_tiles
 
 MASKED = -1e30  # not -inf: a tile may hide every key of a query, and inf - inf is nan
+
+
+class TileDropout(NamedTuple):
+    """`Dropped` by tiles: states of the hash, words of keys, and the rate of each run."""
+
+    state_NGR: jax.Array
+    word_Mk: jax.Array
+    rate_P: jax.Array
 
 
 class TiledStatic(NamedTuple):
@@ -60,6 +69,7 @@ def attend(
     softcap,
     tiles: Tiles | None = None,
     bias: Bias | None = None,
+    dropout: Dropped | None = None,
 ):
     """Returns (o_BTHV, lse_BTH) as lab.kernels.reference.attend does."""
     tiles = plan(rule, q_coordinates, k_coordinates) if tiles is None else tiles
@@ -78,8 +88,14 @@ def attend(
         k_coordinates.map(lambda x: to_tiles(x, k_tile)),
         _flat_lists(tiles),
         jax.tree.map(lambda x: x[None], bias),
+        None if dropout is None else _dropout_of_tiles(dropout, q_tile, k_tile, G),
     )
     return unfold_queries(o_NGRV, B, T, H), unfold_queries(lse_NGR[..., None], B, T, H)[..., 0]
+
+
+def _dropout_of_tiles(dropout: Dropped, q_tile: int, k_tile: int, G: int) -> TileDropout:
+    state_NGR = fold_queries(dropout.states()[..., None], q_tile, G)[..., 0]
+    return TileDropout(state_NGR, key_tiles(dropout.key_BS[..., None, None], k_tile)[..., 0, 0], dropout.rate[None])
 
 
 def _flat_lists(tiles: Tiles) -> Tiles:
@@ -130,6 +146,14 @@ def _biased(s_GRk, bias: Bias | None, q_at: Coordinates, k_coordinates: Coordina
     return s_GRk + b_Hqk.reshape(s_GRk.shape)
 
 
+def _times_factors(x_GRk, dropout: TileDropout | None, i, j):
+    """Numbers of query tile i and key tile j times their factors of dropout."""
+    if dropout is None:
+        return x_GRk
+    rate = _at(dropout.rate_P, _run(i, len(dropout.state_NGR), len(dropout.rate_P)))
+    return x_GRk * factors(_at(dropout.state_NGR, i)[..., None], _at(dropout.word_Mk, j), rate, x_GRk.dtype)
+
+
 def _over_tiles(lists: Tiles, i, body, carry, k_coordinates: Coordinates):
     """body(j, coordinates of key tile j or None where no mask is needed, carry) over the list of query tile i."""
     keys = _at(lists.keys, i)
@@ -144,20 +168,26 @@ def _rows(q_at: Coordinates, R: int):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(static, q_NGRK, k_MkGK, v_MkGV, q_coordinates, k_coordinates, lists, bias_P: Bias | None):
-    return _forward(static, q_NGRK, k_MkGK, v_MkGV, q_coordinates, k_coordinates, lists, bias_P)[0]
+def _attend(
+    static,
+    q_NGRK,
+    k_MkGK,
+    v_MkGV,
+    q_coordinates,
+    k_coordinates,
+    lists,
+    bias_P: Bias | None,
+    dropout: TileDropout | None,
+):
+    return _forward(static, q_NGRK, k_MkGK, v_MkGV, q_coordinates, k_coordinates, lists, bias_P, dropout)[0]
 
 
-def _forward(static, q_NGRK, k_MkGK, v_MkGV, q_coordinates, k_coordinates, lists, bias_P):
+def _forward(static, q_NGRK, k_MkGK, v_MkGV, q_coordinates, k_coordinates, lists, bias_P, dropout):
     q_NGRK = (q_NGRK * static.scale).astype(q_NGRK.dtype)
     keys, values = (x if static.step else x.swapaxes(1, 2) for x in (k_MkGK, v_MkGV))
     inputs = q_NGRK, keys, values, q_coordinates, k_coordinates, lists
-    outputs = kept(_foldable(_forward_loop, static)(*inputs, *_given(bias_P)))
-    return outputs, (*inputs, bias_P, *outputs)
-
-
-def _given(bias_P: Bias | None) -> tuple[Bias, ...]:
-    return () if bias_P is None else (bias_P,)
+    outputs = kept(_foldable(_forward_loop, static)(*inputs, bias_P, dropout))
+    return outputs, (*inputs, bias_P, dropout, *outputs)
 
 
 def _tile(static: TiledStatic, x, j):
@@ -165,7 +195,7 @@ def _tile(static: TiledStatic, x, j):
     return _at(x, j).swapaxes(0, 1) if static.step else _at(x, j)
 
 
-def _forward_loop(static, q_NGRK, keys, values, q_coordinates, k_coordinates, lists, bias_P=None):
+def _forward_loop(static, q_NGRK, keys, values, q_coordinates, k_coordinates, lists, bias_P, dropout):
     """(o_NGRV, lse_NGR) for scaled queries."""
     N, G, R, _ = q_NGRK.shape
     V = values.shape[-1]
@@ -183,7 +213,8 @@ def _forward_loop(static, q_NGRK, keys, values, q_coordinates, k_coordinates, li
             p_GRk = jnp.exp(s_GRk - new_GR[..., None])
             shrink_GR = jnp.exp(max_GR - new_GR)
             v_GkV = _tile(static, values, j)
-            o_GRV = o_GRV * shrink_GR[..., None] + _dot("grc,gcv->grv", p_GRk.astype(v_GkV.dtype), v_GkV)
+            kept_GRk = _times_factors(p_GRk, dropout, i, j).astype(v_GkV.dtype)
+            o_GRV = o_GRV * shrink_GR[..., None] + _dot("grc,gcv->grv", kept_GRk, v_GkV)
             return o_GRV, new_GR, sum_GR * shrink_GR + p_GRk.sum(-1)
 
         carry = jnp.zeros((G, R, V), acc), jnp.full((G, R), MASKED, acc), jnp.zeros((G, R), acc)
@@ -199,7 +230,7 @@ def _forward_loop(static, q_NGRK, keys, values, q_coordinates, k_coordinates, li
 
 
 def _backward(static, residuals, cotangents):
-    *inputs, bias_P, o_NGRV, lse_NGR = residuals
+    *inputs, bias_P, dropout, o_NGRV, lse_NGR = residuals
     do_NGRV, dlse_NGR = cotangents
     q_NGRK, keys, values = inputs[:3]
     acc = lse_NGR.dtype
@@ -208,7 +239,7 @@ def _backward(static, residuals, cotangents):
     lse_NGR = jnp.where(saw_NGR, lse_NGR, jnp.inf)
     delta_NGR = (o_NGRV.astype(acc) * do_NGRV.astype(acc)).sum(-1) - jnp.where(saw_NGR, dlse_NGR, 0)
     rows = do_NGRV, lse_NGR, delta_NGR
-    dq_NGRK, dk_MGKk, dv_MGVk, *dbias_P = _foldable(_backward_loop, static)(*inputs, *rows, *_given(bias_P))
+    dq_NGRK, dk_MGKk, dv_MGVk, dbias_P = _foldable(_backward_loop, static)(*inputs, *rows, bias_P, dropout)
     return (
         (dq_NGRK * static.scale).astype(q_NGRK.dtype),
         dk_MGKk.transpose(0, 3, 1, 2).astype(keys.dtype),  # q was scaled before the scores
@@ -216,14 +247,15 @@ def _backward(static, residuals, cotangents):
         None,
         None,
         None,
-        jax.tree.map(lambda x, d: d.astype(x.dtype), bias_P, *dbias_P) if dbias_P else None,
+        jax.tree.map(lambda x, d: d.astype(x.dtype), bias_P, dbias_P),
+        None,
     )
 
 
 def _backward_loop(
-    static, q_NGRK, keys, values, q_coordinates, k_coordinates, lists, do_NGRV, lse_NGR, delta_NGR, bias_P=None
+    static, q_NGRK, keys, values, q_coordinates, k_coordinates, lists, do_NGRV, lse_NGR, delta_NGR, bias_P, dropout
 ):
-    """(dq_NGRK of the scaled queries, dk_MGKk, dv_MGVk), and the gradient of bias_P if it is given."""
+    """(dq_NGRK of the scaled queries, dk_MGKk, dv_MGVk, and the gradient of bias_P)."""
     N, G, R, K = q_NGRK.shape
     M, V, tile = len(values), values.shape[-1], static.k_tile
     acc = lse_NGR.dtype
@@ -240,13 +272,15 @@ def _backward_loop(
             k_GkK, v_GkV = _tile(static, keys, j), _tile(static, values, j)
             s_GRk = _scores(static, q_GRK, k_GkK, q_at, k_at)
             p_GRk = jnp.exp(_biased(s_GRk, bias, q_at, k_coordinates, j) - lse_GR1)
-            ds_GRk = p_GRk * (_dot("grv,gcv->grc", do_GRV, v_GkV) - delta_GR1)
+            dp_GRk = _times_factors(_dot("grv,gcv->grc", do_GRV, v_GkV), dropout, i, j)
+            ds_GRk = p_GRk * (dp_GRk - delta_GR1)
             if bias is not None:
                 ds_Hqk = ds_GRk.reshape(-1, static.q_tile, tile)
                 of_tile = biases.of_dense(bias, ds_Hqk, *_pairs(q_at, _at(k_coordinates, j)))
                 dbias = jax.tree.map(jnp.add, dbias, of_tile)
             if static.softcap:
                 ds_GRk = ds_GRk * jnp.where(s_GRk > MASKED, 1 - jnp.square(s_GRk / static.softcap), 0)
+            p_GRk = _times_factors(p_GRk, dropout, i, j)
             p_GRk, ds_GRk = p_GRk.astype(v_GkV.dtype), ds_GRk.astype(k_GkK.dtype)
             dk_MGKk = _put(dk_MGKk, _at(dk_MGKk, j) + _dot("gdr,grc->gdc", q_GKR, ds_GRk), j)
             dv_MGVk = _put(dv_MGVk, _at(dv_MGVk, j) + _dot("gvr,grc->gvc", do_GVR, p_GRk), j)
@@ -262,7 +296,7 @@ def _backward_loop(
         jax.tree.map(lambda x: jnp.zeros(x.shape, acc), bias_P),
     )  # fmt: skip
     dq_NGRK, dk_MGKk, dv_MGVk, dbias_P = lax.fori_loop(0, N, query_tile, zeros)
-    return dq_NGRK, dk_MGKk, dv_MGVk, *_given(dbias_P)
+    return dq_NGRK, dk_MGKk, dv_MGVk, dbias_P
 
 
 def _foldable(loop, static: TiledStatic):

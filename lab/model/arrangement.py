@@ -12,14 +12,15 @@ from lab.model.spec import layer_specs
 class Arrangement:
     """Puts the tokens of each row where the rules of a model leave the fewest tiles of attention to compute.
 
-    Rows have `length` tokens. Asks nothing of JAX once it is made: it may be called in any thread or process.
+    Rows have `length` tokens. drops: whether attention drops probabilities. Asks nothing of JAX once it is made: it may
+    be called in any thread or process.
     """
 
-    def __init__(self, model, run, length: int):
+    def __init__(self, model, run, length: int, drops: bool = False):
         specs = layer_specs(model)
         self._rules = [rules.parse(spec.rule) for spec in specs]
         self._free = not any(MIXERS[spec.mixer.name].in_order for spec in specs)
-        self._sizes = kernels.tile_sizes(run.implementation, length)
+        self._sizes = kernels.tile_sizes(run.implementation, length, drops)
 
     def __call__(self, batch):
         """(the batch of [B, T] arrays with its `coordinates`, rearranged; the share of tiles that are computed)"""

@@ -15,9 +15,11 @@ from jax.sharding import PartitionSpec as P
 from lab import kernels
 from lab.coordinates import Coordinates
 from lab.errors import UserError, choose
+from lab.kernels.dropout import Dropped
 from lab.kernels.rotary import rotate
 from lab.kernels.rules import Rule
 from lab.model import init, mesh, norm, parameter, position, slots
+from lab.model.dropout import Masks
 from lab.options import Option
 
 Kept = tuple[jax.Array, ...]  # what a token keeps, arrays [B, S, groups, width]
@@ -35,10 +37,20 @@ class View:
     tiles: Any  # what kernels.plan_tiles gave
     slots_BT: jax.Array | None  # of the new tokens in the cache, beyond it if they have none; None without a cache
     implementation: str = dataclasses.field(metadata=dict(static=True))  # of attention
+    masks: Masks | None = None  # of dropout, in training; of one layer where it is that layer's
 
     def of_rotated(self) -> "View":
         """The same for queries that have rotated already."""
         return dataclasses.replace(self, frequencies=None)
+
+    def whole(self) -> "View":
+        """The same with nothing dropped, for queries that have rotated already."""
+        return dataclasses.replace(self, frequencies=None, masks=None)
+
+    def of_layers(self, others: list["View"]) -> "View":
+        """The same for a call whose heads are those of several layers in turn."""
+        masks = None if self.masks is None else self.masks.of_layers([other.masks for other in others])
+        return dataclasses.replace(self, masks=masks)
 
     def put(self, old_BS, new_BT):
         """An array of the cache [B, S, ...] that holds what the new tokens have [B, T, ...] too."""
@@ -73,7 +85,7 @@ class Softmax(nnx.Module):
     }
     rules: ClassVar[tuple[str, ...] | None] = None  # the mask rules that it supports; None: every one
     in_order: ClassVar[bool] = False  # whether tokens must come in the order of their row
-    attends: ClassVar[bool] = True  # whether it has a use for tile lists
+    attends: ClassVar[bool] = True  # whether it has a use for tile lists, and probabilities to drop
     rotates: ClassVar[str] = "qkvo"  # the projections that may rotate
     rotates_unasked: ClassVar[str] = "qk"  # those that do where mixer.rotate is "auto"
     heads_each: ClassVar[int] = 1  # attention maps for each head of the output
@@ -325,7 +337,7 @@ def attend_over_mesh(q_BTHK, k_BSGK, v_BSGV, view: View, mixer: Softmax, scale: 
     if over_heads and G % tensor:  # fewer groups than devices: each device holds the group of its heads
         k_BSGK, v_BSGV = (jnp.repeat(x, tensor // G, axis=2) for x in (k_BSGK, v_BSGV))
 
-    def attend(q_BTHK, k_BSGK, v_BSGV, queries, keys, tiles, frequencies_3F):
+    def attend(q_BTHK, k_BSGK, v_BSGV, queries, keys, tiles, frequencies_3F, dropout):
         return kernels.attend(
             q_BTHK,
             k_BSGK,
@@ -339,14 +351,17 @@ def attend_over_mesh(q_BTHK, k_BSGK, v_BSGV, view: View, mixer: Softmax, scale: 
             tiles=tiles,
             return_lse=True,
             frequencies_3F=frequencies_3F,
+            dropout=dropout,
         )
 
     queries, shared, tokens = (
         P(mesh.BATCH, "context", over_heads), P(mesh.BATCH, None, over_heads), P(mesh.BATCH, "context")
     )  # fmt: skip
-    specs = (queries, shared, shared, tokens, P(mesh.BATCH), tokens, P())
+    dropout = None if view.masks is None else view.masks.of_attention(H)
+    of_dropout = None if dropout is None else Dropped(P(), P(over_heads), tokens, P(mesh.BATCH))
+    specs = (queries, shared, shared, tokens, P(mesh.BATCH), tokens, P(), of_dropout)
     return mesh.per_device(attend, specs, (queries, queries))(
-        q_BTHK, k_BSGK, v_BSGV, view.queries, view.keys, view.tiles, frequencies
+        q_BTHK, k_BSGK, v_BSGV, view.queries, view.keys, view.tiles, frequencies, dropout
     )
 
 

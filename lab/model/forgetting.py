@@ -64,7 +64,7 @@ class Forgetting(Attention):
         log_f_BS1H = log_f_BSH1.swapaxes(2, 3)
         q_BT11 = jnp.zeros((*view.queries.shape, 1, 1), log_f_BS1H.dtype)
         k_BS11 = jnp.zeros((*log_f_BS1H.shape[:2], 1, 1), log_f_BS1H.dtype)
-        mean_BT1H, count_BT1 = attend_over_mesh(q_BT11, k_BS11, log_f_BS1H, view.of_rotated(), self, scale=1.0)
+        mean_BT1H, count_BT1 = attend_over_mesh(q_BT11, k_BS11, log_f_BS1H, view.whole(), self, scale=1.0)
         return (mean_BT1H * jnp.round(jnp.exp(count_BT1))[..., None]).swapaxes(2, 3)
 
     def attend(self, q_BTHK, kept: Kept, view: View, decoding: bool):

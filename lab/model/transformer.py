@@ -7,19 +7,22 @@ Layers are stored stacked: one Block per entry of the layer pattern, with a lead
 unrolled execution read the same parameters. How the outputs of a layer enter the next is the stream's to say.
 """
 
+import dataclasses
 import functools
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from lab import kernels
 from lab.coordinates import Coordinates
 from lab.errors import UserError
 from lab.kernels import rules
 from lab.model import mesh, norm, parameter, position, slots
 from lab.model.attention import View, plan_tiles_over_mesh
+from lab.model.dropout import Dropout, Masks
 from lab.model.execution import Execution, rematerialised
 from lab.model.feedforward import FEEDFORWARDS
 from lab.model.mixers import MIXERS
@@ -41,6 +44,8 @@ class Cache(NamedTuple):
 class Block(nnx.Module):
     """A layer: two sublayers, each in its placement of norms, and what the stream gives every layer alike."""
 
+    masks: ClassVar[Masks | None] = None  # of dropout in this layer; of a copy that is trained (`dropping`) alone
+
     def __init__(self, spec, key: jax.Array, m: jax.Array):
         mixer, feedforward = jax.random.split(key)
         stream, placement = STREAMS[spec.stream.name], PLACEMENTS[spec.placement.name]
@@ -59,12 +64,25 @@ class Block(nnx.Module):
     def mix(self, x_BTD, view: View, cache=None):
         """mixer(norm(x)), with norms where the placement has them, and the new cache."""
         mixed_BTD, cache = self.mixer(self.mixer_placement.before(x_BTD), view, cache)
-        return mesh.constrain(self.mixer_placement.after(mixed_BTD)), cache
+        return mesh.constrain(self.mixed(mixed_BTD)), cache
+
+    def mixed(self, y_BTD):
+        """What the mixer put out, with norms where the placement has them, and some of it dropped."""
+        return self.dropped("mixer", self.mixer_placement.after(y_BTD))
 
     def feed(self, x_BTD):
         """feedforward(norm(x)), likewise."""
         fed_BTD = self.feedforward(self.feedforward_placement.before(x_BTD))
-        return mesh.constrain(self.feedforward_placement.after(fed_BTD))
+        return mesh.constrain(self.dropped("feedforward", self.feedforward_placement.after(fed_BTD)))
+
+    def dropped(self, site: str, y_BTD):
+        return y_BTD if self.masks is None else self.masks.drop(site, y_BTD)
+
+    def dropping(self, masks: Masks) -> "Block":
+        """A copy that drops numbers of what its sublayers put out."""
+        block = jax.tree.map(lambda w: w, self)
+        block.masks = nnx.data(masks)
+        return block
 
 
 class Transformer(nnx.Module):
@@ -99,12 +117,17 @@ class Transformer(nnx.Module):
         self.embedding_scale, self.logit_softcap = model.embedding_scale, model.logit_softcap
         self.layers, self.execution = model.layers, execution
 
-    def __call__(self, tokens_BT: jax.Array, coordinates: Coordinates | None = None) -> jax.Array:
-        """Logits [B, T, C], float32. coordinates None: one causal segment per row."""
+    def __call__(
+        self, tokens_BT: jax.Array, coordinates: Coordinates | None = None, dropout: Dropout | None = None
+    ) -> jax.Array:
+        """Logits [B, T, C], float32. coordinates None: one causal segment per row. dropout: in training alone."""
         if coordinates is None:
             coordinates = Coordinates.single(*tokens_BT.shape)
-        x_BTD, _ = self.run_layers(self.embed(tokens_BT, coordinates), self.views(coordinates, coordinates))
-        return self.logits(x_BTD)
+        masks = None if dropout is None else dropout.masks(coordinates)
+        x_BTD, views = self.embed(tokens_BT, coordinates), self.views(coordinates, coordinates, masks=masks)
+        if masks is not None:
+            x_BTD = mesh.constrain(masks.of_layer(0).drop("embedding", x_BTD))
+        return self.logits(self.run_layers(x_BTD, views)[0])
 
     def init_cache(self, batch: int, length: int, branches: int = 1) -> Cache:
         """An empty cache of `length` slots a row: best a multiple of 512, as kernels pad others each time.
@@ -181,14 +204,23 @@ class Transformer(nnx.Module):
         x_BTD = self.stream.place(x_BTD, coordinates)
         return mesh.constrain(x_BTD.astype(self.compute))
 
-    def views(self, queries: Coordinates, keys: Coordinates, slots_BT=None) -> list[View]:
+    def views(self, queries: Coordinates, keys: Coordinates, slots_BT=None, masks: Masks | None = None) -> list[View]:
         """What each entry of the layer pattern sees; tile lists are made once per distinct rule."""
         mixers, implementation = [block.mixer for block in self.blocks], self.execution.implementation
+        if masks is not None and "attention" in masks.rates:  # of all calls, since they share tile lists
+            implementation = kernels.resolve(implementation, keys.shape[1], dropping=True)
         needed = dict.fromkeys(mixer.rule for mixer in mixers if mixer.attends)
         tiles = {rule: plan_tiles_over_mesh(queries, keys, rule, implementation) for rule in needed}
         return [
             View(
-                rotary(queries), rotary.frequencies[...], queries, keys, tiles.get(mixer.rule), slots_BT, implementation
+                rotary(queries),
+                rotary.frequencies[...],
+                queries,
+                keys,
+                tiles.get(mixer.rule),
+                slots_BT,
+                implementation,
+                masks,
             )
             for rotary, mixer in zip(self.rotary, mixers, strict=True)
         ]
@@ -206,6 +238,7 @@ class Transformer(nnx.Module):
             """One pass over (some of) the entries of the pattern, from layer `first` on."""
             new, (first, entries) = [], inputs
             for p, (view, (block, cache)) in enumerate(zip(views, entries, strict=False)):
+                block, view = dropping(block, view, first + p)
                 layer = rematerialised(functools.partial(type(self.stream).layer, m=first + p), self.execution.remat)
                 state, cache = layer(self.stream, state, block, view, cache)
                 new.append(cache)
@@ -239,6 +272,14 @@ class Transformer(nnx.Module):
         wide = jnp.promote_types(x_BTD.dtype, jnp.float32)
         z_BTC = jnp.einsum("btd,cd->btc", x_BTD, weight_CD[...].astype(x_BTD.dtype), preferred_element_type=wide)
         return self.logit_softcap * jnp.tanh(z_BTC / self.logit_softcap) if self.logit_softcap else z_BTC
+
+
+def dropping(block: Block, view: View, m) -> tuple[Block, View]:
+    """A block and its view as they are in layer m, where numbers are dropped; else themselves."""
+    if view.masks is None:
+        return block, view
+    masks = view.masks.of_layer(m)
+    return block.dropping(masks), dataclasses.replace(view, masks=masks)
 
 
 def picked(x_BTD, wanted_BW):

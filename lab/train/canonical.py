@@ -4,6 +4,8 @@ They are the same on every device, mesh and attention implementation, and compar
 optax. Programs are traced, never compiled: it takes seconds, whatever the size of the model, and no memory.
 """
 
+import dataclasses
+
 import jax
 import numpy as np
 from ml_collections import ConfigDict
@@ -12,7 +14,7 @@ from lab import model as lab_model
 from lab.coordinates import Coordinates
 from lab.data import Batch
 from lab.model import parameter
-from lab.train import optimizer, step
+from lab.train import dropout, optimizer, step
 from lab.train.digest import digest
 from lab.train.step import Program, State
 
@@ -28,6 +30,7 @@ def train_step(config: ConfigDict) -> str:
     program = Program.of(config)
     state = jax.eval_shape(lambda: _initial_state(config, jax.random.key(0)))
     numbers = {name: jax.ShapeDtypeStruct((), np.float32) for name in optimizer.ones(program.optimizer)}
+    numbers |= {name: jax.ShapeDtypeStruct((), x.dtype) for name, x in dropout.numbers_by_step(config)(0).items()}
     inputs = state, numbers, abstract_batch(config)
     leaves, structure = jax.tree.flatten(inputs)
     key = structure, tuple((x.shape, str(x.dtype)) for x in leaves), program
@@ -77,7 +80,8 @@ def canonical(config: ConfigDict) -> ConfigDict:
 
 def abstract_batch(config: ConfigDict) -> Batch:
     """A training batch of all hosts, by shape only."""
-    return batch_of(config.data.rows, config.data.texts_per_row * config.data.text_length)
+    batch = batch_of(config.data.rows, config.data.texts_per_row * config.data.text_length)
+    return dataclasses.replace(batch, rows=batch.tokens) if dropout.of_program(config.train) else batch
 
 
 def batch_of(rows: int, length: int) -> Batch:

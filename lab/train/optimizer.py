@@ -11,6 +11,7 @@ from lab import model as lab_model
 from lab.errors import UserError
 from lab.model import parameter
 from lab.options import Option, Part, Room, leaves
+from lab.train import dropout
 from lab.train import muon as lab_muon
 
 Numbers = dict  # {dotted name below config.train: float32}: what a study may vary without another program
@@ -106,6 +107,7 @@ OWN = {
     "decay": Option("declared", "what decays; declared: not norms, biases, scales", choices=("declared", "all")),
     "clip": Option(1.0, "of the global gradient norm; inf: none", above=0, infinite=True),
     "z_loss": Option(0.0, "weight of log^2 Z in the objective", least=0),
+    **dropout.OPTIONS,
 }
 TRAIN = Room(
     OWN,

@@ -10,7 +10,8 @@ from flax import nnx
 
 from lab.data import Batch
 from lab.model import parameter
-from lab.train import optimizer
+from lab.model.dropout import Dropout
+from lab.train import dropout, optimizer
 from lab.train.optimizer import Numbers
 
 
@@ -22,12 +23,14 @@ class Program:
     decay: str
     microbatches: int = 1
     options: tuple[tuple[str, object], ...] = ()  # of the optimizer
+    dropout: tuple[str, ...] = ()  # the rates that are not 0
 
     @classmethod
     def of(cls, config) -> "Program":
         """That of a config's training and run settings."""
         train = config.train
-        return cls(train.optimizer, train.decay, config.run.microbatches, optimizer.static_options(train))
+        static = optimizer.static_options(train), dropout.of_program(train)
+        return cls(train.optimizer, train.decay, config.run.microbatches, *static)
 
 
 class State(NamedTuple):
@@ -53,9 +56,10 @@ def _transformation(program: Program, numbers: Numbers, trainable):
     return optimizer.transformation(program.optimizer, program.decay, numbers, trainable, program.options)
 
 
-def summed_losses(model, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
+def summed_losses(model, batch: Batch, noise: Dropout | None = None) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Over the labelled tokens of a batch: summed cross entropy (nats), summed log^2 Z, and how many there are."""
-    return _summed(model(batch.tokens, batch.coordinates), batch.labels)
+    drops = None if noise is None else dataclasses.replace(noise, rows=batch.rows)
+    return _summed(model(batch.tokens, batch.coordinates, drops), batch.labels)
 
 
 def _summed(logits_BTC: jax.Array, labels_BT: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -66,13 +70,13 @@ def _summed(logits_BTC: jax.Array, labels_BT: jax.Array) -> tuple[jax.Array, jax
     return total(log_z - label_logit), total(jnp.square(log_z)), jnp.sum(labelled)
 
 
-def accumulated_gradient(model, batch: Batch, z_loss, microbatches: int):
+def accumulated_gradient(model, batch: Batch, z_loss, microbatches: int, noise: Dropout | None = None):
     """(cross entropy, gradient), both means over the labelled tokens of the whole batch, however it is cut."""
     structure, trainable, rest = parameter.split(model)
     tokens = jnp.maximum(jnp.sum(batch.labels >= 0), 1)
 
     def objective(trainable, part: Batch):
-        ce, z, _ = summed_losses(nnx.merge(structure, trainable, rest), part)
+        ce, z, _ = summed_losses(nnx.merge(structure, trainable, rest), part, noise)
         return (ce + z_loss * z) / tokens, ce / tokens
 
     gradient = jax.grad(objective, has_aux=True)
@@ -91,7 +95,8 @@ def accumulated_gradient(model, batch: Batch, z_loss, microbatches: int):
 
 def train_step(state: State, numbers: Numbers, batch: Batch, program: Program) -> tuple[State, Metrics]:
     """One update. `program` is static, `state` is donated."""
-    loss, grads = accumulated_gradient(state.model, batch, numbers["z_loss"], program.microbatches)
+    noise = dropout.noise(numbers, program.dropout)
+    loss, grads = accumulated_gradient(state.model, batch, numbers["z_loss"], program.microbatches, noise)
     structure, trainable, rest = parameter.split(state.model)
     updates, optimizer_state = _transformation(program, numbers, trainable).update(grads, state.optimizer, trainable)
     model = nnx.merge(structure, optax.apply_updates(trainable, updates), rest)

@@ -1,5 +1,6 @@
 """What one training loop trains: one run, or several that share a program as one vmapped run."""
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ from ml_collections import ConfigDict
 
 from lab.data import Batch, nominal_coordinates, train_batches
 from lab.model.arrangement import Arrangement
-from lab.train import compiled, optimizer
+from lab.train import compiled, dropout, optimizer
 from lab.train.optimizer import Numbers
 from lab.train.step import Metrics, Program, State
 
@@ -56,8 +57,12 @@ class Workload:
         self.config = self.members[0].config
         self._program = Program.of(self.config)
         length = nominal_coordinates(self.config, 1).shape[1]
-        self._arrange = Arrangement(self.config.model, self.config.run, length)
-        self._numbers = [optimizer.numbers_by_step(member.config.train) for member in self.members]
+        drops = dropout.of_attention(self.config.train)
+        self._arrange = Arrangement(self.config.model, self.config.run, length, drops)
+        self._numbers = [
+            (optimizer.numbers_by_step(member.config.train), dropout.numbers_by_step(member.config))
+            for member in self.members
+        ]
 
     @property
     def vmapped(self) -> bool:
@@ -69,16 +74,23 @@ class Workload:
 
     def batches(self, start: int) -> Iterator[tuple[Batch, list[Sent]]]:
         """This host's rows of each step from `start`, arranged for the model, and what is known of each member's."""
-        options = dict(process_index=jax.process_index(), process_count=jax.process_count(), then=self._arrange)
-        each = [train_batches(member.config, member.texts, start=start, **options) for member in self.members]
+        hosts = dict(process_index=jax.process_index(), process_count=jax.process_count(), then=self._then())
+        each = [train_batches(member.config, member.texts, start=start, **hosts) for member in self.members]
         for step in zip(*each, strict=True):
             arranged, infos = zip(*step, strict=True)
             batches, shares = zip(*arranged, strict=True)
             sent = [Sent(*info, share) for info, share in zip(infos, shares, strict=True)]
             yield jax.tree.map(lambda *x: np.stack(x), *batches) if self.vmapped else batches[0], sent
 
+    def _then(self):
+        """What is done with this host's rows where they are made."""
+        if not self._program.dropout:
+            return self._arrange
+        first = jax.process_index() * (self.config.data.rows // jax.process_count())
+        return functools.partial(_numbered_and_arranged, self._arrange, first)
+
     def numbers(self, step: int) -> Numbers:
-        each = [numbers(step) for numbers in self._numbers]
+        each = [of_optimizer(step) | of_dropout(step) for of_optimizer, of_dropout in self._numbers]
         return jax.tree.map(lambda *x: np.stack(x), *each) if self.vmapped else each[0]
 
     def compile(self, state: State, numbers: Numbers, batch: Batch, mesh: Mesh):
@@ -94,3 +106,8 @@ class Workload:
             Record(step, loss[i], grad_norm[i], rate[i], of.fill, of.tokens, of.text_hash, of.tiles)
             for i, of in enumerate(sent)
         ]
+
+
+def _numbered_and_arranged(arrange: Arrangement, first: int, batch: Batch) -> tuple[Batch, float]:
+    """Of a module, so that it reaches the processes that make batches."""
+    return arrange(dropout.numbered(batch, first))

@@ -3,8 +3,11 @@
 import numpy as np
 
 
-def attend(s_BHTS, v_BSGV, seen_BTS, do_BTHV, dlse_BTH, bias_BHTS=0.0, softcap=None):
-    """((o_BTHV, lse_BTH), (of s_BHTS, of bias_BHTS, of v_BSGV)) for scores before the cap, and cotangents of both."""
+def attend(s_BHTS, v_BSGV, seen_BTS, do_BTHV, dlse_BTH, bias_BHTS=0.0, softcap=None, kept_BHTS=1.0):
+    """((o_BTHV, lse_BTH), (of s_BHTS, of bias_BHTS, of v_BSGV)) for scores before the cap, and cotangents of both.
+
+    kept_BHTS: what probabilities are multiplied with.
+    """
     B, H, _, S = s_BHTS.shape
     G = v_BSGV.shape[2]
     v_BSHV = np.repeat(np.asarray(v_BSGV, np.float64), H // G, axis=2)
@@ -20,11 +23,11 @@ def attend(s_BHTS, v_BSGV, seen_BTS, do_BTHV, dlse_BTH, bias_BHTS=0.0, softcap=N
     e = np.exp(x - top)
     total = np.where(saw, e.sum(-1, keepdims=True), 1)
     p = e / total
-    o_BTHV = np.einsum("bhts,bshv->bthv", p, v_BSHV)
+    o_BTHV = np.einsum("bhts,bshv->bthv", p * kept_BHTS, v_BSHV)
     lse_BTH = np.moveaxis(np.where(saw, top + np.log(total), -np.inf)[..., 0], 1, 2)
-    dp = np.einsum("bthv,bshv->bhts", do_BTHV, v_BSHV)
+    dp = kept_BHTS * np.einsum("bthv,bshv->bhts", do_BTHV, v_BSHV)
     dbias = p * (dp - (p * dp).sum(-1, keepdims=True) + dlse_BHT1)
-    dv_BSGV = np.einsum("bhts,bthv->bshv", p, do_BTHV).reshape(B, S, G, H // G, -1).sum(3)
+    dv_BSGV = np.einsum("bhts,bthv->bshv", p * kept_BHTS, do_BTHV).reshape(B, S, G, H // G, -1).sum(3)
     return (o_BTHV, lse_BTH), (dbias * slope, dbias, dv_BSGV)
 
 

@@ -43,7 +43,7 @@ class LayerIntegratedMemory(Stream):
         q_BTHK = mixer.queries(normed[-1])
         o_BTHV, lse_BTH = mixer.attend(q_BTHK, kept, view, decoding=cache is not None)
         a_BTD = mixer.output(o_BTHV, lse_BTH, normed[-1], view.rotation)
-        h_BTD = x_BTD + block.mixer_placement.after(a_BTD)
+        h_BTD = x_BTD + block.mixed(a_BTD)
         return LayerInputs((*state.inputs, h_BTD + block.feed(h_BTD))), cache
 
     def finish(self, state: LayerInputs):

@@ -89,4 +89,4 @@ def attention(x: Inputs, block, view, cache):
     new = mixer.keys(normed.key, view.rotation), mixer.values(normed.value, view.rotation)
     kept, cache = mixer.store(new, view, cache)
     o_BTHV, lse_BTH = mixer.attend(q_BTHK, kept, view, decoding=cache is not None)
-    return block.mixer_placement.after(mixer.output(o_BTHV, lse_BTH, normed.query, view.rotation)), cache
+    return block.mixed(mixer.output(o_BTHV, lse_BTH, normed.query, view.rotation)), cache

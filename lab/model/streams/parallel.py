@@ -14,8 +14,7 @@ class Parallel(Stream):
     def layer(self, x_BTD, block, view, cache, *, m):
         normed_BTD = block.mixer_placement.before(x_BTD)
         mixed_BTD, cache = block.mixer(normed_BTD, view, cache)
-        mixed_BTD = mesh.constrain(block.mixer_placement.after(mixed_BTD))
-        return x_BTD + mixed_BTD + block.feed(normed_BTD), cache
+        return x_BTD + mesh.constrain(block.mixed(mixed_BTD)) + block.feed(normed_BTD), cache
 
 
 class ParallelTwoNorms(Stream):

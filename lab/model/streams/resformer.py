@@ -41,7 +41,7 @@ class ValueResidual(Stream):
             v_BSGV = (from_first * first_BSGV + own * v_BSGV).astype(v_BSGV.dtype)
         o_BTHV, lse_BTH = mixer.attend(q_BTHK, (k_BSGK, v_BSGV), view, decoding=cache is not None)
         a_BTD = mixer.output(o_BTHV, lse_BTH, normed_BTD, view.rotation)
-        h_BTD = x_BTD + block.mixer_placement.after(a_BTD)
+        h_BTD = x_BTD + block.mixed(a_BTD)
         return FirstValues(h_BTD + block.feed(h_BTD), first_BSGV), cache
 
     def finish(self, state: FirstValues):

@@ -1,7 +1,7 @@
 """Version 3: earlier layers replayed on the current input, with the attention probabilities that they had.
 
 a~_(m,i) = P_i (n1_i(x_m) W_V^i) W_O^i and f~_(m,i) = MLP_i(n2_i(x_m + a~_(m,i))) for i < m. P_i is not kept: the
-queries and keys of layer i are, and attend again.
+queries and keys of layer i are, and attend again. Dropout drops what it dropped in layer i.
 """
 
 from collections.abc import Callable
@@ -125,7 +125,7 @@ def attention(x_BTD, block, view: View, cache) -> tuple[jax.Array, PastLayer, tu
     q_BTHK, kept, cache = mixer.project(normed_BTD, view, cache)
     q_BTHK, turned = mixer.turned("q", q_BTHK, view.rotation), view.of_rotated()  # since replays attend with it again
     o_BTHV, lse_BTH = mixer.attend(q_BTHK, kept, turned, decoding=cache is not None)
-    a_BTD = block.mixer_placement.after(mixer.output(o_BTHV, lse_BTH, normed_BTD, view.rotation))
+    a_BTD = block.mixed(mixer.output(o_BTHV, lse_BTH, normed_BTD, view.rotation))
     return a_BTD, PastLayer(block, turned, q_BTHK, mixer.read(kept)[0]), cache
 
 
@@ -152,8 +152,9 @@ def replayed_attention(
         q_BTXK = jnp.concatenate([past[i].q_BTHK for i in places], axis=2)
         k_BSXK = jnp.concatenate([over_tensor(past[i].k_BSGK) for i in places], axis=2)
         v_BSXV = jnp.concatenate([over_tensor(values[i]) for i in places], axis=2)
-        attended = attend_over_mesh(q_BTXK, k_BSXK, v_BSXV, one.view, one.block.mixer)
+        view = one.view.of_layers([past[i].view for i in places])
+        attended = attend_over_mesh(q_BTXK, k_BSXK, v_BSXV, view, one.block.mixer)
         for i, *found in zip(places, *(jnp.split(x, len(places), axis=2) for x in attended), strict=True):
             a_BTD = past[i].block.mixer.output(*found, normed[i], past[i].view.rotation)
-            outputs[i] = past[i].block.mixer_placement.after(a_BTD)
+            outputs[i] = past[i].block.mixed(a_BTD)
     return [outputs[i] for i in range(len(past))], cache

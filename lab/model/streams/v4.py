@@ -53,7 +53,7 @@ class SummedScores(Stream):
         on_queries = self.on_queries(m, x_BTD, normed_BTD, view)
         o_BTHV, lse_BTH = self.attend(m, past, v_BSGV, on_queries, on_keys, view, mixer)
         a_BTD = mixer.output(o_BTHV, lse_BTH, normed_BTD, view.rotation)
-        h_BTD = x_BTD + block.mixer_placement.after(a_BTD)
+        h_BTD = x_BTD + block.mixed(a_BTD)
         return ScoreState(h_BTD + block.feed(h_BTD), past, kept), cache
 
     def c(self, m: int):

@@ -46,12 +46,12 @@ class EveryPair(Positional):
 
     def attend(self, m, past, v_BSGV, on_queries, on_keys, view: View, mixer):
         t_BT1, u_B1S = view.queries.index[..., None], view.keys.index[:, None]
-        scores_BGRTS = 0.0
+        scores_BGRTS, dropout = 0.0, None if view.masks is None else view.masks.of_attention(mixer.heads)
         for (q_BTHK, k_BSGK), c, W in zip(past, on_queries, self.w[m][...], strict=True):
             weight_BTS = jnp.exp(W[t_BT1, u_B1S])
             scores_BGRTS += reference.scores(q_BTHK, k_BSGK, c) * weight_BTS[:, None, None]
         o_BTHV, lse_BTH = reference.attend_scores(
-            scores_BGRTS, v_BSGV, view.queries, view.keys, mixer.rule, mixer.softcap
+            scores_BGRTS, v_BSGV, view.queries, view.keys, mixer.rule, mixer.softcap, dropout=dropout
         )
         return o_BTHV.astype(v_BSGV.dtype), lse_BTH
 
@@ -147,7 +147,7 @@ class WeighedQueries(Stream):
         w_BT = self.log_weights(block.stream, x_BTD, normed_BTD, view)
         q_BTHK = scaled(q_BTHK, jnp.exp(w_BT))
         o_BTHV, lse_BTH = mixer.attend(q_BTHK, kept, view.of_rotated(), decoding=cache is not None)
-        h_BTD = x_BTD + block.mixer_placement.after(mixer.output(o_BTHV, lse_BTH, normed_BTD, view.rotation))
+        h_BTD = x_BTD + block.mixed(mixer.output(o_BTHV, lse_BTH, normed_BTD, view.rotation))
         return h_BTD + block.feed(h_BTD), cache
 
     def log_weights(self, of_layer, x_BTD, normed_BTD, view: View):

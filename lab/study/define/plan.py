@@ -19,7 +19,7 @@ from lab.options import leaves
 from lab.study.define import contrasts, identity
 from lab.study.define.cell import Cell
 from lab.study.results import COLUMNS, published
-from lab.train import optimizer, step
+from lab.train import dropout, optimizer, step
 from lab.train.workload import Record
 
 DEVICES = (1, 2, 4, 8)  # over which tensor parallelism would lay a cache
@@ -41,6 +41,7 @@ def check(cell: Cell) -> None:
     asks.check(config)
     check_rules(config)
     check_run(config)
+    dropout.check(config)
     tokens = config.data.texts_per_row * config.data.text_length
     streams.check_rows(config.model, "data.texts_per_row x data.text_length", tokens)
 

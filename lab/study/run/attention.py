@@ -10,7 +10,7 @@ import math
 import os
 import pathlib
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import filelock
 import jax
@@ -32,7 +32,7 @@ from lab.model.spec import layer_specs
 from lab.storage import cache_directory, find_json, write_json
 from lab.study.define import plan
 from lab.study.define.cell import Cell
-from lab.train import canonical, step
+from lab.train import canonical, dropout, step
 
 PACKAGES = (
     *("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda12-plugin", "nvidia-cudnn-cu13", "nvidia-cudnn-cu12", "tokamax"),
@@ -105,7 +105,7 @@ def decide(config: ConfigDict, cells: list[Cell], workdir: pathlib.Path, say: Ca
 
 def _of_first_host(cells, machine, here, workdir, hosts, say) -> dict:
     before = (find_json(workdir / "plan.json") or {}).get("attention") or {}
-    if before.get("machine") == here and before.get("name") in kernels.IMPLEMENTATIONS:
+    if before.get("machine") == here and before.get("name") in _able(cells, kernels.IMPLEMENTATIONS):
         return before
     found = _found(cells, here, len(machine.names) * hosts, say)
     if before:
@@ -113,11 +113,20 @@ def _of_first_host(cells, machine, here, workdir, hosts, say) -> dict:
     return found
 
 
+def _able(cells: list[Cell], names: Iterable[str]) -> list[str]:
+    """Those that can do what all cells ask of attention: one serves the whole study."""
+    drops = any(dropout.of_attention(cell.config.train) for cell in cells)
+    return [name for name in names if kernels.IMPLEMENTATIONS[name].drops or not drops]
+
+
 def _found(cells: list[Cell], here: dict, devices: int, say: Callable[[str], None]) -> dict:
     """{"name", "warning", "machine", "tried"}, of the cache if it is there; other processes wait for one that tries."""
     say("attention: looking at how the study calls it")
     problems = of_study(cells, devices)
-    digest = hashlib.sha256(json.dumps([here, [problem.key() for problem in problems]]).encode()).hexdigest()[:16]
+    gpu = [name for name, row in kernels.IMPLEMENTATIONS.items() if row.platform == "gpu" or name == "tiled"]
+    names = _able(cells, gpu)
+    asked = [here, [problem.key() for problem in problems], *([] if names == gpu else [names])]
+    digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
     path = cache_directory() / "attention" / f"{digest}.json"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -125,15 +134,14 @@ def _found(cells: list[Cell], here: dict, devices: int, say: Callable[[str], Non
         with lock:
             if kept := find_json(path):
                 return kept
-            found = _tried(problems, here, say)
+            found = _tried(problems, names, here, say)
             write_json(path, found)
             return found
     except OSError:  # a cache that cannot be written: it is tried again the next time
-        return _tried(problems, here, say)
+        return _tried(problems, names, here, say)
 
 
-def _tried(problems: list[Problem], here: dict, say: Callable[[str], None]) -> dict:
-    names = [name for name, row in kernels.IMPLEMENTATIONS.items() if row.platform == "gpu" or name == "tiled"]
+def _tried(problems: list[Problem], names: list[str], here: dict, say: Callable[[str], None]) -> dict:
     chosen = _chosen(problems, names, say)
     for line in table(problems, chosen):
         say(line)
@@ -217,7 +225,7 @@ def show(cells: list[Cell]) -> None:
     """Tries all that can run on this machine, whatever it is, and prints the table."""
     machine = Machine.here()
     platform = "gpu" if machine else os.environ.get("JAX_PLATFORMS", "").split(",")[0] or "cpu"
-    names = [name for name, row in kernels.IMPLEMENTATIONS.items() if row.platform in (None, platform)]
+    here = [name for name, row in kernels.IMPLEMENTATIONS.items() if row.platform in (None, platform)]
     problems, say = of_study(cells, len(machine.names) if machine else 1), functools.partial(print, flush=True)
-    for line in table(problems, _chosen(problems, names, say)):
+    for line in table(problems, _chosen(problems, _able(cells, here), say)):
         say(line)

@@ -23,6 +23,7 @@ from lab.study import results
 from lab.study.define import asked, contrasts, identity, plan
 from lab.study.define.cell import Cell
 from lab.study.run import places, segments
+from lab.train import dropout
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -208,7 +209,7 @@ def made_elsewhere(runs: list[Run]) -> str:
 def check_devices(runs: list[Run]) -> None:
     """Refuses cells whose attention, mesh or batches do not fit the devices at hand."""
     for config in (run.cell.config for run in runs):
-        kernels.resolve(config.run.implementation)
+        kernels.resolve(config.run.implementation, dropping=dropout.of_attention(config.train))
         mesh, length = lab_mesh.make(config.run.mesh), config.data.text_length
         rows = config.data.rows // config.run.microbatches
         lab_mesh.check_rows(mesh, "data.rows / run.microbatches", rows, config.data.texts_per_row * length)

@@ -12,6 +12,7 @@ from lab import kernels, runtime
 from lab.config import ROUNDING
 from lab.options import leaves
 from lab.storage import find_json, write_json
+from lab.train import dropout
 
 FILE = "segments.json"
 MADE_ON = ("platform", "device_kind", "devices", "processes", "jax", "jaxlib")  # of runtime.environment
@@ -23,7 +24,7 @@ def way(config: ConfigDict, mesh, members: int) -> dict:
     fields = {name: asked[name] for name in ROUNDING if not name.startswith("mesh.")}
     return {
         **fields,
-        "implementation": kernels.resolve(config.run.implementation),
+        "implementation": kernels.resolve(config.run.implementation, dropping=dropout.of_attention(config.train)),
         "mesh": dict(mesh.shape),
         "vmapped": members > 1 and members,
         **{name: made[name] for name in MADE_ON},
