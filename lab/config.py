@@ -12,6 +12,7 @@ from lab.model import execution, mesh
 from lab.model.spec import MODEL
 from lab.options import Option, Room, leaves, set_field, tuples
 from lab.study.define.settings import STUDY
+from lab.train import instruments
 from lab.train.optimizer import TRAIN
 
 SEEDS = {
@@ -31,6 +32,7 @@ RUN = Room(
         "checkpoint.every": Option(100, "steps", least=1),
         "checkpoint.keep": Option(2, "the newest so many", least=1),
         "log.every": Option(10, "steps", least=1),
+        "log.instruments": instruments.OPTION,
     }
 )
 ROOMS = {"study": STUDY, "model": MODEL, "data": DATA, "train": TRAIN, "run": RUN}

@@ -26,8 +26,9 @@ class Option:
     """A field of a config.
 
     kind: its type as typing spells it, such as tuple[tuple[str, str], ...]; None: that of the default. choices: all
-    valid values. least, most: inclusive bounds of a number, or of every number of a tuple; above, below: exclusive
-    ones. infinite: whether inf is one. Every number has a range, and holds it in int32 or float32 too.
+    valid values, or those of every item of a tuple. least, most: inclusive bounds of a number, or of every number of a
+    tuple; above, below: exclusive ones. infinite: whether inf is one. Every number has a range, and holds it in int32
+    or float32 too.
     """
 
     default: Any
@@ -48,7 +49,8 @@ class Option:
                 f"{name} = {shown(value)} is no {spelled(kind)}: {self.meaning}; the default is {self.default!r}"
             )
         if self.choices is not None:
-            choose(name, value, self.choices)
+            for one in value if isinstance(value, tuple) else (value,):
+                choose(name, one, self.choices)
         for number in _numbers(value) if numbers_in(self) else ():
             self._check_number(f"{name} = {shown(value)}{f': {shown(number)}' * isinstance(value, tuple)}", number)
 

@@ -155,8 +155,9 @@ class CompileCounts:
             self.seconds[name] += duration
 
     def __str__(self) -> str:
-        """The training and evaluation programs: how many of each, in how many seconds."""
-        names = ["train_step", "evaluation_step", *["train_steps"] * bool(self.counts["train_steps"])]
+        """The training and evaluation programs, and those of instruments: how many of each, in how many seconds."""
+        further = [name for name in ("train_steps", "measure", "measure_members") if self.counts[name]]
+        names = ["train_step", "evaluation_step", *further]
         return ", ".join(f"{name} {self.counts[name]} ({self.seconds[name]:.1f} s)" for name in names)
 
 

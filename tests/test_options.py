@@ -255,6 +255,9 @@ ELSEWHERE = [
     ("run.remat", "some", "run.remat = 'some' is unknown; choose one of: none, dots, full"),
     ("run.mesh.tensor", -2, "run.mesh.tensor = -2 must be at least -1"),
     ("run.log.every", 0, "run.log.every = 0 must be at least 1: steps"),
+    ("run.log.instruments", ("spikes", "heads"), "run.log.instruments = 'heads' is unknown; choose one of: "
+     "activations, logits, log_z, gradients, updates, spikes"),
+    ("run.log.instruments", ("spikes", 3), "run.log.instruments = ('spikes', 3) is no tuple (str, ...)"),
     ("seed", -1, "seed = -1 must be at least 0"),
     ("model_seed", -1, "model_seed = -1 must be at least 0"),
 ]  # fmt: skip

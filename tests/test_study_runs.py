@@ -280,12 +280,13 @@ def test_a_run_that_is_not_finite_stops_alone_and_all_share_one_program(place, c
 
     (failed,) = (path.parent for path in work.glob("cells/*/*/failure.json"))
     assert "diverges" in failed.parent.name and not (failed / "result.json").exists()
-    reason = json.loads((failed / "failure.json").read_text())["reason"]
+    failure = json.loads((failed / "failure.json").read_text())
+    reason = failure["reason"]
     told = re.fullmatch(
         r"step (\d+): loss (\S+), gradient norm (\S+), batch (\w{16}); last good checkpoint: (\d+)", reason
     )
     step, good = int(told[1]), int(told[5])
-    assert 32 < step < LAST and {"nan", "inf"} & {told[2], told[3]}
+    assert failure["step"] == step and 32 < step < LAST and {"nan", "inf"} & {told[2], told[3]}
     others = [commands.metrics(path) for name, path in commands.runs(work).items() if "diverges" not in name]
     assert len(others) == 5
     assert {lines[step]["text_hash"] for lines in others} == {told[4]}  # the texts that every other cell read then

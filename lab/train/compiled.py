@@ -7,12 +7,14 @@ from jax.sharding import Mesh
 
 from lab import model as lab_model
 from lab.model import parameter
-from lab.train import step
+from lab.train import instruments, step
 from lab.train.step import Program, State
 
 _train = jax.jit(step.train_step, donate_argnums=0, static_argnames="program")
 _train_many = jax.jit(step.train_steps, donate_argnums=0, static_argnames="program")
 _evaluate = jax.jit(step.evaluation_step)
+_measure = jax.jit(instruments.measure, static_argnames=("program", "names"))
+_measure_many = jax.jit(instruments.measure_members, static_argnames=("program", "names"))
 _executables = {}
 # XLA would start a kernel twice whose output is kept for the backward pass: once to write it among those of all layers,
 # and once more for the layer above.
@@ -110,6 +112,12 @@ def train_step(state: State, numbers, batch, program: Program, mesh: Mesh):
 def train_steps(states: State, numbers, batches, program: Program, mesh: Mesh):
     """The same for stacked members."""
     return _compile(_train_many, mesh, states, numbers, batches, program=program)
+
+
+def measure(state: State, numbers, batch, program: Program, names: tuple[str, ...], mesh: Mesh, members: int = 1):
+    """compiled(state, numbers, batch) -> what lab.train.instruments measures of that step; of stacked members too."""
+    function = _measure_many if members > 1 else _measure
+    return _compile(function, mesh, state, numbers, batch, program=program, names=names)
 
 
 def evaluation_step(model, batch, mesh: Mesh):

@@ -49,9 +49,9 @@ class Stopwatch:
 class NonFinite(Exception):
     """The loss or the gradient norm of a step is not a number, for one member of the workload."""
 
-    def __init__(self, message: str, member: int):
+    def __init__(self, message: str, member: int, step: int | None = None):
         super().__init__(message)
-        self.member = member
+        self.member, self.step = member, step
 
 
 class Stopped(Exception):
@@ -81,14 +81,14 @@ def train(
     on_start(position.step)
     on_checkpoint(position.step, state)
     texts_per_step = config.data.rows * config.data.texts_per_row
-    run, clock, pending, steps, tokens = None, Stopwatch(), None, 0, 0
+    run, measure, clock, pending, steps, tokens = None, None, Stopwatch(), None, 0, 0
 
     def settle() -> None:
         """Waits for the step that was sent last, and checks and reports it."""
         nonlocal pending
         if pending is not None:
-            metrics, step, numbers, sent = pending
-            records, pending = workload.records(step, metrics, numbers, sent), None
+            metrics, step, numbers, sent, measured = pending
+            records, pending = workload.records(step, metrics, numbers, sent, measured), None
             clock.settle()
             _check_finite(records, position)
             on_step(records)
@@ -98,11 +98,13 @@ def train(
         if run is None:
             run = workload.compile(state, numbers, placed, mesh)
             memory.check(run, config)
+            measure = workload.measuring(state, numbers, placed, mesh)
             clock = Stopwatch()
         clock.send(running=pending is not None and not pending[0].loss.is_ready())
+        measured = measure(step, state, numbers, placed)
         state, metrics = run(state, numbers, placed)
         settle()  # of the step before, while this one runs
-        pending = metrics, step, numbers, sent
+        pending = metrics, step, numbers, sent, measured
         steps, tokens = steps + 1, tokens + sum(of.tokens for of in sent)
         stopping, last = stop(step), step + 1 == config.train.steps
         if stopping or last or (step + 1) % config.run.checkpoint.every == 0:
@@ -124,4 +126,5 @@ def _check_finite(records: list[Record], position: Position) -> None:
                 f"step {record.step}: loss {record.loss}, gradient norm {record.grad_norm}, batch {record.text_hash}; "
                 f"last good checkpoint: {position.step}",
                 member,
+                record.step,
             )

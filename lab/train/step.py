@@ -93,12 +93,18 @@ def accumulated_gradient(model, batch: Batch, z_loss, microbatches: int, noise: 
     return jax.lax.scan(add, zero, parts)[0]
 
 
-def train_step(state: State, numbers: Numbers, batch: Batch, program: Program) -> tuple[State, Metrics]:
-    """One update. `program` is static, `state` is donated."""
+def update(state: State, numbers: Numbers, batch: Batch, program: Program):
+    """(cross entropy, gradient, what is added to the weights, the optimizer's next state) of one step."""
     noise = dropout.noise(numbers, program.dropout)
     loss, grads = accumulated_gradient(state.model, batch, numbers["z_loss"], program.microbatches, noise)
+    trainable = parameter.split(state.model)[1]
+    return loss, grads, *_transformation(program, numbers, trainable).update(grads, state.optimizer, trainable)
+
+
+def train_step(state: State, numbers: Numbers, batch: Batch, program: Program) -> tuple[State, Metrics]:
+    """One update. `program` is static, `state` is donated."""
+    loss, grads, updates, optimizer_state = update(state, numbers, batch, program)
     structure, trainable, rest = parameter.split(state.model)
-    updates, optimizer_state = _transformation(program, numbers, trainable).update(grads, state.optimizer, trainable)
     model = nnx.merge(structure, optax.apply_updates(trainable, updates), rest)
     return State(model, optimizer_state), Metrics(loss, optax.tree.norm(grads))
 

@@ -1,7 +1,7 @@
 """What one training loop trains: one run, or several that share a program as one vmapped run."""
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -11,7 +11,8 @@ from ml_collections import ConfigDict
 
 from lab.data import Batch, nominal_coordinates, train_batches
 from lab.model.arrangement import Arrangement
-from lab.train import compiled, dropout, optimizer
+from lab.train import compiled, dropout, instruments, memory, optimizer
+from lab.train.instruments import Measured
 from lab.train.optimizer import Numbers
 from lab.train.step import Metrics, Program, State
 
@@ -34,7 +35,7 @@ class Sent(NamedTuple):
 
 
 class Record(NamedTuple):
-    """What is known of one step once it is done."""
+    """What is known of one step once it is done. instruments: what was measured of it; None where that was not due."""
 
     step: int
     loss: float
@@ -44,6 +45,7 @@ class Record(NamedTuple):
     tokens: int
     text_hash: str
     tiles: float
+    instruments: dict | None = None
 
 
 class Workload:
@@ -97,13 +99,31 @@ class Workload:
         make = compiled.train_steps if self.vmapped else compiled.train_step
         return make(state, numbers, batch, self._program, mesh)
 
-    def records(self, step: int, metrics: Metrics, numbers: Numbers, sent: list[Sent]) -> list[Record]:
+    def measuring(self, state: State, numbers: Numbers, batch: Batch, mesh: Mesh) -> Callable:
+        """A function of (step, state, numbers, batch), before that step is made, to what run.log.instruments measures
+        of it; None where it is not due."""
+        log, run = self.config.run.log, None
+        if names := instruments.programmed(log.instruments):
+            run = compiled.measure(state, numbers, batch, self._program, names, mesh, len(self.members))
+            memory.check(run, self.config)
+
+        def measure(step: int, *inputs) -> Measured | None:
+            if not log.instruments or not instruments.due(step, log.every):
+                return None
+            return run(*inputs) if run else {}
+
+        return measure
+
+    def records(
+        self, step: int, metrics: Metrics, numbers: Numbers, sent: list[Sent], measured: Measured | None = None
+    ) -> list[Record]:
         """What is known of a step of each member; waits for it."""
         loss, grad_norm, rate = (
             np.reshape(x, -1).tolist() for x in (*jax.device_get(metrics), numbers["learning_rate"])
         )
+        told = [None if measured is None else instruments.told(measured, i, self.vmapped) for i in range(len(sent))]
         return [
-            Record(step, loss[i], grad_norm[i], rate[i], of.fill, of.tokens, of.text_hash, of.tiles)
+            Record(step, loss[i], grad_norm[i], rate[i], of.fill, of.tokens, of.text_hash, of.tiles, told[i])
             for i, of in enumerate(sent)
         ]
 

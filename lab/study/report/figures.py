@@ -49,8 +49,8 @@ def by_condition(rows: Sequence[Mapping[str, Curves]], errors: Mapping[str, Curv
     return _panels(rows, draw)
 
 
-def by_label(rows: Sequence[Mapping[str, Curves]], axis: str) -> Figure:
-    """Loss against the values of a label, numbers or names: one line for each name."""
+def by_label(rows: Sequence[Mapping[str, Curves]], axis: str, vertical: str = LOSS) -> Figure:
+    """Loss, or something else, against the values of a label, numbers or names: one line for each name."""
 
     def draw(axes: Axes, title: str, curves: Curves) -> None:
         ticks = list(dict.fromkeys(x for curve in curves.values() for x in curve))
@@ -63,7 +63,7 @@ def by_label(rows: Sequence[Mapping[str, Curves]], axis: str) -> Figure:
         axes.set_xlabel(axis)
         _name_lines(axes, *drawn)
 
-    return _panels(rows, draw)
+    return _panels(rows, draw, vertical)
 
 
 def heat_maps(rows: Sequence[Mapping[str, Curves]], vertical: str, horizontal: str) -> Figure:

@@ -45,14 +45,14 @@ def by_condition(rows: Sequence[Mapping[str, Curves]], errors: Mapping[str, Curv
     return _figure(rows, panel)
 
 
-def by_label(rows: Sequence[Mapping[str, Curves]], axis: str) -> Live | None:
+def by_label(rows: Sequence[Mapping[str, Curves]], axis: str, vertical: str = LOSS) -> Live | None:
     """See figures.by_label."""
 
     def panel(title: str, curves: Curves) -> dict:
         ticks = list(dict.fromkeys(x for curve in curves.values() for x in curve))
         numeric = all(isinstance(x, (int, float)) for x in ticks)
         kind = {"tickvals": ticks} if numeric else {"type": "category", "categoryarray": list(map(_text, ticks))}
-        return _panel(title, _lines(curves, {}, axis), _titled(axis) | kind, _titled(LOSS))
+        return _panel(title, _lines(curves, {}, axis), _titled(axis) | kind, _titled(vertical))
 
     return _figure(rows, panel)
 

@@ -18,6 +18,7 @@ from lab.study.report import (
     live,
     mixing,
     series,
+    stability,
     trials,
     verdicts,
 )
@@ -62,6 +63,7 @@ SECTIONS = {
     "branches": ("Branches", branches.section),
     "curves": ("Learning curves", lambda: curves),
     "mixing": ("Mixing weights", lambda: mixing.section),
+    "stability": ("Stability", lambda: stability.section),
     "series": ("The published series", lambda: series.section),
 }  # title, and a function of the study's labels that the section needs to the section: a function of the results
 

@@ -2,9 +2,11 @@
 
 import json
 import time
+from collections.abc import Mapping
 
 from lab.storage import sealed, write_atomically
 from lab.study import results
+from lab.study.judge import spikes
 from lab.study.report.layout import panel_rows
 from lab.study.run import weights as learned
 from lab.study.run.progress import Display
@@ -43,6 +45,7 @@ class Log:
         self._run, self._writes = run, writes
         self._path = run.directory / "metrics.jsonl"
         self._file = self._board = None
+        self._losses, self._spikes = [], 0
 
     def start(self, step: int) -> None:
         """Steps that are made again are logged again: what an earlier attempt logged from here on goes."""
@@ -55,20 +58,37 @@ class Log:
             self._board.text("config", events.describe(config, baseline))
 
     def _begin(self, step: int) -> None:
-        kept = [json.dumps(sealed(line)) + "\n" for line in results.metrics(self._run.directory) if line["step"] < step]
-        write_atomically(self._path, "".join(kept).encode())
+        kept = [line for line in results.metrics(self._run.directory) if line["step"] < step]
+        write_atomically(self._path, "".join(json.dumps(sealed(line)) + "\n" for line in kept).encode())
+        self._losses = [line["loss"] for line in kept]
+        self._spikes = len(spikes.spikes(self._losses))
         self._file = self._path.open("a", buffering=1)  # a checkpoint must never outlive the lines before it
 
     def step(self, record: Record, rate: float | None) -> None:
-        if self._writes:
-            self._file.write(json.dumps(sealed(record._asdict())) + "\n")
-        if self._writes and rate is not None:
-            self._board.scalars(record.step, {
-                "train/loss_nats": record.loss, "train/grad_norm": record.grad_norm,
-                "train/learning_rate": record.learning_rate, "train/fill_share": record.fill,
-                "train/tile_share": record.tiles,
-                "train/tokens_per_second": rate,
-            })  # fmt: skip
+        if not self._writes:
+            return
+        line = self._line(record)
+        self._file.write(json.dumps(sealed(line)) + "\n")
+        shown = {} if rate is None else {
+            "train/loss_nats": record.loss, "train/grad_norm": record.grad_norm,
+            "train/learning_rate": record.learning_rate, "train/fill_share": record.fill,
+            "train/tile_share": record.tiles,
+            "train/tokens_per_second": rate,
+        }  # fmt: skip
+        shown |= _curves(line.get("instruments", {}))
+        if shown:
+            self._board.scalars(record.step, shown)
+
+    def _line(self, record: Record) -> dict:
+        """Of metrics.jsonl: without instruments where they were not due, with the spikes so far if they are asked."""
+        self._spikes += spikes.is_spike(record.loss, self._losses)
+        self._losses.append(record.loss)
+        line = record._asdict()
+        if record.instruments is None:
+            del line["instruments"]
+        elif "spikes" in self._run.cell.config.run.log.instruments:
+            line["instruments"] = record.instruments | {"spikes": self._spikes}
+        return line
 
     def weights(self, step: int, weights: learned.Weights) -> None:
         """The weights that layers have learned for each other by now: a curve for each."""
@@ -88,6 +108,15 @@ class Log:
         if self._writes and self._file:
             self._file.close()
             self._board.close()
+
+
+def _curves(instruments: Mapping[str, float | list | None]) -> dict[str, float]:
+    """What was measured as curves of TensorBoard: a panel for each name, or for each name and layer."""
+    found = {}
+    for name, value in instruments.items():
+        layers = value if isinstance(value, list) else []
+        found |= {f"{name}/layer {m}": number for m, number in enumerate(layers)} or {f"instruments/{name}": value}
+    return {name: number for name, number in found.items() if number is not None}
 
 
 def compare(run: Run, column: str, conditions: list[dict]) -> None:

@@ -113,7 +113,9 @@ def _make(unit: Unit, display: Display, stop: Callable[[int], bool]) -> None:
 
 def _fail(run: Run, error: Exception, display: Display) -> None:
     if jax.process_index() == 0:
-        write_json(run.directory / "failure.json", {"reason": str(error)})
+        step = getattr(error, "step", None)
+        at = {} if step is None else {"step": step}
+        write_json(run.directory / "failure.json", {"reason": str(error), **at})
     display.finish_run(run.name, f"FAILED: {error}", fresh=False)
 
 

@@ -1,0 +1,150 @@
+"""What run.log.instruments measures of a training step: by a program of its own, from the weights and the batch that
+the step begins with, so that the step's own program stays what it is.
+
+Letters as in lab.model.transformer.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lab.data import Batch
+from lab.kernels import reference, rules
+from lab.model import mesh, parameter
+from lab.model.attention import Softmax, View
+from lab.model.streams.stream import Stream
+from lab.model.transformer import Block, Transformer, unstack
+from lab.options import Option
+from lab.train import step
+from lab.train.optimizer import Numbers
+from lab.train.step import Program, State
+
+OF_ROWS = ("activations", "logits", "log_z")  # of the first row of a batch, or of one for each device along rows
+OF_UPDATE = ("gradients", "updates")
+ON_HOST = ("spikes",)  # counted where a run is logged: see lab.study.judge.spikes
+INSTRUMENTS = (*OF_ROWS, *OF_UPDATE, *ON_HOST)
+OPTION = Option((), "what is measured beside the loss, of the first step and every log.every-th",
+                kind=tuple[str, ...], choices=INSTRUMENTS)  # fmt: skip
+
+Measured = dict[str, jax.Array]  # float32: [L], nan where a layer has no such number, or a scalar
+
+
+def due(at: int, every: int) -> bool:
+    """Whether a step is measured: it depends on nothing but the step, so that a resumed run measures the same ones."""
+    return at == 0 or (at + 1) % every == 0
+
+
+def programmed(names: Sequence[str]) -> tuple[str, ...]:
+    """Those that need a program, in one order, so that it is compiled once."""
+    return tuple(name for name in (*OF_ROWS, *OF_UPDATE) if name in names)
+
+
+def measure(state: State, numbers: Numbers, batch: Batch, program: Program, names: tuple[str, ...]) -> Measured:
+    """Of the step that `lab.train.step.train_step` makes of the same arguments.
+
+    activations: activation, the root mean square of the stream after each layer.
+    logits: attention_max, the largest score that a query gives to a key that it sees, scaled and capped; and
+    attention_entropy, in nats, the mean over queries and heads. Both nan where a mixer is no softmax over its own keys,
+    and under streams other than the plain one.
+    log_z: log_z_mean and log_z_max, of the head's log normaliser.
+    gradients: gradient, the norm over the parameters of each layer, before clipping.
+    updates: update, the norm of each layer's update divided by that of its weights.
+    """
+    found = {}
+    if {*names} & {*OF_ROWS}:
+        found |= _of_rows(state.model, _first_rows(batch), names)
+    if {*names} & {*OF_UPDATE}:
+        _, grads, updates, _ = step.update(state, numbers, batch, program)
+        weights, layers = parameter.split(state.model)[1], state.model.layers
+        if "gradients" in names:
+            found["gradient"] = norms(grads, layers)
+        if "updates" in names:
+            found["update"] = norms(updates, layers) / norms(weights, layers)
+    return found
+
+
+def measure_members(
+    states: State, numbers: Numbers, batches: Batch, program: Program, names: tuple[str, ...]
+) -> Measured:
+    """The same of each member of a stack."""
+    return jax.vmap(lambda *member: measure(*member, program, names))(states, numbers, batches)
+
+
+def told(measured: Measured, member: int, stacked: bool) -> dict[str, float | list[float | None] | None]:
+    """As a line of metrics.jsonl has it, of one run or of a member of a stack; None for nan. Waits for it."""
+    own = {name: np.asarray(x[member] if stacked else x) for name, x in jax.device_get(measured).items()}
+    return {name: np.where(np.isnan(x), None, x.astype(object)).tolist() for name, x in own.items()}
+
+
+def norms(tree, layers: int) -> jax.Array:
+    """The norm of each layer's share of a tree like the trainable part of a model, float32 [L].
+
+    Layers are stacked: layer m is place m // P of entry m % P of the pattern.
+    """
+    entries, squares_L = tree["blocks"], jnp.zeros(layers)
+    for p in range(len(entries)):
+        of_entry = [
+            jnp.sum(jnp.square(w.astype(jnp.float32)), axis=range(1, w.ndim)) for w in jax.tree.leaves(entries[p])
+        ]
+        squares_L = squares_L.at[p :: len(entries)].set(sum(of_entry))
+    return jnp.sqrt(squares_L)
+
+
+def _first_rows(batch: Batch) -> Batch:
+    """As few rows as lie over the mesh: dense scores of all of them would not fit."""
+    sizes = mesh.current()
+    rows = sizes.get("data", 1) * sizes.get("fsdp", 1)
+    return jax.tree.map(lambda x: x[:rows], batch)
+
+
+def _of_rows(model: Transformer, batch: Batch, names: tuple[str, ...]) -> Measured:
+    """One layer after another, as `run_layers` has them where nothing is scanned."""
+    at, views = batch.coordinates, model.views(batch.coordinates, batch.coordinates)
+    P, real_BT = len(views), batch.coordinates.segment >= 0
+    blocks = [unstack(block, model.repeats(p)) for p, block in enumerate(model.blocks)]
+    state, rms, scores = model.stream.start(model.embed(batch.tokens, at), None), [], []
+    for m in range(model.layers):
+        block, view = blocks[m % P][m // P], views[m % P]
+        if "logits" in names:
+            scores.append(_attention(block, state, view) if _readable(model.stream, block.mixer) else (jnp.nan,) * 2)
+        state, _ = model.stream.layer(state, block, view, None, m=m)
+        x_BTD = model.stream.finish(state)[0]
+        rms.append(_rms(x_BTD, real_BT) if isinstance(x_BTD, jax.Array) else jnp.nan)
+    found = {}
+    if "activations" in names:
+        found["activation"] = jnp.stack(rms)
+    if "logits" in names:
+        found["attention_max"], found["attention_entropy"] = (jnp.stack(each) for each in zip(*scores, strict=True))
+    if "log_z" in names:
+        log_z_BT = jax.nn.logsumexp(model.logits(x_BTD), axis=-1)
+        found["log_z_mean"] = jnp.mean(log_z_BT, where=real_BT)
+        found["log_z_max"] = jnp.max(log_z_BT, where=real_BT, initial=-jnp.inf)
+    return found
+
+
+def _rms(x_BTD: jax.Array, real_BT: jax.Array) -> jax.Array:
+    return jnp.sqrt(jnp.mean(jnp.square(x_BTD.astype(jnp.float32)), where=real_BT[..., None]))
+
+
+def _readable(stream: Stream, mixer) -> bool:
+    """Whether a layer's scores are those of its own queries and keys, read from the stream as it is."""
+    plain = type(stream).layer is Stream.layer
+    return plain and isinstance(mixer, Softmax) and type(mixer).remember is Softmax.remember
+
+
+def _attention(block: Block, x_BTD: jax.Array, view: View) -> tuple[jax.Array, jax.Array]:
+    """The largest score that is seen, and the mean entropy (nats) of queries that see a key; the whole matrix."""
+    mixer = block.mixer
+    q_BTHK, kept, _ = mixer.project(block.mixer_placement.before(x_BTD), view, None)
+    k_BSGK = mixer.read(kept)[0]
+    s_BGRTS = reference.scores(mixer.turned("q", q_BTHK, view.rotation), k_BSGK, mixer.scale)
+    if mixer.softcap:
+        s_BGRTS = mixer.softcap * jnp.tanh(s_BGRTS / mixer.softcap)
+    seen_B11TS = rules.visible(mixer.rule, view.queries, view.keys)[:, None, None]
+    p_BGRTS = jax.nn.softmax(s_BGRTS, axis=-1, where=seen_B11TS)
+    entropy_BGRT = jax.scipy.special.entr(jnp.where(seen_B11TS, p_BGRTS, 0)).sum(-1)
+    sees_BGRT = jnp.broadcast_to(seen_B11TS.any(-1), entropy_BGRT.shape)
+    largest = jnp.max(s_BGRTS, where=seen_B11TS, initial=-jnp.inf)
+    return largest, jnp.mean(entropy_BGRT, where=sees_BGRT)
