@@ -36,7 +36,8 @@ def _modulo(a: Range, b: Range) -> Range:
 
 def _multiple(a: Range, b: Range, period: int):
     """Whether some difference of the two may be a multiple of the period."""
-    return _modulo(Range(a.low - b.high, a.high - b.low), Range(period, period)).low == 0
+    difference = _OPERATORS["-"][True](a, b)
+    return _modulo(difference, Range(period, period)).low == 0
 
 
 def _equal(a: Range, b: Range) -> Range:
