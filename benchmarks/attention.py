@@ -99,8 +99,10 @@ def memory() -> float:
     return 0.8 * stats.get("bytes_limit", os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 
 
-def of_jax(function, rule: rules.Rule, at: Coordinates, heads: int, width: int, both: bool) -> Callable[[], float]:
-    """A function that makes one run and gives its seconds. Raises MemoryError rather than run out."""
+def of_jax(
+    function, rule: rules.Rule, at: Coordinates, heads: int, width: int, both: bool
+) -> tuple[Callable[[], float], int]:
+    """A function that makes one run and gives its seconds; and its temporary bytes. MemoryError rather than run out."""
     rng = np.random.default_rng(0)
     q, k, v, weight = (jnp.asarray(rng.normal(size=(*at.shape, heads, width)), DTYPE) for _ in range(4))
     at = jax.tree.map(jnp.asarray, at)
@@ -122,7 +124,7 @@ def of_jax(function, rule: rules.Rule, at: Coordinates, heads: int, width: int, 
         return time.perf_counter() - start
 
     once()
-    return once
+    return once, needed
 
 
 class Torch:
@@ -200,7 +202,7 @@ def table(name: str, text: str, at: Coordinates, flags, torch: Torch | None, mos
                     peers[peer, which] = functools.partial(torch.run, request | {"pass": which})
                     continue
                 try:
-                    peers[peer, which] = of_jax(JAX[peer], rule, at, flags.heads, flags.width, which == "both")
+                    peers[peer, which], _ = of_jax(JAX[peer], rule, at, flags.heads, flags.width, which == "both")
                 except Exception as error:
                     reasons[f"{peer} {which}"] = str(error).splitlines()[0][:160]
         seconds, failed = measure(peers, flags.rounds)

@@ -4,7 +4,7 @@ python -m lab.plan --config=configs/rope_ablation.py [--json]
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -36,6 +36,11 @@ OVER_DEVICES = (
     "copies at 8: how often 8 devices hold each number"
 )
 STATE = "; state: numbers per row and layer, however long the row"
+MOVED = (
+    "bytes: of the cache, per token of all layers; intensity: operations of attention for each number read or written, "
+    "in orders of growth: of training on the study's batch, and of decoding so many rows to the length of a training "
+    "row (—: a layer keeps a state)"
+)
 NAMED = 4  # cells of a line, where more cost the same
 
 
@@ -67,6 +72,7 @@ def main(argv: list[str]) -> None:
     console = Console(width=max(Console().width, 150), highlight=False, markup=False, emoji=False)
     console.print(table)
     console.print(over_devices(rows))
+    console.print(moved(rows))
     for line in _matches(rows):
         console.print(line)
     console.print(f"{programs} training program{'s' * (programs > 1)} to compile")
@@ -83,19 +89,40 @@ def main(argv: list[str]) -> None:
 def over_devices(rows: list[dict]) -> Table:
     """What decoding costs: one line for all cells that cost the same."""
     stateful = any(row["state_per_layer"] for row in rows)
-    alike: dict[tuple, list[str]] = {}
+    columns = "attention work", "cache", "on 2", "on 4", "on 8", "copies at 8", *["state"] * stateful
+    costs = {}
     for row in rows:
-        costs = row["attention_work"], *row["cache_per_device"].values(), row["cache_copies"]["8"]
-        shown = *map(_shown, costs), *[_shown(row["state_per_layer"])] * stateful
-        alike.setdefault(shown, []).append(row["name"])
-    table = Table(
-        title="Cache over devices", caption=OVER_DEVICES + STATE * stateful, show_lines=len(alike) < len(rows)
-    )
+        found = row["attention_work"], *row["cache_per_device"].values(), row["cache_copies"]["8"]
+        costs[row["name"]] = *map(_shown, found), *[_shown(row["state_per_layer"])] * stateful
+    return _by_cost("Cache over devices", OVER_DEVICES + STATE * stateful, columns, costs)
+
+
+def moved(rows: list[dict]) -> Table:
+    """What memory has to carry: one line for all cells that cost the same."""
+    decoded = list(rows[0]["intensity_decoding"])
+    columns = "bytes", "intensity of training", *(f"of decoding {count}" for count in decoded)
+    costs = {}
+    for row in rows:
+        found = row["intensity_training"], *(row["intensity_decoding"][count] for count in decoded)
+        costs[row["name"]] = (
+            _shown(row["cache_bytes_per_token"]),
+            *("—" if each is None else f"{each:.1f}" for each in found),
+        )
+    return _by_cost("Bytes and arithmetic intensity", MOVED, columns, costs)
+
+
+def _by_cost(title: str, caption: str, columns: Sequence[str], costs: Mapping[str, tuple[str, ...]]) -> Table:
+    """A line for all cells of {cell: costs} that cost the same."""
+    alike: dict[tuple, list[str]] = {}
+    for name, shown in costs.items():
+        alike.setdefault(shown, []).append(name)
+    table = Table(title=title, caption=caption, show_lines=len(alike) < len(costs))
     table.add_column("cell", no_wrap=True)
-    for name in ("attention work", "cache", "on 2", "on 4", "on 8", "copies at 8", *["state"] * stateful):
+    for name in columns:
         table.add_column(name, justify="right")
     for shown, names in alike.items():
-        table.add_row(_listed(names) if len(alike) > 1 else f"all {len(rows)} cells" if rows[1:] else names[0], *shown)
+        one_line = f"all {len(costs)} cells" if len(names) > 1 else names[0]
+        table.add_row(_listed(names) if len(alike) > 1 else one_line, *shown)
     return table
 
 

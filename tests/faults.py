@@ -19,6 +19,8 @@ ROWS = {
         ("all branches see their own time", "all_branches = (k.time < q.time)", "all_branches = (k.time <= q.time)"),
         ("own branch without its prompt", "((k.branch == 0) | (k.branch == q.branch))", "(k.branch == q.branch)"),
         ("window one longer", "return q.time - k.time < n", "return q.time - k.time <= n"),
+        ("strided is a window", "return window(n) | every(n)", "return window(n)"),
+        ("one summary less", "return k.time % n >= n - c", "return k.time % n > n - c"),
         ("padding sees padding", "(q.segment == k.segment) & (q.segment >= 0)", "(q.segment == k.segment)"),
         ("& taken for |", "text, levels - 1) & _rule(", "text, levels - 1) | _rule("),
         ("padding counts as a query", "tokens += int(np.sum(queries.segment >= 0))", "tokens += queries.segment.size"),
@@ -26,6 +28,7 @@ ROWS = {
     "kernels/expressions.py": [
         ("range of a difference", "Range(a.low - b.high, a.high - b.low)", "Range(a.low - b.low, a.high - b.high)"),
         ("certain when possible", 'Range(a.high < b.low, a.low < b.high)', 'Range(a.low < b.high, a.low < b.high)'),
+        ("differences begin at a multiple", "Range(period, period)).low == 0", "Range(period, period)).high == 0"),
         ("q.x > k.x read as <", 'return term(other)._rule("<", self)', 'return self._rule("<", other)'),
     ],
     "kernels/tiles.py": [

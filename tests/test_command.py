@@ -257,7 +257,8 @@ def test_the_plan_as_json(told, study):
     assert table["study"] == "tiny" and table["question"] == "Does it run?" and len(table["cells"]) == 4
     promised = (
         "name parameters parameters_non_embedding train_flops_per_token attention_work cache_per_token_per_layer "
-        "cache_per_device cache_copies state_per_layer tokens executable"
+        "cache_per_device cache_copies state_per_layer tokens executable "
+        "cache_bytes_per_token intensity_training intensity_decoding"
     )
     for row in table["cells"]:
         assert {*promised.split(), "head_dim", "pairs_branch", "pairs_time", "pairs_index"} <= row.keys()

@@ -18,7 +18,7 @@ from lab import model
 from lab.config import base
 
 for field, value in (
-    ("norm", "tanh"), ("mixer", "tempered"), ("rule", "causal & strided(4)"), ("position", "interpolated")
+    ("norm", "tanh"), ("mixer", "tempered"), ("rule", "causal & (window(8) | sinks(4))"), ("position", "interpolated")
 ):
     config = base()
     config.model.layers = 1

@@ -8,7 +8,7 @@ wrong: a truth value may say maybe too often, but never a wrong never or always.
 import dataclasses
 import itertools
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -32,6 +32,12 @@ def _floordiv(a: Range, b: Range) -> Range:
 def _modulo(a: Range, b: Range) -> Range:
     period, within = b.low, a.low // b.low == a.high // b.low  # within: no multiple of the period lies between
     return Range((a.low % period) * within, period - 1 - (period - 1 - a.high % period) * within)
+
+
+def _multiple(a: Range, b: Range, period: int):
+    """Whether some difference of the two may be a multiple of the period."""
+    difference = _OPERATORS["-"][True](a, b)
+    return _modulo(difference, Range(period, period)).low == 0
 
 
 def _equal(a: Range, b: Range) -> Range:
@@ -73,14 +79,30 @@ _OPERATORS = {
 }
 
 
-def _evaluate(tree: tuple, q: Coordinates, k: Coordinates, on_ranges: bool):
+Known = Mapping[tuple, Range]  # of some numbers, by their trees: ranges that are narrower than those of coordinates
+
+
+def _evaluate(tree: tuple, q: Coordinates, k: Coordinates, known: Known | None = None):
+    """On arrays; on ranges if any are `known`, be it none of them."""
     kind, *rest = tree
+    on_ranges = known is not None
+    if on_ranges and tree in known:
+        return known[tree]
     if kind == "constant":
         return Range(rest[0], rest[0]) if on_ranges else rest[0]
     if kind == "coordinate":
         side, name = rest
         return getattr(q if side == "q" else k, name)
-    return _OPERATORS[kind][on_ranges](*(_evaluate(operand, q, k, on_ranges) for operand in rest))
+    found = _OPERATORS[kind][on_ranges](*(_evaluate(operand, q, k, known) for operand in rest))
+    if on_ranges and kind == "==" and (period := _common_period(*rest)):
+        a, b = (_evaluate(operand[1], q, k, known) for operand in rest)
+        return Range(found.low, found.high & _multiple(a, b, period))
+    return found
+
+
+def _common_period(a: tuple, b: tuple) -> int | None:
+    """Of two remainders by one constant: equal remainders are differences that are a multiple of it."""
+    return a[2][1] if a[0] == b[0] == "%" and a[2] == b[2] else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,11 +123,24 @@ class Rule:
 
     def visible(self, q: Coordinates, k: Coordinates):
         """Truth values for arrays of coordinates that broadcast against each other, q [..., T, 1] and k [..., 1, S]."""
-        return _evaluate(self.tree, q, k, on_ranges=False)
+        return _evaluate(self.tree, q, k)
 
-    def visible_range(self, q: Coordinates, k: Coordinates) -> Range:
-        """The same on coordinates whose fields are `Range`s: certainly visible, possibly visible."""
-        return _evaluate(self.tree, q, k, on_ranges=True)
+    def visible_range(self, q: Coordinates, k: Coordinates, known: Known | None = None) -> Range:
+        """The same on coordinates whose fields are `Range`s: certainly visible, possibly visible.
+
+        known: ranges of `remainders`, by their trees, where they are known from more than coordinates' ranges.
+        """
+        return _evaluate(self.tree, q, k, known or {})
+
+    def remainders(self) -> list["Term"]:
+        """Its numbers x % n of one side's coordinates: a range of x says little of them where it passes n often."""
+        found = (tree for tree in _parts(self.tree) if tree[0] == "%" and len(_sides(tree)) == 1)
+        return [Term(tree) for tree in dict.fromkeys(found)]
+
+    def periods(self) -> list[int]:
+        """What its numbers of time are divided by for a remainder, each once."""
+        found = (tree for tree in _parts(self.tree) if tree[0] == "%" and "time" in _fields(tree))
+        return sorted({tree[2][1] for tree in found})
 
 
 class Term:
@@ -163,22 +198,31 @@ class Term:
 
     def values(self, q: Coordinates, k: Coordinates):
         """The numbers, for arrays of coordinates that broadcast against each other; a constant stays one number."""
-        return _evaluate(self.tree, q, k, on_ranges=False)
+        return _evaluate(self.tree, q, k)
 
     def value_range(self, q: Coordinates, k: Coordinates) -> Range:
         """The same on coordinates whose fields are `Range`s: no value lies outside."""
-        return _evaluate(self.tree, q, k, on_ranges=True)
+        return _evaluate(self.tree, q, k, {})
 
     def sides(self) -> set[str]:
         """Which coordinates it reads: those of "q", of "k", of both or of none."""
         return _sides(self.tree)
 
 
+def _parts(tree: tuple) -> Iterator[tuple]:
+    """An expression and all that it is made of."""
+    yield tree
+    if tree[0] not in ("constant", "coordinate"):
+        for operand in tree[1:]:
+            yield from _parts(operand)
+
+
 def _sides(tree: tuple) -> set[str]:
-    kind, *rest = tree
-    if kind == "constant":
-        return set()
-    return {rest[0]} if kind == "coordinate" else set().union(*map(_sides, rest))
+    return {part[1] for part in _parts(tree) if part[0] == "coordinate"}
+
+
+def _fields(tree: tuple) -> set[str]:
+    return {part[2] for part in _parts(tree) if part[0] == "coordinate"}
 
 
 def minimum(a: Term | int, b: Term | int) -> Term:

@@ -1,9 +1,11 @@
 """The order of a row's tokens that leaves the fewest tiles to compute. NumPy, on the host.
 
 Attention with coordinate masks commutes with permutation: where tokens lie in a row is free. Rules that see all
-branches want the tokens of one time together, those that see one branch want branches together.
+branches want the tokens of one time together, those that see one branch want branches together; those of every
+n-th time step want patches: a few columns and a few rows of the times of a branch, written in rows of n.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -28,6 +30,7 @@ def arrange(
 ) -> Arranged:
     """The best of three orders for each row [B, T]: as it is, branch after branch, and that with branches on tiles.
 
+    A rule with a period in time, such as every(n), has one more for each: branches on tiles, in patches of n columns.
     rules: one for each layer of the pattern. sizes: of the tiles of queries and of keys; None where there are none, and
     the order is kept. free: False keeps the order, for layers that read tokens in turn.
     """
@@ -40,6 +43,9 @@ def arrange(
     if free:
         by_branch = np.lexsort((coordinates.time, coordinates.branch, _padding_last(coordinates.segment)))
         orders += [by_branch, _on_tiles(coordinates, by_branch, max(q_tile, k_tile))]
+        for period in sorted({period for rule in set(rules) for period in rule.periods()}):
+            patches = _in_patches(coordinates, period, max(q_tile, k_tile))
+            orders.append(_on_tiles(coordinates, patches, max(q_tile, k_tile)))
         moved += [_moved(coordinates, order) for order in orders[1:]]
     counts = np.array([_computed(each, rules, q_tile, k_tile) for each in moved])
     worth = np.concatenate([counts[:1], np.where(counts[1:] <= GAIN * counts[0], counts[1:], np.inf)])
@@ -47,6 +53,21 @@ def arrange(
     chosen, rows = np.stack(orders), np.arange(B)
     tiles = len(rules) * -(-T // q_tile) * -(-T // k_tile)
     return Arranged(chosen[best, rows], float(counts[best, rows].mean() / tiles))
+
+
+def _in_patches(coordinates: Coordinates, period: int, tile: int) -> np.ndarray:
+    """Branch after branch, each cut into patches of a tile: of so many rows of `period` time steps, and columns.
+
+    A tile then meets the columns of a key every `period` steps, and the rows of a window, in few others; in the order
+    of time it would meet all of them. Columns are counted from the last, which `summary` keeps.
+    """
+    rows = 2 ** max(0, round(math.log2(tile)) // 2 - 1)  # 4 of 64: the window of a strided rule costs more by the row
+    columns = tile // rows
+    time = np.asarray(coordinates.time)
+    column = (period - 1 - time % period) // columns
+    return np.lexsort(
+        (time, column, time // (rows * period), coordinates.branch, _padding_last(coordinates.segment)), axis=-1
+    )
 
 
 def _padding_last(segment: np.ndarray) -> np.ndarray:

@@ -14,8 +14,9 @@ from lab.errors import UserError, choose
 from lab.kernels.expressions import Range, Rule, Term, k, maximum, minimum, q
 
 __all__ = [
-    "RULES", "SIZED", "Range", "Rule", "Term", "all_branches", "causal", "k", "maximum", "mean_visible_keys", "minimum",
-    "own_branch", "pairs_visible", "parse", "q", "shows_later", "visible", "window",
+    "RULES", "SIZED", "Range", "Rule", "Term", "all_branches", "block", "causal", "every", "fixed", "k", "maximum",
+    "mean_visible_keys", "minimum", "own_branch", "pairs_visible", "parse", "q", "shows_later", "strided", "summary",
+    "visible", "window",
 ]  # fmt: skip
 
 causal = k.index <= q.index
@@ -30,8 +31,58 @@ def window(n: int) -> Rule:
     return q.time - k.time < n
 
 
+def every(n: int) -> Rule:
+    """Keys a multiple of n time steps away: the second half of `strided`, for a layer of its own."""
+    _check("every", n)
+    return q.time % n == k.time % n
+
+
+def block(n: int) -> Rule:
+    """Keys of the query's own block of n time steps: the first half of `fixed`, for a layer of its own."""
+    _check("block", n)
+    return q.time // n == k.time // n
+
+
+def summary(n: int, c: int) -> Rule:
+    """The last c of every n time steps, which stand for the others: the second half of `fixed`.
+
+    A query of the first n - c steps sees none under causal: its output is zero.
+    """
+    _check("summary", n, c)
+    return k.time % n >= n - c
+
+
+def strided(n: int) -> Rule:
+    """The last n time steps, and every n-th before: strided attention of the Sparse Transformer, n near sqrt(length).
+
+    arXiv 1904.10509, section 4.2: the union of both parts. Like a window it hides nothing that is later.
+    """
+    _check("strided", n)
+    return window(n) | every(n)
+
+
+def fixed(n: int, c: int) -> Rule:
+    """The block of n time steps, and the last c steps of every block (arXiv 1904.10509, section 4.2)."""
+    _check("fixed", n, c)
+    return block(n) | summary(n, c)
+
+
+def _check(name: str, n: int, c: int | None = None) -> None:
+    if n < 1:
+        raise UserError(f"{name} has n = {n} time steps; choose at least 1")
+    if c is not None and not 1 <= c <= n:
+        raise UserError(f"{name} keeps c = {c} of n = {n} time steps; choose 1 to {n}")
+
+
 RULES = {"causal": causal, "all_branches": all_branches, "own_branch": own_branch}
-SIZED = {"window": window}  # name -> a function of whole numbers to a rule
+SIZED = {  # name -> a function of whole numbers to a rule
+    "window": window,
+    "strided": strided,
+    "fixed": fixed,
+    "every": every,
+    "block": block,
+    "summary": summary,
+}
 DEEPEST = 64  # levels of a spelled rule
 LARGEST = 2**29  # of its numbers: two of them still add up within int32
 

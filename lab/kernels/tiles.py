@@ -45,12 +45,29 @@ def tile_ranges(coordinates: Coordinates, tile: int, xp=jnp) -> tuple[Coordinate
     """Ranges [B, n] of each field over the tokens of a tile, whether it has any token, and whether it has padding."""
     tiled = coordinates.map(lambda x: x.reshape(x.shape[0], -1, tile))
     real = tiled.segment >= 0
+    fields = (_span(x, real, xp) for x in (tiled.segment, tiled.branch, tiled.time, tiled.index))
+    return Coordinates(*fields), real.any(-1), ~real.all(-1)
+
+
+def _span(x, real, xp) -> Range:
+    """Of the numbers of each tile whose tokens are no padding; [B, n, tile] to [B, n]."""
     limit = np.iinfo(np.int32).max // 4  # far from overflow when a rule adds or subtracts two of them
+    return Range(xp.where(real, x, limit).min(-1), xp.where(real, x, -limit).max(-1))
 
-    def span(x):
-        return Range(xp.where(real, x, limit).min(-1), xp.where(real, x, -limit).max(-1))
 
-    return Coordinates(*map(span, (tiled.segment, tiled.branch, tiled.time, tiled.index))), real.any(-1), ~real.all(-1)
+def _remainder_ranges(rule: Rule, q: Coordinates, k: Coordinates, q_tile: int, k_tile: int, xp) -> dict[tuple, Range]:
+    """Ranges of the rule's remainders over the tokens of each tile, by their trees: [B, n, 1] of q, [B, 1, m] of k.
+
+    A tile of every 64th time step has all times and one remainder, which the range of its times does not show.
+    """
+    found = {}
+    for term in rule.remainders():
+        at, tile, widen = (
+            (q, q_tile, lambda x: x[:, :, None]) if term.sides() == {"q"} else (k, k_tile, lambda x: x[:, None, :])
+        )
+        values, real = (x.reshape(len(x), -1, tile) for x in (term.values(at, at), at.segment >= 0))
+        found[term.tree] = Range(*map(widen, _span(values, real, xp)))
+    return found
 
 
 def tile_kinds(rule: Rule, q: Coordinates, k: Coordinates, q_tile: int, k_tile: int, xp=jnp):
@@ -70,7 +87,7 @@ def tile_kinds(rule: Rule, q: Coordinates, k: Coordinates, q_tile: int, k_tile: 
         & (rows.segment.low == columns.segment.low),
         (rows.segment.low <= columns.segment.high) & (columns.segment.low <= rows.segment.high),
     )
-    certainly, possibly = rule.visible_range(rows, columns)
+    certainly, possibly = rule.visible_range(rows, columns, _remainder_ranges(rule, q, k, q_tile, k_tile, xp))
     # Padded queries in a full tile do no harm: their output is dropped. Padded keys would be seen.
     full = same.low & certainly & q_any[:, :, None] & (k_any & ~k_padded)[:, None, :]
     some = same.high & possibly & q_any[:, :, None] & k_any[:, None, :]

@@ -1,5 +1,7 @@
 """What a model costs, by closed formulas over its declared shapes."""
 
+import functools
+
 import jax
 import numpy as np
 
@@ -40,6 +42,13 @@ def attention_work(model: Transformer) -> int | float:
 def cache_per_token_per_layer(model: Transformer) -> int | float:
     """Numbers that decoding keeps per token: the mean over layers, an int where they are alike."""
     return cache_per_device(model, 1)
+
+
+def cache_bytes_per_token(model: Transformer) -> int:
+    """Bytes that decoding keeps of a token in all layers, counted on the cache: one slot more of one row."""
+    caches = [jax.eval_shape(functools.partial(model.init_cache, 1, length)) for length in (1, 2)]
+    held = [sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((one.layers, one.stream))) for one in caches]
+    return held[1] - held[0]
 
 
 def cache_per_device(model: Transformer, devices: int) -> int | float | None:

@@ -13,6 +13,7 @@ from lab.kernels import order, rules
 seeds = st.integers(0, 2**32 - 1)
 SIDES = st.sampled_from([(4, 4), (4, 3), (2, 6)])
 NAMED = [rules.causal, rules.all_branches, rules.own_branch, rules.own_branch & rules.window(5)]
+NAMED += [rules.own_branch & rules.strided(6), rules.all_branches & rules.fixed(5, 2)]
 
 
 def branches(count: int, length: int, row: int) -> Coordinates:
@@ -82,6 +83,26 @@ def test_nothing_moves_where_it_may_not_or_need_not():
     assert (still == np.arange(112)).all() and share == 1.0
     alone = Coordinates.single(1, 40)
     assert (order.arrange(alone, [rules.own_branch], (8, 8)).order == np.arange(40)).all()
+
+
+@pytest.mark.parametrize(
+    "part", [rules.strided(32), rules.fixed(32, 4), rules.every(32)], ids=("strided", "fixed", "every")
+)
+def test_what_comes_every_so_many_steps_lies_in_patches(part):
+    """In the order of time a tile of 16 meets a key that it sees in half of the tiles; in patches, where it must."""
+    at, rule = Coordinates.single(1, 1024), rules.own_branch & part
+    found, kept = (order.arrange(at, [rule], (16, 16), free=free) for free in (True, False))
+    assert (kept.order == np.arange(1024)).all() and (np.sort(found.order) == np.arange(1024)).all()
+    assert found.share < 0.75 * kept.share
+    assert computed(rule, moved(at, found.order), 16, 16).mean() <= found.share
+    patch = moved(at, found.order).time[0, :16]
+    assert {*(patch // 32)} == {0, 1} and len({*(patch % 32)}) == 8
+
+
+def test_patches_are_weighed_against_what_other_layers_want():
+    at, windows = Coordinates.single(1, 1024), [rules.causal & rules.window(8)] * 9
+    assert (order.arrange(at, [rules.causal & rules.every(32), *windows], (16, 16)).order == np.arange(1024)).all()
+    assert (order.arrange(at, [rules.causal & rules.every(32), *windows[:1]], (16, 16)).order != np.arange(1024)).any()
 
 
 def test_rows_are_arranged_each_for_itself():

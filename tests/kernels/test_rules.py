@@ -169,6 +169,67 @@ def test_window_against_its_definition(seed, n):
     np.testing.assert_array_equal(rules.visible(rules.window(n), at, at)[0], expected)
 
 
+SPARSE = {  # of the times of a query and a key, in words of arXiv 1904.10509, section 4.2
+    "every": lambda i, j, n, c: abs(i - j) in range(0, 40, n),
+    "block": lambda i, j, n, c: any(i in steps and j in steps for steps in (range(b, b + n) for b in range(0, 40, n))),
+    "summary": lambda i, j, n, c: j in [b + n - kept for b in range(0, 40, n) for kept in range(1, c + 1)],
+    "strided": lambda i, j, n, c: i - j < n or SPARSE["every"](i, j, n, c),
+    "fixed": lambda i, j, n, c: SPARSE["block"](i, j, n, c) or SPARSE["summary"](i, j, n, c),
+}
+
+
+@pytest.mark.parametrize("name", SPARSE)
+@given(seed=seeds, n=st.integers(1, 9), c=st.integers(1, 9))
+def test_sparse_rules_against_their_definitions(name, seed, n, c):
+    c, at = min(n, c), packs.scattered(np.random.default_rng(seed), 1, 15)
+    q, k = pairs(at.map(lambda x: x[0]), at.map(lambda x: x[0]))
+    expected = np.vectorize(lambda i, j: SPARSE[name](i, j, n, c))(q.time, k.time)
+    expected &= (q.segment == k.segment) & (q.segment >= 0)
+    numbers = f"{n}, {c}" if name in ("summary", "fixed") else n
+    np.testing.assert_array_equal(rules.visible(rules.parse(f"{name}({numbers})"), at, at)[0], expected)
+
+
+def test_parts_of_sparse_rules_join_to_them():
+    """So that alternate layers may have one part each."""
+    assert rules.parse("window(8) | every(8)") == rules.strided(8)
+    assert rules.parse("block(8) | summary(8, 3)") == rules.fixed(8, 3)
+
+
+@given(seeds, st.integers(1, 12), st.integers(1, 60), st.integers(1, 60))
+def test_equal_remainders_are_looked_for_among_the_differences(seed, n, width, tokens):
+    """Of times without a gap the ranges say exactly which tiles hold a pair, wherever the tiles begin."""
+    begins = np.random.default_rng(seed).integers(0, 90, 2)
+    q, k = (
+        Coordinates(*[np.arange(begin, begin + size)] * 4) for begin, size in zip(begins, (width, tokens), strict=True)
+    )
+    possibly = rules.every(n).visible_range(ranges(q), ranges(k)).high
+    assert possibly == (np.subtract.outer(q.time, k.time) % n == 0).any()
+
+
+@given(drawn_rules, seeds, st.sampled_from([1, 6, 40]))
+def test_ranges_with_known_remainders_never_say_a_wrong_always_or_never(rule, seed, width):
+    rng = np.random.default_rng(seed)
+    q, k = tile(rng, 6, width), tile(rng, 4, width)
+    known = {}
+    for term in rule.made.remainders():
+        values = np.asarray(term.values(q, q) if term.sides() == {"q"} else term.values(k, k))
+        known[term.tree] = Range(values.min(), values.max())
+    dense, (certainly, possibly) = rule.plain(*pairs(q, k)), rule.made.visible_range(ranges(q), ranges(k), known)
+    loose = rule.made.visible_range(ranges(q), ranges(k))
+    assert loose.low <= certainly <= dense.all() and loose.high >= possibly >= dense.any()
+
+
+def test_a_rule_says_its_remainders_and_periods():
+    q, k = rules.q, rules.k
+    rule = rules.own_branch & (rules.fixed(12, 2) | rules.every(5)) & ((q.time - k.time) % 7 < 3) & (k.index % 2 == 0)
+    assert {term.tree for term in rule.remainders()} == {
+        (k.time % 12).tree, (q.time % 5).tree, (k.time % 5).tree, (k.index % 2).tree,
+    }  # fmt: skip
+    assert rule.periods() == [5, 7, 12]
+    plain = *rules.RULES.values(), rules.window(3), rules.block(4)
+    assert not any(rule.periods() + rule.remainders() for rule in plain)
+
+
 @pytest.mark.parametrize("name", rules.RULES)
 @given(seed=seeds, pairs=st.integers(1, 700))
 def test_mean_visible_keys_against_a_loop(name, seed, pairs):
@@ -235,10 +296,10 @@ def test_and_binds_tighter_than_or():
 
 
 def test_a_sized_rule_to_come_is_a_row(monkeypatch):
-    monkeypatch.setitem(rules.SIZED, "strided", lambda length, kept: rules.window(length) & rules.window(kept))
-    assert rules.parse("strided(4, 2) & causal") == rules.window(4) & rules.window(2) & rules.causal
-    with pytest.raises(UserError, match=r"'strided' takes 2 whole numbers.*window\(n\), strided\(length, kept\)"):
-        rules.parse("strided(4)")
+    monkeypatch.setitem(rules.SIZED, "dilated", lambda length, kept: rules.window(length) & rules.window(kept))
+    assert rules.parse("dilated(4, 2) & causal") == rules.window(4) & rules.window(2) & rules.causal
+    with pytest.raises(UserError, match=r"'dilated' takes 2 whole numbers.*window\(n\), .*dilated\(length, kept\)"):
+        rules.parse("dilated(4)")
 
 
 @pytest.mark.parametrize(("text", "names"), [
@@ -254,6 +315,11 @@ def test_a_sized_rule_to_come_is_a_row(monkeypatch):
       for inner in ("n", "-1", "", "3, 4", "n=3", "*n", "True", "1.5", "1 + 2")),
     ("causal & window(0)", ["causal & window(0)", "window(0)", "at least 1"]),
     ("window(99999999999)", ["a number above 536870912"]),
+    *((f"causal & {name}(0{more})", [f"{name} has n = 0 time steps", "at least 1"])
+      for name, more in (("strided", ""), ("every", ""), ("block", ""), ("fixed", ", 1"), ("summary", ", 1"))),
+    *((f"causal & {name}(4, {c})", [f"{name} keeps c = {c} of n = 4 time steps", "choose 1 to 4"])
+      for name in ("fixed", "summary") for c in (0, 5)),
+    ("fixed(8)", ["'fixed(8)'", "takes 2 whole numbers"]),
     (f"window({'9' * 5000})", ["does not parse"]),
     ("causal(3)", ["calls 'causal', which takes no numbers"]),
     *((text, [f"has {text!r}, which is no rule"]) for text in (

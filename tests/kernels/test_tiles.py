@@ -13,6 +13,7 @@ from lab.kernels import rules, tiled, tiles
 seeds = st.integers(0, 2**32 - 1)
 Q_TILE, K_TILE = 4, 3
 NAMED = [*rules.RULES.values(), rules.own_branch & rules.window(5), rules.causal | (rules.k.branch == 0)]
+NAMED += [rules.own_branch & (rules.strided(4) | rules.summary(5, 2))]
 
 
 def lists(rule, q: Coordinates, k: Coordinates, q_tile: int = Q_TILE, k_tile: int = K_TILE):
@@ -122,6 +123,17 @@ def test_a_window_needs_a_band():
     at = Coordinates.single(1, 24)
     _, _, made = lists(rules.causal & rules.window(5), at, at, 4, 4)
     assert made.total[0].tolist() == [1, 2, 2, 2, 2, 2]
+
+
+@pytest.mark.parametrize("part", [rules.every(8), rules.summary(8, 2)], ids=("every", "summary"))
+def test_remainders_are_ranged_over_the_tokens_of_a_tile(part):
+    """Tiles of one remainder each, whose times span the row: those that meet are those that see each other."""
+    order = np.argsort(np.arange(64) % 8, kind="stable")
+    at = Coordinates.single(1, 64).map(lambda x: x[:, order])
+    _, _, made = lists(part, at, at, 8, 4)
+    seen = rules.visible(part, at, at).reshape(8, 8, 16, 4)
+    assert (made.total[0] == seen.any((1, 3)).sum(1)).all() and (made.full[0] == made.total[0]).all()
+    assert made.total.sum() < 8 * 16 / 3
 
 
 def test_segments_need_only_their_own_tiles():

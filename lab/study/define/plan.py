@@ -12,7 +12,7 @@ from lab.coordinates import Coordinates
 from lab.errors import UserError, choose
 from lab.evaluate import asks
 from lab.kernels import rules
-from lab.model import abstract, accounting, position, streams
+from lab.model import abstract, accounting, intensity, position, streams
 from lab.model import spec as lab_spec
 from lab.model.mixers import MIXERS
 from lab.options import leaves
@@ -23,6 +23,7 @@ from lab.train import dropout, optimizer, step
 from lab.train.workload import Record
 
 DEVICES = (1, 2, 4, 8)  # over which tensor parallelism would lay a cache
+DECODED = (1, 64)  # rows that are decoded at once
 LONGEST_NAME = 100  # bytes: a file name has at most 255, and names are parts of it
 TOKENS_COUNTED = 32_768  # of training rows over which visible keys are averaged
 ROWS_LOOKED_AT, TOKENS_LOOKED_AT = 2, 1024  # of those in which every pair is looked at, to see what a rule shows
@@ -165,6 +166,7 @@ def describe(cell: Cell) -> dict:
         "cache_per_token_per_layer": accounting.cache_per_token_per_layer(model),
         **over_devices(model),
         "state_per_layer": accounting.state_per_layer(model),
+        **moved(config, model),
         "tokens": nominal_tokens(config),
         "executable": executable(config, model),
         "head_dim": config.model.mixer.head_dim,
@@ -202,6 +204,26 @@ def over_devices(model) -> dict:
     return {
         "cache_per_device": {str(count): part for count, part in held.items()},
         "cache_copies": {str(count): factor for count, factor in copies.items()},
+    }
+
+
+def moved(config, model) -> dict:
+    """{"cache_bytes_per_token" of all layers, "intensity_training" of the study's batch, "intensity_decoding" by the
+    number of rows that are decoded at once, to the length of a training row} (lab.model.intensity).
+
+    Groups are those of width dim / heads that would cache as many numbers, so that every mixer has some. None where
+    a layer keeps a state instead, which the formulas know nothing of.
+    """
+    specs, d = lab_spec.layer_specs(config.model), config.model.dim
+    heads = sum(specs[layer % len(specs)].mixer.heads for layer in range(config.model.layers)) / config.model.layers
+    n = config.data.texts_per_row * config.data.text_length
+    groups = accounting.cache_per_token_per_layer(model) / 2 / (d / heads)
+    stateful = accounting.state_per_layer(model) > 0
+    decoding = {str(b): None if stateful else intensity.decoding(b, n, d, heads, groups) for b in DECODED}
+    return {
+        "cache_bytes_per_token": accounting.cache_bytes_per_token(model),
+        "intensity_training": intensity.training(config.data.rows, n, d, heads),
+        "intensity_decoding": decoding,
     }
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from lab.study.judge.evidence import Findings
 from lab.study.judge.residuals import COSTS, MEANINGS, beside
-from lab.study.numbers import number, short
+from lab.study.numbers import number, short, whole
 from lab.study.report import figures, live, tables
 from lab.study.report.layout import arrange, cell_label, differences, few, line_label, lowest
 from lab.study.report.page import Chart, Heading, Piece, Table, Text
@@ -52,6 +52,26 @@ def overview(study: Results) -> list[Piece]:
     rows = [[*map(str, key), *shown] for key, shown in costs.cells.items()]
     table = [Table([*study.labels, *costs.columns], rows)] if costs.columns else []
     return [Heading("What the cells cost"), common(study), *table]
+
+
+def moved(study: Results) -> list[Piece]:
+    """What memory has to carry by the plan: bytes of the cache, and operations for each number moved; none of a plan
+    that does not say."""
+    cells = [cell for cell in study.plan["cells"] if "intensity_decoding" in cell]
+    if not cells:
+        return []
+    decoded = list(cells[0]["intensity_decoding"])
+    rows = []
+    for cell in cells:
+        found = cell["intensity_training"], *(cell["intensity_decoding"][count] for count in decoded)
+        rows.append([*map(str, study.key(cell)), whole(cell["cache_bytes_per_token"]), *(number(x, 1) for x in found)])
+    columns = "cache bytes per token", "intensity of training", *(f"of decoding {count}" for count in decoded)
+    caption = (
+        "What memory carries. Bytes: of all layers. Arithmetic intensity: operations of attention for each number read "
+        "or written, in orders of growth, of training on the study's batch and of decoding so many rows to the length "
+        "of a training row (—: a layer keeps a state)."
+    )
+    return [Table([*study.labels, *columns], rows, caption, folded=True)]
 
 
 def _cost(title: str, points: Mapping[str, tuple[float, float]], name: str) -> str:

@@ -32,8 +32,8 @@ HEADLINES = ("effects", "loss_by_branches", "loss_by_condition", "learning_curve
 
 def runs(study: Results) -> list[Piece]:
     """What each cell is and cost, what failed, where it ran and how to do it again."""
-    about = _cells(study), _failures(study), _evaluation_speed(study), _environment(study), _attention(study)
-    return [*(piece for pieces in about for piece in pieces), *_commands(study)]
+    about = _cells(study), costs.moved(study), _failures(study), _evaluation_speed(study), _environment(study)
+    return [*(piece for pieces in about for piece in pieces), *_attention(study), *_commands(study)]
 
 
 def curves(study: Results) -> list[Piece]:

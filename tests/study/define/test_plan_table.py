@@ -15,10 +15,10 @@ def row(name, state=0, **overrides):
     return {"name": name, **costs, **plan.over_devices(model)}
 
 
-def printed(rows):
+def printed(rows, table=command.over_devices):
     console = Console(width=150)
     with console.capture() as captured:
-        console.print(command.over_devices(rows))
+        console.print(table(rows))
     lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in captured.get().splitlines() if "│" in line]
     return lines, captured.get()
 
@@ -50,3 +50,12 @@ def test_a_recurrent_state_has_its_column(states):
     lines, text = printed([row(f"state {place}", state) for place, state in enumerate(states)])
     assert {line[-1] for line in lines} == {f"{state:,}" for state in states}
     assert "numbers per row and layer" in " ".join(text.split())
+
+
+def test_bytes_and_intensities_have_a_line_for_cells_that_share_them():
+    one = {"cache_bytes_per_token": 1536, "intensity_training": 12.34, "intensity_decoding": {"1": 0.96, "64": 7.0}}
+    stateful = one | {"intensity_decoding": {"1": None, "64": None}}
+    rows = [{"name": name} | costs for name, costs in (("a", one), ("b", one), ("delta", stateful))]
+    lines, text = printed(rows, command.moved)
+    assert lines[0] == ["a", "1,536", "12.3", "1.0", "7.0"] and lines[-1] == ["delta", "1,536", "12.3", "—", "—"]
+    assert [line[0] for line in lines] == ["a", "b", "delta"] and "of decoding 64" in text

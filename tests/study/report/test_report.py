@@ -51,6 +51,15 @@ def finished(tmp_path_factory):
     return directory, *built(directory, published=PUBLISHED)
 
 
+def test_what_memory_carries_is_a_table_of_every_cell(finished):
+    directory, text, _ = finished
+    cells = json.loads((directory / "plan.json").read_text())["cells"]
+    assert len(cells) == 10
+    for cell in cells:
+        last = "—" if cell["labels"]["rope_ratio"] == 0.0 else "7.0"
+        assert f"| {' | '.join(map(str, cell['labels'].values()))} | 1,536 | 12.3 | 1.0 | {last} |" in text
+
+
 def rows_of(text, heading, after=""):
     """The rows of the first Markdown table after a heading, and after a line that begins with `after`."""
     text = text[text.index(f"### {heading}\n") :]

@@ -168,10 +168,12 @@ def test_a_plan_without_attention_work_has_a_report(tmp_path):
     directory = write_study(tmp_path, VALUES, loss, (1, 16), 2, study=STUDY, noise=noise)
     plan = json.loads((directory / "plan.json").read_text())
     for cell in plan["cells"]:
-        del cell["attention_work"]
+        for later in ("attention_work", "cache_bytes_per_token", "intensity_training", "intensity_decoding"):
+            del cell[later]
     write(directory / "plan.json", plan)
     report.rebuild(directory)
     rows = table((directory / "report.md").read_text(), "rope_ratio")
+    assert "of decoding" not in (directory / "report.md").read_text()
     assert {row["attention work"] for row in rows} == {"—"} and {row["cache"] for row in rows} == {"48", "48 (+0.0%)"}
     with open(directory / "comparisons.csv", newline="") as file:
         assert {row["residual_attention_work"] for row in csv.DictReader(file)} == {""}
