@@ -2,10 +2,11 @@
 
 from lab.errors import UserError, choose
 from lab.kernels import rules
-from lab.model import position, streams
+from lab.model import parametrization, position, streams
 from lab.model.feedforward import FEEDFORWARDS
 from lab.model.mixers import MIXERS
 from lab.model.norm import NORMS
+from lab.model.parametrization import PARAMETRIZATIONS
 from lab.model.placement import PLACEMENTS
 from lab.model.position import POSITIONS
 from lab.model.streams import STREAMS
@@ -34,7 +35,14 @@ LAYER = (  # the parts of a layer, which the layers of a pattern may have differ
     _part("placement", PLACEMENTS, "pre", "where norms stand around a sublayer"),
     _part("position", POSITIONS, "rope2d", "how the position of a token enters"),
 )
-MODEL = Room(OWN, (*LAYER, _part("stream", STREAMS, "plain", "how the outputs of layers are combined")))
+MODEL = Room(
+    OWN,
+    (
+        *LAYER,
+        _part("stream", STREAMS, "plain", "how the outputs of layers are combined"),
+        _part("parametrization", PARAMETRIZATIONS, "standard", "how numbers change with the size of the model"),
+    ),
+)
 OF_LAYERS = ("rule", *Room({}, LAYER).declared())  # what an entry of the pattern may set
 
 
@@ -80,3 +88,4 @@ def check(model) -> None:
         position.check(spec)
         MIXERS[spec.mixer.name].check(spec)
     streams.check(model, specs)
+    parametrization.check(model)

@@ -18,7 +18,7 @@ from flax import nnx
 from lab.coordinates import Coordinates
 from lab.errors import UserError
 from lab.kernels import rules
-from lab.model import mesh, norm, parameter, position, slots
+from lab.model import mesh, norm, parameter, parametrization, position, slots
 from lab.model.attention import View, plan_tiles_over_mesh
 from lab.model.execution import Execution, rematerialised
 from lab.model.feedforward import FEEDFORWARDS
@@ -43,10 +43,11 @@ class Block(nnx.Module):
 
     def __init__(self, spec, key: jax.Array, m: jax.Array):
         mixer, feedforward = jax.random.split(key)
+        drawn, self.branch = parametrization.as_drawn(spec), parametrization.branch(spec)
         self.mixer_placement = PLACEMENTS[spec.placement.name](spec)
-        self.mixer = MIXERS[spec.mixer.name](spec, rules.parse(spec.rule), mixer)
+        self.mixer = MIXERS[spec.mixer.name](drawn, rules.parse(spec.rule), mixer)
         self.feedforward_placement = PLACEMENTS[spec.placement.name](spec)
-        self.feedforward = FEEDFORWARDS[spec.feedforward.name](spec, feedforward)
+        self.feedforward = FEEDFORWARDS[spec.feedforward.name](drawn, feedforward)
         self.stream = STREAMS[spec.stream.name].of_layer(spec, jax.random.fold_in(key, 2), m)
 
     def __call__(self, x_BTD, view: View, cache=None):
@@ -58,12 +59,16 @@ class Block(nnx.Module):
     def mix(self, x_BTD, view: View, cache=None):
         """mixer(norm(x)), with norms where the placement has them, and the new cache."""
         mixed_BTD, cache = self.mixer(self.mixer_placement.before(x_BTD), view, cache)
-        return mesh.constrain(self.mixer_placement.after(mixed_BTD)), cache
+        return mesh.constrain(self.scaled(self.mixer_placement.after(mixed_BTD))), cache
 
     def feed(self, x_BTD):
         """feedforward(norm(x)), likewise."""
         fed_BTD = self.feedforward(self.feedforward_placement.before(x_BTD))
-        return mesh.constrain(self.feedforward_placement.after(fed_BTD))
+        return mesh.constrain(self.scaled(self.feedforward_placement.after(fed_BTD)))
+
+    def scaled(self, y_BTD):
+        """What the stream is given, times what the parametrization multiplies it by."""
+        return y_BTD if self.branch is None else self.branch * y_BTD
 
 
 class Transformer(nnx.Module):
@@ -72,8 +77,8 @@ class Transformer(nnx.Module):
     def __init__(self, model, key: jax.Array, execution: Execution):
         embedding, head, *layers = jax.random.split(key, 2 + model.layers)
         specs = layer_specs(model)
-        shape = model.vocabulary, model.dim
-        self.embedding = parameter.embedding(embedding, shape)
+        shape, gain = (model.vocabulary, model.dim), parametrization.wider(model) ** 0.5
+        self.embedding = parameter.embedding(embedding, shape, gain)
         codes = [POSITIONS[spec.position.name].code for spec in specs]
         self.code = next((code(model) for code in codes if code), None)
         self.rotary = nnx.List([position.Rotary(spec) for spec in specs])
@@ -87,9 +92,11 @@ class Transformer(nnx.Module):
         )
         self.stream = STREAMS[model.stream.name](model, jax.random.fold_in(key, 2 + model.layers))
         self.norm = norm.make(model, model.dim)
-        self.head = None if model.tied else parameter.embedding(head, shape)
+        self.head = None if model.tied else parameter.embedding(head, shape, gain)
+        self.readout = parametrization.readout(model)
         self.compute = jnp.dtype(model.compute)
         self.layers, self.execution = model.layers, execution
+        parametrization.declare(self, model)
 
     def __call__(self, tokens_BT: jax.Array, coordinates: Coordinates | None = None) -> jax.Array:
         """Logits [B, T, C], float32. coordinates None: one causal segment per row."""
@@ -225,7 +232,7 @@ class Transformer(nnx.Module):
 
     def logits(self, x_BTD):
         weight_CD = self.embedding if self.head is None else self.head
-        x_BTD = self.norm(x_BTD)
+        x_BTD = self.norm(x_BTD) if self.readout is None else self.readout * self.norm(x_BTD)
         wide = jnp.promote_types(x_BTD.dtype, jnp.float32)
         return jnp.einsum("btd,cd->btc", x_BTD, weight_CD[...].astype(x_BTD.dtype), preferred_element_type=wide)
 

@@ -85,6 +85,10 @@ class Workload:
         make = compiled.train_steps if self.vmapped else compiled.train_step
         return make(state, numbers, batch, self._program, mesh)
 
+    def evaluated(self, state: State, numbers: Numbers, mesh: Mesh) -> State:
+        """The state after the last step, with the weights at which it is evaluated. numbers: of that step."""
+        return compiled.evaluated(state, numbers, self._program, mesh, self.vmapped)
+
     def records(self, step: int, metrics: Metrics, numbers: Numbers, sent: list[Sent]) -> list[Record]:
         """What is known of a step of each member; waits for it."""
         loss, grad_norm, rate = (
