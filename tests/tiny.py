@@ -14,7 +14,8 @@ from lab.data import Batch
 from lab.model import mesh as lab_mesh
 from lab.model import parameter
 from lab.model.spec import MODEL, read_by_layers
-from lab.options import set_field
+from lab.options import leaves, set_field
+from lab.train.optimizer import TRAIN
 
 VOCABULARY = 29
 
@@ -38,6 +39,8 @@ def config(**overrides) -> ConfigDict:
     for name, option in MODEL.declared().items():  # what is set above for all variants, and this one does not read
         if name not in read and f"model.{name}" not in given:
             set_field(made.model, name, option.default)
+    if "adamw.eps" not in TRAIN.read(leaves(made.train)):
+        made.train.adamw.eps = TRAIN.declared()["adamw.eps"].default
     return made
 
 

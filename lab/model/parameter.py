@@ -28,9 +28,9 @@ def matrix(key: jax.Array, shape: tuple[int, ...], axes: tuple[str, ...], inputs
     return nnx.Param(weight, axes=axes, inputs=inputs, decay=True)
 
 
-def embedding(key: jax.Array, shape: tuple[int, int]) -> nnx.Param:
-    """Vectors of tokens (or the output head, its transpose) [C, D], drawn from N(0, 1 / D), float32."""
-    weight = shape[1] ** -0.5 * jax.random.normal(key, shape)
+def embedding(key: jax.Array, shape: tuple[int, int], gain: float = 1.0) -> nnx.Param:
+    """Vectors of tokens (or the output head, its transpose) [C, D], drawn from N(0, gain^2 / D), float32."""
+    weight = gain * shape[1] ** -0.5 * jax.random.normal(key, shape)
     return nnx.Param(weight, axes=("vocabulary", "embed"), inputs=0, decay=True)
 
 
@@ -82,6 +82,23 @@ def _declared(tree, function):
 def decay_mask(trainable, everything: bool = False):
     """True where weight decay applies: by declaration, or everywhere."""
     return _declared(trainable, lambda v: everything or v.get_metadata()["decay"])
+
+
+def declare_factors(tree, matrices: tuple[float, float], all_of_it: float = 1.0) -> None:
+    """Declares of the parameters of a part of a model what their learning rate and their decay are multiplied by: those
+    of matrices by a pair, and the rates of all by one number besides."""
+    for variable in jax.tree.leaves(tree, is_leaf=_is_variable):
+        declared = variable.get_metadata()
+        if "inputs" in declared:
+            rate, decay = matrices if declared["inputs"] else (1.0, 1.0)
+            variable.set_metadata(factors=(rate * all_of_it, decay))
+
+
+def factors(trainable) -> tuple[dict[str, tuple[float, float]], object]:
+    """({label: (factor of the rate, of the decay)}, the label of every parameter); one label where nothing is said."""
+    pair = lambda v: v.get_metadata().get("factors", (1.0, 1.0))  # noqa: E731
+    variables = jax.tree.leaves(trainable, is_leaf=_is_variable)
+    return {str(pair(v)): pair(v) for v in variables}, _declared(trainable, lambda v: str(pair(v)))
 
 
 def _name(path) -> str:

@@ -2,12 +2,13 @@
 
 from lab.errors import UserError, choose
 from lab.kernels import rules
-from lab.model import position, streams
+from lab.model import parametrization, position, streams
 from lab.model.branch import BRANCHES
 from lab.model.feedforward import FEEDFORWARDS
 from lab.model.init import INITIALISERS
 from lab.model.mixers import MIXERS
 from lab.model.norm import NORMS
+from lab.model.parametrization import PARAMETRIZATIONS
 from lab.model.placement import PLACEMENTS
 from lab.model.position import POSITIONS
 from lab.model.streams import STREAMS
@@ -42,6 +43,7 @@ LAYER = (  # the parts of a layer, which the layers of a pattern may have differ
 WHOLE = (  # the parts that it has one of
     _part("stream", STREAMS, "plain", "how the outputs of layers are combined"),
     _part("init", INITIALISERS, "scaled", "how matrices of sublayers are drawn"),
+    _part("parametrization", PARAMETRIZATIONS, "standard", "how numbers change with the size of the model"),
 )
 MODEL = Room(OWN, (*LAYER, *WHOLE))
 OF_LAYERS = ("rule", *Room({}, LAYER).declared())  # what an entry of the pattern may set
@@ -89,3 +91,4 @@ def check(model) -> None:
         position.check(spec)
         MIXERS[spec.mixer.name].check(spec)
     streams.check(model, specs)
+    parametrization.check(model)

@@ -20,7 +20,7 @@ from lab import kernels
 from lab.coordinates import Coordinates
 from lab.errors import UserError
 from lab.kernels import rules
-from lab.model import mesh, norm, parameter, position, slots
+from lab.model import mesh, norm, parameter, parametrization, position, slots
 from lab.model.attention import View, plan_tiles_over_mesh
 from lab.model.dropout import Dropout, Masks
 from lab.model.execution import Execution, rematerialised
@@ -48,11 +48,12 @@ class Block(nnx.Module):
 
     def __init__(self, spec, key: jax.Array, m: jax.Array):
         mixer, feedforward = jax.random.split(key)
+        drawn, self.branch = parametrization.as_drawn(spec), parametrization.branch(spec)
         stream, placement = STREAMS[spec.stream.name], PLACEMENTS[spec.placement.name]
         self.mixer_placement = placement(spec)
-        self.mixer = MIXERS[spec.mixer.name](spec, rules.parse(spec.rule), mixer)
+        self.mixer = MIXERS[spec.mixer.name](drawn, rules.parse(spec.rule), mixer)
         self.feedforward_placement = placement(spec, reads_normed=stream.shares_norm)
-        self.feedforward = FEEDFORWARDS[spec.feedforward.name](spec, feedforward)
+        self.feedforward = FEEDFORWARDS[spec.feedforward.name](drawn, feedforward)
         self.stream = stream.of_layer(spec, jax.random.fold_in(key, 2), m)
 
     def __call__(self, x_BTD, view: View, cache=None):
@@ -68,12 +69,12 @@ class Block(nnx.Module):
 
     def mixed(self, y_BTD):
         """What the mixer put out, with norms where the placement has them, and some of it dropped."""
-        return self.dropped("mixer", self.mixer_placement.after(y_BTD))
+        return self.dropped("mixer", self.scaled(self.mixer_placement.after(y_BTD)))
 
     def feed(self, x_BTD):
         """feedforward(norm(x)), likewise."""
         fed_BTD = self.feedforward(self.feedforward_placement.before(x_BTD))
-        return mesh.constrain(self.dropped("feedforward", self.feedforward_placement.after(fed_BTD)))
+        return mesh.constrain(self.dropped("feedforward", self.scaled(self.feedforward_placement.after(fed_BTD))))
 
     def dropped(self, site: str, y_BTD):
         return y_BTD if self.masks is None else self.masks.drop(site, y_BTD)
@@ -83,6 +84,10 @@ class Block(nnx.Module):
         block = jax.tree.map(lambda w: w, self)
         block.masks = nnx.data(masks)
         return block
+
+    def scaled(self, y_BTD):
+        """What the stream is given, times what the parametrization multiplies it by."""
+        return y_BTD if self.branch is None else self.branch * y_BTD
 
 
 class Transformer(nnx.Module):
@@ -96,8 +101,8 @@ class Transformer(nnx.Module):
     def __init__(self, model, key: jax.Array, execution: Execution):
         embedding, head, *layers = jax.random.split(key, 2 + model.layers)
         specs = layer_specs(model)
-        shape = model.vocabulary, model.dim
-        self.embedding = parameter.embedding(embedding, shape)
+        shape, gain = (model.vocabulary, model.dim), parametrization.wider(model) ** 0.5
+        self.embedding = parameter.embedding(embedding, shape, gain)
         codes = [POSITIONS[spec.position.name].code for spec in specs]
         self.code = next((code(model) for code in codes if code), None)
         self.rotary = nnx.List([position.Rotary(spec) for spec in specs])
@@ -112,10 +117,12 @@ class Transformer(nnx.Module):
         self.stream = STREAMS[model.stream.name](model, jax.random.fold_in(key, 2 + model.layers))
         last = PLACEMENTS[specs[(model.layers - 1) % len(specs)].placement.name]
         self.norm = None if last.norms_sum else norm.make(model, model.dim)
-        self.head = None if model.tied else parameter.embedding(head, shape)
+        self.head = None if model.tied else parameter.embedding(head, shape, gain)
+        self.readout = parametrization.readout(model)
         self.compute = jnp.dtype(model.compute)
         self.embedding_scale, self.logit_softcap = model.embedding_scale, model.logit_softcap
         self.layers, self.execution = model.layers, execution
+        parametrization.declare(self, model)
 
     def __call__(
         self, tokens_BT: jax.Array, coordinates: Coordinates | None = None, dropout: Dropout | None = None
@@ -269,6 +276,7 @@ class Transformer(nnx.Module):
     def logits(self, x_BTD):
         weight_CD = self.embedding if self.head is None else self.head
         x_BTD = x_BTD if self.norm is None else self.norm(x_BTD)
+        x_BTD = x_BTD if self.readout is None else self.readout * x_BTD
         wide = jnp.promote_types(x_BTD.dtype, jnp.float32)
         z_BTC = jnp.einsum("btd,cd->btc", x_BTD, weight_CD[...].astype(x_BTD.dtype), preferred_element_type=wide)
         return self.logit_softcap * jnp.tanh(z_BTC / self.logit_softcap) if self.logit_softcap else z_BTC

@@ -1,5 +1,7 @@
 """Steps compiled ahead of time for a mesh, and called directly: another shape is an error, never a silent compile."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -8,6 +10,7 @@ from jax.sharding import Mesh
 from lab import model as lab_model
 from lab.model import parameter
 from lab.train import instruments, step
+from lab.train import optimizer as lab_optimizer
 from lab.train.step import Program, State
 
 _train = jax.jit(step.train_step, donate_argnums=0, static_argnames="program")
@@ -92,6 +95,17 @@ def unstacked(tree, index: int):
 def abstract(tree):
     """Shapes, types and shardings without values."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)), tree)
+
+
+def evaluated(state: State, numbers, program: Program, mesh: Mesh, members: bool) -> State:
+    """A state after its last step, or stacked ones, with the weights at which their models are evaluated: for most
+    optimizers as it is."""
+    if lab_optimizer.OPTIMIZERS[program.optimizer].evaluated is None:
+        return state
+    one = functools.partial(step.evaluated, program=program)
+    function, laid_out = jax.vmap(one) if members else one, parameter.shardings(state, mesh)
+    with jax.set_mesh(mesh):
+        return jax.jit(function, out_shardings=laid_out)(state, numbers)
 
 
 def _compile(function, mesh: Mesh, *arguments, **static):

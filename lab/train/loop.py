@@ -109,6 +109,8 @@ def train(
         stopping, last = stop(step), step + 1 == config.train.steps
         if stopping or last or (step + 1) % config.run.checkpoint.every == 0:
             settle()  # a checkpoint is worth keeping only if its step was finite
+            if last:
+                state = workload.evaluated(state, numbers, mesh)
             position = Position(step + 1, (step + 1) * texts_per_step)
             checkpoints.save(position, state)
             on_checkpoint(position.step, state)

@@ -11,7 +11,7 @@ from lab import model as lab_model
 from lab.errors import UserError
 from lab.model import parameter
 from lab.options import Option, Part, Room, leaves
-from lab.train import dropout
+from lab.train import dropout, others
 from lab.train import muon as lab_muon
 
 Numbers = dict  # {dotted name below config.train: float32}: what a study may vary without another program
@@ -19,11 +19,18 @@ Numbers = dict  # {dotted name below config.train: float32}: what a study may va
 
 class Optimizer(NamedTuple):
     """make(numbers, static, decay_mask): `numbers` are the values of a call, `static` what is compiled in, both those
-    of `options`, and of other optimizers what `reads` names. A number is an option whose default is a float."""
+    of `options`, and of other optimizers what `reads` names. A number is an option whose default is a float.
+
+    elementwise: whether it scales every entry of an update to about the rate by itself, as Adam does: what a
+    parametrization says of rates is meant for these. evaluated(numbers, state, trainable): the weights at which the
+    trained model is evaluated, where they are others than those that it trains at.
+    """
 
     make: Callable[[Numbers, Mapping[str, object], object], optax.GradientTransformation]
     options: Mapping[str, Option]
     reads: tuple[str, ...] = ()
+    elementwise: bool = False
+    evaluated: Callable | None = None
 
 
 def adamw(numbers: Numbers, static, decay_mask) -> optax.GradientTransformation:
@@ -54,18 +61,45 @@ ADAMW = {
     "eps": Option(1e-8, "added to the root of that", above=0),
 }
 OPTIMIZERS = {
-    "adamw": Optimizer(adamw, ADAMW),
+    "adamw": Optimizer(adamw, ADAMW, elementwise=True),
     "muon": Optimizer(muon, lab_muon.OPTIONS, reads=tuple(f"adamw.{name}" for name in ADAMW)),
+    "lion": Optimizer(others.lion, others.LION, elementwise=True),
+    "adafactor": Optimizer(others.adafactor, others.ADAFACTOR),
+    "ademamix": Optimizer(others.ademamix, others.ADEMAMIX, elementwise=True),
+    "adopt": Optimizer(others.adopt, others.ADOPT, elementwise=True),
+    "schedule_free_adamw": Optimizer(
+        others.schedule_free_adamw, others.SCHEDULE_FREE, evaluated=others.schedule_free_evaluated
+    ),
 }
 
 
 def transformation(
     name: str, decay: str, numbers: Numbers, trainable, static: tuple[tuple[str, object], ...] = ()
 ) -> optax.GradientTransformation:
-    """Clipping by the global norm, then the optimizer that a config names."""
+    """Clipping by the global norm, then the optimizer that a config names; where parameters declare factors of the rate
+    and of the decay, once for each pair of them."""
     mask = parameter.decay_mask(trainable, everything=decay == "all")
-    chosen = OPTIMIZERS[name].make(numbers, dict(static), mask)
+    make = lambda numbers: OPTIMIZERS[name].make(numbers, dict(static), mask)  # noqa: E731
+    factors, labels = parameter.factors(trainable)
+    each = {label: make(_multiplied(numbers, *pair)) for label, pair in factors.items()}
+    chosen = optax.partition(each, labels) if len(each) > 1 else each.popitem()[1]
     return optax.chain(optax.clip_by_global_norm(numbers["clip"]), chosen)
+
+
+def _multiplied(numbers: Numbers, rate: float, decay: float) -> Numbers:
+    """With the rate and the decay times so much; as they are where it is one."""
+    if (rate, decay) == (1.0, 1.0):
+        return numbers
+    return numbers | {
+        "learning_rate": rate * numbers["learning_rate"],
+        "weight_decay": decay * numbers["weight_decay"],
+    }
+
+
+def evaluated(name: str, numbers: Numbers, state: optax.OptState, trainable):
+    """The weights at which what was trained is evaluated. state: of `transformation`."""
+    _, of_chosen = state
+    return OPTIMIZERS[name].evaluated(numbers, of_chosen, trainable)
 
 
 class Schedule(NamedTuple):
@@ -79,8 +113,19 @@ def wsd(train, left: int) -> optax.Schedule:
     """Stable, then falling over the last train.cooldown of the steps (arXiv 2404.06395, section 4)."""
     cooling = max(round(train.cooldown * train.steps), 1)
     stable = optax.constant_schedule(train.learning_rate)
-    decay = optax.linear_schedule(train.learning_rate, train.final_learning_rate, cooling)
+    decay = COOLDOWN_SHAPES[train.cooldown_shape](train.learning_rate, train.final_learning_rate, cooling)
     return optax.join_schedules([stable, decay], [max(left - cooling, 0)])
+
+
+def one_minus_root(peak: float, final: float, steps: int) -> optax.Schedule:
+    """At the share x of the steps, the share 1 - sqrt(x) of the fall is left (arXiv 2405.18392)."""
+    return lambda step: peak + (final - peak) * np.sqrt(np.clip(step / steps, 0, 1))
+
+
+def exponential(train, left: int) -> optax.Schedule:
+    """By the same factor each step, from the peak to the final rate: most of the fall is early."""
+    peak, final = train.learning_rate, train.final_learning_rate
+    return optax.exponential_decay(peak, left, final / peak)
 
 
 def cosine(train, left: int) -> optax.Schedule:
@@ -90,13 +135,19 @@ def cosine(train, left: int) -> optax.Schedule:
 
 
 FALLING = {"final_learning_rate": Option(3e-4, "of the last step", least=0)}
-COOLDOWN = {"cooldown": Option(0.2, "share of the steps that the rate spends falling", least=0, most=1)}
+COOLDOWN_SHAPES = {"linear": optax.linear_schedule, "sqrt": one_minus_root}
+COOLDOWN = {
+    "cooldown": Option(0.2, "share of the steps that the rate spends falling", least=0, most=1),
+    "cooldown_shape": Option("linear", "how it falls; sqrt: 1 - sqrt(x), steeply at first",
+                             choices=tuple(COOLDOWN_SHAPES)),
+}  # fmt: skip
 SCHEDULES = {
     "constant": Schedule(lambda train, left: optax.constant_schedule(train.learning_rate)),
     "cosine": Schedule(cosine, FALLING),
     "linear": Schedule(
         lambda train, left: optax.linear_schedule(train.learning_rate, train.final_learning_rate, left), FALLING
     ),
+    "exponential": Schedule(exponential, FALLING),
     "wsd": Schedule(wsd, FALLING | COOLDOWN),
 }
 OWN = {
@@ -173,9 +224,22 @@ def check(train) -> None:
             f"train.final_learning_rate = {train.final_learning_rate} is above train.learning_rate = "
             f"{train.learning_rate}: the rate would rise; choose at most that, or train.schedule = 'constant'"
         )
+    if train.schedule == "exponential" and train.final_learning_rate < np.finfo(np.float32).tiny:
+        raise UserError(
+            f"train.final_learning_rate = {train.final_learning_rate}: no factor of a step leads there under train.schedule = 'exponential'; "
+            "choose one above 0, or train.schedule = 'linear'"
+        )
 
 
 def check_parameters(train, model) -> None:
-    """Refuses names of parameters in train.muon.on that the model does not have, or that are no matrices."""
+    """Refuses names of parameters in train.muon.on that the model does not have, or that are no matrices, and an
+    optimizer for which the model's parametrization says nothing of rates."""
+    named = model.parametrization.name
+    if named != "standard" and not OPTIMIZERS[train.optimizer].elementwise:
+        known = ", ".join(name for name, row in OPTIMIZERS.items() if row.elementwise)
+        raise UserError(
+            f"train.optimizer = {train.optimizer!r} has no rates under model.parametrization.name = {named!r}; choose "
+            f"one of: {known}, or model.parametrization.name = 'standard'"
+        )
     if train.optimizer == "muon" and train.muon.on:
         lab_muon.check_names(train.muon.on, parameter.split(lab_model.abstract(model))[1])

@@ -109,6 +109,13 @@ def train_step(state: State, numbers: Numbers, batch: Batch, program: Program) -
     return State(model, optimizer_state), Metrics(loss, optax.tree.norm(grads))
 
 
+def evaluated(state: State, numbers: Numbers, program: Program) -> State:
+    """The state after the last step, with the weights at which its model is evaluated. `program` is static."""
+    structure, trainable, rest = parameter.split(state.model)
+    weights = optimizer.evaluated(program.optimizer, numbers, state.optimizer, trainable)
+    return state._replace(model=nnx.merge(structure, weights, rest))
+
+
 def train_steps(states: State, numbers: Numbers, batches: Batch, program: Program) -> tuple[State, Metrics]:
     """One update of each member of a stack."""
     return jax.vmap(lambda *member: train_step(*member, program))(states, numbers, batches)

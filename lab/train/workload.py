@@ -99,6 +99,10 @@ class Workload:
         make = compiled.train_steps if self.vmapped else compiled.train_step
         return make(state, numbers, batch, self._program, mesh)
 
+    def evaluated(self, state: State, numbers: Numbers, mesh: Mesh) -> State:
+        """The state after the last step, with the weights at which it is evaluated. numbers: of that step."""
+        return compiled.evaluated(state, numbers, self._program, mesh, self.vmapped)
+
     def measuring(self, state: State, numbers: Numbers, batch: Batch, mesh: Mesh) -> Callable:
         """A function of (step, state, numbers, batch), before that step is made, to what run.log.instruments measures
         of it; None where it is not due."""

@@ -28,7 +28,10 @@ def decayed(name: str, x: int, left: int, train) -> float:
     if name == "wsd":
         cooling = max(round(train.cooldown * train.steps), 1)
         done = (x - max(left - cooling, 0)) / cooling
-        return peak + (final - peak) * min(max(done, 0), 1)
+        done = min(max(done, 0), 1)
+        return peak + (final - peak) * (done if train.cooldown_shape == "linear" else math.sqrt(done))
+    if name == "exponential":
+        return peak ** (1 - x / left) * final ** (x / left)
     raise KeyError(f"give the formula of the schedule {name} here")
 
 
@@ -39,11 +42,14 @@ def decayed(name: str, x: int, left: int, train) -> float:
     warmup=st.floats(0, 1),
     rates=st.tuples(st.floats(1e-5, 1), st.floats(0, 1)),
     cooldown=st.floats(0, 1),
+    shape=st.sampled_from(["linear", "sqrt"]),
 )
-def test_schedules_against_their_formulas(name, steps, warmup, rates, cooldown):
+def test_schedules_against_their_formulas(name, steps, warmup, rates, cooldown, shape):
     train = tiny.config().train
     train.update(schedule=name, steps=steps, warmup=round(warmup * steps), cooldown=cooldown)
+    train.cooldown_shape = shape
     train.update(learning_rate=rates[0], final_learning_rate=rates[0] * rates[1])
+    assume(name != "exponential" or rates[1] > 1e-9)  # to nothing is refused, below
     assume(name != "wsd" or train.warmup + round(cooldown * steps) <= steps)  # others are refused, below
     rising = [rates[0] * (step + 1) / train.warmup for step in range(train.warmup)]
     left = steps - train.warmup
@@ -61,6 +67,20 @@ def test_the_published_schedule_begins_at_its_peak_and_ends_a_step_short_of_its_
     assert (np.diff(rates) <= 0).all()
 
 
+OF_ADAMW = {"adamw.b1": 0.9, "adamw.b2": 0.95, "adamw.eps": 1e-3}
+OWN_NUMBERS = {
+    "adamw": OF_ADAMW,
+    "muon": OF_ADAMW | {"muon.momentum": 0.95, "muon.adam_rate": 0.25, "muon.adam_decay": 0.01},
+    "lion": {"lion.b1": 0.9, "lion.b2": 0.99},
+    "adafactor": {"adafactor.decay_rate": 0.8, "adafactor.clipping": 1.0, "adafactor.eps": 1e-30},
+    "ademamix": {"ademamix.b1": 0.9, "ademamix.b2": 0.95, "ademamix.b3": 0.9999, "ademamix.alpha": 5.0,
+                 "ademamix.eps": 1e-8},
+    "adopt": {"adopt.b1": 0.9, "adopt.b2": 0.9999, "adopt.eps": 1e-6},
+    "schedule_free_adamw": {"schedule_free_adamw.b1": 0.9, "schedule_free_adamw.b2": 0.95,
+                            "schedule_free_adamw.eps": 1e-8},
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("name", optimizer.OPTIMIZERS)
 def test_every_step_has_its_rate_and_the_other_numbers_of_the_config(name):
     train = tiny.config(train__weight_decay=0.03, train__z_loss=0.5, train__optimizer=name).train
@@ -69,11 +89,7 @@ def test_every_step_has_its_rate_and_the_other_numbers_of_the_config(name):
     np.testing.assert_array_equal([n["learning_rate"] for n in numbers], optimizer.schedule(train))
     assert all(type(x) is np.float32 for x in numbers[0].values())
     fixed = {field: x for field, x in numbers[3].items() if field != "learning_rate"}
-    given = {
-        "weight_decay": 0.03, "clip": 1.0, "z_loss": 0.5, "adamw.b1": 0.9, "adamw.b2": 0.95, "adamw.eps": 1e-3,
-    }  # fmt: skip
-    of_muon = {"muon.momentum": 0.95, "muon.adam_rate": 0.25, "muon.adam_decay": 0.01}
-    given |= of_muon if name == "muon" else {}
+    given = {"weight_decay": 0.03, "clip": 1.0, "z_loss": 0.5} | OWN_NUMBERS[name]
     assert fixed == {field: np.float32(x) for field, x in given.items()}
     assert optimizer.ones(name).keys() == numbers[0].keys()
 
@@ -140,6 +156,7 @@ def test_matrices_decay_and_scales_do_not():
     ("cooldown", 0.5,
      "train.cooldown = 0.5 means nothing beside train.schedule = 'cosine'; choose 0.2, or one of: "
      "train.schedule = 'wsd'"),
+    ("cooldown_shape", "sqrt", "train.cooldown_shape = 'sqrt' means nothing beside train.schedule = 'cosine'"),
     ("clip", 0.0, "train.clip = 0.0 must be above 0"),
     ("learning_rate", -1e-3, "train.learning_rate = -0.001 must be at least 0"),
     ("final_learning_rate", 4e-3, "train.final_learning_rate = 0.004 is above train.learning_rate = 0.003: the rate "
@@ -152,6 +169,13 @@ def test_settings_that_mean_nothing_are_refused(field, value, says):
     with pytest.raises(UserError) as refused:
         optimizer.check(train)
     assert says in str(refused.value)
+
+
+@pytest.mark.parametrize("final", [0.0, 1e-40])
+def test_a_rate_that_falls_by_a_factor_does_not_fall_to_nothing(final):
+    train = tiny.config(train__schedule="exponential", train__final_learning_rate=final).train
+    with pytest.raises(UserError, match=f"train.final_learning_rate = {final}: no factor of a step leads there"):
+        optimizer.check(train)
 
 
 @given(st.integers(1, 200), st.floats(0, 1), st.floats(0, 1))
