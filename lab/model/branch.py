@@ -1,4 +1,7 @@
-"""What the output of a sublayer is multiplied with before the residual stream is given it."""
+"""What the output of a sublayer is multiplied with before the residual stream is given it.
+
+A branch is here one of the residual network, which a sublayer is, and not one of texts.
+"""
 
 from typing import ClassVar
 

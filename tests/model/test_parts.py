@@ -272,6 +272,8 @@ def test_embeddings_are_scaled_before_the_code_of_positions():
     *((dict(model__stream__name=stream, model__placement__name=placement),
        f"model.placement.name under model.stream.name = {stream!r} = {placement!r} is unknown")
       for stream in ("parallel", "parallel-two") for placement in ("output", "post", "deepnorm")),
+    (dict(model__stream__name="unet", model__pattern=((), (("placement.name", "post"),))),
+     "model.placement.name under model.stream.name = 'unet' = 'post' is unknown; choose one of: pre, output, sandwich"),
 ], ids=str)  # fmt: skip
 def test_parts_that_mean_nothing_are_refused(overrides, says):
     with pytest.raises(UserError) as refused:

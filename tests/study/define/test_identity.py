@@ -11,7 +11,7 @@ import lab.config
 from lab.data import Data, packing
 from lab.errors import UserError
 from lab.model import feedforward, parameter, position
-from lab.model.attention import Softmax
+from lab.model.attention import Attention
 from lab.model.norm import RMSNorm
 from lab.model.streams import STREAMS
 from lab.options import Option, leaves, set_field
@@ -80,7 +80,7 @@ def test_how_its_code_is_written_is_no_part_of_it(made, monkeypatch):
 def test_a_field_that_was_declared_later_has_its_default_in_old_records(made, monkeypatch):
     before = made()
     with monkeypatch.context() as patch:
-        patch.setitem(Softmax.options, "later", Option(0, "declared later"))
+        patch.setitem(Attention.options, "later", Option(0, "declared later"))
         identity._defaults.cache_clear()
         after = made()
         assert "model.mixer.later" in after["fields"] and "model.mixer.later" not in before["fields"]
