@@ -66,6 +66,16 @@ def machine(monkeypatch, tmp_path):
     return here, tried
 
 
+def test_cells_that_drop_let_a_study_try_what_can_drop(machine, tmp_path):
+    """Whatever was taken before they were added."""
+    here, tried = machine
+    cells = [made(), made(train__dropout__attention=0.1)]
+    (tmp_path / "plan.json").write_text(json.dumps({"attention": {"name": "cudnn", "machine": here.described()}}))
+    assert attention.decide(cells[0].config, cells[:1], tmp_path, print)["name"] == "cudnn" and not tried
+    attention.decide(cells[0].config, cells, tmp_path, print)
+    assert tried == [["tiled"]]
+
+
 def test_it_is_tried_once_for_a_machine(machine, tmp_path):
     here, tried = machine
     one, said = made(), []
