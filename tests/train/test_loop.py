@@ -195,6 +195,7 @@ def check_stops_as_non_finite(directory, config, step: int, good: int) -> None:
         run(directory, config, events=events)
     text_hash = next(itertools.islice(train_batches(config, tiny.texts()), step, None))[1].text_hash
     said = str(raised.value)
+    assert raised.value.step == step
     assert said.startswith(f"step {step}: ") and text_hash in said and "\n" not in said
     assert re.search(rf"last good checkpoint: .*\b{good}\b", said)
     assert ("step", step) not in events

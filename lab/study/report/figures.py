@@ -59,7 +59,8 @@ def by_label(rows: Sequence[Mapping[str, Curves]], axis: str, vertical: str = LO
         drawn = _lines(axes, {name: {places[x]: y for x, y in curve.items()} for name, curve in curves.items()}, {})
         axes.set_xticks(list(places.values()), [f"{x:g}" if numeric else str(x) for x in ticks])
         low, high = min(places.values()), max(places.values())
-        axes.set_xlim(low - 0.05 * (high - low or 1), high + 0.24 * (high - low or 1))
+        longest = max(len(str(name)) for name in curves)
+        axes.set_xlim(low - 0.05 * (high - low or 1), high + max(0.24, 0.12 + 0.036 * longest) * (high - low or 1))
         axes.set_xlabel(axis)
         _name_lines(axes, *drawn)
 

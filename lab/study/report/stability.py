@@ -124,8 +124,9 @@ def _gradients(study: Results, begun: Mapping[str, Sequence[Outcome]]) -> list[P
             panel[", ".join(map(str, key)) or cell_label(study, key)] = known
     axes = "layer", "log10 of the norm of its gradient"
     caption = (
-        "The norm of the gradient of each layer's parameters, before clipping, means over seeds: where norms stand "
-        f"behind the residual sum it rises with the layer at the start, before a sublayer it is flat.{few(len(found))}"
+        "The norm of the gradient of each layer's parameters, before clipping, means over seeds. At the start it is "
+        "known to rise with the layer where norms stand behind the residual sum, and not to where they stand before a "
+        f"sublayer; initial output projections that shrink with the depth flatten the rise.{few(len(found))}"
     )
     image = figures.png(figures.by_label([panels], *axes))
     return [Chart("gradients_by_layer", image, caption, live.by_label([panels], *axes))]
