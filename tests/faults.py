@@ -127,7 +127,7 @@ ROWS = {
     "model/parameter.py": [
         ("norms decay", 'axes=("channel",), inputs=0, decay=False', 'axes=("channel",), inputs=0, decay=True'),
         ("Muon splits the wrong heads", '"qkv": lambda of_input: not of_input', '"qkv": lambda of_input: of_input'),
-        ("embedding by the vocabulary", "weight = shape[1] ** -0.5", "weight = shape[0] ** -0.5"),
+        ("embedding by the vocabulary", "gain * shape[1] ** -0.5", "gain * shape[0] ** -0.5"),
     ],
     "model/dropout.py": [
         ("every step drops alike", "absorb(self.seed, self.step), token_BT", "absorb(self.seed, 0), token_BT"),
@@ -146,6 +146,11 @@ ROWS = {
         ("DeepNorm weighs the output", "self.alpha * x_BTD + y_BTD", "x_BTD + self.alpha * y_BTD"),
     ],
     "model/streams/parallel.py": [("parallel in series", "block.feed(normed_BTD)", "block.feed(x_BTD)")],
+    "model/parametrization.py": [
+        ("logits grow with the width", "_unless_one(1 / wider(model))", "_unless_one(wider(model))"),
+        ("output projections as deep as they are", "made.layers = round(layers)", "made.layers = spec.layers"),
+        ("rates of layers as at the base", "transformer.blocks, (1 / m, m), rate)", "transformer.blocks, (1 / m, m))"),
+    ],
     "model/transformer.py": [
         ("scanned layers miscounted", "(P * jnp.arange(full), repeats)", "(jnp.arange(full), repeats)"),
         ("logits in bfloat16", "preferred_element_type=wide", "preferred_element_type=x_BTD.dtype"),
@@ -191,6 +196,13 @@ ROWS = {
         ("AdamW's decay is Muon's", '"weight_decay": numbers["muon.adam_decay"]',
          '"weight_decay": numbers["weight_decay"]'),
         ("b1 and b2 exchanged", "b1, b2, eps = (numbers", "b2, b1, eps = (numbers"),
+        ("cool-down by a linear share", "np.sqrt(np.clip(step / steps, 0, 1))", "np.clip(step / steps, 0, 1)"),
+        ("factors exchanged", "_multiplied(numbers, *pair)", "_multiplied(numbers, *pair[::-1])"),
+    ],
+    "train/others.py": [
+        ("Adafactor decays without the rate", 'numbers["learning_rate"] * numbers["weight_decay"]',
+         'numbers["weight_decay"]'),
+        ("evaluated by the b1 of its first state", 'state._replace(b1=numbers["schedule_free_adamw.b1"])', "state"),
     ],
     "train/dropout.py": [("rows of a host alone", "np.arange(first, first + len", "np.arange(0, len")],
     "train/muon.py": [
@@ -199,10 +211,13 @@ ROWS = {
          '"mup": lambda d_in, d_out: math.sqrt(d_in / d_out)'),
     ],
     "train/workload.py": [
-        ("resumed from the first text", "start=start, **hosts", "start=0, **hosts"),
+        ("resumed from the first text", "start=start, **options", "start=0, **options"),
         ("rate of the first member", "rate[i], of.fill", "rate[0], of.fill"),
     ],
-    "train/loop.py": [("gradient norms unchecked", " and math.isfinite(record.grad_norm)", "")],
+    "train/loop.py": [
+        ("gradient norms unchecked", " and math.isfinite(record.grad_norm)", ""),
+        ("schedule-free ends where it trains", "            if last:\n", "            if stopping:\n"),
+    ],
     "train/canonical.py": [("microbatches are another program", ", microbatches=1)", ")")],
     "evaluate/conditions.py": [
         ("conditions asked again", "asks.conditions(asked)[done:]", "asks.conditions(asked)"),

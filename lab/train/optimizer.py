@@ -226,8 +226,8 @@ def check(train) -> None:
         )
     if train.schedule == "exponential" and train.final_learning_rate < np.finfo(np.float32).tiny:
         raise UserError(
-            f"train.final_learning_rate = {train.final_learning_rate}: no factor of a step leads there under train.schedule = 'exponential'; "
-            "choose one above 0, or train.schedule = 'linear'"
+            f"train.final_learning_rate = {train.final_learning_rate}: no factor of a step leads there under "
+            "train.schedule = 'exponential'; choose one above 0, or train.schedule = 'linear'"
         )
 
 

@@ -47,7 +47,7 @@ def adafactor(numbers, static, decay_mask) -> optax.GradientTransformation:
 
 ADAFACTOR = {
     "decay_rate": Option(0.8, "c of 1 - t^-c, the decay of mean squares at step t", above=0),
-    "clipping": Option(1.0, "of the root mean square of an update", least=1),
+    "clipping": Option(1.0, "of the root mean square of an update", above=0),
     "eps": Option(1e-30, "added to squares of gradients", above=0),
     "scaled": Option(True, "updates are in units of the root mean square of their weights"),
     "factored_from": Option(128, "the least second-largest side of a weight whose squares are kept by row and column",
