@@ -45,6 +45,15 @@ def attend_scores(
 ):
     """`attend` of scores, in their precision."""
     B, G, R, T, _ = s_BGRTS.shape
+    p_BGRTS, lse_BGRT = probabilities(s_BGRTS, q_coordinates, k_coordinates, rule, softcap, bias)
+    o_BTGRV = jnp.einsum("bgrts,bsgv->btgrv", p_BGRTS, v_BSGV.astype(s_BGRTS.dtype))
+    return o_BTGRV.reshape(B, T, G * R, -1), jnp.moveaxis(lse_BGRT, 3, 1).reshape(B, T, G * R)
+
+
+def probabilities(
+    s_BGRTS, q_coordinates: Coordinates, k_coordinates: Coordinates, rule: Rule, softcap, bias: Bias | None = None
+):
+    """(p_BGRTS, lse_BGRT) of scores: the softmax over visible keys, zeros where none is, and its log sum."""
     if softcap:
         s_BGRTS = softcap * jnp.tanh(s_BGRTS / softcap)
     if bias is not None:
@@ -57,6 +66,4 @@ def attend_scores(
     sum_BGRT1 = p_BGRTS.sum(-1, keepdims=True)
     saw = sum_BGRT1 > 0
     lse_BGRT = jnp.where(saw, top_BGRT1 + jnp.log(jnp.where(saw, sum_BGRT1, 1)), -jnp.inf)[..., 0]
-    p_BGRTS = p_BGRTS / jnp.where(saw, sum_BGRT1, 1)
-    o_BTGRV = jnp.einsum("bgrts,bsgv->btgrv", p_BGRTS, v_BSGV.astype(s_BGRTS.dtype))
-    return o_BTGRV.reshape(B, T, G * R, -1), jnp.moveaxis(lse_BGRT, 3, 1).reshape(B, T, G * R)
+    return p_BGRTS / jnp.where(saw, sum_BGRT1, 1), lse_BGRT

@@ -15,9 +15,10 @@ from jax.sharding import PartitionSpec as P
 from lab import kernels
 from lab.coordinates import Coordinates
 from lab.errors import UserError, choose
+from lab.kernels import Bias
 from lab.kernels.rotary import rotate
 from lab.kernels.rules import Rule
-from lab.model import mesh, norm, parameter, position, slots
+from lab.model import mesh, norm, parameter, position, relative, slots
 from lab.options import Option
 
 Kept = tuple[jax.Array, ...]  # what a token keeps, arrays [B, S, groups, width]
@@ -28,13 +29,14 @@ Kept = tuple[jax.Array, ...]  # what a token keeps, arrays [B, S, groups, width]
 class View:
     """What every layer of one spec shares in a call: who sees whom, and the rotation of the new tokens."""
 
-    rotation: tuple[jax.Array, jax.Array]
+    rotation: tuple[jax.Array, jax.Array] | None  # None: nothing rotates
     frequencies: jax.Array | None  # that it is made of [3, R / 2]; None: queries have rotated already
     queries: Coordinates
     keys: Coordinates
     tiles: Any  # what kernels.plan_tiles gave
     slots_BT: jax.Array | None  # of the new tokens in the cache, beyond it if they have none; None without a cache
     implementation: str = dataclasses.field(metadata=dict(static=True))  # of attention
+    added: Any = None  # to the scores of layers that have it in common, such as a Bias
 
     def of_rotated(self) -> "View":
         """The same for queries that have rotated already."""
@@ -76,6 +78,7 @@ class Softmax(nnx.Module):
     rotates: ClassVar[str] = "qkvo"  # the projections that may rotate
     rotates_unasked: ClassVar[str] = "qk"  # those that do where mixer.rotate is "auto"
     heads_each: ClassVar[int] = 1  # attention maps for each head of the output
+    adds: ClassVar[tuple[type, ...]] = (Bias, relative.Tables)  # what a position may add to its scores
 
     def __init__(self, model, rule: Rule, key: jax.Array):
         q, _, _, o = jax.random.split(key, 4)
@@ -102,6 +105,7 @@ class Softmax(nnx.Module):
         )
         self.sink = parameter.bias(self.heads, "heads") if options.sink else None
         self.q_norm, self.k_norm = (norm.make(model, K) if options.qk_norm else None for _ in range(2))
+        self.biased, self.added = bool(position.of(model).added), position.added(model, self.heads, (K, V), key)
         self.rule = rule
         self.scale = options.softmax_scale or K**-0.5
         self.softcap = options.softcap
@@ -118,7 +122,9 @@ class Softmax(nnx.Module):
 
     @classmethod
     def rotated(cls, model) -> str:
-        """The projections that rotate, some of the letters q, k, v, o."""
+        """The projections that rotate, some of the letters q, k, v, o; none under a position that rotates nothing."""
+        if not position.of(model).frequencies:
+            return ""
         asked = model.mixer.rotate
         return {"auto": cls.rotates_unasked, "none": ""}.get(asked, asked)
 
@@ -133,6 +139,7 @@ class Softmax(nnx.Module):
                 f"choose model.mixer.kv_heads among: {', '.join(map(str, valid))}"
             )
         check_rule(cls, model)
+        position.check_mixer(model, cls.adds)
         check_rotated(cls, model)
 
     @property
@@ -153,7 +160,7 @@ class Softmax(nnx.Module):
     @property
     def work_per_token(self) -> int:
         """Multiplications for a token beside those with weights and with keys."""
-        return 0
+        return 0 if self.added is None else self.heads * self.added.work_per_head
 
     def init_cache(self, batch: int, length: int, dtype, branches: int = 1) -> Kept:
         """Empty slots; a stacked mixer gives a stacked cache. Any slot holds any branch."""
@@ -282,8 +289,11 @@ def check_rotated(mixer: type[Softmax], model) -> None:
         raise UserError(f"model.position.dim = {R} does not fit into values of width {V}; choose an even one up to {V}")
 
 
-def heads(x_BTD, weight: nnx.Param):
-    """x W for a weight [D, N, K]: N heads of K numbers for each token; x may be [B, T, N, D], one for each head."""
+def heads(x_BTD, weight: nnx.Param | None):
+    """x W for a weight [D, N, K]: N heads of K numbers for each token; x may be [B, T, N, D], one for each head.
+    Without a weight one head of no width."""
+    if weight is None:
+        return jnp.zeros((*x_BTD.shape[:2], 1, 0), x_BTD.dtype)
     equation = "btd,dnk->btnk" if x_BTD.ndim == 3 else "btnd,dnk->btnk"
     return jnp.einsum(equation, x_BTD, weight[...].astype(x_BTD.dtype))
 
@@ -292,8 +302,9 @@ def attend_over_mesh(q_BTHK, k_BSGK, v_BSGV, view: View, mixer: Softmax, scale: 
     """`kernels.attend` with rows, heads and queries over the mesh; every device gathers the keys of its rows.
 
     Queries rotate here, or as a kernel that can reads them. Returns (o_BTHV, lse_BTH). A single head is every device's
-    own. scale: None for the mixer's.
+    own. scale: None for the mixer's. What a position adds to scores is added here, that of heads where they are.
     """
+    added = view.added if mixer.added is None else mixer.added()
     frequencies = view.frequencies if "q" in mixer.rotate else None
     in_kernel = view.slots_BT is None and kernels.rotates(view.implementation, k_BSGK.shape[1])
     if frequencies is not None and not in_kernel:
@@ -308,36 +319,41 @@ def attend_over_mesh(q_BTHK, k_BSGK, v_BSGV, view: View, mixer: Softmax, scale: 
     if over_heads and G % tensor:  # fewer groups than devices: each device holds the group of its heads
         k_BSGK, v_BSGV = (jnp.repeat(x, tensor // G, axis=2) for x in (k_BSGK, v_BSGV))
 
-    def attend(q_BTHK, k_BSGK, v_BSGV, queries, keys, tiles, frequencies_3F):
+    scale = mixer.scale if scale is None else scale
+
+    def attend(q_BTHK, k_BSGK, v_BSGV, queries, keys, tiles, frequencies_3F, added):
+        arguments = q_BTHK, k_BSGK, v_BSGV, queries, keys, mixer.rule
+        if isinstance(added, relative.Tables):
+            return relative.attend(*arguments, scale, mixer.softcap, added)
         return kernels.attend(
-            q_BTHK,
-            k_BSGK,
-            v_BSGV,
-            queries,
-            keys,
-            mixer.rule,
-            scale=mixer.scale if scale is None else scale,
+            *arguments,
+            scale=scale,
             softcap=mixer.softcap,
             implementation=view.implementation,
             tiles=tiles,
             return_lse=True,
             frequencies_3F=frequencies_3F,
+            bias=added,
         )
 
     queries, shared, tokens = (
         P(mesh.BATCH, "context", over_heads), P(mesh.BATCH, None, over_heads), P(mesh.BATCH, "context")
     )  # fmt: skip
-    specs = (queries, shared, shared, tokens, P(mesh.BATCH), tokens, P())
+    of_added = P(over_heads) if isinstance(added, Bias) else P()
+    specs = (queries, shared, shared, tokens, P(mesh.BATCH), tokens, P(), of_added)
     return mesh.per_device(attend, specs, (queries, queries))(
-        q_BTHK, k_BSGK, v_BSGV, view.queries, view.keys, view.tiles, frequencies
+        q_BTHK, k_BSGK, v_BSGV, view.queries, view.keys, view.tiles, frequencies, added
     )
 
 
-def plan_tiles_over_mesh(queries: Coordinates, keys: Coordinates, rule: Rule, implementation: str):
-    """`kernels.plan_tiles` where `attend_over_mesh` will use it: each device plans for the queries it holds."""
+def plan_tiles_over_mesh(queries: Coordinates, keys: Coordinates, rule: Rule, biased: bool, implementation: str):
+    """`kernels.plan_tiles` where `attend_over_mesh` will use it: each device plans for the queries it holds.
+
+    biased: whether a position adds to scores. Raises UserError for an implementation that does not.
+    """
 
     def plan(queries, keys):
-        return kernels.plan_tiles(queries, keys, rule, implementation)
+        return kernels.plan_tiles(queries, keys, rule, implementation, biased)
 
     tokens = P(mesh.BATCH, "context")
     return mesh.per_device(plan, (tokens, P(mesh.BATCH)), tokens)(queries, keys)

@@ -24,8 +24,7 @@ from lab.model.execution import Execution, rematerialised
 from lab.model.feedforward import FEEDFORWARDS
 from lab.model.mixers import MIXERS
 from lab.model.placement import PLACEMENTS
-from lab.model.position import POSITIONS
-from lab.model.spec import layer_specs
+from lab.model.spec import layer_specs, maps
 from lab.model.streams import STREAMS
 
 
@@ -74,9 +73,9 @@ class Transformer(nnx.Module):
         specs = layer_specs(model)
         shape = model.vocabulary, model.dim
         self.embedding = parameter.embedding(embedding, shape)
-        codes = [POSITIONS[spec.position.name].code for spec in specs]
-        self.code = next((code(model) for code in codes if code), None)
-        self.rotary = nnx.List([position.Rotary(spec) for spec in specs])
+        self.code = position.code(specs, key)
+        self.rotary = nnx.List([position.rotary(spec) for spec in specs])
+        self.added = position.added_to_all(specs, [maps(spec) for spec in specs], key)
         self.blocks = nnx.List(
             [
                 jax.vmap(functools.partial(Block, spec))(
@@ -174,14 +173,15 @@ class Transformer(nnx.Module):
     def views(self, queries: Coordinates, keys: Coordinates, slots_BT=None) -> list[View]:
         """What each entry of the layer pattern sees; tile lists are made once per distinct rule."""
         mixers, implementation = [block.mixer for block in self.blocks], self.execution.implementation
-        needed = dict.fromkeys(mixer.rule for mixer in mixers if mixer.attends)
-        tiles = {rule: plan_tiles_over_mesh(queries, keys, rule, implementation) for rule in needed}
-        return [
-            View(
-                rotary(queries), rotary.frequencies[...], queries, keys, tiles.get(mixer.rule), slots_BT, implementation
-            )
-            for rotary, mixer in zip(self.rotary, mixers, strict=True)
-        ]
+        needed = dict.fromkeys((mixer.rule, mixer.biased) for mixer in mixers if mixer.attends)
+        tiles = {which: plan_tiles_over_mesh(queries, keys, *which, implementation) for which in needed}
+        views = []
+        for rotary, mixer in zip(self.rotary, mixers, strict=True):
+            turning = (None, None) if rotary is None else (rotary(queries), rotary.frequencies[...])
+            of_rule = tiles.get((mixer.rule, mixer.biased))
+            added = self.added() if mixer.biased and mixer.added is None else None
+            views.append(View(*turning, queries, keys, of_rule, slots_BT, implementation, added))
+        return views
 
     def run_layers(self, x_BTD, views: list[View], caches: tuple | None = None):
         """Layer m is repeat m // P of pattern entry m % P. Returns what the head reads, and the new caches.

@@ -22,6 +22,7 @@ class Stream(nnx.Module):
     grows: ClassVar[bool] = False  # whether the state grows with the layers
     needs: ClassVar[int] = 1  # layers, to mean anything
     mixers: ClassVar[tuple[str, ...] | None] = None  # those that it can look into; None: it need not
+    adds: ClassVar[bool] = True  # whether layers keep what a position adds to their scores
     placements: ClassVar[tuple[str, ...] | None] = None  # those under which it means something; None: every one
     options: ClassVar[dict[str, Option]] = {}
     reads: ClassVar[tuple[str, ...]] = ()  # further options of the model that it reads

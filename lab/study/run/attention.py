@@ -28,7 +28,7 @@ from lab.kernels import choice
 from lab.kernels.trial import Problem
 from lab.model import parameter
 from lab.model.mixers import MIXERS
-from lab.model.spec import layer_specs
+from lab.model.spec import biased, layer_specs
 from lab.storage import cache_directory, find_json, write_json
 from lab.study.define import plan
 from lab.study.define.cell import Cell
@@ -85,8 +85,8 @@ def decide(config: ConfigDict, cells: list[Cell], workdir: pathlib.Path, say: Ca
     """{"name", "warning", "machine", "tried"} of the implementation that all cells of a study are to take; None where
     config.run.implementation names one, and where there is no GPU.
 
-    A study that was begun on this machine goes on with its own. Of several hosts the first one tries. Raises UserError
-    for hosts whose GPUs differ.
+    A study that was begun on this machine goes on with its own; where a cell adds a bias to scores, all take one that
+    does. Of several hosts the first one tries. Raises UserError for hosts whose GPUs differ.
     """
     if config.run.implementation != "auto":
         return None
@@ -105,7 +105,7 @@ def decide(config: ConfigDict, cells: list[Cell], workdir: pathlib.Path, say: Ca
 
 def _of_first_host(cells, machine, here, workdir, hosts, say) -> dict:
     before = (find_json(workdir / "plan.json") or {}).get("attention") or {}
-    if before.get("machine") == here and before.get("name") in kernels.IMPLEMENTATIONS:
+    if before.get("machine") == here and before.get("name") in able(cells):
         return before
     found = _found(cells, here, len(machine.names) * hosts, say)
     if before:
@@ -117,7 +117,9 @@ def _found(cells: list[Cell], here: dict, devices: int, say: Callable[[str], Non
     """{"name", "warning", "machine", "tried"}, of the cache if it is there; other processes wait for one that tries."""
     say("attention: looking at how the study calls it")
     problems = of_study(cells, devices)
-    digest = hashlib.sha256(json.dumps([here, [problem.key() for problem in problems]]).encode()).hexdigest()[:16]
+    names = [name for name in able(cells) if kernels.IMPLEMENTATIONS[name].platform == "gpu" or name == "tiled"]
+    asked = [here, [problem.key() for problem in problems], names]
+    digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
     path = cache_directory() / "attention" / f"{digest}.json"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -125,15 +127,20 @@ def _found(cells: list[Cell], here: dict, devices: int, say: Callable[[str], Non
         with lock:
             if kept := find_json(path):
                 return kept
-            found = _tried(problems, here, say)
+            found = _tried(problems, names, here, say)
             write_json(path, found)
             return found
     except OSError:  # a cache that cannot be written: it is tried again the next time
-        return _tried(problems, here, say)
+        return _tried(problems, names, here, say)
 
 
-def _tried(problems: list[Problem], here: dict, say: Callable[[str], None]) -> dict:
-    names = [name for name, row in kernels.IMPLEMENTATIONS.items() if row.platform == "gpu" or name == "tiled"]
+def able(cells: list[Cell]) -> list[str]:
+    """The implementations that every cell can take, one for all of them."""
+    needed = any(biased(cell.config.model) for cell in cells)
+    return [name for name, row in kernels.IMPLEMENTATIONS.items() if row.biases or not needed]
+
+
+def _tried(problems: list[Problem], names: list[str], here: dict, say: Callable[[str], None]) -> dict:
     chosen = _chosen(problems, names, say)
     for line in table(problems, chosen):
         say(line)
