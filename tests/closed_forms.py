@@ -3,6 +3,7 @@
 import functools
 import math
 
+ROTATING = ("rope2d", "fourier")
 NORMS_OF_SUBLAYER = {"pre": 1, "output": 1, "sandwich": 2, "post": 1, "deepnorm": 1}
 NORM_THE_STREAM = ("post", "deepnorm")  # placements after which the head needs no norm
 GATED = ("swiglu", "geglu", "geglu-tanh", "reglu", "glu", "bilinear")  # feed-forwards of three matrices
@@ -11,7 +12,7 @@ GATED = ("swiglu", "geglu", "geglu-tanh", "reglu", "glu", "bilinear")  # feed-fo
 def widths(model) -> tuple[int, int, int]:
     """(K, R, V): a head of queries and keys, its rotated part, a head of values."""
     K = model.mixer.head_dim
-    R = model.position.dim or K
+    R = (model.position.dim or K) if model.position.name in ROTATING else 0
     return K, R, K - R if model.mixer.name == "s3" else model.mixer.v_head_dim or K
 
 
@@ -93,12 +94,40 @@ def parameters(model) -> tuple[int, int]:
     norms = sum((2 * NORMS_OF_SUBLAYER[spec.placement.name] - shared) * of_norm(spec) for spec in specs)
     norms += (specs[-1].placement.name not in NORM_THE_STREAM) * of_norm(model)
     vectors = sum(v for _, v in sublayers) + norms * model.dim + sum(map(branch_parameters, specs))
+    vectors += biases_of_scores(model)
     return sum(m for m, _ in sublayers) + embeddings(model), vectors + stream_parameters(model)
 
 
 def embeddings(model) -> int:
-    """Of tokens, and the output head where it is another."""
-    return (1 if model.tied else 2) * model.vocabulary * model.dim
+    """Of tokens, the output head where it is another, and of times."""
+    learned = [spec.position.length for spec in layers(model) if spec.position.name == "learned"]
+    return ((1 if model.tied else 2) * model.vocabulary + max(learned, default=0)) * model.dim
+
+
+def maps(spec) -> int:
+    """Of attention, in a layer."""
+    return spec.mixer.heads * (2 if spec.mixer.name == "differential" else 1)
+
+
+def biases_of_scores(model) -> int:
+    """What positions learn for scores: a number for each map and bucket, of a layer or of all; and of each layer two
+    vectors for every distance."""
+    shared, own = set(), 0
+    for spec in layers(model):
+        K, _, V = widths(spec)
+        if spec.position.name == "t5" and spec.position.shared:
+            shared.add(maps(spec) * spec.position.buckets)
+        elif spec.position.name == "t5":
+            own += maps(spec) * spec.position.buckets
+        elif spec.position.name == "shaw":
+            own += (2 * spec.position.clip + 1) * (K + V)
+    return own + sum(shared)
+
+
+def distance_work(model) -> int:
+    """Multiplications for a token with the vectors of distances, in all layers."""
+    specs = [spec for spec in layers(model) if spec.position.name == "shaw"]
+    return sum(maps(spec) * (2 * spec.position.clip + 1) * sum(widths(spec)[::2]) for spec in specs)
 
 
 def stream_parameters(model) -> int:

@@ -120,6 +120,15 @@ ROWS = {
         ("branch and time exchanged", "even = (pair - (F - n)) % 2 == 0", "even = (pair - (F - n)) % 2 == 1"),
         ("whole table for a part", "chosen.theta **= R / model.mixer.head_dim", "chosen.theta **= 1"),
     ],
+    "model/codes.py": [("code of the branch for the time", '    of = "time"', '    of = "branch"')],
+    "model/scores.py": [
+        ("later keys take buckets", "maximum(q.time - k.time, 0), wide", "maximum(k.time - q.time, 0), wide"),
+        ("slopes between taken twice", "(1, 2 * (heads - power), 2) / (2 *", "(2, 2 * (heads - power) + 1, 2) / (2 *"),
+    ],
+    "model/relative.py": [
+        ("distances the other way", "distance_BTS, -clip, clip) + clip", "-distance_BTS, -clip, clip) + clip"),
+        ("vectors beside the scale", "+ scale * looked_up_BGRTS", "+ looked_up_BGRTS"),
+    ],
     "model/slots.py": [
         ("padding takes slots", "jnp.cumsum(real_BT, axis=1) - 1", "jnp.arange(real_BT.shape[1])"),
         ("used counts last slots", "1 + slots_BT.max(", "slots_BT.max("),

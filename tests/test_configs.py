@@ -71,6 +71,7 @@ def test_every_scale_plans(path, scale):
         if row["state_per_layer"] == 0:
             visible = data.texts_per_row * data.text_length
             attended = model.layers * row["attention_work"] * visible + closed_forms.stream_work(model, visible)
+            attended += closed_forms.distance_work(model)
             assert row["train_flops_per_token"] <= 6 * (multiplying + attended)
         check_rotary_pairs(cell, row)
 
@@ -82,12 +83,13 @@ def check_rotary_pairs(cell, row):
     selected = round(pairs * rotary.ratio)
     assert rotary.unselected == "index"
     assert row["head_dim"] == cell.config.model.mixer.head_dim
-    if cell.config.model.mixer.rotate in ("none", "v", "o", "vo") or cell.config.model.mixer.name == "delta":
+    still = not any(spec.position.name in closed_forms.ROTATING for spec in closed_forms.layers(cell.config.model))
+    if still or cell.config.model.mixer.rotate in ("none", "v", "o", "vo") or cell.config.model.mixer.name == "delta":
         assert row["pairs_branch"] == row["pairs_time"] == row["pairs_index"] == 0
         return
     assert row["pairs_branch"] == math.ceil(selected / 2)
     assert row["pairs_time"] == selected // 2
-    assert row["pairs_index"] == pairs - selected
+    assert row["pairs_index"] == min(pairs - selected, math.floor(pairs * rotary.share))
 
 
 def test_rope_ablation_is_ten_cells_of_one_program():

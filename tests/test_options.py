@@ -39,7 +39,7 @@ def readers(room: Room, name: str) -> list[dict]:
 
 
 # The options that have no default that works: where they are read, they must be chosen.
-TO_CHOOSE = {"mixer.latent", "stream.length", "stream.copies", "stream.rank", "stream.blocks"}
+TO_CHOOSE = {"mixer.latent", "position.length", "stream.length", "stream.copies", "stream.rank", "stream.blocks"}
 
 
 @pytest.mark.parametrize(("room", "name"), DECLARED)
@@ -332,15 +332,20 @@ VALUES = {  # another than the default, by type, where the declaration names no 
     bool: True, "rule": "causal & window(2)", "mixer.heads": 8, "mixer.kv_heads": 4, "mixer.head_dim": 16,
     "mixer.v_head_dim": 10, "mixer.q_rank": 3, "mixer.o_rank": 5, "mixer.rotate": "q", "mixer.softmax_scale": 0.3,
     "mixer.softcap": 2.0, "mixer.latent": 6, "feedforward.width": 20, "norm.eps": 0.1, "position.theta": 7.0,
-    "position.dim": 6, "position.ratio": 0.3, "position.stride": 2, "branch.start": 0.2,
+    "position.dim": 6, "position.ratio": 0.3, "position.stride": 2, "position.share": 0.5, "position.length": 40,
+    "position.buckets": 16, "position.distance": 200, "position.clip": 3, "branch.start": 0.2,
 }  # fmt: skip
-ALREADY = {"mixer.latent_norm": False}
+ALREADY = {"mixer.latent_norm": False, "position.shared": False}
 
 
 def reading(field: str) -> dict:
     """A model that has an option of a layer in use."""
     if field in ("mixer.latent", "mixer.latent_norm"):
         return variants.mixer("mla")
+    if field == "position.clip":
+        return dict(model__position__name="shaw")
+    if field in ("position.buckets", "position.distance", "position.shared"):
+        return dict(model__position__name="t5", model__position__shared=field == "position.shared")
     return dict(model__branch__name="layer-scale") if field == "branch.start" else {}
 
 
@@ -354,6 +359,8 @@ def test_an_entry_of_the_pattern_may_set_every_option_of_a_layer(field):
     entry = [(field, {**VALUES, **ALREADY}.get(field, others[0] if others else VALUES.get(type(default))))]
     if field == "mixer.name":
         entry = [("mixer.name", "delta"), ("rule", "causal")]
+    if field == "position.length":  # all layers read one embedding
+        entry = [("position.name", "learned"), *entry]
     if entry[0][1] is None:
         assert len(option.choices) == 1  # the only one there is
         entry = [(field, default)]

@@ -25,6 +25,13 @@ SIZES = dict(length=ROW, copies=2, rank=3, blocks=3)  # of streams that read the
 
 OPTIONS = ("output_gate", "sink", "qk_norm")  # that add one thing to any softmax mixer that reads them
 
+OWN_AND_LEARNED = (  # biases of each layer; a mixer that splits its heads, without a rotation, and a learned code
+    (("position.shared", False), ("mixer.name", "differential")),
+    (("position.name", "learned"), ("position.length", ROW), ("mixer.name", "mla"), ("mixer.latent", 12)),
+)
+DENSE_AND_SHARED = ((), (("position.name", "t5"), ("position.buckets", 8), ("position.distance", 20)))
+ROTATING = [name for name, row in POSITIONS.items() if row.frequencies]
+
 HYBRID = ((("mixer.name", "delta"), ("rule", "causal")), (("rule", "causal"), ("mixer.sink", True)))
 
 
@@ -75,7 +82,9 @@ VARIANTS = {
     "low rank, everything rotates": dict(model__mixer__q_rank=10, model__mixer__o_rank=9, model__mixer__rotate="qkvo"),
     "values of another width": dict(model__mixer__v_head_dim=12, model__position__dim=4, model__position__table="head"),
     "delta : attention": dict(model__pattern=HYBRID, model__layers=3),
-    **{f"position {name}": dict(model__position__name=name) for name in POSITIONS},
+    **{f"position {name}": dict(model__position__name=name) for name in ROTATING},
+    "t5 : learned": dict(model__position__name="t5", model__pattern=OWN_AND_LEARNED),
+    "shaw : t5": dict(model__position__name="shaw", model__position__clip=3, model__pattern=DENSE_AND_SHARED),
     **{f"placement {name}": dict(model__placement__name=name) for name in OF_SUBLAYERS},
     **{f"rule {name}": dict(model__rule=name) for name in RULES},
     "post-normed": POST_NORMED,

@@ -67,6 +67,12 @@ def prompts_of_group(prompt: str) -> int:
     return int(prompt == "first")
 
 
+def most_times(data) -> int:
+    """Time steps from the first to the last at which a text of config.data may have a token: after a prompt, and later
+    by as much as it is long."""
+    return data.text_length * (1 + prompts_of_group(data.prompt) + data.stagger)
+
+
 def parse_draw(draw: str, field: str = "data.draw") -> tuple[int, int]:
     """The least and most that are drawn: fixedN -> (N, N), LOW-HIGH -> (LOW, HIGH). Raises UserError."""
     match = re.fullmatch(r"fixed(\d+)|(\d+)-(\d+)", draw)

@@ -187,9 +187,11 @@ def arrange(
     return order.arrange(coordinates, needed, tile_sizes(implementation, coordinates.shape[1]), free)
 
 
-def tile_sizes(implementation: str | None, tokens: int, dropping: bool = False) -> tuple[int, int] | None:
+def tile_sizes(
+    implementation: str | None, tokens: int, biased: bool = False, dropping: bool = False
+) -> tuple[int, int] | None:
     """Of queries and keys, for rows of so many tokens; None where nothing is computed by tiles."""
-    module = _module(resolve(implementation, tokens, dropping=dropping))
+    module = _module(resolve(implementation, tokens, biased, dropping))
     return module.tile_sizes(tokens, tokens) if hasattr(module, "plan") else None
 
 

@@ -51,6 +51,22 @@ def attend_scores(
 ):
     """`attend` of scores, in their precision."""
     B, G, R, T, _ = s_BGRTS.shape
+    p_BGRTS, lse_BGRT = probabilities(s_BGRTS, q_coordinates, k_coordinates, rule, softcap, bias, dropout)
+    o_BTGRV = jnp.einsum("bgrts,bsgv->btgrv", p_BGRTS, v_BSGV.astype(s_BGRTS.dtype))
+    return o_BTGRV.reshape(B, T, G * R, -1), jnp.moveaxis(lse_BGRT, 3, 1).reshape(B, T, G * R)
+
+
+def probabilities(
+    s_BGRTS,
+    q_coordinates: Coordinates,
+    k_coordinates: Coordinates,
+    rule: Rule,
+    softcap,
+    bias: Bias | None = None,
+    dropout: Dropped | None = None,
+):
+    """(p_BGRTS, lse_BGRT) of scores: the softmax over visible keys, of which some are dropped, zeros where none is
+    visible; and its log sum."""
     if softcap:
         s_BGRTS = softcap * jnp.tanh(s_BGRTS / softcap)
     if bias is not None:
@@ -65,7 +81,6 @@ def attend_scores(
     lse_BGRT = jnp.where(saw, top_BGRT1 + jnp.log(jnp.where(saw, sum_BGRT1, 1)), -jnp.inf)[..., 0]
     p_BGRTS = p_BGRTS / jnp.where(saw, sum_BGRT1, 1)
     if dropout is not None:
-        state_BGRT1 = jnp.moveaxis(dropout.states(), 2, 1).reshape(B, G, R, T, 1)
+        state_BGRT1 = jnp.moveaxis(dropout.states(), 2, 1).reshape(*lse_BGRT.shape, 1)
         p_BGRTS = dropped(p_BGRTS, state_BGRT1, dropout.key_BS[:, None, None, None], dropout.rate)
-    o_BTGRV = jnp.einsum("bgrts,bsgv->btgrv", p_BGRTS, v_BSGV.astype(s_BGRTS.dtype))
-    return o_BTGRV.reshape(B, T, G * R, -1), jnp.moveaxis(lse_BGRT, 3, 1).reshape(B, T, G * R)
+    return p_BGRTS, lse_BGRT

@@ -10,9 +10,10 @@ from lab.model.transformer import Transformer
 
 
 def parameters(model: Transformer) -> dict[str, int]:
-    """Trained numbers, in all and without the embedding and the output head."""
+    """Trained numbers, in all and without the embeddings of tokens and of positions, and the output head."""
     total = parameter.count(model)
     outer = sum(int(np.prod(w.shape)) for w in (model.embedding, model.head) if w is not None)
+    outer += 0 if model.code is None else parameter.count(model.code)
     return {"parameters": total, "parameters_non_embedding": total - outer}
 
 

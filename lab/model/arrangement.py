@@ -6,7 +6,7 @@ import numpy as np
 from lab import kernels
 from lab.kernels import order, rules
 from lab.model.mixers import MIXERS
-from lab.model.spec import layer_specs
+from lab.model.spec import biased, layer_specs
 
 
 class Arrangement:
@@ -20,7 +20,7 @@ class Arrangement:
         specs = layer_specs(model)
         self._rules = [rules.parse(spec.rule) for spec in specs]
         self._free = not any(MIXERS[spec.mixer.name].in_order for spec in specs)
-        self._sizes = kernels.tile_sizes(run.implementation, length, drops)
+        self._sizes = kernels.tile_sizes(run.implementation, length, biased(model), drops)
 
     def __call__(self, batch):
         """(the batch of [B, T] arrays with its `coordinates`, rearranged; the share of tiles that are computed)"""

@@ -15,10 +15,11 @@ from jax.sharding import PartitionSpec as P
 from lab import kernels
 from lab.coordinates import Coordinates
 from lab.errors import UserError, choose
+from lab.kernels import Bias
 from lab.kernels.dropout import Dropped
 from lab.kernels.rotary import rotate
 from lab.kernels.rules import Rule
-from lab.model import init, mesh, norm, parameter, position, slots
+from lab.model import init, mesh, norm, parameter, position, relative, slots
 from lab.model.dropout import Masks
 from lab.options import Option
 
@@ -30,7 +31,7 @@ Kept = tuple[jax.Array, ...]  # what a token keeps, arrays [B, S, groups, width]
 class View:
     """What every layer of one spec shares in a call: who sees whom, and the rotation of the new tokens."""
 
-    rotation: tuple[jax.Array, jax.Array]
+    rotation: tuple[jax.Array, jax.Array] | None  # None: nothing rotates
     frequencies: jax.Array | None  # that it is made of [3, R / 2]; None: queries have rotated already
     queries: Coordinates
     keys: Coordinates
@@ -38,6 +39,7 @@ class View:
     slots_BT: jax.Array | None  # of the new tokens in the cache, beyond it if they have none; None without a cache
     implementation: str = dataclasses.field(metadata=dict(static=True))  # of attention
     masks: Masks | None = None  # of dropout, in training; of one layer where it is that layer's
+    added: Any = None  # to the scores of layers that have it in common, such as a Bias
 
     def of_rotated(self) -> "View":
         """The same for queries that have rotated already."""
@@ -89,6 +91,7 @@ class Softmax(nnx.Module):
     rotates: ClassVar[str] = "qkvo"  # the projections that may rotate
     rotates_unasked: ClassVar[str] = "qk"  # those that do where mixer.rotate is "auto"
     heads_each: ClassVar[int] = 1  # attention maps for each head of the output
+    adds: ClassVar[tuple[type, ...]] = (Bias, relative.Tables)  # what a position may add to its scores
 
     def __init__(self, model, rule: Rule, key: jax.Array):
         q, _, _, o = jax.random.split(key, 4)
@@ -113,6 +116,7 @@ class Softmax(nnx.Module):
         )
         self.sink = parameter.bias(self.heads, "heads") if options.sink else None
         self.q_norm, self.k_norm = (norm.make(model, K) if options.qk_norm else None for _ in range(2))
+        self.biased, self.added = bool(position.of(model).added), position.added(model, self.heads, (K, V), key)
         self.rule = rule
         self.scale = options.softmax_scale or K**-0.5
         self.softcap = options.softcap
@@ -134,7 +138,9 @@ class Softmax(nnx.Module):
 
     @classmethod
     def rotated(cls, model) -> str:
-        """The projections that rotate, some of the letters q, k, v, o."""
+        """The projections that rotate, some of the letters q, k, v, o; none under a position that rotates nothing."""
+        if not position.of(model).frequencies:
+            return ""
         asked = model.mixer.rotate
         return {"auto": cls.rotates_unasked, "none": ""}.get(asked, asked)
 
@@ -149,6 +155,7 @@ class Softmax(nnx.Module):
                 f"choose model.mixer.kv_heads among: {', '.join(map(str, valid))}"
             )
         check_rule(cls, model)
+        position.check_mixer(model, cls.adds)
         check_rotated(cls, model)
 
     @property
@@ -169,7 +176,7 @@ class Softmax(nnx.Module):
     @property
     def work_per_token(self) -> int:
         """Multiplications for a token beside those with weights and with keys."""
-        return 0
+        return 0 if self.added is None else self.heads * self.added.work_per_head
 
     def init_cache(self, batch: int, length: int, dtype, branches: int = 1) -> Kept:
         """Empty slots; a stacked mixer gives a stacked cache. Any slot holds any branch."""
@@ -307,11 +314,13 @@ def check_rotated(mixer: type[Softmax], model) -> None:
         raise UserError(f"model.position.dim = {R} does not fit into values of width {V}; choose an even one up to {V}")
 
 
-def heads(x_BTD, weight: nnx.Param, bias: nnx.Param | None = None):
+def heads(x_BTD, weight: nnx.Param | None, bias: nnx.Param | None = None):
     """x W + b for a weight [D, N, K] and a bias [N K], if there is one: N heads of K numbers for each token.
 
-    x may be [B, T, N, D], one for each head.
+    x may be [B, T, N, D], one for each head. Without a weight one head of no width.
     """
+    if weight is None:
+        return jnp.zeros((*x_BTD.shape[:2], 1, 0), x_BTD.dtype)
     equation = "btd,dnk->btnk" if x_BTD.ndim == 3 else "btnd,dnk->btnk"
     y_BTNK = jnp.einsum(equation, x_BTD, weight[...].astype(x_BTD.dtype))
     return y_BTNK if bias is None else y_BTNK + bias[...].reshape(weight.shape[1:]).astype(y_BTNK.dtype)
@@ -321,8 +330,9 @@ def attend_over_mesh(q_BTHK, k_BSGK, v_BSGV, view: View, mixer: Softmax, scale: 
     """`kernels.attend` with rows, heads and queries over the mesh; every device gathers the keys of its rows.
 
     Queries rotate here, or as a kernel that can reads them. Returns (o_BTHV, lse_BTH). A single head is every device's
-    own. scale: None for the mixer's.
+    own. scale: None for the mixer's. What a position adds to scores is added here, that of heads where they are.
     """
+    added = view.added if mixer.added is None else mixer.added()
     frequencies = view.frequencies if "q" in mixer.rotate else None
     in_kernel = view.slots_BT is None and kernels.rotates(view.implementation, k_BSGK.shape[1])
     if frequencies is not None and not in_kernel:
@@ -337,20 +347,21 @@ def attend_over_mesh(q_BTHK, k_BSGK, v_BSGV, view: View, mixer: Softmax, scale: 
     if over_heads and G % tensor:  # fewer groups than devices: each device holds the group of its heads
         k_BSGK, v_BSGV = (jnp.repeat(x, tensor // G, axis=2) for x in (k_BSGK, v_BSGV))
 
-    def attend(q_BTHK, k_BSGK, v_BSGV, queries, keys, tiles, frequencies_3F, dropout):
+    scale = mixer.scale if scale is None else scale
+
+    def attend(q_BTHK, k_BSGK, v_BSGV, queries, keys, tiles, frequencies_3F, added, dropout):
+        arguments = q_BTHK, k_BSGK, v_BSGV, queries, keys, mixer.rule
+        if isinstance(added, relative.Tables):
+            return relative.attend(*arguments, scale, mixer.softcap, added, dropout)
         return kernels.attend(
-            q_BTHK,
-            k_BSGK,
-            v_BSGV,
-            queries,
-            keys,
-            mixer.rule,
-            scale=mixer.scale if scale is None else scale,
+            *arguments,
+            scale=scale,
             softcap=mixer.softcap,
             implementation=view.implementation,
             tiles=tiles,
             return_lse=True,
             frequencies_3F=frequencies_3F,
+            bias=added,
             dropout=dropout,
         )
 
@@ -359,17 +370,21 @@ def attend_over_mesh(q_BTHK, k_BSGK, v_BSGV, view: View, mixer: Softmax, scale: 
     )  # fmt: skip
     dropout = None if view.masks is None else view.masks.of_attention(H)
     of_dropout = None if dropout is None else Dropped(P(), P(over_heads), tokens, P(mesh.BATCH))
-    specs = (queries, shared, shared, tokens, P(mesh.BATCH), tokens, P(), of_dropout)
+    of_added = P(over_heads) if isinstance(added, Bias) else P()
+    specs = (queries, shared, shared, tokens, P(mesh.BATCH), tokens, P(), of_added, of_dropout)
     return mesh.per_device(attend, specs, (queries, queries))(
-        q_BTHK, k_BSGK, v_BSGV, view.queries, view.keys, view.tiles, frequencies, dropout
+        q_BTHK, k_BSGK, v_BSGV, view.queries, view.keys, view.tiles, frequencies, added, dropout
     )
 
 
-def plan_tiles_over_mesh(queries: Coordinates, keys: Coordinates, rule: Rule, implementation: str):
-    """`kernels.plan_tiles` where `attend_over_mesh` will use it: each device plans for the queries it holds."""
+def plan_tiles_over_mesh(queries: Coordinates, keys: Coordinates, rule: Rule, biased: bool, implementation: str):
+    """`kernels.plan_tiles` where `attend_over_mesh` will use it: each device plans for the queries it holds.
+
+    biased: whether a position adds to scores. Raises UserError for an implementation that does not.
+    """
 
     def plan(queries, keys):
-        return kernels.plan_tiles(queries, keys, rule, implementation)
+        return kernels.plan_tiles(queries, keys, rule, implementation, biased)
 
     tokens = P(mesh.BATCH, "context")
     return mesh.per_device(plan, (tokens, P(mesh.BATCH)), tokens)(queries, keys)

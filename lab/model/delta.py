@@ -9,7 +9,7 @@ from flax import nnx
 from lab.errors import UserError
 from lab.kernels import rules
 from lab.kernels.rules import Rule
-from lab.model import chains, init, mesh, norm, parameter
+from lab.model import chains, init, mesh, norm, parameter, position
 from lab.model.attention import Softmax, View, check_rule, further_keys, heads
 from lab.model.chains import Chains, faded
 
@@ -36,6 +36,8 @@ class GatedDelta(nnx.Module):
     rules: ClassVar[tuple[str, ...]] = ("causal", "own_branch")
     in_order: ClassVar[bool] = True  # a token needs the one before it: a row cannot be cut over mesh.context
     attends: ClassVar[bool] = False
+    adds: ClassVar[tuple] = ()
+    biased: ClassVar[bool] = False
 
     def __init__(self, model, rule: Rule, key: jax.Array):
         q, k, v, o = jax.random.split(key, 4)
@@ -57,6 +59,7 @@ class GatedDelta(nnx.Module):
     @classmethod
     def check(cls, model) -> None:
         check_rule(cls, model)
+        position.check_mixer(model, cls.adds)
 
     cached: ClassVar[tuple] = ()
     work_per_key: ClassVar[int] = 0

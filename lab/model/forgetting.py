@@ -19,6 +19,7 @@ class Forgetting(Attention):
     """
 
     options = without(Softmax.options, "softcap")  # it would cap what is forgotten
+    adds = ()  # its scores have a bias of their own
     rules = ("causal", "all_branches", "own_branch")  # transitive: a window is not
 
     def __init__(self, model, rule: Rule, key: jax.Array):

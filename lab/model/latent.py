@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from lab.errors import UserError
+from lab.kernels import Bias
 from lab.kernels.rules import Rule
 from lab.model import init, norm
 from lab.model.attention import Kept, Softmax, View, attend_over_mesh, further_keys, heads
@@ -26,6 +27,7 @@ class LatentAttention(Softmax):
         | LATENT_NORM
         | {"latent": Option(0, "numbers of a latent, cached", least=1)}
     )
+    adds = (Bias,)  # the absorbed form has no keys to add to
     rotates = "qk"
 
     def __init__(self, model, rule: Rule, key: jax.Array):
@@ -35,7 +37,8 @@ class LatentAttention(Softmax):
         D, H, G, C = model.dim, model.mixer.heads, model.mixer.kv_heads, model.mixer.latent
         N = self.head_dim - self.rotary_dim
         self.kv_down = init.matrix(model, "latent", kv_down, (D, G, C), ("embed", "kv_heads", "latent"))
-        self.rope = init.matrix(model, "score", rope, (D, 1, self.rotary_dim), ("embed", "shared", "head_dim"))
+        R = self.rotary_dim
+        self.rope = init.matrix(model, "score", rope, (D, 1, R), ("embed", "shared", "head_dim")) if R else None
         self.latent, self.latent_norm = C, norm.make(model, C) if model.mixer.latent_norm else None
         self.up_k = init.matrix(model, "score", k, (C, H, N), ("latent", "heads", "head_dim"))
         self.up_v = init.matrix(model, "value", v, (C, H, self.v_head_dim), ("latent", "heads", "head_dim"))

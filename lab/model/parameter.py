@@ -34,6 +34,12 @@ def embedding(key: jax.Array, shape: tuple[int, int], gain: float = 1.0) -> nnx.
     return nnx.Param(weight, axes=("vocabulary", "embed"), inputs=0, decay=True)
 
 
+def table(key: jax.Array, shape: tuple[int, int], axes: tuple[str, str], spread: float, decay: bool) -> nnx.Param:
+    """What is looked up by a position or a distance, drawn from N(0, spread^2), float32: no token is multiplied with
+    it, and so it is none of the matrices whose work is counted."""
+    return nnx.Param(spread * jax.random.normal(key, shape), axes=axes, inputs=0, decay=decay, looked_up=True)
+
+
 def scale(size: int, value: float = 1.0) -> nnx.Param:
     """A multiplier per channel that starts at `value`, does not decay, and is whole on every device."""
     return nnx.Param(jnp.full(size, value), axes=("channel",), inputs=0, decay=False)
@@ -167,4 +173,5 @@ def count(tree) -> int:
 
 def in_matrices(tree) -> int:
     """How many of them are in matrices, in a part that is not stacked: multiplications of a token with its weights."""
-    return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(split(tree)[1]) if len(x.shape) > 1)
+    found = jax.tree.leaves(split(tree)[1], is_leaf=_is_variable)
+    return sum(int(np.prod(x.shape)) for x in found if len(x.shape) > 1 and not x.get_metadata().get("looked_up"))

@@ -1,10 +1,11 @@
-"""Where the position of a token enters: rotary angles of queries and keys, and what is added to the embedding.
+"""Where the position of a token enters: rotary angles of queries and keys, the embedding (codes.py), scores (scores.py,
+relative.py), or nowhere.
 
 F = R / 2 rotary pairs, where R of the K dimensions of a head rotate, its last; pair p = 0 is the fastest. Of these R,
 p and p + F form pair p (the rotate-half convention, lab.kernels.rotary).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -13,30 +14,39 @@ import numpy as np
 from flax import nnx
 
 from lab.coordinates import Coordinates
-from lab.errors import UserError
+from lab.errors import UserError, choose
 from lab.kernels.rotary import rotation
+from lab.model.codes import FourierCode, LearnedCode, SinusoidalCode, check_time
 from lab.model.parameter import FixedTable
+from lab.model.relative import Relative
+from lab.model.scores import Added, Buckets, Slopes
 from lab.options import Option
 
 
 class Encoding(NamedTuple):
-    """How the position of tokens enters: radians per unit of index, branch and time for each of the rotary pairs of R
-    dimensions, and what is added to the embedding of the tokens, made from the model config."""
+    """How the position of tokens enters.
 
-    frequencies: Callable[..., dict[str, np.ndarray]]  # of (R, config.model.position)
+    frequencies: radians per unit of index, branch and time for each of the rotary pairs of R dimensions, of
+    (R, config.model.position); None: nothing rotates. code: what is added to the embedding. added: what scores are
+    given besides.
+    """
+
+    frequencies: Callable[..., dict[str, np.ndarray]] | None
     options: Mapping[str, Option]
     code: Callable | None = None
+    added: type[Added] | None = None
 
 
 def rope2d_frequencies(R: int, position) -> dict[str, np.ndarray]:
     """Radians per unit of index, branch and time for each pair, [F] each: interleaved 2D RoPE.
 
     Of F pairs, the n = round(F * ratio) slowest are selected; among them even ones rotate by stride * branch, odd ones
-    by time. The others rotate by the flat index, or by time (position.unselected). inv_p = theta^(-2 p / R).
+    by time. The others rotate by the flat index, or by time (position.unselected). inv_p = theta^(-2 p / R), and 0
+    beyond the floor(F * share) fastest (p-RoPE, arXiv 2410.06205).
     """
     F = R // 2
     pair = np.arange(F)
-    inverse = position.theta ** (-2.0 * pair / R)
+    inverse = np.where(pair < int(F * position.share), position.theta ** (-2.0 * pair / R), 0.0)
     n = round(F * position.ratio)
     selected = pair >= F - n
     even = (pair - (F - n)) % 2 == 0
@@ -53,25 +63,6 @@ def time_frequencies(R: int, position) -> dict[str, np.ndarray]:
     return {"index": 0 * inverse, "branch": 0 * inverse, "time": inverse}
 
 
-class FourierCode(nnx.Module):
-    """sin and cos of the branch number, added to the embedding (the code of arXiv 1706.03762, section 3.5, base 10000).
-
-    Scaled so that its mean square is that of a token embedding when training starts.
-    """
-
-    def __init__(self, model):
-        if model.dim % 2:
-            raise UserError(f"model.dim = {model.dim} must be even: a fourier code is made of pairs")
-        self.frequencies = FixedTable(
-            jnp.asarray(10_000.0 ** (-2.0 * np.arange(model.dim // 2) / model.dim), jnp.float32)
-        )
-        self.amplitude = (2 / model.dim) ** 0.5
-
-    def __call__(self, coordinates: Coordinates) -> jax.Array:
-        angle = coordinates.branch[..., None] * self.frequencies[...]
-        return self.amplitude * jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
-
-
 ROTARY = {
     "theta": Option(1e4, "base of the rotary frequencies", above=0),
     "dim": Option(0, "dimensions at the end of a head that rotate; 0: all", least=0),
@@ -82,17 +73,29 @@ BRANCHED = {
     "ratio": Option(0.0, "share of the rotary pairs that carry branch and time", least=0, most=1),
     "stride": Option(128, "time steps that a branch is worth", least=1),
     "unselected": Option("index", "what rotates the other pairs", choices=("index", "time")),
+    "share": Option(1.0, "of the rotary pairs, the fastest, that rotate; the others stand still", least=0, most=1),
 }
 
 POSITIONS = {
     "rope2d": Encoding(rope2d_frequencies, ROTARY | BRANCHED),
     "fourier": Encoding(time_frequencies, ROTARY, code=FourierCode),
+    "none": Encoding(None, {}),
+    "sinusoidal": Encoding(None, {}, code=SinusoidalCode),
+    "learned": Encoding(None, LearnedCode.options, code=LearnedCode),
+    "t5": Encoding(None, Buckets.options, added=Buckets),
+    "alibi": Encoding(None, Slopes.options, added=Slopes),
+    "shaw": Encoding(None, Relative.options, added=Relative),
 }
 
 
+def of(model) -> Encoding:
+    """That of a layer."""
+    return POSITIONS[model.position.name]
+
+
 def rotary_dim(model) -> int:
-    """Dimensions of a head that rotate, R."""
-    return model.position.dim or model.mixer.head_dim
+    """Dimensions of a head that rotate, R; 0 where nothing does."""
+    return (model.position.dim or model.mixer.head_dim) if of(model).frequencies else 0
 
 
 def frequencies(model) -> dict[str, np.ndarray]:
@@ -104,7 +107,11 @@ def frequencies(model) -> dict[str, np.ndarray]:
 
 
 def check(model) -> None:
-    """Refuses rotary dimensions that a head has no place for."""
+    """Refuses what a layer cannot have: rotary dimensions without a place in a head, biases that mean nothing."""
+    if of(model).added:
+        of(model).added.check(model)
+    if not of(model).frequencies:
+        return
     R, field = rotary_dim(model), "model.position.dim" if model.position.dim else "model.mixer.head_dim"
     if R < 2 or R % 2:
         raise UserError(f"{field} = {R} must be even and at least 2: rotary dimensions come in pairs")
@@ -115,10 +122,75 @@ def check(model) -> None:
         )
 
 
+def check_mixer(model, adds: tuple[type, ...]) -> None:
+    """Refuses a position that adds to scores what a mixer does not take, and rotations where nothing rotates."""
+    fitting = [name for name, row in POSITIONS.items() if row.added is None or row.added.makes in adds]
+    choose(f"model.position.name of model.mixer.name = {model.mixer.name!r}", model.position.name, fitting)
+    if not of(model).frequencies and model.mixer.rotate != "auto":
+        raise UserError(
+            f"model.mixer.rotate = {model.mixer.rotate!r} means nothing beside model.position.name = "
+            f"{model.position.name!r}, under which nothing rotates; choose 'auto'"
+        )
+
+
+def check_layers(specs: Sequence, maps: Sequence[int]) -> None:
+    """Refuses entries of a pattern that have one embedding or one table of biases in common, and would each have it
+    otherwise. maps: of attention, in a layer of each entry."""
+    coded = [spec for spec in specs if of(spec).code]
+    codes = {(spec.position.name, *(spec.position[option] for option in of(spec).code.options)) for spec in coded}
+    if len(codes) > 1:
+        raise UserError(
+            f"model.pattern has the codes {', '.join(map(str, sorted(codes)))} of model.position, and all layers read "
+            "one embedding; choose one, alike wherever it is named"
+        )
+    tables = {
+        (heads, *(spec.position[option] for option in of(spec).options))
+        for spec, heads in zip(specs, maps, strict=True)
+        if shares(spec)
+    }
+    if len(tables) > 1:
+        raise UserError(
+            "model.position.shared = True: entries of model.pattern that share a table of biases differ in heads, or "
+            "in options of model.position; choose the same for all of them, or False"
+        )
+
+
+def check_times(specs: Sequence, made: str, times: int) -> None:
+    """Refuses so many time steps where fewer have a learned vector. made: the fields that make them as many."""
+    for spec in specs:
+        if spec.position.name == "learned":
+            check_time(f"{made}: a token may be", times - 1, spec.position.length)
+
+
+def shares(model) -> bool:
+    """Whether what is added to a layer's scores is common to layers."""
+    return bool(of(model).added) and of(model).added.shares(model)
+
+
+def code(specs: Sequence, key: jax.Array) -> nnx.Module | None:
+    """What is added to the embedding: the code of the first entry of a pattern that has one."""
+    return next((of(spec).code(spec, key) for spec in specs if of(spec).code), None)
+
+
+def added(model, heads: int, widths: tuple[int, int], key: jax.Array) -> Added | None:
+    """What is added to the scores of a layer alone, of so many attention maps of widths (K, V)."""
+    if not of(model).added or shares(model):
+        return None
+    return of(model).added(model, heads, widths, jax.random.fold_in(key, 24))  # apart from those of mixers
+
+
+def added_to_all(specs: Sequence, maps: Sequence[int], key: jax.Array) -> Added | None:
+    """The same, of layers that have it in common; None where none has."""
+    for spec, heads in zip(specs, maps, strict=True):
+        if shares(spec):
+            return of(spec).added(spec, heads, (0, 0), jax.random.fold_in(key, 4 + spec.layers))
+    return None
+
+
 def pair_counts(model) -> dict[str, int]:
     """How many rotary pairs carry the branch, the time and the index."""
-    found = frequencies(model)
-    return {name: int(np.count_nonzero(found[name])) for name in ("branch", "time", "index")}
+    found = frequencies(model) if of(model).frequencies else {}
+    return {name: int(np.count_nonzero(found.get(name, 0))) for name in ("branch", "time", "index")}
 
 
 class Rotary(nnx.Module):
@@ -133,3 +205,8 @@ class Rotary(nnx.Module):
     def __call__(self, coordinates: Coordinates) -> tuple[jax.Array, jax.Array]:
         """cos and sin of the angles, float32 [B, T, 1, R / 2]."""
         return rotation(coordinates, self.frequencies[...])
+
+
+def rotary(model) -> Rotary | None:
+    """The angles of a layer; None where nothing rotates."""
+    return Rotary(model) if of(model).frequencies else None

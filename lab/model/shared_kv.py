@@ -28,7 +28,8 @@ class PartlyShared(Softmax):
         N = self.head_dim - R
         one, its_axes = (1, ("embed", "shared", "head_dim")) if self.rope_of_all_groups else (G, axes)
         self.c = init.matrix(model, "value", c, (D, G, N), axes)
-        self.rope = init.matrix(model, "score", further_keys(key, 1, after=3)[0], (D, one, R), its_axes)
+        rope = further_keys(key, 1, after=3)[0]
+        self.rope = init.matrix(model, "score", rope, (D, one, R), its_axes) if R else None
         self.extra = init.matrix(model, "value", e, (D, G, self.v_head_dim - N), axes)
 
     @classmethod
@@ -47,7 +48,7 @@ class PartlyShared(Softmax):
     @property
     def cached(self):
         N = self.head_dim - self.rotary_dim
-        ropes = 1 if self.rope_of_all_groups else self.kv_heads
+        ropes = 1 if self.rope_of_all_groups or self.rope is None else self.kv_heads
         return (self.kv_heads, N), (ropes, self.rotary_dim), (self.kv_heads, self.v_head_dim - N)
 
     def keep(self, x_BTD, rotation) -> Kept:
@@ -115,7 +116,7 @@ class LatentShared(Softmax):
         D, G, N, R = model.dim, self.kv_heads, self.v_head_dim, self.rotary_dim
         self.c = init.matrix(model, "value", c, (D, G, N), ("embed", "kv_heads", "latent"))
         rope, axes = further_keys(key, 1, after=3)[0], ("embed", "kv_heads", "head_dim")
-        self.rope = init.matrix(model, "score", rope, (D, G, R), axes)
+        self.rope = init.matrix(model, "score", rope, (D, G, R), axes) if R else None
         self.latent_norm = norm.make(model, N) if model.mixer.latent_norm else None
 
     @staticmethod
@@ -129,7 +130,7 @@ class LatentShared(Softmax):
 
     @property
     def cached(self):
-        return (self.kv_heads, self.v_head_dim), (self.kv_heads, self.rotary_dim)
+        return (self.kv_heads, self.v_head_dim), (self.kv_heads if self.rope is not None else 1, self.rotary_dim)
 
     def keep(self, x_BTD, rotation) -> Kept:
         c_BTGN = heads(x_BTD, self.c)
@@ -137,4 +138,6 @@ class LatentShared(Softmax):
         return c_BTGN, self.turned("k", heads(x_BTD, self.rope), rotation)
 
     def read(self, kept: Kept):
-        return jnp.concatenate(kept, -1), kept[0]
+        c_BSGN, r_BSGR = kept
+        r_BSGR = jnp.broadcast_to(r_BSGR, (*c_BSGN.shape[:3], self.rotary_dim))
+        return jnp.concatenate([c_BSGN, r_BSGR], -1), c_BSGN

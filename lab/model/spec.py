@@ -69,6 +69,16 @@ def read_by_layers(model) -> list[set[str]]:
     return [MODEL.read(leaves(spec), "model.") for spec in layer_specs(model)]
 
 
+def maps(spec) -> int:
+    """Attention maps of a layer; of a mixer without any, its heads."""
+    return getattr(MIXERS[spec.mixer.name], "heads_each", 1) * spec.mixer.heads
+
+
+def biased(model) -> bool:
+    """Whether the position of some layer adds to scores."""
+    return any(position.of(spec).added for spec in layer_specs(model))
+
+
 def check(model) -> None:
     """Refuses a model config that means nothing, naming the value and the valid choices."""
     OWN["layers"].check("model.layers", model.layers)
@@ -90,5 +100,6 @@ def check(model) -> None:
         rules.parse(spec.rule)
         position.check(spec)
         MIXERS[spec.mixer.name].check(spec)
+    position.check_layers(specs, [maps(spec) for spec in specs])
     streams.check(model, specs)
     parametrization.check(model)

@@ -27,8 +27,7 @@ from lab.model.execution import Execution, rematerialised
 from lab.model.feedforward import FEEDFORWARDS
 from lab.model.mixers import MIXERS
 from lab.model.placement import PLACEMENTS
-from lab.model.position import POSITIONS
-from lab.model.spec import layer_specs
+from lab.model.spec import layer_specs, maps
 from lab.model.streams import STREAMS
 
 
@@ -103,9 +102,9 @@ class Transformer(nnx.Module):
         specs = layer_specs(model)
         shape, gain = (model.vocabulary, model.dim), parametrization.wider(model) ** 0.5
         self.embedding = parameter.embedding(embedding, shape, gain)
-        codes = [POSITIONS[spec.position.name].code for spec in specs]
-        self.code = next((code(model) for code in codes if code), None)
-        self.rotary = nnx.List([position.Rotary(spec) for spec in specs])
+        self.code = position.code(specs, key)
+        self.rotary = nnx.List([position.rotary(spec) for spec in specs])
+        self.added = position.added_to_all(specs, [maps(spec) for spec in specs], key)
         self.blocks = nnx.List(
             [
                 jax.vmap(functools.partial(Block, spec))(
@@ -216,21 +215,15 @@ class Transformer(nnx.Module):
         mixers, implementation = [block.mixer for block in self.blocks], self.execution.implementation
         if masks is not None and "attention" in masks.rates:  # of all calls, since they share tile lists
             implementation = kernels.resolve(implementation, keys.shape[1], dropping=True)
-        needed = dict.fromkeys(mixer.rule for mixer in mixers if mixer.attends)
-        tiles = {rule: plan_tiles_over_mesh(queries, keys, rule, implementation) for rule in needed}
-        return [
-            View(
-                rotary(queries),
-                rotary.frequencies[...],
-                queries,
-                keys,
-                tiles.get(mixer.rule),
-                slots_BT,
-                implementation,
-                masks,
-            )
-            for rotary, mixer in zip(self.rotary, mixers, strict=True)
-        ]
+        needed = dict.fromkeys((mixer.rule, mixer.biased) for mixer in mixers if mixer.attends)
+        tiles = {which: plan_tiles_over_mesh(queries, keys, *which, implementation) for which in needed}
+        views = []
+        for rotary, mixer in zip(self.rotary, mixers, strict=True):
+            turning = (None, None) if rotary is None else (rotary(queries), rotary.frequencies[...])
+            of_rule = tiles.get((mixer.rule, mixer.biased))
+            added = self.added() if mixer.biased and mixer.added is None else None
+            views.append(View(*turning, queries, keys, of_rule, slots_BT, implementation, masks, added))
+        return views
 
     def run_layers(self, x_BTD, views: list[View], caches: tuple | None = None):
         """Layer m is repeat m // P of pattern entry m % P. Returns what the head reads, and the new caches.

@@ -6,6 +6,7 @@ import numpy as np
 import packs
 import pytest
 import tiny
+import variants
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,9 +19,9 @@ from lab.model import position
 seeds = st.integers(0, 2**32 - 1)
 
 
-def rotary(theta=1e6, ratio=1.0, stride=128, unselected="index"):
+def rotary(theta=1e6, ratio=1.0, stride=128, unselected="index", share=1.0):
     config = tiny.config().model.position
-    config.update(theta=theta, ratio=ratio, stride=stride, unselected=unselected)
+    config.update(theta=theta, ratio=ratio, stride=stride, unselected=unselected, share=share)
     return config
 
 
@@ -73,6 +74,14 @@ def test_pair_counts_of_the_published_head_shapes(head_dim, selected):
     assert position.pair_counts(config) == {"branch": quarter // 2, "time": selected - quarter // 2, "index": 0}
 
 
+def test_a_share_of_the_pairs_rotates_the_fastest_first():
+    whole, part = (position.rope2d_frequencies(16, rotary(ratio=0.5, share=share)) for share in (1.0, 0.8))
+    for name in ("index", "branch", "time"):  # floor(8 * 0.8) = 6
+        np.testing.assert_array_equal(part[name], np.where(np.arange(8) < 6, whole[name], 0))
+    assert sum(np.count_nonzero(x) for x in whole.values()) == 8
+    assert not any(x.any() for x in position.rope2d_frequencies(16, rotary(share=0.0)).values())
+
+
 @given(st.integers(1, 64), st.floats(0, 1), st.sampled_from(["index", "time"]))
 def test_every_pair_carries_one_thing(half, ratio, unselected):
     config = tiny.config(model__mixer__head_dim=2 * half, model__position__ratio=ratio).model
@@ -80,7 +89,7 @@ def test_every_pair_carries_one_thing(half, ratio, unselected):
     assert sum(position.pair_counts(config).values()) == half
 
 
-@given(seed=seeds, half=st.sampled_from([1, 3, 8]), name=st.sampled_from(sorted(position.POSITIONS)))
+@given(seed=seeds, half=st.sampled_from([1, 3, 8]), name=st.sampled_from(variants.ROTATING))
 def test_rotation_is_multiplication_by_a_complex_number(seed, half, name):
     rng = np.random.default_rng(seed)
     config = tiny.config(model__mixer__head_dim=2 * half, model__position__name=name).model
@@ -114,7 +123,7 @@ def shifts_of(name: str) -> dict[str, float]:
     }
 
 
-@pytest.mark.parametrize("name", position.POSITIONS)
+@pytest.mark.parametrize("name", INVISIBLE_SHIFTS)
 def test_logits_depend_on_differences_of_coordinates(name):
     for field, shift in shifts_of(name).items():
         assert (shift < 2e-4) == (field in INVISIBLE_SHIFTS[name]), (field, shift)
@@ -132,8 +141,8 @@ def test_the_fourier_code_reads_the_branch_alone():
         np.testing.assert_allclose(code(at)[b, t], expected, atol=1e-6)
 
 
-def test_only_fourier_adds_to_the_embedding():
-    for name in position.POSITIONS:
+def test_of_those_that_rotate_only_fourier_adds_to_the_embedding():
+    for name in variants.ROTATING:
         model = tiny.model(tiny.config(model__position__name=name))
         batch = tiny.batch()
         added = model.embed(batch.tokens, batch.coordinates) - model.embedding[...][batch.tokens]

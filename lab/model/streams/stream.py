@@ -23,6 +23,7 @@ class Stream(nnx.Module):
     grows: ClassVar[bool] = False  # whether the state grows with the layers
     needs: ClassVar[int] = 1  # layers, to mean anything
     mixers: ClassVar[tuple[str, ...] | None] = None  # those that it can look into; None: it need not
+    adds: ClassVar[bool] = True  # whether layers keep what a position adds to their scores
     placements: ClassVar[tuple[str, ...]] = OF_SUBLAYERS  # those under which it means something
     shares_norm: ClassVar[bool] = False  # whether a layer's feed-forward reads what its mixer does, normed once
     options: ClassVar[dict[str, Option]] = {}

@@ -67,6 +67,7 @@ class Replay(Stream):
     grows = True
     needs = 2
     mixers = ("attention", "differential")
+    adds = False  # several layers attend in one call
 
     def __init__(self, model, key: jax.Array):
         super().__init__(model, key)

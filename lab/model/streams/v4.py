@@ -30,6 +30,7 @@ class SummedScores(Stream):
     grows = True
     needs = 2
     mixers = ("attention", "differential", "mla", "s1", "s2", "s3", "gta")  # their scores are q k^T and no more
+    adds = False
 
     def __init__(self, model, key: jax.Array):
         super().__init__(model, key)

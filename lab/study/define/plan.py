@@ -9,6 +9,7 @@ import jax
 from lab import config as lab_config
 from lab import data as lab_data
 from lab.coordinates import Coordinates
+from lab.data import packing
 from lab.errors import UserError, choose
 from lab.evaluate import asks
 from lab.kernels import rules
@@ -45,6 +46,9 @@ def check(cell: Cell) -> None:
     dropout.check(config)
     tokens = config.data.texts_per_row * config.data.text_length
     streams.check_rows(config.model, "data.texts_per_row x data.text_length", tokens)
+    data = config.data
+    made = f"data.text_length = {data.text_length}, prompt = {data.prompt!r}, stagger = {data.stagger}"
+    position.check_times(lab_spec.layer_specs(config.model), made, packing.most_times(data))
 
 
 def check_rules(config) -> None:

@@ -28,7 +28,7 @@ from lab.kernels import choice
 from lab.kernels.trial import Problem
 from lab.model import parameter
 from lab.model.mixers import MIXERS
-from lab.model.spec import layer_specs
+from lab.model.spec import biased, layer_specs
 from lab.storage import cache_directory, find_json, write_json
 from lab.study.define import plan
 from lab.study.define.cell import Cell
@@ -85,8 +85,8 @@ def decide(config: ConfigDict, cells: list[Cell], workdir: pathlib.Path, say: Ca
     """{"name", "warning", "machine", "tried"} of the implementation that all cells of a study are to take; None where
     config.run.implementation names one, and where there is no GPU.
 
-    A study that was begun on this machine goes on with its own. Of several hosts the first one tries. Raises UserError
-    for hosts whose GPUs differ.
+    A study that was begun on this machine goes on with its own; where a cell adds a bias to scores, all take one that
+    does. Of several hosts the first one tries. Raises UserError for hosts whose GPUs differ.
     """
     if config.run.implementation != "auto":
         return None
@@ -116,7 +116,9 @@ def _of_first_host(cells, machine, here, workdir, hosts, say) -> dict:
 def _able(cells: list[Cell], names: Iterable[str]) -> list[str]:
     """Those that can do what all cells ask of attention: one serves the whole study."""
     drops = any(dropout.of_attention(cell.config.train) for cell in cells)
-    return [name for name in names if kernels.IMPLEMENTATIONS[name].drops or not drops]
+    adds = any(biased(cell.config.model) for cell in cells)
+    rows = kernels.IMPLEMENTATIONS
+    return [name for name in names if (rows[name].drops or not drops) and (rows[name].biases or not adds)]
 
 
 def _found(cells: list[Cell], here: dict, devices: int, say: Callable[[str], None]) -> dict:
