@@ -5,9 +5,9 @@
     python -m lab.main --config=configs/scaling_ladder.py:paper --config.data.path=texts.jsonl    # 25M to 1.2B
 
 A ladder of sizes, each at several ratios of training tokens to parameters (embeddings not counted), every cell with a
-cosine of its own length: what the fit L = E + A / N^a + B / D^b needs, in the section Scaling. All sizes have one rate of
-learning; `study.tune` would tune each. No text is read twice; bring as many as `data.texts` says. A ladder for variants
-is `study.rungs` of their own study.
+cosine of its own length: what the fit L = E + A / N^a + B / D^b needs, in the section Scaling. All sizes have the same
+learning rate; `study.tune` would tune each. :gpu and :paper read no text twice, and :cpu hardly: bring as many as
+`data.texts` says. A ladder for variants is `study.rungs` of their own study.
 
 Published: E 1.69, A 406.4, B 410.7, a 0.34, b 0.28 (Hoffmann et al. 2022, arXiv 2203.15556), of which a refit makes
 1.8172, 482.01, 2085.43, 0.3478, 0.3658 (Besiroglu et al. 2024, arXiv 2404.10102): 70M to 16B parameters, embeddings
