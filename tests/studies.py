@@ -16,6 +16,7 @@ FIELDS = {
     "train_branch": "data.draw",
     "head": "model.mixer.heads",
     "variant": "name",
+    "rung": "rung",
 }
 RATIOS = {"rope_ratio": [0.0, 0.25, 0.5, 0.75, 1.0], "train_branch": ["fixed1", "1-15"]}
 HEADS = {"head": ["h8", "h16", "h32"], **RATIOS}

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from lab import config as lab_config
 from lab.options import leaves
 from lab.study.define import calibration, plan, tuning
-from lab.study.define.cell import Cell
+from lab.study.define.cell import Cell, labels
 from lab.study.define.resolve import resolve
 from lab.study.report import sections
 from lab.study.run import attention, hosts, places, repeats, runs, trials
@@ -84,7 +84,7 @@ def open(
     runs/<study>. Reads no data. Raises UserError for whatever cannot run or be reported."""
     lab_config.ROOMS["study"].check(leaves(config.study), "study.")
     cells = resolve(config, overridden)
-    sections.parts(config.study.sections, [label for _, label in config.study.labels])
+    sections.parts(config.study.sections, [label for _, label in labels(config.study)])
     rows = plan.table(config, cells)
     calibration.check(config, cells)
     for point, cell in itertools.product(tuning.points(config, cells), cells):

@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 from lab.errors import choose
 from lab.options import leaves
-from lab.study.define.cells import NAME, Override
+from lab.study.define.cells import NAME, RUNG, Override
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -36,9 +36,15 @@ class Cell:
         return config
 
 
+def labels(study: ConfigDict) -> tuple[tuple[str, str], ...]:
+    """(field, label), ... of a study: its own, and last the rung where it has rungs."""
+    return (*study.labels, *[(RUNG, RUNG)] * bool(study.rungs))
+
+
 def make(study: ConfigDict, override: Override, config: ConfigDict, matches=(), length=None) -> Cell:
     """The cell of a config, under the study's labels."""
-    values = leaves(config) | {NAME: dict(override).get(NAME, "")}
-    labels = {label: values[choose("a field of study.labels", field, values)] for field, label in study.labels}
-    spelled = ",".join(f"{label}={value}" for label, value in labels.items())
-    return Cell(spelled or values[NAME] or "base", labels, config, values[NAME], matches, length)
+    pseudo = {NAME: ""} | {field: value for field, value in override if field in (NAME, RUNG)}
+    values = leaves(config) | pseudo
+    found = {label: values[choose("a field of study.labels", field, values)] for field, label in labels(study)}
+    spelled = ",".join(f"{label}={value}" for label, value in found.items())
+    return Cell(spelled or values[NAME] or "base", found, config, values[NAME], matches, length)

@@ -12,6 +12,8 @@ Override = tuple[tuple[str, object], ...]
 NAME = "name"  # a pair of this field names an override; labels may show it like any other field
 ASIDE = ("run", "evaluate", "study")  # rooms of the config that say nothing of what a cell is
 MATCH = "match"  # a pair of this field asks for a field to be solved: see `matched`
+RUNG = "rung"  # a pair of this field names the rung of study.rungs that a cell stands on: see `laid`
+PSEUDO = (NAME, MATCH, RUNG)  # no fields of a config
 
 
 def vary(field: str, values) -> tuple[Override, ...]:
@@ -48,6 +50,19 @@ def matched(group: tuple[Override, ...], *, to, on: str, by: str, multiple: int 
     """
     match = (("to", to), ("on", on), ("by", by), ("multiple", multiple))
     return tuple((*override, (MATCH, match)) for override in group)
+
+
+def laid(group: tuple[Override, ...], rungs: tuple[tuple[str, Override], ...]) -> tuple[Override, ...]:
+    """Every override at every rung (name, pairs), rung by rung; without rungs as they are.
+
+    Raises UserError for a rung without a name of its own, and for a field that a rung and a cell set both.
+    """
+    names = [name for name, _ in rungs]
+    for name in names:
+        if not name.strip() or names.count(name) > 1:
+            raise UserError(f"study.rungs has {name!r} twice, or no name; names must differ: {', '.join(names)}")
+    rows = tuple(((RUNG, name), *pairs) for name, pairs in rungs)
+    return product(rows, group or ((),)) if rungs else group
 
 
 def _joined(overrides) -> Override:

@@ -11,7 +11,7 @@ from lab.errors import UserError, choose
 from lab.model import abstract, accounting
 from lab.options import Option, leaves, set_field
 from lab.study.define.cell import Cell
-from lab.study.define.cells import MATCH, NAME, Override
+from lab.study.define.cells import MATCH, PSEUDO, RUNG, Override
 from lab.study.define.plan import nominal_tokens, visible_keys
 
 TOLERANCE = 1e-3  # a residual beyond it is flagged
@@ -147,7 +147,8 @@ class _Solver:
 
 
 def find(cells: Sequence[Cell], place: int, what: str, to: str | tuple) -> int:
-    """The one cell that `to` names: by its name; or by pairs (label, value) that it has instead of cell `place`'s.
+    """The one cell that `to` names: by its name, on the same rung; or by pairs (label, value) that it has instead of
+    cell `place`'s.
 
     Raises UserError where there is none, and where a name is that of several.
     """
@@ -157,6 +158,8 @@ def find(cells: Sequence[Cell], place: int, what: str, to: str | tuple) -> int:
             choose(
                 f"{what} (a cell)", to, dict.fromkeys(n for cell in cells for n in (cell.given_name, cell.name) if n)
             )
+        if len(found) > 1:
+            found = [i for i in found if cells[i].labels.get(RUNG) == cells[place].labels.get(RUNG)] or found
     else:
         for label, _ in to:
             choose(f"{what} (a label)", label, cells[place].labels)
@@ -172,7 +175,7 @@ def find(cells: Sequence[Cell], place: int, what: str, to: str | tuple) -> int:
 def _matches(override: Override, config: ConfigDict) -> list[Match]:
     """The matches of an override, checked against what else it sets."""
     matches = [_match(value, config) for field, value in override if field == MATCH]
-    fields = [field for field, _ in override if field not in (NAME, MATCH)]
+    fields = [field for field, _ in override if field not in PSEUDO]
     for i, match in enumerate(matches):
         if match.by in fields:
             raise UserError(f"a match is by {match.by}, which the same cell sets to {dict(override)[match.by]!r}")
@@ -235,7 +238,8 @@ def _lengths(study, cells: Sequence[Cell], overrides, configs: list[ConfigDict])
     amount = LENGTHS[choose("study.length", study.length, LENGTHS)]
     if amount is None:
         return [None] * len(cells)
-    if any(field == "train.steps" for override in overrides for field, _ in override):
+    own = study.cells if study.baseline else overrides  # a baseline stands on the rung of what is compared with it
+    if any(field == "train.steps" for override in own for field, _ in override):
         raise UserError(f"study.length = {study.length!r} decides how long cells train, and a cell sets train.steps")
     to = [find(cells, i, "study.baseline", study.baseline) if study.baseline else 0 for i in range(len(cells))]
     amounts = [amount(config) for config in configs]

@@ -19,6 +19,7 @@ from lab.model.mixers import MIXERS
 from lab.options import leaves
 from lab.study.define import contrasts, identity
 from lab.study.define.cell import Cell
+from lab.study.define.cell import labels as cell_labels
 from lab.study.results import COLUMNS, published
 from lab.train import dropout, optimizer, step
 from lab.train.workload import Record
@@ -123,7 +124,7 @@ def check_names(study) -> None:
         for text in _texts(value):
             if unprintable(text, allowed="\n\t" if field == "question" else ""):
                 raise UserError(f"study.{field}: {text!r} has a control character; leave it out")
-    labels = [label for _, label in study.labels]
+    labels = [label for _, label in cell_labels(study)]
     for label in labels:
         if label in reserved() or not label.strip():
             raise UserError(

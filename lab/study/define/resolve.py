@@ -10,7 +10,7 @@ from lab.errors import UserError, choose
 from lab.model import spec as lab_spec
 from lab.options import Option, leaves, names_of, set_field
 from lab.study.define import cell, matching
-from lab.study.define.cells import ASIDE, MATCH, NAME, Override
+from lab.study.define.cells import ASIDE, MATCH, NAME, PSEUDO, Override, laid
 
 NAMES = Option("", "of an override: see lab.study.define.cells.named")
 READ = ("model", "data", "train")  # the rooms of which a cell reads what its entries read
@@ -22,10 +22,11 @@ def resolve(config: ConfigDict, overridden: tuple[str, ...] = ()) -> list[cell.C
     Raises UserError for an unknown field, two cells that are the same, an override of what the study varies, and a
     match that cannot be made.
     """
-    overrides = config.study.cells or ((),)
+    _check_rungs(config)
+    overrides = laid(config.study.cells, config.study.rungs) or ((),)
     for name in (value for override in overrides for field, value in override if field == NAME):
         NAMES.check("a name in study.cells", name)
-    varied = {field for override in overrides for field, _ in override if field not in (NAME, MATCH)}
+    varied = {field for override in overrides for field, _ in override if field not in PSEUDO}
     for field in overridden:
         if field in varied:
             raise UserError(
@@ -53,12 +54,20 @@ def share(text: str) -> slice:
     return slice(int(part[1]) - 1, None, int(part[2]))
 
 
+def _check_rungs(config: ConfigDict) -> None:
+    """Refuses a rung that sets what is no field; what a field may be is checked where the rung is laid over a cell."""
+    fields = leaves(config)
+    for name, pairs in config.study.rungs:
+        for field, _ in pairs:
+            choose(f"a field of the rung {name!r} of study.rungs", field, fields)
+
+
 def _changed(config: ConfigDict, override: Override) -> ConfigDict:
     """The base config with an override laid over it, matches left open."""
     fields = leaves(config)
     changed = config.copy_and_resolve_references()
     for field, value in override:
-        if field not in (NAME, MATCH):
+        if field not in PSEUDO:
             choose("a field of study.cells", field, fields)
             if field.split(".")[0] in ASIDE:
                 raise UserError(

@@ -2,13 +2,15 @@
 
 from lab.options import Option, Room
 
-Pairs = tuple[tuple[str, object], ...]  # (label, value or values): selects the cells that have them all
+Pairs = tuple[tuple[str, object], ...]  # (label, value or values): selects the cells that have them all; or fields
 
 STUDY = Room({
     "name": Option("", "a word for the study"),
     "question": Option("", "what it asks"),
     "cells": Option((), "made by lab.study.define.cells: product, chain, zipped, named",
                     kind=tuple[tuple[tuple[str, object], ...], ...]),
+    "rungs": Option((), "(name, ((field, value), ...)), ...: sizes at which every cell is made, the smallest first",
+                    kind=tuple[tuple[str, Pairs], ...]),
     "labels": Option((), "(field, short label), ...: columns and axes, in the order tables use",
                      kind=tuple[tuple[str, str], ...]),
     "groups": Option((), "(title, values of a label), ...: panels of the learning curves, by what they show",

@@ -9,6 +9,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Text
+from matplotlib.ticker import LogLocator, NullLocator
 
 from lab.study.judge.evidence import UNKNOWN, Comparison
 from lab.study.judge.trends import Trend
@@ -197,6 +198,31 @@ def pareto(panels: Mapping[str, Mapping[str, tuple[float, float]]]) -> Figure:
         axes.xaxis.set_major_formatter(lambda cost, _: short(cost))
         axes.locator_params(axis="x", nbins=5)
         _style(axes)
+
+    return _panels(panel_rows(panels), draw, share=False)
+
+
+def ladder(panels: Mapping[str, tuple[Curves, Curves]]) -> Figure:
+    """Loss against what the title of a panel says, on a log axis: {title: (losses, laws)}, both by name. Losses
+    are points, laws lines of the same colour."""
+
+    def draw(axes: Axes, title: str, both: tuple[Curves, Curves]) -> None:
+        points, laws = both
+        palette, ends = colours(points), {}
+        for place, (name, curve) in enumerate(points.items()):
+            line = laws.get(name, {})
+            axes.plot(*zip(*sorted(line.items()), strict=True), color=palette[name], linewidth=1.3) if line else None
+            style = {"marker": MARKERS[place % len(MARKERS)], "markersize": 4, "linestyle": ""}
+            axes.plot(list(curve), list(curve.values()), color=palette[name], **style)
+            ends[name] = max(line.items() or curve.items())
+        axes.set_xscale("log")
+        low, high = axes.get_xlim()
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 30 else (1,)))
+        axes.xaxis.set_major_formatter(lambda x, _: short(x))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_xlim(low, high * (high / low) ** 0.25)  # room for the names
+        _style(axes)
+        _name_lines(axes, ends, palette)
 
     return _panels(panel_rows(panels), draw, share=False)
 

@@ -177,6 +177,23 @@ def pareto(panels: Mapping[str, Mapping[str, tuple[float, float]]], numbers: Map
     return _figure([panels], panel)
 
 
+def ladder(panels: Mapping[str, tuple[Curves, Curves]]) -> Live | None:
+    """See figures.ladder."""
+
+    def panel(title: str, both: tuple[Curves, Curves]) -> dict:
+        points, laws = both
+        data = _lines(points, {}, title)
+        for trace, name in zip(data, (name for name in points if points[name]), strict=True):
+            trace |= {"mode": "markers", "marker": trace["marker"] | trace["line"], "legendgroup": _text(name)}
+            if line := sorted(laws.get(name, {}).items()):
+                law = {"x": [x for x, _ in line], "y": _numbers(y for _, y in line), "line": trace["line"]}
+                data = [*data, law | {"mode": "lines", "hoverinfo": "skip", "showlegend": False, "name": _text(name)}]
+                data[-1]["legendgroup"] = _text(name)
+        return _panel("", data, _titled(title) | {"type": "log"}, _titled(LOSS))
+
+    return _figure([panels], panel)
+
+
 def _figure(rows: Iterable[Mapping], panel: Callable[[str, object], dict], logarithmic: bool = True) -> Live | None:
     panels = [panel(title, content) for row in rows for title, content in row.items()]
     points = sum(len(trace.get("y", ())) for one in panels for trace in one["data"])

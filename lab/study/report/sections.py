@@ -17,6 +17,7 @@ from lab.study.report import (
     headline,
     live,
     mixing,
+    scaling,
     series,
     stability,
     trials,
@@ -64,6 +65,7 @@ SECTIONS = {
     "curves": ("Learning curves", lambda: curves),
     "mixing": ("Mixing weights", lambda: mixing.section),
     "stability": ("Stability", lambda: stability.section),
+    "scaling": ("Scaling", lambda: scaling.section),
     "series": ("The published series", lambda: series.section),
 }  # title, and a function of the study's labels that the section needs to the section: a function of the results
 
@@ -95,7 +97,9 @@ def parts(entries: Sequence, labels: Sequence[str]) -> dict[str, tuple[str, Call
 def make(study: Results, findings: Findings | None) -> list[Section]:
     """The parts of the report, those that the plan names among them. The answer comes first, with the first figure of
     what follows; `findings` of a study that compares its cells put the verdicts next. Raises what `parts` does."""
-    wanted, further = parts(study.plan["sections"], study.labels), answers.sections(study)
+    entries = study.plan["sections"]
+    entries = [*entries, *["scaling"] * (scaling.has_rungs(study) and "scaling" not in entries)]
+    wanted, further = parts(entries, study.labels), answers.sections(study)
     named = [Section(title, function(study)) for name, (title, function) in wanted.items() if name != "curves"]
     by_condition = Section("Loss by condition", [] if "branches" in wanted else costs.by_condition(study))
     learning, about = curves(study) if findings or "curves" in wanted else [], runs(study)

@@ -22,7 +22,7 @@ from lab.model.spec import biased
 from lab.storage import find_json, write_json
 from lab.study import results
 from lab.study.define import asked, contrasts, identity, plan
-from lab.study.define.cell import Cell
+from lab.study.define.cell import Cell, labels
 from lab.study.run import places, segments
 from lab.train import dropout
 
@@ -154,7 +154,7 @@ def write_plan(
     written = {
         "study": study.name,
         "question": study.question,
-        "labels": [list(pair) for pair in study.labels],
+        "labels": [list(pair) for pair in labels(study)],
         "condition": asks.column(config),
         "asks": {name: asks.column(config, name) for name in config.evaluate},
         "sections": list(study.sections),
