@@ -4,13 +4,13 @@
     python -m lab.main --config=configs/vocabulary_ablation.py:gpu     # 25M parameters besides embeddings
 
 A byte-level BPE is trained anew for each size, on the training texts of the same corpus; the smallest vocabulary is
-that of the bytes themselves. Documents are cut into texts by bytes, so that every cell reads and is asked the same texts
-in the same order, and each stands behind an end of text, so that every byte of it is predicted, whatever a token is.
+that of the bytes themselves. Bytes cut the documents into texts, so that every cell reads and is asked the same ones in
+the same order, and each stands behind an end of text: every byte of it is predicted, whatever a token is.
 
-Matched: the bytes trained on, step by step; the model but for its embedding; the learning rate, which no cell is tuned
-in. Not matched: the embedding (vocabulary x width), and the tokens, of which a larger vocabulary needs fewer, so that it
-computes less for a byte. A row has room for as many tokens as a text has bytes, and the costs in the report are those of
-full rows; the tokens that were trained on are in results.csv.
+Matched: the bytes trained on, step by step; the model but for its embedding; the learning rate, which is tuned for no
+cell. Not matched: the embedding (vocabulary x width), and the tokens, of which a larger vocabulary needs fewer, so that
+it computes less for a byte. A row has room for as many tokens as a text has bytes, and the costs in the report are
+those of full rows; the tokens that were trained on are in results.csv.
 
 Published: 30 to 50 thousand tokens for a model of one language, 100 to 250 thousand for one of many; vocabularies are
 compared in bits per byte, never in loss per token, which grows with what a token holds.

@@ -34,8 +34,8 @@ def of_plan(plan: Mapping) -> Measure:
 
 def of_cells(rows: Sequence[Mapping]) -> Measure:
     """BITS of cells, as rows of a plan, that have several tokenizers."""
-    names = {row["fields"]["data.tokenizer"] for row in rows if "data.tokenizer" in row["fields"]}
-    return BITS if len(names) > 1 else NATS
+    names = {row.get("fields", {}).get("data.tokenizer") for row in rows}
+    return BITS if len(names - {None}) > 1 else NATS
 
 
 def bits_per_byte(nats: float, size: int | float) -> float:
