@@ -27,7 +27,7 @@ STUDIES = (
     "residual_ablation:cpu-v1", "residual_ablation:cpu-v2", "residual_ablation:cpu-v3", "residual_ablation:cpu-v4",
     "residual_ablation:cpu-beyond", "residual_ablation:cpu-sanity", "attention_ablation:cpu-flops",
     "attention_ablation:cpu-beyond", "attention_ablation:cpu-beyond-flops", "stability_ablation:cpu",
-    "width_transfer:cpu", "optimizer_ablation:cpu",
+    "width_transfer:cpu", "optimizer_ablation:cpu", "vocabulary_ablation:cpu",
 )  # fmt: skip
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RUNS, PAGES = ROOT / "runs" / "studies", ROOT / "docs" / "studies"

@@ -47,7 +47,7 @@ BELOW = {
 }
 
 # Of lab/study, in this order: none imports a later one, not in a function either.
-STUDY = ("numbers", "evaluations", "results", "define", "judge", "report", "run", "open")
+STUDY = ("numbers", "measure", "evaluations", "results", "define", "judge", "report", "run", "open")
 
 
 def shipped() -> list[pathlib.Path]:

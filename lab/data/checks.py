@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
-from lab.data import tokenizers
+from lab.data import bytewise, tokenizers
 from lab.data.packing import LARGEST_BATCH, LONGEST_ROW, parse_draw, texts_of_draw
 from lab.errors import UserError
 
@@ -13,6 +13,7 @@ from lab.errors import UserError
 def check_training(config: ConfigDict) -> None:
     """What the fields of config.data must have to do with each other."""
     tokenizers.check(config.data.tokenizer, config.data.eos)
+    _check_text_bytes(config.data)
     _check_draw(config.data)
 
 
@@ -56,6 +57,19 @@ def rows_of_process(field: str, rows: int, process_index: int, process_count: in
         raise UserError(f"{field} = {rows} cannot be shared by {process_count} processes; choose a multiple of it")
     share = rows // process_count
     return range(process_index * share, (process_index + 1) * share)
+
+
+def _check_text_bytes(data: ConfigDict) -> None:
+    if 0 < data.text_bytes < bytewise.LEAST:
+        raise UserError(
+            f"data.text_bytes = {data.text_bytes} holds not every character; choose 0 (tokens cut the documents) or at "
+            f"least {bytewise.LEAST}"
+        )
+    if data.text_bytes and data.long_texts != "refuse":
+        raise UserError(
+            f"data.long_texts = {data.long_texts!r} would cut by tokens what data.text_bytes = {data.text_bytes} cuts "
+            "by bytes, so that tokenizers had other texts; choose refuse"
+        )
 
 
 def _check_draw(data: ConfigDict) -> None:

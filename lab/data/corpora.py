@@ -14,6 +14,7 @@ from typing import BinaryIO, NamedTuple
 from ml_collections import ConfigDict
 
 from lab.data import cache, packing, reading
+from lab.data.packing import LONGEST_ROW
 from lab.errors import UserError, choose
 from lab.options import Option
 
@@ -21,6 +22,13 @@ OPTIONS = {
     "tokenizer": Option("bytes", "bytes, bpe:<size>, or the path of a tokenizer.json"),
     "long_texts": Option(
         "split", "what becomes of a document over text_length", choices=("split", "truncate", "refuse")
+    ),
+    "text_bytes": Option(
+        0,
+        "0: tokens cut documents into texts; N: texts of at most N bytes, the same for every tokenizer, each behind an "
+        "end of text",
+        least=0,
+        most=LONGEST_ROW,
     ),
     "texts": Option(0, "training texts: the first so many; 0: all", least=0),
     "eos": Option("", "the token that ends a text; empty: the tokenizer's own, by its usual names"),

@@ -46,7 +46,9 @@ def open(config: ConfigDict) -> Data:
         )
     # A capped stream stops early; its validation texts are then as many as evaluation reads, whatever the cap.
     most = (data.texts, _of_a_stream(config)) if corpus.streamed and data.texts else (None, None)
-    entry = texts.prepare(corpus, tokenizer, data.text_length, data.long_texts, most, data.lossy)
+    entry = texts.prepare(
+        corpus, tokenizer, data.text_length, data.long_texts, most, data.lossy, text_bytes=data.text_bytes
+    )
     meta = texts.read_meta(entry)
     if tokenizer.eos is None:
         _say(tokenizers.end_unknown(tokenizer))

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import itertools
 import json
 import time
 from collections import Counter
@@ -12,7 +13,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from lab.data import cache
+from lab.data import bytewise, cache
 from lab.data.corpora import Corpus, Document
 from lab.data.tokenizers import Tokenizer
 from lab.errors import UserError
@@ -25,7 +26,10 @@ _SHOWN = 8  # characters that were lost, in a message
 
 
 class Texts:
-    """A split of an entry: texts[i] is int32 [n], 2 <= n <= text_length. Memory-mapped; pickles as its path."""
+    """A split of an entry: texts[i] is int32 [n], 2 <= n <= text_length. Memory-mapped; pickles as its path.
+
+    mean_bytes: of its texts, where bytes cut them; else None.
+    """
 
     def __init__(self, entry: Path, split: str, most: int = 0):
         """`most` keeps only the first so many texts; 0 keeps all."""
@@ -34,6 +38,7 @@ class Texts:
         self._offsets = np.load(entry / f"{split}.offsets.npy", mmap_mode="r")
         count = len(self._offsets) - 1
         self._count = min(count, most) if most else count
+        self.mean_bytes = meta[split]["bytes"] / count if count and "bytes" in meta[split] else None
         # The base class: slices of np.memmap are several times slower.
         self._tokens = np.memmap(entry / f"{split}.tokens", meta["dtype"], "r").view(np.ndarray) if count else None
 
@@ -50,21 +55,32 @@ class Texts:
 
 
 def read_meta(entry: Path) -> dict:
-    """What was recorded with an entry: dtype; for each split texts, tokens, digest; documents that were read, how many
-    had no text, their characters, how many of these were lost, and the commonest of those."""
+    """What was recorded with an entry: dtype; for each split texts, tokens, digest, and bytes of texts that were cut by
+    bytes; documents that were read, how many had no text, their characters, how many of these were lost, and the
+    commonest of those."""
     return json.loads((entry / _META).read_text("utf-8"))
 
 
 def prepare(
-    corpus: Corpus, tokenizer: Tokenizer, text_length: int, long_texts: str, most=(None, None), lossy: str = "refuse"
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    text_length: int,
+    long_texts: str,
+    most=(None, None),
+    lossy: str = "refuse",
+    text_bytes: int = 0,
 ) -> Path:
     """The entry of the corpus' texts, tokenised now unless an earlier call did. Bounded memory: one chunk of documents.
 
+    text_bytes: 0, or what cuts documents into texts in the place of text_length (lab.data.bytewise).
     most: (training, validation) texts to keep, None for all; when both are reached, reading stops at the next chunk.
     Raises UserError for a document over the budget under long_texts = refuse, for characters that the tokenizer cannot
     write under lossy = refuse, for a corpus that cannot be read and for a cache that cannot be written.
     """
-    key = cache.digest(_FORMAT, corpus.fingerprint, tokenizer.fingerprint, text_length, long_texts, *most)
+    if text_bytes:
+        bytewise.check(tokenizer, text_bytes)
+    by_bytes = ["bytes", text_bytes] if text_bytes else []
+    key = cache.digest(_FORMAT, corpus.fingerprint, tokenizer.fingerprint, text_length, long_texts, *most, *by_bytes)
 
     def check(meta: dict) -> None:
         if lossy == "refuse" and meta["lost"]:
@@ -73,7 +89,7 @@ def prepare(
 
     entry = cache.kept(
         cache.root() / "texts" / key,
-        lambda building: _build(building, corpus, tokenizer, text_length, long_texts, most, check),
+        lambda building: _build(building, corpus, tokenizer, text_length, long_texts, most, check, text_bytes),
     )
     check(read_meta(entry))
     return entry
@@ -115,7 +131,7 @@ class _Writer:
         self._file = (entry / f"{split}.tokens").open("wb")
         self._dtype = dtype
         self._most = most
-        self._count = 0
+        self._count, self._bytes = 0, None
         self._lengths = [np.zeros(1, np.int64)]
         self._digest = hashlib.blake2b(digest_size=16)
 
@@ -123,9 +139,12 @@ class _Writer:
     def full(self) -> bool:
         return self._most is not None and self._count >= self._most
 
-    def add(self, ids: np.ndarray, lengths: np.ndarray) -> None:
+    def add(self, ids: np.ndarray, lengths: np.ndarray, sizes: np.ndarray | None = None) -> None:
+        """Texts by the length of each, and by its bytes where they were cut by these."""
         if self._most is not None:
             lengths = lengths[: self._most - self._count]
+        if sizes is not None:
+            self._bytes = (self._bytes or 0) + int(sizes[: len(lengths)].sum())
         data = ids[: lengths.sum()].astype(self._dtype).tobytes()
         self._file.write(data)
         self._digest.update(data + lengths.tobytes())
@@ -136,7 +155,8 @@ class _Writer:
         offsets = np.cumsum(np.concatenate(self._lengths))
         np.save(self._offsets_path, offsets)
         self._file.close()  # a full disk may show here alone
-        return dict(texts=self._count, tokens=int(offsets[-1]), digest=self._digest.hexdigest())
+        found = dict(texts=self._count, tokens=int(offsets[-1]), digest=self._digest.hexdigest())
+        return found if self._bytes is None else found | {"bytes": self._bytes}
 
     def close(self) -> None:
         with contextlib.suppress(OSError):  # of what was written in vain: it was told then
@@ -144,7 +164,14 @@ class _Writer:
 
 
 def _build(
-    entry: Path, corpus: Corpus, tokenizer: Tokenizer, text_length: int, long_texts: str, most, check: Callable
+    entry: Path,
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    text_length: int,
+    long_texts: str,
+    most,
+    check: Callable,
+    text_bytes: int,
 ) -> None:
     """Fills an entry; `check` looks at what is known after every chunk."""
     dtype = np.dtype(np.uint16 if tokenizer.size <= 2**16 else np.int32)
@@ -158,17 +185,21 @@ def _build(
             ]
         for chunk in _chunks(_watched(corpus)):
             wanted = [document for document in chunk if not writers[document.validation].full]
-            written = [document.text for document in wanted]
+            pieces = [bytewise.pieces(d.text, text_bytes) if text_bytes else [d.text] for d in wanted]
+            written = list(itertools.chain.from_iterable(pieces))
             encoded = tokenizer.encode_batch(written)
             lost += tokenizer.lost(written, encoded)
             count.update(documents=len(chunk), missing=sum(d.missing for d in chunk), characters=sum(map(len, written)))
             commonest = [character for character, _ in lost.most_common(_SHOWN)]
             meta.update(count, lost=lost.total(), lost_most=commonest)
             check(meta)
-            for document, ids in zip(wanted, encoded, strict=True):
-                if document.ends and tokenizer.eos is not None:
-                    ids = np.append(ids, np.int32(tokenizer.eos))
-                texts = cut(ids, document.name, text_length, long_texts)
+            following = iter(encoded)
+            for document, of_it in zip(wanted, pieces, strict=True):
+                ids = list(itertools.islice(following, len(of_it)))
+                if text_bytes:
+                    texts = bytewise.framed(document, of_it, ids, tokenizer, text_length)
+                else:
+                    texts = cut(_ended(document, ids[0], tokenizer.eos), document.name, text_length, long_texts)
                 with cache.explained():
                     writers[document.validation].add(*texts)
             if all(writer.full for writer in writers):
@@ -176,6 +207,10 @@ def _build(
         with cache.explained():
             meta["train"], meta["validation"] = (writer.finish() for writer in writers)
             (entry / _META).write_text(json.dumps(meta, indent=1), "utf-8")
+
+
+def _ended(document: Document, ids: np.ndarray, eos: int | None) -> np.ndarray:
+    return np.append(ids, np.int32(eos)) if document.ends and eos is not None else ids
 
 
 def _chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:

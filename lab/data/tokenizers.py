@@ -1,5 +1,6 @@
 """Tokenizers: raw bytes, byte-level BPE trained on the corpus, or any tokenizer.json."""
 
+import functools
 import json
 import logging
 import os
@@ -33,12 +34,17 @@ _SPACE = "▁"  # what SentencePiece writes for one
 
 
 class Tokenizer(Protocol):
-    """Ids are 0..size-1; eos is the id that ends a text, None if the tokenizer has none; name is for messages."""
+    """Ids are 0..size-1; eos is the id that ends a text, None if the tokenizer has none; name is for messages.
+
+    bytes_of_ids: int64 [size], how many bytes of UTF-8 text each id stands for, 0 of special ones; None of a tokenizer
+    whose ids stand for no number of bytes by themselves.
+    """
 
     name: str
     size: int
     eos: int | None
     fingerprint: str
+    bytes_of_ids: np.ndarray | None
 
     def encode(self, text: str) -> np.ndarray:
         """int32 ids [n], without eos."""
@@ -63,6 +69,7 @@ class Bytes:
     size = 258
     eos = 256
     fingerprint = "bytes"
+    bytes_of_ids = (np.arange(size) < 256).astype(np.int64)
 
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode("utf-8", "replace"), np.uint8).astype(np.int32)
@@ -86,6 +93,7 @@ class Symbols:
     name = "symbols"
     eos = None
     fingerprint = "symbols"
+    bytes_of_ids = None
 
     def __init__(self, size: int):
         self.size = size
@@ -134,6 +142,21 @@ class Json:
         self.eos = vocabulary.get(eos or usual)
         self._unknown = _unknown(json.loads(text)["model"], vocabulary)
         self.fingerprint = cache.digest(text) if eos in ("", usual) else cache.digest(text, eos)
+
+    @functools.cached_property
+    def bytes_of_ids(self) -> np.ndarray | None:
+        """Exact of byte-level tokenizers, where each character of a token is a byte; None of others."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        learned = {id: token for token, id in self._tokenizer.get_vocab(False).items() if id not in added}
+        alphabet = {*pre_tokenizers.ByteLevel.alphabet()}
+        if not _byte_level(json.loads(self._text)) or any({*token} - alphabet for token in learned.values()):
+            return None
+        counts = np.zeros(self.size, np.int64)
+        for id, token in learned.items():
+            counts[id] = len(token)
+        for id, token in added.items():
+            counts[id] = 0 if token.special or id == self.eos else len(token.content.encode())
+        return counts
 
     def encode(self, text: str) -> np.ndarray:
         return self.encode_batch([text])[0]
@@ -238,6 +261,12 @@ def _bpe_size(name: str) -> int | None:
 def _visible(character: str) -> bool:
     """Whether it is a character that a reader would miss."""
     return character.isprintable() and not character.isspace() and character != _SPACE
+
+
+def _byte_level(made: Mapping) -> bool:
+    """Whether what a tokenizer.json describes puts texts together from bytes that stand as characters."""
+    decoder = made.get("decoder") or {}
+    return "ByteLevel" in [step.get("type") for step in decoder.get("decoders", [decoder])]
 
 
 def _unknown(model: Mapping, vocabulary: Mapping[str, int]) -> int | None:

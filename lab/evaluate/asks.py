@@ -70,6 +70,7 @@ ASK = Room(
 )
 LOSS = "loss"  # the ask that every study has: its axis is that of results.csv, and judges cells
 PHASES = ("train", "eval")  # of timings.csv, where the other asks stand by their names
+TAKEN = (*PHASES, "bits_per_byte")  # the last: a file beside those of the asks
 
 
 def ask(kind: str = "branches", **fields) -> ConfigDict:
@@ -88,10 +89,10 @@ def check(config: ConfigDict) -> None:
         raise UserError(f"config.evaluate has no ask named {LOSS!r}; it has: {', '.join(config.evaluate) or 'none'}")
     for name, asked in config.evaluate.items():
         field = f"evaluate.{name}"
-        if not re.fullmatch(r"\w{1,50}", name) or name in PHASES:
+        if not re.fullmatch(r"\w{1,50}", name) or name in TAKEN:
             raise UserError(
                 f"{field}: {name!r} names files and columns; choose one word of at most 50 letters, none of "
-                f"{', '.join(PHASES)}"
+                f"{', '.join(TAKEN)}"
             )
         ASK.check(leaves(asked), f"{field}.")
         kind = ASKS[asked.kind]

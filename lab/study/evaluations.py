@@ -41,7 +41,8 @@ def save(run: Path, evaluation: Mapping) -> None:
 
 
 def rows(evaluation: Mapping | None) -> list[dict]:
-    """{column: value, loss, accuracy, tokens} by condition, once all are found."""
+    """{column: value, loss, accuracy, tokens} by condition, once all are found; and bytes and bits_per_byte, where the
+    tokenizer counts bytes."""
     return evaluation["conditions"] if evaluation and evaluation["complete"] else []
 
 

@@ -15,8 +15,9 @@ import pandas as pd
 from lab.errors import SHOWN, UserError
 from lab.options import tuples
 from lab.storage import find_json, read_json, say_damaged, unsealed, write_atomically
-from lab.study import evaluations
+from lab.study import evaluations, measure
 from lab.study.evaluations import LOSS
+from lab.study.measure import BITS, Measure
 
 REPOSITORY = Path(__file__).parents[2]
 NUMBERS = ("loss", "parameters_millions", "cache_per_token_per_layer")  # of published files, where they have them
@@ -24,8 +25,9 @@ TIMINGS = ("seconds", "tokens_per_second", "peak_bytes", "overhead_share")
 EMBEDDING = "embedding"  # in the column of_layer: no layer gave it
 MIXING = ("name", "layer", "of_layer", "weight")
 RUN, SCORES, SIZES = ("cell", "seed"), ("loss", "ppl", "accuracy"), ("tokens", "parameters")
+OF_BYTES = (BITS.column, "tokens", "bytes")  # of results/bits_per_byte.csv
 # What stands in tables of runs besides the labels: a label of such a name would write over it.
-COLUMNS = {*RUN, *SCORES, *SIZES, "phase", *TIMINGS, "step", *MIXING}
+COLUMNS = {*RUN, *SCORES, *SIZES, "phase", *TIMINGS, "step", *MIXING, *OF_BYTES}
 RESULT = {"parameters", "tokens", "timings", "environment"}  # what is read of a result.json
 # What every report reads of a plan.json, of its cells and of its trials.
 NUMBER = int | float
@@ -42,7 +44,8 @@ ROWS = {"cells": ("a cell", CELL), "tuning": ("a trial", TRIAL), "calibration": 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
     """One seed of one cell. `result`, of its training, and `failure` are None where their files are missing; `metrics`
-    may be empty. asked: the evaluation of every ask, as far as it was found; None where it was not begun."""
+    may be empty; where a plan says what a step reads, they have bits_per_byte too. asked: the evaluation of every ask,
+    as far as it was found; None where it was not begun."""
 
     cell: dict
     seed: int
@@ -78,6 +81,11 @@ class Results:
     def condition(self) -> str:
         return self.plan["condition"]
 
+    @property
+    def measure(self) -> Measure:
+        """What the cells are judged in."""
+        return measure.of_plan(self.plan)
+
     @functools.cached_property
     def runs_by_cell(self) -> dict[str, list[Outcome]]:
         """The runs of every cell of the plan by its name."""
@@ -99,15 +107,29 @@ class Results:
         columns = ["cell", *self.labels, "seed", self.condition, *scores, *SIZES]
         return pd.DataFrame(rows, columns=columns)
 
+    @functools.cached_property
+    def bits(self) -> pd.DataFrame:
+        """Of a study that is judged in them, by run and condition: cell, the labels, seed, the condition,
+        bits_per_byte, and the labelled tokens and their bytes."""
+        rows = [identity(self, run) | row for run in self.runs for row in run.rows()]
+        return pd.DataFrame(rows, columns=["cell", *self.labels, "seed", self.condition, *OF_BYTES])
+
+    @functools.cached_property
+    def scores(self) -> list[float]:
+        """What each row of `results` is judged by."""
+        return [row[self.measure.column] for run in self.runs for row in run.rows()]
+
     @property
     def further_asks(self) -> dict[str, str]:
         """{name: what its axis is called} of the asks beside the one named loss."""
         return {name: column for name, column in self.plan.get("asks", {}).items() if name != LOSS}
 
     def answers(self, ask: str) -> pd.DataFrame:
-        """Of a further ask: cell, the labels, seed, its axis, loss (nats per token), accuracy, tokens (labelled)."""
+        """Of a further ask: cell, the labels, seed, its axis, loss (nats per token), accuracy, tokens (labelled), and
+        in a study that is judged in bits_per_byte that."""
         rows = [identity(self, run) | row for run in self.runs for row in run.rows(ask)]
-        columns = ["cell", *self.labels, "seed", self.further_asks[ask], "loss", "accuracy", "tokens"]
+        scores = dict.fromkeys(("loss", "accuracy", "tokens", self.measure.column))
+        columns = ["cell", *self.labels, "seed", self.further_asks[ask], *scores]
         return pd.DataFrame(rows, columns=columns)
 
     @functools.cached_property
@@ -188,8 +210,8 @@ def read_plan(path: Path) -> dict:
 
 
 def write_csv(study: Results) -> list[Path]:
-    """Writes results.csv, the same bytes whenever the losses are the same, timings.csv, and mixing.csv where a run has
-    learned weights of layers; returns their paths."""
+    """Writes results.csv, the same bytes whenever the losses are the same, timings.csv, results/bits_per_byte.csv of a
+    study that is judged in that, and mixing.csv where a run has learned weights of layers; returns their paths."""
     results = [row for run in study.runs for row in _result_rows(study, run)]
     timings = [row for run in study.runs for row in _timing_rows(study, run)]
     for name in study.further_asks:
@@ -200,6 +222,9 @@ def write_csv(study: Results) -> list[Path]:
         write_atomically(study.directory / "results.csv", as_csv(list(study.results.columns)[1:], results)),
         write_atomically(study.directory / "timings.csv", as_csv(list(study.timings.columns), timings)),
     ]
+    if study.measure is BITS:
+        content = as_csv(list(study.bits.columns)[1:], study.bits.to_dict("records"))
+        written.append(write_atomically(study.directory / "results" / f"{BITS.column}.csv", content))
     if study.mixing.empty:
         return written
     content = as_csv(list(study.mixing.columns), study.mixing.to_dict("records"))
@@ -254,7 +279,10 @@ def identity(study: Results, run: Outcome) -> dict:
 def _run(directory: Path, cell: dict, seed: int) -> Outcome:
     place = directory / cell["directory"] / f"seed-{seed}"
     asked = {name: evaluations.find(place, name, wanted) for name, wanted in cell.get("asks", {}).items()}
-    return Outcome(cell, seed, trained(place), failed(place), metrics(place), asked)
+    lines = metrics(place)
+    if "reads" in cell:
+        lines = measure.with_bits(lines, **cell["reads"])
+    return Outcome(cell, seed, trained(place), failed(place), lines, asked)
 
 
 def _result_rows(study: Results, run: Outcome) -> list[dict]:

@@ -44,7 +44,9 @@ def config():
 
 def test_conditions_are_weighted_by_tokens_over_all_batches(config):
     net = model.build(config.model, jax.random.key(0), config.run)
-    found = list(conditions.evaluate(config, "loss", net, None, mesh.make(config.run.mesh), stop=lambda: False))
+    sizes = np.random.default_rng(0).integers(0, 9, 40)  # bytes that each id stands for
+    options = dict(stop=lambda: False, bytes_of_ids=sizes)
+    found = list(conditions.evaluate(config, "loss", net, None, mesh.make(config.run.mesh), **options))
     assert [condition.value for condition in found] == [2, 7]
     for condition in found:
         batches = list(asks.ASKS["difficulty"].batches(config, config.evaluate.loss, None, condition.value))
@@ -52,7 +54,18 @@ def test_conditions_are_weighted_by_tokens_over_all_batches(config):
         answers = np.argmax(net(tokens, Coordinates.single(*tokens.shape)), axis=-1)
         assert condition.accuracy == pytest.approx(np.mean(answers[labels >= 0] == labels[labels >= 0]))
         assert condition.tokens == 24 * condition.value
-        assert condition.loss > 0
+        assert condition.loss > 0 and condition.bytes == sizes[labels[labels >= 0]].sum()
+        nats = condition.loss * np.sum(labels >= 0)
+        assert condition.bits_per_byte == pytest.approx(nats / np.log(2) / condition.bytes)
+
+
+def test_bits_per_byte_of_a_planted_loss():
+    """Ten tokens of three bits each, over fifteen bytes; bytes that are all alike cost log2 of their number."""
+    planted = conditions.Condition(1, 3 * np.log(2), 0.5, tokens=10, bytes=15, seconds=1.0, executable=None)
+    assert planted.bits_per_byte == pytest.approx(2.0)
+    uniform = planted._replace(loss=np.log(256), tokens=77, bytes=77)
+    assert uniform.bits_per_byte == pytest.approx(8.0)
+    assert planted._replace(bytes=0).bits_per_byte is None
 
 
 def test_one_executable_serves_every_condition(config, monkeypatch):

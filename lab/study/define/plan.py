@@ -10,6 +10,7 @@ from lab import config as lab_config
 from lab import data as lab_data
 from lab.coordinates import Coordinates
 from lab.data import packing
+from lab.data.corpora import CORPORA
 from lab.errors import UserError, choose
 from lab.evaluate import asks
 from lab.kernels import rules
@@ -50,6 +51,18 @@ def check(cell: Cell) -> None:
     data = config.data
     made = f"data.text_length = {data.text_length}, prompt = {data.prompt!r}, stagger = {data.stagger}"
     position.check_times(lab_spec.layer_specs(config.model), made, packing.most_times(data))
+
+
+def check_texts(cells: list[Cell]) -> None:
+    """Refuses cells of different tokenizers unless all read the same texts, which tokens would cut otherwise."""
+    found = [cell.config.data for cell in cells if cell.config.data.corpus in CORPORA]
+    tokenizers, sizes = ([*dict.fromkeys(data[name] for data in found)] for name in ("tokenizer", "text_bytes"))
+    if len(tokenizers) > 1 and (0 in sizes or len(sizes) > 1):
+        raise UserError(
+            f"the study varies data.tokenizer ({', '.join(tokenizers)}) with data.text_bytes = "
+            f"{', '.join(map(str, sizes))}: its cells would read different texts; set one number of bytes for "
+            "all of them, such as 128"
+        )
 
 
 def check_rules(config) -> None:
@@ -267,6 +280,7 @@ def table(config, cells: list[Cell]) -> list[dict]:
     """The plan of a study, everything checked."""
     check_study(config.study)
     check_groups(config.study, cells)
+    check_texts(cells)
     for cell in cells:
         check(cell)
     contrasts.check(config.study, {cell.name: cell.labels for cell in cells}, asks.conditions(config.evaluate.loss))

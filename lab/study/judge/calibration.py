@@ -27,7 +27,7 @@ class Calibration:
     """What pseudo-studies of `comparisons` comparisons over `seeds` seeds have shown.
 
     studies: those that were judged, no two with the same differences. false: those of them with any verdict. deviation:
-    of the difference between two runs of one data seed (nats per token), pooled over the seeds.
+    of the difference between two runs of one data seed, in the measure of the study, pooled over the seeds.
     """
 
     seeds: int
@@ -47,8 +47,8 @@ class Calibration:
         return float(found.low), float(found.high)
 
     def detectable(self, seeds: int, comparisons: int = 1) -> float:
-        """The difference (nats per token) that so many seeds find with probability POWER, if it is the smallest of so
-        many comparisons."""
+        """The difference that so many seeds find with probability POWER, if it is the smallest of so many
+        comparisons."""
         return self.deviation * statistics.detectable(seeds, comparisons)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from lab.study.evaluations import LOSS
 from lab.study.judge.statistics import resolution
+from lab.study.measure import NATS, Measure
 from lab.study.results import Outcome, Results
 
 ASKED_ON = ("platform", "device_kind", "devices", "implementation", "jax", "jaxlib")  # of an evaluation
@@ -14,11 +15,13 @@ ASKED_ON = ("platform", "device_kind", "devices", "implementation", "jax", "jaxl
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """A finished run: the mean of its losses (nats per token) over the judged conditions, and those conditions."""
+    """A finished run: the mean of its losses over the judged conditions, those conditions, and what a loss is: nats per
+    token, or bits per byte where tokenizers differ."""
 
     run: Outcome
     loss: float
     conditions: tuple
+    measure: Measure = NATS
 
     def fact(self, name: str):
         """What the run says of itself; False for what it does not mention."""
@@ -27,7 +30,7 @@ class Score:
 
 @dataclasses.dataclass(frozen=True)
 class Differences:
-    """By seed: the differences (nats per token), and why the others were refused. Unfinished seeds are in neither.
+    """By seed: the differences, in the measure, and why the others were refused. Unfinished seeds are in neither.
 
     resolution: the step between float32 losses as large as the largest that was subtracted.
     """
@@ -35,6 +38,7 @@ class Differences:
     kept: dict[int, float]
     refused: dict[int, str]
     resolution: float = 0.0
+    measure: Measure = NATS
 
 
 Scores = dict[str, dict[int, Score]]  # {name of a cell: {seed: score}}
@@ -45,17 +49,17 @@ def scores(study: Results, judged: Sequence) -> Scores:
     found: Scores = {cell["name"]: {} for cell in study.plan["cells"]}
     for run in study.runs:
         if run.rows():
-            losses = {row[study.condition]: row["loss"] for row in run.rows()}
+            losses = {row[study.condition]: row[study.measure.column] for row in run.rows()}
             kept = {condition: loss for condition, loss in losses.items() if not judged or condition in judged}
             mean = statistics.fmean(kept.values()) if kept else math.nan
-            found[run.cell["name"]][run.seed] = Score(run, mean, tuple(kept))
+            found[run.cell["name"]][run.seed] = Score(run, mean, tuple(kept), study.measure)
     return found
 
 
 def differences(sides: Sequence[Sequence[Mapping[int, Score]]], signs: Sequence[int]) -> Differences:
     """The signed sum over sides of the mean over each side's cells, at every seed that all of them have finished."""
     cells = [cell for side in sides for cell in side]
-    kept, refused, largest = {}, {}, 0.0
+    kept, refused, largest, measure = {}, {}, 0.0, NATS
     for seed in sorted(set.intersection(*(set(cell) for cell in cells))):
         reason = next(filter(None, (mismatch(cells[0][seed], cell[seed]) for cell in cells)), "")
         if reason:
@@ -63,8 +67,8 @@ def differences(sides: Sequence[Sequence[Mapping[int, Score]]], signs: Sequence[
         else:
             means = [statistics.fmean(cell[seed].loss for cell in side) for side in sides]
             kept[seed] = sum(sign * mean for sign, mean in zip(signs, means, strict=True))
-            largest = max(largest, *(abs(cell[seed].loss) for cell in cells))
-    return Differences(kept, refused, resolution(largest))
+            largest, measure = max(largest, *(abs(cell[seed].loss) for cell in cells)), cells[0][seed].measure
+    return Differences(kept, refused, resolution(largest), measure)
 
 
 def mismatch(one: Score, other: Score) -> str:
@@ -72,6 +76,8 @@ def mismatch(one: Score, other: Score) -> str:
     for score in (one, other):
         if not math.isfinite(score.loss):
             return f"loss of {score.run.cell['name']} is {score.loss} over conditions {score.conditions}"
+    if unlike := _other_units(one, other):
+        return unlike
     if unlike := _other_segments(one.fact("segments") or [], other.fact("segments") or []):
         place = f"{other.run.cell['directory']}/seed-{other.run.seed}"
         return f"{unlike}; to make it again: rm -r {place}, and the study's command"
@@ -83,6 +89,16 @@ def mismatch(one: Score, other: Score) -> str:
         return f"conditions: {one.conditions} and {other.conditions}"
     if not _same_texts(one, other):
         return f"text_hash: {one.fact('text_hash')} and {other.fact('text_hash')}"
+    return ""
+
+
+def _other_units(one: Score, other: Score) -> str:
+    """Why the numbers of two runs are of different things; "" if they are not."""
+    if one.measure != other.measure:
+        return f"judged in {one.measure.unit} and {other.measure.unit}"
+    tokenizers = [score.run.cell.get("fields", {}).get("data.tokenizer") for score in (one, other)]
+    if one.measure is NATS and None not in tokenizers and tokenizers[0] != tokenizers[1]:
+        return f"data.tokenizer: {tokenizers[0]} and {tokenizers[1]}, and losses are per token"
     return ""
 
 

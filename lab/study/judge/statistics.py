@@ -1,4 +1,4 @@
-"""What paired differences over seeds can say: estimates, intervals, corrected p-values. Differences are in nats."""
+"""What paired differences over seeds can say: estimates, intervals, corrected p-values. Differences have one unit."""
 
 import dataclasses
 import functools

@@ -6,6 +6,7 @@ import numpy as np
 
 from lab.study.judge.evidence import Comparison, Findings
 from lab.study.judge.statistics import half_widths, resolution
+from lab.study.measure import NATS, Measure
 from lab.study.numbers import short
 from lab.study.results import Outcome
 
@@ -16,11 +17,12 @@ END = 0.1  # the share of training over which the last word is averaged
 
 @dataclasses.dataclass(frozen=True)
 class Trend:
-    """Binned differences (nats per token) of every seed, at the tokens seen by the end of each bin."""
+    """Binned differences of every seed, at the tokens seen by the end of each bin."""
 
     tokens: np.ndarray  # [bins]
     values: np.ndarray  # [seeds, bins]
     resolution: float = 0.0  # the step between neighbouring losses
+    measure: Measure = NATS  # of the differences
 
     @property
     def mean(self) -> np.ndarray:
@@ -35,6 +37,7 @@ class Trend:
 def trend(findings: Findings, comparison: Comparison) -> Trend | None:
     """Of a comparison with a baseline, over the seeds that are paired; None if they have logged nothing in common."""
     tokens, curves, largest = [], [], 0.0
+    score = comparison.differences.measure.column
     for seed in comparison.differences.kept:
         runs = [findings.scores[name][seed].run for name in (comparison.name, comparison.against)]
         steps = _shared_steps(*runs)
@@ -43,12 +46,12 @@ def trend(findings: Findings, comparison: Comparison) -> Trend | None:
         own, other = ({line["step"]: line for line in run.metrics} for run in runs)
         seen = dict(zip(own, np.cumsum([line.get("tokens", 0) for line in own.values()]), strict=True))
         parts = np.array_split(steps, min(BINS, len(steps)))
-        curves.append([np.mean([own[step]["loss"] - other[step]["loss"] for step in part]) for part in parts])
+        curves.append([np.mean([own[step][score] - other[step][score] for step in part]) for part in parts])
         tokens.append([seen[part[-1]] for part in parts])
-        largest = max(largest, *(abs(lines[step]["loss"]) for lines in (own, other) for step in steps))
+        largest = max(largest, *(abs(lines[step][score]) for lines in (own, other) for step in steps))
     if not curves or len(set(map(len, curves))) > 1:
         return None
-    return Trend(np.mean(tokens, axis=0), np.array(curves), resolution(largest))
+    return Trend(np.mean(tokens, axis=0), np.array(curves), resolution(largest), comparison.differences.measure)
 
 
 def reading(trend: Trend) -> str:

@@ -17,7 +17,7 @@ def _table(study: Results, name: str, column: str) -> list[Piece]:
     frame = study.answers(name)
     if frame.empty:
         return []
-    means, beside_them = frame.groupby(["cell", column])["loss"].mean(), beside(study)
+    means, beside_them = frame.groupby(["cell", column])[study.measure.column].mean(), beside(study)
     every = list(dict.fromkeys(frame[column]))
     rows = [
         [
@@ -28,6 +28,6 @@ def _table(study: Results, name: str, column: str) -> list[Piece]:
         for cell in study.plan["cells"]
         if cell["name"] in set(frame["cell"])
     ]
-    caption = f"Loss (nats per token) by {column}: means over seeds."
+    caption = f"Loss ({study.measure.unit}) by {column}: means over seeds."
     table = Table([*study.labels, *map(str, every), *beside_them.columns], rows, caption, sortable=True)
     return [table, costs.common(study)]

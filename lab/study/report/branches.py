@@ -74,7 +74,8 @@ def _recommendation(names: Names, study: Results, ours: Losses, theirs: Losses) 
         )
     caption = (
         f"Chosen by the mean loss over {_listed(many) or 'no'} branches, by the loss at 1, and by the fluctuation "
-        "(largest - smallest loss over the counts), in nats per token; in brackets, by how much the runner-up is worse."
+        f"(largest - smallest loss over the counts), in {study.measure.unit}; in brackets, by how much the runner-up "
+        "is worse."
     )
     notes = [_certainty(study), _price_of_branches(names, study, ours), _agreement(ours, theirs)]
     table = Table(headings, rows, caption)
@@ -99,7 +100,8 @@ def _certainty(study: Results) -> str:
     pooled = (sum(variances) / len(variances)) ** 0.5
     return (
         waiting
-        + f"Losses are means over seeds; their standard deviation, pooled over cells and counts, is {pooled:.4f} nats."
+        + "Losses are means over seeds; their standard deviation, pooled over cells and counts, is "
+        + f"{pooled:.4f} {study.measure.unit.split()[0]}."
     )
 
 
@@ -113,7 +115,7 @@ def _price_of_branches(names: Names, study: Results, ours: Losses) -> str:
     return (
         f"At one branch the best of those trained on several is {cell_label(study, several.key)}, with "
         f"{several.value:.4f}; the best trained on one has {alone.value:.4f}: a price of "
-        f"{several.value - alone.value:.4f} nats."
+        f"{several.value - alone.value:.4f} {study.measure.unit.split()[0]}."
     )
 
 
@@ -144,21 +146,21 @@ def _figures(names: Names, study: Results, ours: Losses) -> list[Piece]:
     charts = [
         Chart(
             "loss_by_branches",
-            figures.png(figures.by_condition(rows, bars, study.condition, trained)),
+            figures.png(figures.by_condition(rows, bars, study.condition, trained, study.measure)),
             f"Loss against the number of branches, one line for each {names.ratio}; grey: the counts trained on. "
             "Vertical scales differ between draws.",
-            live.by_condition(rows, bars, study.condition, trained),
+            live.by_condition(rows, bars, study.condition, trained, study.measure),
         ),
         Chart(
             "loss_by_ratio",
-            figures.png(figures.by_label(turned, names.ratio)),
+            figures.png(figures.by_label(turned, names.ratio, study.measure.title)),
             f"Loss against {names.ratio}, one line for each number of branches.",
-            live.by_label(turned, names.ratio),
+            live.by_label(turned, names.ratio, study.measure.title),
         ),
         Chart(
             "heat_map",
             figures.png(figures.heat_maps(rows, names.ratio, study.condition)),
-            "The same losses in nats per token; dark is better, one scale for all panels.",
+            f"The same losses in {study.measure.unit}; dark is better, one scale for all panels.",
             live.heat_maps(rows, names.ratio, study.condition),
         ),
     ]

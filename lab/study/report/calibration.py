@@ -28,7 +28,7 @@ def section(study: Results, findings: Findings | None) -> list[Piece]:
     found = calibration.calibrate(calibration.pool(study), max(1, len(findings.comparisons) if findings else 0))
     if found is None:
         return [Text(f"{told} **Fewer than two seeds have two runs that may be paired**, so that nothing can be told.")]
-    return [Text(told), Text(_false_verdicts(found)), _effects(found)]
+    return [Text(told), Text(_false_verdicts(found)), _effects(found, study.measure.unit)]
 
 
 def _false_verdicts(found: Calibration) -> str:
@@ -48,7 +48,7 @@ def _judged(low: float, high: float) -> str:
     return "the promise is kept." if high <= LEVEL else "nothing speaks against it."
 
 
-def _effects(found: Calibration) -> Table:
+def _effects(found: Calibration, unit: str) -> Table:
     families = (1, found.comparisons) if found.comparisons > 1 else (1,)
     rows = [
         [str(seeds), *(number(found.detectable(seeds, family), 4) for family in families)]
@@ -56,7 +56,7 @@ def _effects(found: Calibration) -> Table:
     ]
     columns = ["seeds", "smallest effect", *(f"as the smallest of {family} comparisons" for family in families[1:])]
     caption = (
-        "Smallest effect: the difference, in nats per token, that so many seeds find 4 times in 5, if two runs of one "
+        f"Smallest effect: the difference, in {unit}, that so many seeds find 4 times in 5, if two runs of one "
         f"seed differ by chance as these do (standard deviation {found.deviation:.4f}). Cells that begin with the same "
         "weights may differ by less."
     )

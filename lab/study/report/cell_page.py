@@ -86,20 +86,20 @@ def _verdict(cell: dict, against: dict) -> list[Piece]:
         return []
     one = against[cell["name"]]
     bounds = f"{signed(one.estimate.mean)} {interval(one.estimate.t_interval)}"
-    known = f"{bounds} nats per token, over {one.estimate.n} seeds"
+    known = f"{bounds} {one.differences.measure.unit}, over {one.estimate.n} seeds"
     return [Text(f"Less its baseline, {one.against}: **{one.verdict}**, {known}. Differs in {differing(one)}.")]
 
 
 def _curves(study: Results, cell: dict) -> list[Piece]:
     seeds = {
-        f"seed {run.seed}": [{line["step"]: line["loss"] for line in run.metrics}]
+        f"seed {run.seed}": [{line["step"]: line[study.measure.column] for line in run.metrics}]
         for run in study.runs_by_cell[cell["name"]]
         if run.metrics
     }
     if not seeds:
         return [Text("No step has been logged yet.")]
     caption = "Training loss of each seed; faint, the values themselves. They are in seed-*/metrics.jsonl."
-    return [Chart("curves", b"", caption, live.learning_curves([{"": seeds}]))]
+    return [Chart("curves", b"", caption, live.learning_curves([{"": seeds}], study.measure))]
 
 
 def _losses(study: Results, cell: dict) -> list[Piece]:
@@ -113,15 +113,15 @@ def _losses(study: Results, cell: dict) -> list[Piece]:
 def _losses_of(study: Results, cell: dict, ask: str, column: str) -> Table | None:
     by_seed = {run.seed: {row[column]: row for row in run.rows(ask)} for run in study.runs_by_cell[cell["name"]]}
     by_seed = {seed: rows for seed, rows in by_seed.items() if rows}
-    rows = []
+    rows, score = [], study.measure.column
     for value in dict.fromkeys(value for found in by_seed.values() for value in found):
-        losses = [found[value]["loss"] for found in by_seed.values() if value in found]
+        losses = [found[value][score] for found in by_seed.values() if value in found]
         spread = f" ± {stdev(losses):.4f}" if len(losses) > 1 else ""
-        each = [number(found.get(value, {}).get("loss"), 4) for found in by_seed.values()]
+        each = [number(found.get(value, {}).get(score), 4) for found in by_seed.values()]
         rows.append([str(value), number(fmean(losses), 4) + spread, *(each if len(by_seed) > 1 else [])])
     seeds = [f"seed {seed}" for seed in by_seed] if len(by_seed) > 1 else []
-    caption = f"{ask}: nats per token by {column}, mean ± standard deviation over seeds."
-    return Table([column, "loss", *seeds], rows, caption) if rows else None
+    caption = f"{ask}: {study.measure.unit} by {column}, mean ± standard deviation over seeds."
+    return Table([column, study.measure.heading, *seeds], rows, caption) if rows else None
 
 
 def _changes(study: Results, cell: dict, against: dict, configs: dict) -> list[Piece]:

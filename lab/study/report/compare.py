@@ -62,8 +62,9 @@ def _cells(studies: dict[str, Results], scores: dict[str, Scores]) -> list[Piece
             mean = sum(losses.values()) / len(losses) if losses else None
             seeds = " ".join(map(str, losses)) or "—"
             rows.append([name, cell["name"], number(mean, 4), seeds, *shown(cell).values(), f"{cell['tokens']:,}"])
+    units = ", ".join(dict.fromkeys(study.measure.unit for study in studies.values()))
     columns = ["study", "cell", "loss", "seeds", *COSTS, "training tokens"]
-    caption = f"Loss: mean over seeds and the judged conditions of the study, nats per token. {MEANINGS}"
+    caption = f"Loss: mean over seeds and the judged conditions of the study, {units}. {MEANINGS}"
     return [Table(columns, rows, caption, sortable=True)]
 
 

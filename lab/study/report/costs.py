@@ -34,10 +34,10 @@ def pareto(study: Results, findings: Findings) -> list[Piece]:
         for name, loss in losses.items()
     ]
     caption = "Judged loss against what a cell costs, by the number of the cell; joined: the cells not beaten in both."
-    table = Table(
-        ["point", "cell", "loss", *panels], rows, "Bold: no cell is better in one of the two and no worse in the other"
-    )
-    chart = Chart("pareto", figures.png(figures.pareto(drawn)), caption, live.pareto(panels, numbers))
+    columns = ["point", "cell", study.measure.heading, *panels]
+    table = Table(columns, rows, "Bold: no cell is better in one of the two and no worse in the other")
+    image = figures.png(figures.pareto(drawn, study.measure))
+    chart = Chart("pareto", image, caption, live.pareto(panels, numbers, study.measure))
     return [chart, table, common(study)]
 
 
@@ -95,9 +95,8 @@ def by_condition(study: Results) -> list[Piece]:
         if key in theirs:
             known = [number(theirs[key].get(count), 4) for count in every]
             rows.append([*map(str, key), "published", *known, *["—"] * len(costs.columns)])
-    caption = (
-        f"Loss (nats per token) by {study.condition}: mean ± standard deviation over seeds; bold: the best of ours."
-    )
+    told = "mean ± standard deviation over seeds; bold: the best of ours."
+    caption = f"Loss ({study.measure.unit}) by {study.condition}: {told}"
     table = Table([*study.labels, "source", *map(str, every), *costs.columns], rows, caption)
     return [*_condition_figure(study, ours, errors, every), table, common(study)]
 
@@ -137,11 +136,12 @@ def _condition_figure(study: Results, ours: Losses, errors: Losses, every: list)
     line = line_label(study)
     rows = arrange(study, lowest(study, ours), line)
     bars = {title: panel for row in arrange(study, lowest(study, errors), line) for title, panel in row.items()}
-    image = figures.png(figures.by_condition(rows, bars, study.condition, {}))
+    drawn = rows, bars, study.condition, {}, study.measure
     caption = (
         f"Loss by {study.condition}, one line for each {line or cell_label(study, next(iter(ours)))}.{few(len(ours))}"
     )
-    return [Chart("loss_by_condition", image, caption, live.by_condition(rows, bars, study.condition, {}))]
+    image = figures.png(figures.by_condition(*drawn))
+    return [Chart("loss_by_condition", image, caption, live.by_condition(*drawn))]
 
 
 def _loss(loss: float | None, deviation: float | None, best: float) -> str:

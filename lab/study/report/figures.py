@@ -13,10 +13,10 @@ from matplotlib.ticker import LogLocator, NullLocator
 
 from lab.study.judge.evidence import UNKNOWN, Comparison
 from lab.study.judge.trends import Trend
+from lab.study.measure import NATS, Measure
 from lab.study.numbers import short
 from lab.study.report.layout import panel_rows
 
-LOSS = "loss (nats per token)"
 MARKERS = "osD^vPX*<>"
 PANEL = (4.6, 3.5)  # inches
 SMALL = 8.5  # points
@@ -35,7 +35,13 @@ def png(figure: Figure) -> bytes:
     return content.getvalue()
 
 
-def by_condition(rows: Sequence[Mapping[str, Curves]], errors: Mapping[str, Curves], axis: str, trained: Mapping):
+def by_condition(
+    rows: Sequence[Mapping[str, Curves]],
+    errors: Mapping[str, Curves],
+    axis: str,
+    trained: Mapping,
+    measure: Measure = NATS,
+):
     """Loss against a count on a log2 axis: one line for each name, one panel for each title, one row of panels for
     each of `rows`. `errors` gives half the length of error bars; `trained` the (low, high) range to shade."""
 
@@ -47,10 +53,10 @@ def by_condition(rows: Sequence[Mapping[str, Curves]], errors: Mapping[str, Curv
         _log2(axes, sorted({x for curve in curves.values() for x in curve}), axis)
         _name_lines(axes, *drawn)
 
-    return _panels(rows, draw)
+    return _panels(rows, draw, measure.title)
 
 
-def by_label(rows: Sequence[Mapping[str, Curves]], axis: str, vertical: str = LOSS) -> Figure:
+def by_label(rows: Sequence[Mapping[str, Curves]], axis: str, vertical: str = NATS.title) -> Figure:
     """Loss, or something else, against the values of a label, numbers or names: one line for each name."""
 
     def draw(axes: Axes, title: str, curves: Curves) -> None:
@@ -110,7 +116,9 @@ def weight_maps(rows: Sequence[Mapping[str, np.ndarray]]) -> Figure:
     return _panels(rows, draw, "in layer", share=False)
 
 
-def learning_curves(rows: Sequence[Mapping[str, Mapping[object, Sequence[Mapping[float, float]]]]]) -> Figure:
+def learning_curves(
+    rows: Sequence[Mapping[str, Mapping[object, Sequence[Mapping[float, float]]]]], measure: Measure = NATS
+) -> Figure:
     """Training loss against step: the centred moving mean, and around it the values themselves or,
     where a name has several seeds, the range of their centred means; on the right, its perplexity. Points that are
     not finite are left out; the first tenth of the steps may rise above the panel, which else would show little but
@@ -136,9 +144,10 @@ def learning_curves(rows: Sequence[Mapping[str, Mapping[object, Sequence[Mapping
         _style(axes)
         _name_lines(axes, ends, palette)
         axes.set_xlabel("optimizer step")
-        _perplexity(axes)
+        if measure is NATS:
+            _perplexity(axes)
 
-    return _panels(rows, draw, "training " + LOSS, share=False, right=0.55)
+    return _panels(rows, draw, f"training {measure.title}", share=False, right=0.55)
 
 
 def trends(rows: Sequence[Mapping[str, Trend]]) -> Figure:
@@ -158,7 +167,8 @@ def trends(rows: Sequence[Mapping[str, Trend]]) -> Figure:
         axes.set_xlabel("tokens seen")
         _style(axes)
 
-    return _panels(rows, draw, "difference (0.001 nats per token)", share=False)
+    unit = next(iter(rows[0].values())).measure.unit
+    return _panels(rows, draw, f"difference (0.001 {unit})", share=False)
 
 
 def effects(comparisons: Sequence[tuple[str, Comparison]]) -> Figure:
@@ -175,7 +185,8 @@ def effects(comparisons: Sequence[tuple[str, Comparison]]) -> Figure:
     axes.set_yticks(range(len(comparisons)), [name for name, _ in comparisons], fontsize=SMALL)
     axes.set_ylim(len(comparisons) - 0.5, -0.5)
     axes.tick_params(axis="x", labelsize=SMALL)
-    axes.set_xlabel("difference of loss (nats per token); left of 0 is better", fontsize=SMALL + 0.5)
+    title = comparisons[0][1].differences.measure.title
+    axes.set_xlabel(f"difference of {title}; left of 0 is better", fontsize=SMALL + 0.5)
     axes.grid(axis="x", color="0.9", linewidth=0.6)
     axes.set_axisbelow(True)
     for side in ("top", "right"):
@@ -183,7 +194,7 @@ def effects(comparisons: Sequence[tuple[str, Comparison]]) -> Figure:
     return figure
 
 
-def pareto(panels: Mapping[str, Mapping[str, tuple[float, float]]]) -> Figure:
+def pareto(panels: Mapping[str, Mapping[str, tuple[float, float]]], measure: Measure = NATS) -> Figure:
     """Loss against a cost, {title of a panel: {name of a point: (cost, loss)}}, names being short; the points that no
     other beats in both are joined."""
 
@@ -199,7 +210,7 @@ def pareto(panels: Mapping[str, Mapping[str, tuple[float, float]]]) -> Figure:
         axes.locator_params(axis="x", nbins=5)
         _style(axes)
 
-    return _panels(panel_rows(panels), draw, share=False)
+    return _panels(panel_rows(panels), draw, measure.title, share=False)
 
 
 def ladder(panels: Mapping[str, tuple[Curves, Curves]]) -> Figure:
@@ -224,7 +235,7 @@ def ladder(panels: Mapping[str, tuple[Curves, Curves]]) -> Figure:
         _style(axes)
         _name_lines(axes, ends, palette)
 
-    return _panels(panel_rows(panels), draw, share=False)
+    return _panels(panel_rows(panels), draw, NATS.title, share=False)
 
 
 def beaten(x: float, y: float, points: Iterable[tuple[float, float]]) -> bool:
@@ -246,7 +257,7 @@ def _at(points: Mapping[float, float], steps: Sequence[float]) -> list[float]:
     return [known.get(step, math.nan) for step in steps]
 
 
-def _panels(rows: Sequence[Mapping], draw, vertical: str = LOSS, share: bool = True, right: float = 0.15) -> Figure:
+def _panels(rows: Sequence[Mapping], draw, vertical: str, share: bool = True, right: float = 0.15) -> Figure:
     """Panels of a row share their vertical axis where they also share what they compare (several rows).
 
     right: inches that a panel needs on its right.

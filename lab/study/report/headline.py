@@ -86,8 +86,8 @@ def certainty(study: Results, findings: Findings | None) -> str:
     more = ", ".join(f"{detectable(k) * deviation:.4f} with {k}" for k in (2 * n, 4 * n))
     untested = " The study names no baseline, so nothing is tested: the lowest of many is lucky too."
     return (
-        f"**Noise floor**: {n} seeds find a difference of {detectable(n) * deviation:.4f} nats per token 4 times in 5 "
-        f"(median over pairs of cells, uncorrected); it would be {more} ({KEPT.format(2 * n)})."
+        f"**Noise floor**: {n} seeds find a difference of {detectable(n) * deviation:.4f} {study.measure.unit} 4 times "
+        f"in 5 (median over pairs of cells, uncorrected); it would be {more} ({KEPT.format(2 * n)})."
         f"{'' if findings else untested}"
     )
 
@@ -110,10 +110,11 @@ def best_by_condition(study: Results) -> list[Piece]:
             str(value), *map(str, key), number(_mean(scores, ranked[0]), 4), number(behind[0], 4), said or "—",
             _apart(*behind), *shown.cells[key],
         ])  # fmt: skip
-    columns = [study.condition, *study.labels, "loss", "next is worse by", "95% interval", "told apart", *shown.columns]
+    gaps = ["next is worse by", "95% interval", "told apart"]
+    columns = [study.condition, *study.labels, study.measure.heading, *gaps, *shown.columns]
     caption = (
-        f"**The best cell at each {study.condition}**: mean loss over seeds in nats per token, and how much worse the "
-        "next best is, seed by seed. An interval stands by itself, for a choice made after looking."
+        f"**The best cell at each {study.condition}**: mean loss over seeds in {study.measure.unit}, and how much "
+        "worse the next best is, seed by seed. An interval stands by itself, for a choice made after looking."
     )
     return [Table(columns, rows, caption), costs.common(study)] if rows else []
 
@@ -150,7 +151,7 @@ def _verdict(study: Results, findings: Findings) -> str:
     one = by_mean[0]
     if max(other.estimate.n for other in paired) < 2:
         return (
-            f"**One seed cannot tell**: the lowest difference is {one.estimate.mean:+.4f} nats per token, of "
+            f"**One seed cannot tell**: the lowest difference is {one.estimate.mean:+.4f} {study.measure.unit}, of "
             f"{_named(study, one)}, {_price(one)}, and how far a loss moves by chance shows only between seeds"
         )
     return f"**No difference can be told from noise**: the lowest is of {_named(study, one)}, {_signed(one)}; {tally}"
@@ -162,7 +163,7 @@ def _lowest(study: Results, scores: Scores) -> str:
         return "**Nothing can be told**: no finished run has a finite loss"
     best = ranked[0]
     seeds = len(scores[best])
-    loss = f"{_mean(scores, best):.4f} nats per token ({_where(study, scores[best])}{_seeds(seeds)})"
+    loss = f"{_mean(scores, best):.4f} {study.measure.unit} ({_where(study, scores[best])}{_seeds(seeds)})"
     if len(cells) == 1:
         return f"**There is one cell, so nothing is compared**: its loss is {loss}"
     if len(ranked) == 1:
@@ -257,13 +258,13 @@ def _named(study: Results, one: Comparison) -> str:
 
 def _size(one: Comparison) -> str:
     low, high = sorted(abs(bound) for bound in one.estimate.t_interval)
-    return f"{abs(one.estimate.mean):.4f} nats per token, 95% interval [{low:.4f}, {high:.4f}]"
+    return f"{abs(one.estimate.mean):.4f} {one.differences.measure.unit}, 95% interval [{low:.4f}, {high:.4f}]"
 
 
 def _signed(one: Comparison) -> str:
     known = one.estimate
     bounds = f" [{known.t_interval[0]:+.4f}, {known.t_interval[1]:+.4f}]" if known.t_interval else ""
-    return f"{known.mean:+.4f}{bounds} nats per token"
+    return f"{known.mean:+.4f}{bounds} {one.differences.measure.unit}"
 
 
 def _price(one: Comparison) -> str:

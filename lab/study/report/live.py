@@ -15,7 +15,8 @@ from matplotlib.colors import to_hex
 
 from lab.study.judge.evidence import UNKNOWN, Comparison
 from lab.study.judge.trends import Trend
-from lab.study.report.figures import EFFECT, LOSS, Curves, beaten, colours, smoothed
+from lab.study.measure import NATS, Measure
+from lab.study.report.figures import EFFECT, Curves, beaten, colours, smoothed
 
 MOST_PANELS, MOST_POINTS = 36, 60_000  # of a figure
 POINTS = 300  # of a learning curve
@@ -29,7 +30,13 @@ NAMED = 42  # letters of a comparison beside its row
 Live = dict  # {"panels": [{"data": [...], "layout": {...}}, ...], "logarithmic": whether a log scale of y is offered}
 
 
-def by_condition(rows: Sequence[Mapping[str, Curves]], errors: Mapping[str, Curves], axis: str, trained: Mapping):
+def by_condition(
+    rows: Sequence[Mapping[str, Curves]],
+    errors: Mapping[str, Curves],
+    axis: str,
+    trained: Mapping,
+    measure: Measure = NATS,
+):
     """See figures.by_condition."""
 
     def panel(title: str, curves: Curves) -> dict:
@@ -40,12 +47,12 @@ def by_condition(rows: Sequence[Mapping[str, Curves]], errors: Mapping[str, Curv
             low, high = trained[title]
             shade = dict(type="rect", yref="paper", y0=0, y1=1, fillcolor="#ededed", line={"width": 0}, layer="below")
             layout["shapes"] = [shade | {"x0": low / 1.03, "x1": high * 1.03}]
-        return _panel(title, _lines(curves, errors.get(title, {}), axis), across, _titled(LOSS), **layout)
+        return _panel(title, _lines(curves, errors.get(title, {}), axis), across, _titled(measure.title), **layout)
 
     return _figure(rows, panel)
 
 
-def by_label(rows: Sequence[Mapping[str, Curves]], axis: str, vertical: str = LOSS) -> Live | None:
+def by_label(rows: Sequence[Mapping[str, Curves]], axis: str, vertical: str = NATS.title) -> Live | None:
     """See figures.by_label."""
 
     def panel(title: str, curves: Curves) -> dict:
@@ -86,7 +93,9 @@ def weight_maps(rows: Sequence[Mapping[str, np.ndarray]]) -> Live | None:
     return _figure(rows, panel, logarithmic=False)
 
 
-def learning_curves(rows: Sequence[Mapping[str, Mapping[object, Sequence[Mapping[float, float]]]]]) -> Live | None:
+def learning_curves(
+    rows: Sequence[Mapping[str, Mapping[object, Sequence[Mapping[float, float]]]]], measure: Measure = NATS
+) -> Live | None:
     """See figures.learning_curves; of a long one every n-th point."""
 
     def panel(title: str, curves: Mapping) -> dict:
@@ -98,7 +107,7 @@ def learning_curves(rows: Sequence[Mapping[str, Mapping[object, Sequence[Mapping
                 shown += [value for value in smooth[:, len(steps) // 10 :].flat if math.isfinite(value)]
         low, high = (min(shown), max(shown)) if shown else (0.0, 1.0)
         pad = 0.05 * (high - low) or 0.1
-        down = _titled("training " + LOSS) | {"range": [_number(low - pad), _number(high + pad)]}
+        down = _titled(f"training {measure.title}") | {"range": [_number(low - pad), _number(high + pad)]}
         return _panel(title, data, _titled("optimizer step"), down)
 
     return _figure(rows, panel)
@@ -114,7 +123,7 @@ def trends(rows: Sequence[Mapping[str, Trend]]) -> Live | None:
         line = {"x": tokens, "y": _numbers(mean), "line": {"color": EFFECT["better"]}, "hovertemplate": told}
         late = (np.abs(mean) + half)[len(mean) // 10 :]
         reach = 1.1 * max(float(np.max(late)), 1e-3)
-        down = _titled("difference (0.001 nats per token)") | {"range": [-reach, reach], "zeroline": True}
+        down = _titled(f"difference (0.001 {trend.measure.unit})") | {"range": [-reach, reach], "zeroline": True}
         return _panel(title, [_band(tokens, mean - half, mean + half, SHADE), line], _titled("tokens seen"), down)
 
     return _figure(rows, panel, logarithmic=False)
@@ -149,12 +158,15 @@ def effects(comparisons: Sequence[tuple[str, Comparison]]) -> Live | None:
     names = [_text(name if len(name) <= NAMED else name[: NAMED - 1] + "…") for name, _ in comparisons]
     down = {"tickvals": list(range(len(names))), "ticktext": names, "tickfont": {"size": 10}}
     down["range"] = [len(names) - 0.4, -0.6]
-    across = _titled("difference of loss (nats per token); left of 0 is better") | {"zeroline": True}
+    title = comparisons[0][1].differences.measure.title
+    across = _titled(f"difference of {title}; left of 0 is better") | {"zeroline": True}
     height = 120 + 18 * len(names)
     return _figure([{"": data}], lambda title, data: _panel(title, data, across, down, height=height), False)
 
 
-def pareto(panels: Mapping[str, Mapping[str, tuple[float, float]]], numbers: Mapping[str, str]) -> Live | None:
+def pareto(
+    panels: Mapping[str, Mapping[str, tuple[float, float]]], numbers: Mapping[str, str], measure: Measure = NATS
+) -> Live | None:
     """See figures.pareto; under the names that the pointer shows, with their `numbers` in the figure."""
 
     def panel(title: str, points: Mapping[str, tuple[float, float]]) -> dict:
@@ -172,7 +184,7 @@ def pareto(panels: Mapping[str, Mapping[str, tuple[float, float]]], numbers: Map
             "marker": {"color": [EFFECT["better"] if name in front else GREY for name in points]},
             "hovertemplate": "%{customdata}: %{y:.4f} at %{x:.4s}<extra></extra>",
         }
-        return _panel("", [joined, every], _titled(title), _titled(LOSS), legend=False)
+        return _panel("", [joined, every], _titled(title), _titled(measure.title), legend=False)
 
     return _figure([panels], panel)
 
@@ -189,7 +201,7 @@ def ladder(panels: Mapping[str, tuple[Curves, Curves]]) -> Live | None:
                 law = {"x": [x for x, _ in line], "y": _numbers(y for _, y in line), "line": trace["line"]}
                 data = [*data, law | {"mode": "lines", "hoverinfo": "skip", "showlegend": False, "name": _text(name)}]
                 data[-1]["legendgroup"] = _text(name)
-        return _panel("", data, _titled(title) | {"type": "log"}, _titled(LOSS))
+        return _panel("", data, _titled(title) | {"type": "log"}, _titled(NATS.title))
 
     return _figure([panels], panel)
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from lab.errors import UserError, choose
 from lab.study.judge.evidence import Findings
+from lab.study.measure import NATS
 from lab.study.numbers import number, short, whole
 from lab.study.report import (
     accuracy,
@@ -43,20 +44,21 @@ def curves(study: Results) -> list[Piece]:
     found: dict = {}
     for run in study.runs:
         if run.metrics:
-            points = {line["step"]: line["loss"] for line in run.metrics}
+            points = {line["step"]: line[study.measure.column] for line in run.metrics}
             found.setdefault(study.key(run.cell), []).append(points)
     if not found:
         return [Text("No step has been logged yet.")]
     name = line_label(study)
+    right = "; in the picture on the right, its perplexity" if study.measure is NATS else ""
     caption = (
         f"Training loss, one line for each {name or 'run'}: the centred mean of 1/25 of the logged values; "
-        "faint, the values themselves, or the range of these means over seeds; in the picture on the right, its "
-        f"perplexity. The first tenth of the steps may rise above the panel.{few(len(found))}"
+        f"faint, the values themselves, or the range of these means over seeds{right}. The first tenth of the steps "
+        f"may rise above the panel.{few(len(found))}"
     )
     groups = study.plan["config"].get("study", {}).get("groups", ())
     rows = grouped(arrange(study, lowest(study, found), name), groups)
-    image = figures.png(figures.learning_curves(rows))
-    return [Chart("learning_curves", image, caption, live.learning_curves(rows))]
+    image = figures.png(figures.learning_curves(rows, study.measure))
+    return [Chart("learning_curves", image, caption, live.learning_curves(rows, study.measure))]
 
 
 SECTIONS = {

@@ -25,7 +25,7 @@ THEIRS = {  # what a published file may say of a variant besides its loss
     "parameters_millions": ("published parameters", lambda value: f"{value:g} M"),
     "cache_per_token_per_layer": ("published cache", whole),
 }
-Published = Mapping[str, float]  # {name of a cell: its published loss (nats per token)}
+Published = Mapping[str, float]  # {name of a cell: its published loss, in the unit of the study}
 
 
 def section(study: Results) -> list[Piece]:
@@ -54,7 +54,7 @@ def published_difference(sides: Sequence[Sequence[str]], theirs: Published) -> f
 
 
 def replicates(comparison: Comparison, difference: float) -> str:
-    """yes | no | cannot tell: whether our verdict has the sign of a published difference (nats per token)."""
+    """yes | no | cannot tell: whether our verdict has the sign of a published difference."""
     found = {"better": -1, "worse": 1}.get(comparison.verdict, 0)
     if not found or not difference:
         return UNKNOWN
@@ -89,9 +89,9 @@ def _table(study: Results, findings: Findings | None, theirs: Published) -> Tabl
         *(THEIRS[field][0] for field in besides),
     ]  # fmt: skip
     caption = (
-        "Ours beside the published. Loss: mean over seeds of the judged loss, nats per token, ± half its 95% interval "
-        "(Student t). Difference from the baseline: paired over seeds, so its interval is narrower than those of the "
-        f"losses. {MEANINGS} FLOPs per token: of a training step."
+        f"Ours beside the published. Loss: mean over seeds of the judged loss, {study.measure.unit}, ± half its 95% "
+        "interval (Student t). Difference from the baseline: paired over seeds, so its interval is narrower than those "
+        f"of the losses. {MEANINGS} FLOPs per token: of a training step."
     )
     return Table(columns, rows, caption, sortable=True)
 

@@ -9,7 +9,7 @@ import pandas as pd
 from lab.study.results import Results
 
 Key = tuple  # the values of a cell's labels, in the study's order of labels
-Losses = dict[Key, dict[int, float]]  # a curve for each cell: loss (nats per token) by condition
+Losses = dict[Key, dict[int, float]]  # a curve for each cell: loss, in the measure of the study, by condition
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +141,7 @@ def rank_correlation(ours: Losses, theirs: Losses) -> tuple[float, int] | None:
 
 def _by_seed(study: Results) -> dict[Key, dict[int, list[float]]]:
     found: dict = {}
-    for row in study.results.to_dict("records"):
+    for row, score in zip(study.results.to_dict("records"), study.scores, strict=True):
         key = tuple(row[label] for label in study.labels)
-        found.setdefault(key, {}).setdefault(row[study.condition], []).append(row["loss"])
+        found.setdefault(key, {}).setdefault(row[study.condition], []).append(score)
     return found

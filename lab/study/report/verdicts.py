@@ -6,6 +6,7 @@ from lab.study.judge.evidence import UNKNOWN, Comparison, Evidence, Findings, ov
 from lab.study.judge.residuals import AGAINST, BETWEEN, COSTS, MEANINGS, percent, relative, shown
 from lab.study.judge.statistics import LEAST_RESAMPLED, Interval
 from lab.study.judge.trends import EARLY, END, reading, trend
+from lab.study.measure import BITS
 from lab.study.numbers import number
 from lab.study.report import figures, live
 from lab.study.report.layout import describe, links, panel_rows, run_label
@@ -18,7 +19,7 @@ OF_CONTRAST = ["contrast", "expected", "difference", "95% interval", *COSTS]
 NONE = ["—"] * len(OF_CONTRAST)  # where a row is about several contrasts
 MOST_TRENDS, MOST_EFFECTS = 24, 40  # in a figure
 EXPLAINED = (
-    "Difference: mean over seeds of the paired differences, in nats per token; below 0 is better. 95% interval: "
+    "Difference: mean over seeds of the paired differences, in {unit}; below 0 is better. 95% interval: "
     "Student t; bootstrap: studentised; both of one comparison by itself; none where differences over seeds spread by "
     "less than float32 tells losses apart. p: paired t-test, corrected (Holm) over all "
     "comparisons of the study; below 0.05 there is a verdict, so that an interval without 0 may still tell nothing. "
@@ -51,7 +52,7 @@ def verdicts(study: Results, findings: Findings) -> list[Piece]:
         for cell in study.plan["cells"]
     ]
     if against:
-        columns = [*study.labels, "loss", *JUDGED, "differs in", *COSTS, "seeds", *DETAILS]
+        columns = [*study.labels, study.measure.heading, *JUDGED, "differs in", *COSTS, "seeds", *DETAILS]
         caption = (
             f"Every cell against the one with {describe(dict(findings.settings.baseline))} and otherwise its labels. "
             f"{AGAINST} {DIFFERS}"
@@ -72,7 +73,8 @@ def verdicts(study: Results, findings: Findings) -> list[Piece]:
         ]
         columns = ["contrast", *JUDGED, "differs in", *COSTS, "seeds", *DETAILS, "compares"]
         blocks.append(Table(columns, rows, f"Contrasts. {BETWEEN}{f' {DIFFERS}' * (not against)}", sortable=True))
-    return [*blocks, Text(EXPLAINED), Text(MEANINGS), *_effects(study, findings), *refusals(findings.comparisons)]
+    told = Text(EXPLAINED.format(unit=study.measure.unit)), Text(MEANINGS)
+    return [*blocks, *told, *_effects(study, findings), *refusals(findings.comparisons)]
 
 
 def judged(comparison: Comparison) -> list[str]:
@@ -159,6 +161,8 @@ def _notes(study: Results, findings: Findings) -> Iterable[str]:
     judged = findings.settings.judged
     which = f"{study.condition} {', '.join(map(str, judged))}" if judged else f"all values of {study.condition}"
     yield f"A cell is judged by its mean loss over {which}."
+    if study.measure is BITS:
+        yield "Its loss is in bits per byte: tokenizers differ, and no two of them predict the same tokens."
     looks = [look["seeds"] for look in study.plan.get("looks", [])]
     if len(set(looks)) > 1:
         shown = ", then ".join(map(str, dict.fromkeys(looks)))

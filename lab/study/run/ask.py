@@ -41,7 +41,8 @@ def ask(run: Run, display: Display, stop: Callable[[int], bool], trained=None) -
             continue
         model = _from_checkpoint(run, config, mesh) if model is None else model
         stopped = lambda: stop(config.train.steps)  # noqa: E731
-        for one in conditions.evaluate(config, name, model, run.data.validation, mesh, done=done, stop=stopped):
+        options = dict(done=done, stop=stopped, bytes_of_ids=run.data.tokenizer.bytes_of_ids)
+        for one in conditions.evaluate(config, name, model, run.data.validation, mesh, **options):
             if not math.isfinite(one.loss):
                 raise loop.NonFinite(f"ask {name}, {column} {one.value}: loss {one.loss}", member=0)
             display.condition(column, one.value, one.loss)
@@ -70,6 +71,8 @@ def _keep(run: Run, config: ConfigDict, found: dict, one: conditions.Condition, 
     """Adds a row and writes what there is by now."""
     asked, column = config.evaluate[found["name"]], found["column"]
     row = {column: one.value, "loss": one.loss, "accuracy": one.accuracy, "tokens": one.tokens}
+    if one.bytes:
+        row |= {"bytes": one.bytes, "bits_per_byte": one.bits_per_byte}
     timing = {
         column: one.value,
         "seconds": one.seconds,

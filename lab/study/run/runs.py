@@ -20,7 +20,7 @@ from lab.evaluate import asks
 from lab.model import mesh as lab_mesh
 from lab.model.spec import biased
 from lab.storage import find_json, write_json
-from lab.study import results
+from lab.study import measure, results
 from lab.study.define import asked, contrasts, identity, plan
 from lab.study.define.cell import Cell, labels
 from lab.study.run import places, segments
@@ -53,7 +53,8 @@ Unit = tuple[Run, ...]  # trained by one program
 
 
 CORPUS_FIELDS = (
-    *("corpus", "path", "field", "missing", "tokenizer", "eos", "lossy", "text_length", "long_texts", "texts"),
+    *("corpus", "path", "field", "missing", "tokenizer", "eos", "lossy"),
+    *("text_length", "text_bytes", "long_texts", "texts"),
 )
 
 
@@ -150,6 +151,9 @@ def write_plan(
         }
         for row in rows
     ]
+    judged = measure.of_cells(rows)
+    if judged is not measure.NATS:
+        cells = [cell | {"reads": _reads(of_cell[cell["name"]][0])} for cell in cells]
     study = config.study
     written = {
         "study": study.name,
@@ -166,11 +170,17 @@ def write_plan(
         "attention": attention,
         "looks": looks,
         "cells": cells,
-    }
+    } | ({measure.FIELD: judged.column} if judged is not measure.NATS else {})
     with places.writable(workdir):
         write_json(path, written)
         for several in of_cell.values():
             _mend(several[0])
+
+
+def _reads(run: Run) -> dict:
+    """The texts of a training step and their bytes, as many as the texts have in the mean."""
+    texts = run.cell.config.data.rows * run.cell.config.data.texts_per_row
+    return {"texts": texts, "size": texts * run.data.train.mean_bytes}
 
 
 def _mend(run: Run) -> None:
