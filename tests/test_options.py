@@ -333,7 +333,8 @@ VALUES = {  # another than the default, by type, where the declaration names no 
     "mixer.v_head_dim": 10, "mixer.q_rank": 3, "mixer.o_rank": 5, "mixer.rotate": "q", "mixer.softmax_scale": 0.3,
     "mixer.softcap": 2.0, "mixer.latent": 6, "feedforward.width": 20, "norm.eps": 0.1, "position.theta": 7.0,
     "position.dim": 6, "position.ratio": 0.3, "position.stride": 2, "position.share": 0.5, "position.length": 40,
-    "position.buckets": 16, "position.distance": 200, "position.clip": 3, "branch.start": 0.2,
+    "mixer.qk_norm_over": "heads", "position.buckets": 16, "position.distance": 200, "position.clip": 3,
+    "branch.start": 0.2,
 }  # fmt: skip
 ALREADY = {"mixer.latent_norm": False, "position.shared": False}
 
@@ -344,6 +345,8 @@ def reading(field: str) -> dict:
         return variants.mixer("mla")
     if field == "position.clip":
         return dict(model__position__name="shaw")
+    if field == "mixer.qk_norm_over":
+        return dict(model__mixer__qk_norm=True)
     if field in ("position.buckets", "position.distance", "position.shared"):
         return dict(model__position__name="t5", model__position__shared=field == "position.shared")
     return dict(model__branch__name="layer-scale") if field == "branch.start" else {}

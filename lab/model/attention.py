@@ -84,6 +84,7 @@ class Softmax(nnx.Module):
         "output_gate": Option(False, "gates the output, elementwise, after attention"),
         "sink": Option(False, "a learned score in the softmax's denominator, for each head"),
         "qk_norm": Option(False, "norms queries and keys before they rotate"),
+        "qk_norm_over": Option("head", "what is normed at once; heads: all of a token's", choices=("head", "heads")),
     }
     rules: ClassVar[tuple[str, ...] | None] = None  # the mask rules that it supports; None: every one
     in_order: ClassVar[bool] = False  # whether tokens must come in the order of their row
@@ -115,7 +116,9 @@ class Softmax(nnx.Module):
             parameter.matrix(gate, (D, H, V), ("embed", "heads", "head_dim")) if options.output_gate else None
         )
         self.sink = parameter.bias(self.heads, "heads") if options.sink else None
-        self.q_norm, self.k_norm = (norm.make(model, K) if options.qk_norm else None for _ in range(2))
+        self.norms_heads = "qk_norm_over" in self.options and options.qk_norm_over == "heads"
+        at_once = (self.heads, self.kv_heads) if self.norms_heads else (1, 1)
+        self.q_norm, self.k_norm = (norm.make(model, n * K) if options.qk_norm else None for n in at_once)
         self.biased, self.added = bool(position.of(model).added), position.added(model, self.heads, (K, V), key)
         self.rule = rule
         self.scale = options.softmax_scale or K**-0.5
@@ -202,7 +205,13 @@ class Softmax(nnx.Module):
         if self.q_latent_norm is not None:
             x_BTD = self.q_latent_norm(x_BTD)
         q_BTHK = heads(x_BTD, self.q, self.q_bias)
-        return q_BTHK if self.q_norm is None else self.q_norm(q_BTHK)
+        return self.normed(self.q_norm, q_BTHK)
+
+    def normed(self, norm_of: nnx.Module | None, x_BTHK):
+        """Queries or keys, each head or all of a token's at once; as they are without a norm."""
+        if norm_of is None or not self.norms_heads:
+            return x_BTHK if norm_of is None else norm_of(x_BTHK)
+        return norm_of(x_BTHK.reshape(*x_BTHK.shape[:2], -1)).reshape(x_BTHK.shape)
 
     def keep(self, x_BTD, rotation) -> Kept:
         """What tokens keep of themselves."""
@@ -283,7 +292,7 @@ class Attention(Softmax):
     def keys(self, x_BTD, rotation):
         """Keys [B, T, G, K]. Here and for values x may be [B, T, G, D], an input for each group."""
         k_BTGK = heads(x_BTD, self.k, self.k_bias)
-        return self.turned("k", k_BTGK if self.k_norm is None else self.k_norm(k_BTGK), rotation)
+        return self.turned("k", self.normed(self.k_norm, k_BTGK), rotation)
 
     def values(self, x_BTD, rotation):
         """Values [B, T, G, V]."""

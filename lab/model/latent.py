@@ -23,7 +23,7 @@ class LatentAttention(Softmax):
     """
 
     options = (
-        without(Softmax.options, "qk_norm")
+        without(Softmax.options, "qk_norm", "qk_norm_over")
         | LATENT_NORM
         | {"latent": Option(0, "numbers of a latent, cached", least=1)}
     )

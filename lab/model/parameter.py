@@ -42,7 +42,7 @@ def table(key: jax.Array, shape: tuple[int, int], axes: tuple[str, str], spread:
 
 def scale(size: int, value: float = 1.0) -> nnx.Param:
     """A multiplier per channel that starts at `value`, does not decay, and is whole on every device."""
-    return nnx.Param(jnp.full(size, value), axes=("channel",), inputs=0, decay=False)
+    return nnx.Param(jnp.full(size, value, jnp.float32), axes=("channel",), inputs=0, decay=False)
 
 
 def bias(size: int, axis: str = "channel", value: float = 0.0) -> nnx.Param:

@@ -18,7 +18,7 @@ from lab.options import without
 class PartlyShared(Softmax):
     """S1: k = [c ; R_j r], v = [c ; e] with e of V - N numbers of its own."""
 
-    options = without(Softmax.options, "qk_norm")
+    options = without(Softmax.options, "qk_norm", "qk_norm_over")
     rope_of_all_groups = False  # whether the groups share one rotated key
 
     def __init__(self, model, rule: Rule, key: jax.Array):
@@ -94,7 +94,7 @@ class FullyShared(Softmax):
 
     def keep(self, x_BTD, rotation) -> Kept:
         kv_BTGK = heads(x_BTD, self.kv)
-        return (self.turned("k", kv_BTGK if self.k_norm is None else self.k_norm(kv_BTGK), rotation),)
+        return (self.turned("k", self.normed(self.k_norm, kv_BTGK), rotation),)
 
     def read(self, kept: Kept):
         return kept[0], kept[0]
@@ -107,7 +107,7 @@ class LatentShared(Softmax):
     mixer.softmax_scale, it computes the same.
     """
 
-    options = without(Softmax.options, "v_head_dim", "qk_norm") | LATENT_NORM
+    options = without(Softmax.options, "v_head_dim", "qk_norm", "qk_norm_over") | LATENT_NORM
     rotates = "qk"
 
     def __init__(self, model, rule: Rule, key: jax.Array):

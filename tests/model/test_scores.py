@@ -302,8 +302,6 @@ def test_an_implementation_that_adds_nothing_is_refused_by_name(name, monkeypatc
     plain, every = Cell("plain", {}, config("none")), [*kernels.IMPLEMENTATIONS]
     assert attention._able([plain, Cell("added", {}, made)], every) == ["reference", "tiled"]
     assert attention._able([plain], every) == every
-        *kernels.IMPLEMENTATIONS
-    }
 
 
 @pytest.mark.parametrize(("name", "overrides", "says"), [

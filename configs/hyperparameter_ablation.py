@@ -1,0 +1,204 @@
+"""Which hyper-parameters of a Transformer matter at a fixed size: widths, depth, heads, regularisation, batch and rate?
+
+    python -m lab.main --config=configs/hyperparameter_ablation.py               # :cpu, the part "ffn", 6 minutes
+    python -m lab.main --config=configs/hyperparameter_ablation.py:cpu-heads     # and aspect, groups, regularisation,
+    python -m lab.main --config=configs/hyperparameter_ablation.py:cpu-batch     #     repeated, batch
+    python -m lab.plan --config=configs/hyperparameter_ablation.py:paper-aspect  # :gpu and :paper have the same parts
+
+Sizes are matched on parameters, embeddings among them: the solver finds the width of the feed-forward.
+configs/vocabulary_ablation.py has the vocabulary, since it is judged in bits per byte.
+
+Published: losses hardly move for d_ff / d from 1 to 4, by 1.8% at 8 and 8% near 50, nor for models 50 to 300 times as
+wide as deep (arXiv 2001.08361, figure 5); models have d_ff = 4 d, 8/3 d where gated, H x head_dim = d, and 100 to 200
+of width for a layer; weight decay helps by way of the schedule and lowers the training loss (arXiv 2310.04415);
+dropout is for data that is read more than once.
+"""
+
+from lab.config import base
+from lab.errors import choose
+from lab.evaluate.asks import ask
+from lab.study.define.cells import chain, matched, named, product, vary
+
+RATIOS = (1, 2, 8 / 3, 4, 8, 16, 32, 64)  # of a gated feed-forward to the model
+HEADS = (0.5, 1, 2, 4, 8, 16)  # of all query heads to the model
+DECAYS = (0.0, 0.1, 1.0)
+GATED = 8 / 3
+BASELINE = "baseline"
+
+
+def even(number: float) -> int:
+    return 2 * max(1, round(number / 2))
+
+
+def shape(config, *, ffn: float = GATED, heads: float = 1.0, layers: int | None = None) -> tuple:
+    """Fields of a model with these ratios to its width, so wide that its layers have about the config's parameters.
+
+    A layer of width d has (4 heads + 3 ffn) d^2 of them. All of a model's heads together are as wide as it is, and as
+    many as the config's; where they are not, each is as wide as the config's.
+    """
+    model, mixer = config.model, config.model.mixer
+    layers = layers or model.layers
+    wanted = model.layers * (4 + 3 * GATED) * model.dim**2
+    width = (wanted / (layers * (4 * heads + 3 * ffn))) ** 0.5
+    if heads == 1:
+        count, each = mixer.heads, even(width / mixer.heads)
+        dim = count * each
+    else:
+        count, each, dim = max(1, round(heads * width / mixer.head_dim)), mixer.head_dim, even(width)
+    return (
+        ("model.dim", dim),
+        ("model.layers", layers),
+        ("model.mixer.heads", count),
+        ("model.mixer.kv_heads", count),
+        ("model.mixer.head_dim", each),
+    )
+
+
+def alike(group):
+    """The overrides, each with the baseline's parameters, embeddings among them, by the width of its feed-forward."""
+    return matched(group, to=BASELINE, on="parameters", by="model.feedforward.width")
+
+
+def sweep(config, name: str, **values) -> tuple:
+    """The baseline, and a matched cell for every other value of a ratio of `shape`."""
+    ((ratio, numbers),) = values.items()
+    others = (named(f"{name} {number:.3g}", *shape(config, **{ratio: number})) for number in numbers)
+    return chain(named(BASELINE), alike(chain(*others)))
+
+
+def part_ffn(config) -> None:
+    config.study.question = "How wide a feed-forward, at equal parameters?"
+    config.study.cells = sweep(config, "d_ff / d", ffn=[r for r in RATIOS if r != GATED])
+
+
+def part_heads(config) -> None:
+    config.study.question = "How much of a model should its heads be, at equal parameters?"
+    config.study.cells = sweep(config, "H hd / d", heads=[r for r in HEADS if r != 1])
+
+
+def part_aspect(config) -> None:
+    config.study.question = "Wide or deep, at equal parameters?"
+    depth = config.model.layers
+    layers = [n for n in (depth // 4, depth // 2, 2 * depth, 4 * depth) if n]
+    config.study.cells = sweep(config, "layers", layers=layers)
+
+
+def part_regularisation(config) -> None:
+    """Weight decay under three schedules: they share one program."""
+    study = config.study
+    study.question = "Does weight decay help by itself, or by way of the schedule?"
+    study.labels = (("train.schedule", "schedule"), ("train.weight_decay", "decay"))
+    config.train.final_learning_rate = config.train.learning_rate / 100
+    study.cells = product(vary("train.schedule", ("constant", "cosine", FAST)), vary("train.weight_decay", DECAYS))
+    study.baseline = (("decay", 0.0),)
+
+
+def part_repeated(config) -> None:
+    """Texts that are read once, and a tenth of them read ten times."""
+    study = config.study
+    study.question = "Do dropout and decay help where texts are read more than once?"
+    study.labels = (("data.texts", "texts"), ("name", "regularised"))
+    texts = config.train.steps * config.data.rows * config.data.texts_per_row
+    study.cells = product(
+        vary("data.texts", (texts, texts // 10)),
+        chain(
+            named("no"),
+            named("dropout 0.1", ("train.dropout.residual", 0.1), ("train.dropout.embedding", 0.1)),
+            named("decay 1", ("train.weight_decay", 1.0)),
+        ),
+    )
+    study.baseline = (("regularised", "no"),)
+
+
+def part_batch(config) -> None:
+    """As many tokens for all; a learning rate for each size of a batch."""
+    study, rows = config.study, config.data.rows
+    study.question = "Which learning rate does a batch want?"
+    study.labels = (("data.rows", "rows"), ("train.learning_rate", "rate"))
+    rate = config.train.learning_rate
+    config.train.final_learning_rate = 0.0
+    study.cells = product(
+        vary("data.rows", (rows // 2, rows, 2 * rows)),
+        vary("train.learning_rate", (rate / 4, rate / 2, rate, 2 * rate)),
+    )
+    study.length = "tokens"
+
+
+def part_recall(config) -> None:
+    """Pairs to recall, by the share of heads and by key heads; not matched: the smaller have fewer parameters."""
+    study, mixer = config.study, config.model.mixer
+    study.question = "Do more or fewer heads recall better?"
+    heads = lambda count, groups: (("model.mixer.heads", count), ("model.mixer.kv_heads", groups))  # noqa: E731
+    count = mixer.heads
+    study.cells = chain(
+        named(BASELINE),
+        *(named(f"H hd / d {r:g}", *heads(int(r * count), int(r * count))) for r in (0.5, 2, 4)),
+        *(named(f"{groups} key heads", *heads(count, groups)) for groups in (count // 2, 1)),
+    )
+    study.sections = ("accuracy", "curves")
+    config.data.corpus = "mqar"
+    config.data.text_length = 64
+    config.data.rows = 32
+    config.data.probe.difficulty = "4-12"
+    config.evaluate.loss = ask("difficulty", difficulties=(4, 8, 12), texts=256, rows=64)
+
+
+FAST = "exponential"
+PARTS = {
+    "ffn": part_ffn, "heads": part_heads, "aspect": part_aspect, "regularisation": part_regularisation,
+    "repeated": part_repeated, "batch": part_batch, "recall": part_recall,
+}  # fmt: skip
+
+
+def cpu(config) -> None:
+    """4 layers of width 64 on bytes of Python's own sources, 200 steps of 8 rows of 128 bytes."""
+    config.model.update(dict(dim=64, layers=4))
+    config.model.mixer.update(dict(heads=4, kv_heads=4, head_dim=16))
+    config.model.feedforward.width = 171
+    config.data.update(dict(text_length=128, rows=8))
+    config.evaluate.loss.rows = 64
+    config.train.update(dict(steps=200, learning_rate=5e-3, final_learning_rate=5e-4, warmup=20))
+    config.run.checkpoint.every = 200
+    config.study.seeds = 3
+
+
+def gpu(config) -> None:
+    """512 wide, 8 layers, on Python's own sources: 1,000 steps of 16k tokens, about five epochs."""
+    config.model.update(dict(dim=512, layers=8, vocabulary=6400, compute="bfloat16"))
+    config.model.mixer.update(dict(heads=8, kv_heads=8, head_dim=64))
+    config.model.feedforward.width = 1365
+    config.run.update(dict(scan=True, remat="dots"))
+    config.data.update(dict(tokenizer="bpe:6400", text_length=512, rows=32))
+    config.train.update(dict(steps=1000, learning_rate=2e-3, final_learning_rate=2e-4, warmup=50))
+    config.evaluate.loss.update(dict(texts=0, rows=32))
+    config.run.checkpoint.every = 500
+    config.study.seeds = 3
+
+
+def paper(config) -> None:
+    """768 wide, 12 layers, 16,000 steps of 128 texts of 1024 tokens; bring them."""
+    gpu(config)
+    config.model.update(dict(dim=768, layers=12, vocabulary=32_000))
+    config.model.mixer.update(dict(heads=12, kv_heads=12, head_dim=64))
+    config.model.feedforward.width = 2048
+    config.data.update(dict(corpus="jsonl", tokenizer="bpe:32000", text_length=1024, rows=128, texts=2_048_000))
+    config.train.update(dict(steps=16_000, warmup=1000))
+    config.evaluate.loss.update(dict(texts=4096, rows=32))
+    config.run.checkpoint.every = 1000
+
+
+SIZES = {"cpu": cpu, "gpu": gpu, "paper": paper}
+SCALES = {f"{size}-{part}" if part != "ffn" else size: (size, part) for size in SIZES for part in PARTS}
+
+
+def get_config(scale: str = "cpu"):
+    config = base()
+    size, part = SCALES[choose("the scale of configs/hyperparameter_ablation.py", scale, SCALES)]
+    SIZES[size](config)
+    config.study.name = f"hyperparameter_ablation_{part}"
+    config.study.labels = (("name", "variant"),)
+    config.study.sections = ("curves",)
+    if part in ("ffn", "heads", "aspect", "recall"):
+        config.study.baseline = (("variant", BASELINE),)
+    PARTS[part](config)
+    return config
