@@ -26,7 +26,7 @@ STUDIES = (
     "attention_ablation:cpu-rotate", "muon_ablation:cpu", "probes:cpu", "residual_ablation:cpu-confirm",
     "residual_ablation:cpu-v1", "residual_ablation:cpu-v2", "residual_ablation:cpu-v3", "residual_ablation:cpu-v4",
     "residual_ablation:cpu-beyond", "residual_ablation:cpu-sanity", "attention_ablation:cpu-flops",
-    "attention_ablation:cpu-beyond", "attention_ablation:cpu-beyond-flops",
+    "attention_ablation:cpu-beyond", "attention_ablation:cpu-beyond-flops", "scaling_ladder:cpu",
 )  # fmt: skip
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RUNS, PAGES = ROOT / "runs" / "studies", ROOT / "docs" / "studies"
