@@ -235,6 +235,7 @@ ROWS = {
     "evaluate/asks.py": [("other weights pass", "if _weights(changed) != _weights(config)", "if False")],
     "study/define/cells.py": [
         ("first group fastest", "itertools.product(*groups))", "itertools.product(*groups[::-1]))"),
+        ("rungs of one name", "or names.count(name) > 1", ""),
     ],
     "study/define/contrasts.py": [("a baseline of itself", " and there[0] != name", "")],
     "study/define/identity.py": [
@@ -264,6 +265,16 @@ ROWS = {
         ("a run against itself", "generator.integers(1, len(runs), comparisons)",
          "generator.integers(0, len(runs), comparisons)"),
         ("noise of one run", "math.sqrt(2 * variance)", "math.sqrt(variance)"),
+    ],
+    "study/judge/scaling.py": [
+        ("Huber losses without a tail", "pull = np.clip(off, -1.0, 1.0)", "pull = off"),
+        ("one ratio of tokens tells both exponents", "np.abs(log_d - line(log_n)).max() < APART", "False"),
+        ("an inverse without the floor", "np.asarray(losses, float) - self.floor", "np.asarray(losses, float)"),
+    ],
+    "study/judge/gains.py": [
+        ("what a variant spends is no matter", "law.compute(y_0) - (x - x_0)", "law.compute(y_0)"),
+        ("shrinking is growing", "first * bound for bound in self.slope_interval) < 0",
+         "-first * bound for bound in self.slope_interval) < 0"),
     ],
     "study/judge/trends.py": [
         ("lower for higher", 'side = "lower" if ends.mean() < 0', 'side = "lower" if ends.mean() > 0'),

@@ -137,18 +137,21 @@ def _objective(theta: np.ndarray, sizes: np.ndarray, logs: np.ndarray) -> tuple[
     and of their exponents, all of which so are positive."""
     parts = _parts(theta, sizes)
     predicted = np.logaddexp.reduce(parts)
-    off = (predicted - logs) / DELTA
-    pull = np.clip(off, -1.0, 1.0)
+    value, pull = _huber((predicted - logs) / DELTA)
     shares = np.exp(parts - predicted) * (pull / DELTA)
     steeper = -(shares[1:] * sizes).sum(axis=1) * np.exp(theta[1 + len(sizes) :])
-    return (pull * (off - pull / 2)).sum(), np.concatenate([shares.sum(axis=1), steeper])
+    return value, np.concatenate([shares.sum(axis=1), steeper])
 
 
 def _values(thetas: np.ndarray, sizes: np.ndarray, logs: np.ndarray) -> np.ndarray:
     """The objective of many [starts, parameters]: [starts]."""
-    off = (np.logaddexp.reduce(_parts(thetas.T, sizes[:, None])) - logs) / DELTA
+    return _huber((np.logaddexp.reduce(_parts(thetas.T, sizes[:, None])) - logs) / DELTA)[0]
+
+
+def _huber(off: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Sum over runs [..., n] -> [...], and derivative [..., n], of the Huber loss of delta 1."""
     pull = np.clip(off, -1.0, 1.0)
-    return (pull * (off - pull / 2)).sum(axis=-1)
+    return (pull * (off - pull / 2)).sum(axis=-1), pull
 
 
 def _parts(theta: np.ndarray, sizes: np.ndarray) -> np.ndarray:

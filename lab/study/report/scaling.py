@@ -50,7 +50,7 @@ def section(study: Results) -> list[Piece]:
         return [Text("No cell has finished yet.")]
     blocks, panels = [], {}
     for title, names in _ladders(study).items():
-        runs = [score for name in names for score in scores[name].values() if np.isfinite(score.loss)]
+        runs = [score for name in names for score in scores[name].values() if 0 < score.loss < np.inf]
         told, drawn = _fit(study, runs)
         blocks += [*[Heading(title)] * bool(title), *told]
         panels |= {f"{title}: {axis}" if title else axis: panel for axis, panel in drawn.items()}
