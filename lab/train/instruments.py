@@ -47,7 +47,7 @@ def measure(state: State, numbers: Numbers, batch: Batch, program: Program, name
     activations: activation, the root mean square of the stream after each layer.
     logits: attention_max, the largest score that a query gives to a key that it sees, scaled and capped; and
     attention_entropy, in nats, the mean over queries and heads. Both nan where a mixer is no softmax over its own keys,
-    and under streams other than the plain one.
+    where something is added to scores, and under streams other than the plain one.
     log_z: log_z_mean and log_z_max, of the head's log normaliser.
     gradients: gradient, the norm over the parameters of each layer, before clipping.
     updates: update, the norm of each layer's update divided by that of its weights.
@@ -129,9 +129,9 @@ def _rms(x_BTD: jax.Array, real_BT: jax.Array) -> jax.Array:
 
 
 def _readable(stream: Stream, mixer) -> bool:
-    """Whether a layer's scores are those of its own queries and keys, read from the stream as it is."""
-    plain = type(stream).layer is Stream.layer
-    return plain and isinstance(mixer, Softmax) and type(mixer).remember is Softmax.remember
+    """Whether a layer's scores are those of its own queries and keys alone, read from the stream as it is."""
+    own = isinstance(mixer, Softmax) and type(mixer).remember is Softmax.remember
+    return own and type(stream).layer is Stream.layer and not getattr(mixer, "biased", False)  # by a position
 
 
 def _attention(block: Block, x_BTD: jax.Array, view: View) -> tuple[jax.Array, jax.Array]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import types
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ from lab import report
 from lab.study import results
 from lab.study.judge import spikes
 from lab.study.report import figures, live, stability
+from lab.study.run import study as run_study
+from lab.train import loop
 
 VARIANTS = {"variant": ["pre", "post", "broken", "later"]}
 STEPS = 80
@@ -98,3 +101,12 @@ def test_before_the_first_step_there_is_nothing_to_say(tmp_path):
     write_study(tmp_path, {"variant": ["a"]}, lambda labels, count: 2.0, (1,), sections=("stability",), skip=every)
     report.rebuild(tmp_path)
     assert "No step has been logged yet." in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.parametrize(("step", "kept"), [(7, {"step": 7}), (None, {})], ids=["of training", "of an ask"])
+def test_a_failure_is_written_down_with_its_step(tmp_path, step, kept):
+    run = types.SimpleNamespace(directory=tmp_path, name="a")
+    display = types.SimpleNamespace(finish_run=lambda *_, fresh: None)
+    run_study._fail(run, loop.NonFinite("loss nan", 0, step), display)
+    failure = results.failed(tmp_path)
+    assert failure == {"reason": "loss nan", **kept}
