@@ -51,7 +51,7 @@ def of_bytes(config, size: int) -> None:
 
 
 def cpu(config) -> None:
-    """2 layers of width 64 on Python's own sources, 300 steps of 16 texts of at most 126 bytes."""
+    """2 layers of width 64 on Python's own sources, 300 steps of 8 texts of at most 126 bytes."""
     config.study.cells = cells((512, 1024, 2048, 4096))
     config.study.seeds = 3
     config.model.update(dict(dim=64, layers=2))
@@ -59,7 +59,7 @@ def cpu(config) -> None:
     config.model.feedforward.width = 176
     config.run.implementation = "reference"  # rows this short gain nothing from tiles
     of_bytes(config, 126)
-    config.data.rows = 16
+    config.data.rows = 8
     config.evaluate.loss.rows = 64
     config.train.steps = config.run.checkpoint.every = 300
 

@@ -162,7 +162,10 @@ def _notes(study: Results, findings: Findings) -> Iterable[str]:
     which = f"{study.condition} {', '.join(map(str, judged))}" if judged else f"all values of {study.condition}"
     yield f"A cell is judged by its mean loss over {which}."
     if study.measure is BITS:
-        yield "Its loss is in bits per byte: tokenizers differ, and no two of them predict the same tokens."
+        yield (
+            "Its loss is in bits per byte: tokenizers differ, so that a token, also one of tokens/s, is not as much "
+            "text for one as for another."
+        )
     looks = [look["seeds"] for look in study.plan.get("looks", [])]
     if len(set(looks)) > 1:
         shown = ", then ".join(map(str, dict.fromkeys(looks)))

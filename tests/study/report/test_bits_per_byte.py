@@ -4,12 +4,14 @@ import csv
 import dataclasses
 import json
 import math
+import types
 
 import pytest
 from studies import change_evaluation, without_plotly, write, write_study
 
 import lab.config
 from lab import report
+from lab.data import Data
 from lab.errors import UserError
 from lab.study import measure, results
 from lab.study.define import plan
@@ -17,6 +19,7 @@ from lab.study.define.cells import vary, zipped
 from lab.study.define.resolve import resolve
 from lab.study.judge import evidence, pairing, trends
 from lab.study.report import headline
+from lab.study.run import runs
 
 VALUES = {"variant": ["bytes", "bpe:512"]}
 STUDY = {"baseline": (("variant", "bytes"),)}
@@ -173,3 +176,19 @@ def test_what_a_study_is_judged_in_follows_from_its_tokenizers():
     every = plan.table(made, found)
     assert measure.of_cells(every) is measure.BITS and measure.of_cells(every[:1]) is measure.NATS
     assert measure.of_cells([{}, *every[:1]]) is measure.NATS  # a probe has no tokenizer
+
+
+def test_the_plan_keeps_what_is_judged_in_and_what_a_step_reads(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs.asked, "wanted", lambda config, data: {})
+    made, found = cells((64, 64))
+    every = plan.table(made, found)
+    data = Data(types.SimpleNamespace(mean_bytes=60.5), None, None, "", "")
+    planned = [
+        runs.Run(cell, 0, {"cell": cell.name}, data, tmp_path / "cells" / cell.name / "seed-0") for cell in found
+    ]
+    for count, expected in ((2, measure.BITS), (1, measure.NATS)):
+        runs.write_plan(tmp_path / str(count), made, every[:count], planned[:count], [], "the command")
+        kept = json.loads((tmp_path / str(count) / "plan.json").read_text())
+        assert measure.of_plan(kept) is expected and ("measure" in kept) == (count == 2)
+        reads = {"texts": made.data.rows, "size": made.data.rows * 60.5}
+        assert [cell.get("reads") for cell in kept["cells"]] == ([reads] * 2 if count == 2 else [None])
