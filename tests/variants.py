@@ -26,7 +26,7 @@ SIZES = dict(length=ROW, copies=2, rank=3, blocks=3)  # of streams that read the
 OPTIONS = ("output_gate", "sink", "qk_norm")  # that add one thing to any softmax mixer that reads them
 
 OWN_AND_LEARNED = (  # biases of each layer; a mixer that splits its heads, without a rotation, and a learned code
-    (("position.shared", False), ("mixer.name", "differential")),
+    (("position.shared", False),),
     (("position.name", "learned"), ("position.length", ROW), ("mixer.name", "mla"), ("mixer.latent", 12)),
 )
 DENSE_AND_SHARED = ((), (("position.name", "t5"), ("position.buckets", 8), ("position.distance", 20)))
