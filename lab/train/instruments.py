@@ -131,7 +131,7 @@ def _rms(x_BTD: jax.Array, real_BT: jax.Array) -> jax.Array:
 def _readable(stream: Stream, mixer) -> bool:
     """Whether a layer's scores are those of its own queries and keys alone, read from the stream as it is."""
     own = isinstance(mixer, Softmax) and type(mixer).remember is Softmax.remember
-    return own and type(stream).layer is Stream.layer and not getattr(mixer, "biased", False)  # by a position
+    return own and type(stream).layer is Stream.layer and not mixer.biased  # by a position
 
 
 def _attention(block: Block, x_BTD: jax.Array, view: View) -> tuple[jax.Array, jax.Array]:
