@@ -1,6 +1,6 @@
 """How does the loss of the baseline fall with parameters and tokens?
 
-    python -m lab.main --config=configs/scaling_ladder.py         # :cpu, 4 sizes at 3 ratios, minutes on two cores
+    python -m lab.main --config=configs/scaling_ladder.py         # :cpu, 4 sizes at 3 ratios; 6 minutes, estimated
     python -m lab.main --config=configs/scaling_ladder.py:gpu --config.data.path=texts.jsonl      # 0.8M to 25M, hours
     python -m lab.main --config=configs/scaling_ladder.py:paper --config.data.path=texts.jsonl    # 25M to 1.2B
 

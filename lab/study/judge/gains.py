@@ -142,7 +142,8 @@ def measured(variant: Side, baseline: Side, rungs: Sequence[str]) -> Gain:
     statistics = [_logs(one, variant, baseline, seeds) for one, seeds in zip(laws, draws, strict=True)]
     halves = _half_widths(np.array([[*of, slope(of)] for of in statistics])[places], len(every))
     around = [_around(m, h) for m, h in zip([*logs, slope(logs)], halves, strict=True)]
-    intervals = [pair and (math.exp(pair[0]), math.exp(pair[1])) for pair in around[:-1]]
+    with np.errstate(over="ignore"):  # of seeds whose losses do not fall, a gain may be any number
+        intervals = [pair and tuple(np.exp(pair).tolist()) for pair in around[:-1]]
     own = variant.at(every)[1]
     beyond = ((own < y.min()) | (own > y.max())).tolist()
     return Gain(law, np.exp(logs).tolist(), intervals, float(slope(logs)), around[-1], beyond)

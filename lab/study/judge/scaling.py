@@ -20,8 +20,9 @@ DELTA = 1e-3  # in log L: a run that is further off than a thousandth counts les
 RESAMPLES = 200  # of runs, for intervals
 REFINED = 4  # of the starts, the best so many are minimised from
 FLOORS, SPLITS, EXPONENTS = (0.05, 0.3, 0.6, 0.85), (0.2, 0.5, 0.8), (0.1, 0.3, 0.6, 1.2)  # the grid of starts
-LEAST = 0.01  # of the lowest loss: the floor that a resample begins from
-SIZES, RUNS = 3, 6  # distinct N, and distinct D, that a law of both needs; runs, for its five constants
+LEAST = 0.01  # exponent, and share of the lowest loss for the floor, that a resample begins from: 0 is never left
+SIZES, PAIRS = 3, 6  # distinct N, and distinct D, that a law of both needs; pairs of them, for its five constants
+RUNS = 6  # that intervals need: of fewer, one resample is like another
 POINTS = 3  # distinct C that a law of compute needs, for its three constants
 APART = 0.05  # in log D, from what N alone says: amounts nearer than 5% are one ratio of tokens to parameters
 # As few constants need no limited memory, and scipy's L-BFGS-B wakes threads of BLAS at every step: ten times the time.
@@ -49,7 +50,8 @@ class Law:
     def constants(self) -> tuple[float, ...]:
         """In the order of NAMES."""
         pairs = zip(self.logs, self.exponents, self.centre, strict=True)
-        return self.floor, *itertools.chain(*((float(np.exp(log + b * at)), b) for log, b, at in pairs))
+        with np.errstate(over="ignore"):
+            return self.floor, *itertools.chain(*((float(np.exp(log + b * at)), b) for log, b, at in pairs))
 
     def loss(self, *sizes: np.ndarray) -> np.ndarray:
         """Of sizes [...] each: [...]."""
@@ -92,20 +94,21 @@ def formula(terms: int) -> str:
     return {2: "L = E + A / N^a + B / D^b", 1: "L = E + K / C^g"}[terms]
 
 
-def untold(*sizes: Sequence[float]) -> str:
+def untold(*sizes: Sequence[float], pairs: int = PAIRS) -> str:
     """Why runs of such compute [n], or parameters [n] and tokens [n], cannot tell their law; "" if they can."""
     distinct = [len({*of}) for of in sizes]
     if len(sizes) == 1:
         return f"there are {distinct[0]} amounts of compute C, and it needs {POINTS}" if distinct[0] < POINTS else ""
-    runs = len(sizes[0])
-    if min(distinct) < SIZES or runs < RUNS:
-        there = f"{distinct[0]} sizes N, {distinct[1]} amounts of tokens D and {runs} runs"
-        return f"there are {there}, and it needs {SIZES}, {SIZES} and {RUNS}"
+    both = len({*zip(*sizes, strict=True)})
+    there = f"there are {distinct[0]} sizes N, {distinct[1]} amounts of tokens D and {both} pairs of both"
+    missing = f"{there}, and it needs {SIZES}, {SIZES} and {pairs}"
+    if min(distinct) < SIZES:
+        return missing
     log_n, log_d = np.log(sizes)
     line = np.polynomial.Polynomial.fit(log_n, log_d, 1)
     if np.abs(log_d - line(log_n)).max() < APART:
         return "N decides D, as where D / N is constant, so that a and b cannot be told apart; vary D at each N"
-    return ""
+    return missing if both < pairs else ""
 
 
 def _checked(sizes: tuple[tuple[float, ...], ...], losses: Sequence[float]) -> Fit:
@@ -124,10 +127,13 @@ def minimised(sizes: np.ndarray, losses: np.ndarray, first: Law | None = None) -
         starts = starts[np.argsort(_values(starts, at, logs))[:REFINED]]
     else:
         moved = np.array(first.logs) - np.array(first.exponents) * (centre - np.array(first.centre))
-        floor = max(first.floor, LEAST * losses.min())  # of none, no step would leave it
-        starts = [np.array([np.log(floor), *moved, *np.log(first.exponents)])]
-    found = [optimize.minimize(_objective, start, (at, logs), METHOD, jac=True, options=OPTIONS) for start in starts]
-    best = min(found, key=lambda one: one.fun).x
+        floor = max(first.floor, LEAST * losses.min())
+        starts = [np.array([np.log(floor), *moved, *np.log(np.maximum(first.exponents, LEAST))])]
+    with np.errstate(over="ignore", invalid="ignore"):  # of steps that are tried
+        found = [
+            optimize.minimize(_objective, start, (at, logs), METHOD, jac=True, options=OPTIONS) for start in starts
+        ]
+        best = min(found, key=lambda one: np.nan_to_num(one.fun, nan=np.inf)).x
     coefficients, exponents = best[1 : 1 + terms], np.exp(best[1 + terms :])
     return Law(float(np.exp(best[0])), *(tuple(of.tolist()) for of in (coefficients, exponents, centre)))
 
@@ -185,9 +191,10 @@ def _fitted(sizes: tuple[tuple[float, ...], ...], losses: tuple[float, ...]) -> 
     logs, values = np.log(np.array(sizes, float)), np.array(losses, float)
     law = minimised(logs, values)
     generator, drawn = np.random.default_rng(0), []
-    for _ in range(RESAMPLES if len(values) >= RUNS else 0):  # of fewer, one resample is like another
+    for _ in range(RESAMPLES if len(values) >= RUNS else 0):
         if (chosen := _resample(sizes, generator)) is not None:
             drawn.append(minimised(logs[:, chosen], values[chosen], law).constants)
+    drawn = [constants for constants in drawn if np.isfinite(constants).all()]
     names = NAMES[len(sizes)]
     if not drawn or len(drawn) < RESAMPLES:
         intervals: dict = dict.fromkeys(names)
@@ -204,6 +211,6 @@ def _resample(sizes: tuple[tuple[float, ...], ...], generator: np.random.Generat
     for _ in range(DRAWS):
         chosen = generator.integers(count, size=count)
         drawn = [[of[place] for place in chosen] for of in sizes]
-        if not untold(*drawn):
+        if not untold(*drawn, pairs=PAIRS - 1):
             return chosen
     return None

@@ -72,6 +72,15 @@ def test_one_seed_has_gains_and_no_verdict():
     np.testing.assert_allclose(found.factors, 1.3, rtol=0.1)
 
 
+def test_seeds_by_which_a_baseline_may_rise_tell_nothing():
+    variant, baseline = made((1.3, 1.3, 1.3), noise=0.0, own=0.0, seeds=2)
+    turned = baseline.losses + np.array(
+        [[-0.3, 0.2], [0.0, 0.0], [0.3, -0.3]]
+    )  # one of the seeds rises, the mean falls
+    found = gains.measured(Side(turned - 0.02, variant.compute), Side(turned, baseline.compute), RUNGS)
+    assert found.verdict == "cannot tell"
+
+
 def test_a_baseline_that_larger_sizes_do_not_help_has_no_law():
     variant, baseline = made((1.3, 1.3, 1.3))
     with pytest.raises(UserError, match="the baseline's loss does not fall from m to l"):

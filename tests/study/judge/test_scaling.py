@@ -79,9 +79,14 @@ SIX = [1e6, 1e6, 1e6, 1e7, 1e7, 1e7]
 @pytest.mark.parametrize(
     ("n", "d", "told"),
     [
-        (SIX, [1, 2, 3, 4, 5, 6], "there are 2 sizes N, 6 amounts of tokens D and 6 runs, and it needs 3, 3 and 6"),
-        ([1, 2, 3, 4, 5], [5, 1, 4, 2, 3], "5 sizes N, 5 amounts of tokens D and 5 runs, and it needs 3, 3 and 6"),
-        ([1, 2, 3, 4, 5, 6], [7] * 6, "6 sizes N, 1 amounts of tokens D and 6 runs"),
+        (
+            SIX,
+            [1, 2, 3, 4, 5, 6],
+            "there are 2 sizes N, 6 amounts of tokens D and 6 pairs of both, and it needs 3, 3 and 6",
+        ),
+        ([1, 2, 3, 4, 5], [5, 1, 4, 2, 3], "5 sizes N, 5 amounts of tokens D and 5 pairs of both, and it needs 3, 3"),
+        ([1, 2, 3] * 4, [4, 1, 2] * 4, "3 sizes N, 3 amounts of tokens D and 3 pairs of both"),  # seeds are no sizes
+        ([1, 2, 3, 4, 5, 6], [7] * 6, "6 sizes N, 1 amounts of tokens D and 6 pairs"),
         ([1, 2, 3, 4, 5, 6], [20, 40, 60, 80, 100, 121], "N decides D, as where D / N is constant"),
         ([1, 2, 3, 4, 5, 6], [1, 4, 9, 16, 25, 36], "N decides D"),
     ],
