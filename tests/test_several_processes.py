@@ -1,5 +1,6 @@
 """launch/local.sh: two processes of two devices train as one, stop as one, and fail as one."""
 
+import json
 import os
 import pathlib
 import re
@@ -55,12 +56,19 @@ def test_one_process_finds_the_same(place, study, together, devices):
             assert [line[field] for line in lines] == [line[field] for line in others], field
         for field in ("loss", "grad_norm"):
             np.testing.assert_allclose([line[field] for line in lines], [line[field] for line in others], rtol=1e-4)
+        assert bytes_asked(run) == bytes_asked(theirs[name]) and min(bytes_asked(run)) > 0
     ours, theirs = ((path / "results.csv").read_text().splitlines() for path in (together, work))
     assert len(ours) == len(theirs) == 1 + 2 * 3
     for line, other in zip(ours[1:], theirs[1:], strict=True):
         line, other = line.split(","), other.split(",")
         assert line[:4] + line[6:] == other[:4] + other[6:]
         np.testing.assert_allclose(float(line[4]), float(other[4]), atol=1e-4)
+
+
+def bytes_asked(run):
+    """Of labelled text, by condition: each process counts its own rows."""
+    (path,) = run.glob("evaluations/loss-*.json")
+    return [row["bytes"] for row in json.loads(path.read_text())["conditions"]]
 
 
 def test_files_are_written_once(together):
