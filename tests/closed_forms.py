@@ -54,7 +54,8 @@ def mixer_parameters(model) -> tuple[int, int]:
     matrices = own + full(m.q_rank, maps * K) + full(m.o_rank, H * V) + m.output_gate * D * H * V
     latents = {"mla": C + m.q_rank, "s3": N}.get(m.name, 0) * m.latent_norm
     biases = {"none": 0, "qkv": H * K + G * (K + V), "all": H * K + G * (K + V) + D}[m.bias]
-    normed = (latents + m.qk_norm * 2 * K) * of_norm(model)
+    of_qk = (maps + G if m.qk_norm_over == "heads" else 2) * K
+    normed = (latents + m.qk_norm * of_qk) * of_norm(model)
     return matrices, normed + (H if m.name == "forgetting" else 0) + m.sink * maps + biases
 
 
