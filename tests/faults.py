@@ -220,7 +220,7 @@ ROWS = {
          '"mup": lambda d_in, d_out: math.sqrt(d_in / d_out)'),
     ],
     "train/workload.py": [
-        ("resumed from the first text", "start=start, **options", "start=0, **options"),
+        ("resumed from the first text", "start=start, **hosts", "start=0, **hosts"),
         ("rate of the first member", "rate[i], of.fill", "rate[0], of.fill"),
     ],
     "train/loop.py": [
