@@ -196,7 +196,7 @@ MODEL_LEVEL = [
     (dict(model__pattern=("rule", "causal")), "model.pattern = ('rule', 'causal') is no tuple (((str, object), ...), "),
     (dict(model__pattern=(("rule", "causal"),)), "model.pattern = (('rule', 'causal'),) is no tuple"),
     (dict(model__rule="causal & windo(3)"), "model.rule = 'windo(3)' is unknown"),
-    (dict(model__rule=""), "model.rule = '' names no rule; join causal, all_branches, own_branch, window(n), strided(n)"),
+    (dict(model__rule=""), "model.rule = '' names no rule; join causal, all_branches, own_branch, window(n), strided"),
     (dict(model__rule="window(0)"), "window(0) sees nothing; choose a length of at least 1"),
 ]  # fmt: skip
 
