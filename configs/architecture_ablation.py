@@ -2,7 +2,7 @@
 
     python -m lab.main --config=configs/architecture_ablation.py                # :cpu, the part "norm", 6 minutes
     python -m lab.main --config=configs/architecture_ablation.py:cpu-activation # and gated, block, position,
-    python -m lab.main --config=configs/architecture_ablation.py:cpu-masks      #     stability, heads, masks
+    python -m lab.main --config=configs/architecture_ablation.py:cpu-masks      #     stability, heads, masks, named
     python -m lab.plan --config=configs/architecture_ablation.py:paper-gated    # :gpu and :paper have the same parts
 
 A part changes one thing of one baseline: RMSNorm before each sublayer, SwiGLU of 8/3 the width, RoPE, as many key heads
@@ -20,6 +20,7 @@ import math
 
 from lab.config import base
 from lab.errors import choose
+from lab.model import presets
 from lab.model.feedforward import gated_width
 from lab.study.define.cells import chain, matched, named
 
@@ -228,9 +229,27 @@ def part_masks(config) -> None:
     )
 
 
+def part_named(config) -> None:
+    """All with LLaMA's parameters, by the width of the feed-forward."""
+    study, first = config.study, "llama"
+    study.question = "Which named model's parts are best at one size?"
+    length = ("model.position.length", config.data.text_length)
+    others = {
+        name: (*presets.overrides(config.model, name), *[length] * (name == "gpt2"))
+        for name in presets.PRESETS
+        if name != first
+    }
+    study.cells = chain(
+        named(first, *presets.overrides(config.model, first)),
+        matched(cells(others), to=first, on="parameters", by="model.feedforward.width"),
+    )
+    study.baseline = (("variant", first),)
+
+
 PARTS = {
     "norm": part_norm, "activation": part_activation, "gated": part_gated, "block": part_block,
     "position": part_position, "stability": part_stability, "heads": part_heads, "masks": part_masks,
+    "named": part_named,
 }  # fmt: skip
 
 

@@ -30,8 +30,8 @@ STUDIES = (
     "width_transfer:cpu", "optimizer_ablation:cpu", "vocabulary_ablation:cpu", "scaling_ladder:cpu",
     "architecture_ablation:cpu", "architecture_ablation:cpu-activation", "architecture_ablation:cpu-gated",
     "architecture_ablation:cpu-block", "architecture_ablation:cpu-position", "architecture_ablation:cpu-stability",
-    "architecture_ablation:cpu-heads", "architecture_ablation:cpu-masks", "hyperparameter_ablation:cpu",
-    "hyperparameter_ablation:cpu-heads", "hyperparameter_ablation:cpu-aspect",
+    "architecture_ablation:cpu-heads", "architecture_ablation:cpu-masks", "architecture_ablation:cpu-named",
+    "hyperparameter_ablation:cpu", "hyperparameter_ablation:cpu-heads", "hyperparameter_ablation:cpu-aspect",
     "hyperparameter_ablation:cpu-regularisation", "hyperparameter_ablation:cpu-repeated",
     "hyperparameter_ablation:cpu-batch", "hyperparameter_ablation:cpu-recall",
 )  # fmt: skip
