@@ -1,8 +1,8 @@
 """Which hyper-parameters of a Transformer matter at a fixed size: widths, depth, heads, regularisation, batch and rate?
 
     python -m lab.main --config=configs/hyperparameter_ablation.py               # :cpu, the part "ffn", 6 minutes
-    python -m lab.main --config=configs/hyperparameter_ablation.py:cpu-heads     # and aspect, groups, regularisation,
-    python -m lab.main --config=configs/hyperparameter_ablation.py:cpu-batch     #     repeated, batch
+    python -m lab.main --config=configs/hyperparameter_ablation.py:cpu-heads     # and aspect, regularisation,
+    python -m lab.main --config=configs/hyperparameter_ablation.py:cpu-batch     #     repeated, batch, recall
     python -m lab.plan --config=configs/hyperparameter_ablation.py:paper-aspect  # :gpu and :paper have the same parts
 
 Sizes are matched on parameters, embeddings among them: the solver finds the width of the feed-forward.

@@ -109,6 +109,12 @@ def check(config: ConfigDict) -> None:
         streams.check_rows(model, f"{field}.texts_per_row x data.text_length", tokens)
 
 
+def adds_to_scores(config: ConfigDict) -> bool:
+    """Whether a position adds to the scores of attention, in training or under the overrides of an ask."""
+    asked = (remodelled(config, one) for one in config.evaluate.values())
+    return any(spec.biased(each.model) for each in (config, *asked))
+
+
 def remodelled(config: ConfigDict, asked: ConfigDict, field: str = "an ask") -> ConfigDict:
     """The config with an ask's overrides laid over its model, for the same weights.
 

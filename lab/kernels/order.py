@@ -28,7 +28,7 @@ class Arranged(NamedTuple):
 def arrange(
     coordinates: Coordinates, rules: Sequence[Rule], sizes: tuple[int, int] | None, free: bool = True
 ) -> Arranged:
-    """The best of three orders for each row [B, T]: as it is, branch after branch, and that with branches on tiles.
+    """The best of some orders for each row [B, T]: as it is, branch after branch, and that with branches on tiles.
 
     A rule with a period in time, such as every(n), has one more for each: branches on tiles, in patches of n columns.
     rules: one for each layer of the pattern. sizes: of the tiles of queries and of keys; None where there are none, and

@@ -5,7 +5,9 @@ import numpy as np
 
 from lab import kernels
 from lab.kernels import order, rules
+from lab.model import position
 from lab.model.mixers import MIXERS
+from lab.model.relative import Relative
 from lab.model.spec import biased, layer_specs
 
 
@@ -18,9 +20,10 @@ class Arrangement:
 
     def __init__(self, model, run, length: int, drops: bool = False):
         specs = layer_specs(model)
-        self._rules = [rules.parse(spec.rule) for spec in specs]
+        self._rules = [rules.parse(spec.rule) for spec in specs if position.of(spec).added is not Relative]
         self._free = not any(MIXERS[spec.mixer.name].in_order for spec in specs)
-        self._sizes = kernels.tile_sizes(run.implementation, length, biased(model), drops)
+        sizes = kernels.tile_sizes(run.implementation, length, biased(model), drops)
+        self._sizes = sizes if self._rules else None  # relative attention computes every pair
 
     def __call__(self, batch):
         """(the batch of [B, T] arrays with its `coordinates`, rearranged; the share of tiles that are computed)"""

@@ -106,7 +106,7 @@ class Softmax(nnx.Module):
         self.q_down = init.matrix(model, "latent", q_down, (D, q_rank), ("embed", "rank")) if q_rank else None
         self.q_latent_norm = self.norm_of_query_latent(model) if q_rank else None
         q_axes = ("rank" if q_rank else "embed", "heads", "head_dim")
-        self.q = init.matrix(model, "score", q, (q_rank or D, self.heads, K), q_axes)
+        self.q = init.matrix(model, "query", q, (q_rank or D, self.heads, K), q_axes)
         o_axes = ("heads", "head_dim", "rank" if o_rank else "embed")
         self.o = init.matrix(model, "latent" if o_rank else "output", o, (H, V, o_rank or D), o_axes, inputs=2)
         self.o_up = init.matrix(model, "output", o_up, (o_rank, D), ("rank", "embed")) if o_rank else None
@@ -116,13 +116,14 @@ class Softmax(nnx.Module):
             parameter.matrix(gate, (D, H, V), ("embed", "heads", "head_dim")) if options.output_gate else None
         )
         self.sink = parameter.bias(self.heads, "heads") if options.sink else None
-        self.norms_heads = "qk_norm_over" in self.options and options.qk_norm_over == "heads"
+        of = lambda name: options[name] if name in self.options else None  # noqa: E731  other layers may read it
+        self.norms_heads = of("qk_norm_over") == "heads"
         at_once = (self.heads, self.kv_heads) if self.norms_heads else (1, 1)
-        self.q_norm, self.k_norm = (norm.make(model, n * K) if options.qk_norm else None for n in at_once)
+        self.q_norm, self.k_norm = (norm.make(model, n * K) if of("qk_norm") else None for n in at_once)
         self.biased, self.added = bool(position.of(model).added), position.added(model, self.heads, (K, V), key)
         self.rule = rule
         self.scale = options.softmax_scale or K**-0.5
-        self.softcap = options.softcap
+        self.softcap = of("softcap") or 0.0
 
     @classmethod
     def bias_of(cls, model, size: int, axis: str, among: tuple[str, ...] = ("qkv", "all")) -> nnx.Param | None:
@@ -280,7 +281,7 @@ class Attention(Softmax):
         super().__init__(model, rule, key)
         _, k, v, _ = jax.random.split(key, 4)
         D, G, axes = model.dim, self.kv_heads, ("embed", "kv_heads", "head_dim")
-        self.k = init.matrix(model, "score", k, (D, G, self.head_dim), axes)
+        self.k = init.matrix(model, "key", k, (D, G, self.head_dim), axes)
         self.v = init.matrix(model, "value", v, (D, G, self.v_head_dim), axes)
         self.k_bias, self.v_bias = (
             self.bias_of(model, G * width, "kv_heads") for width in (self.head_dim, self.v_head_dim)

@@ -13,7 +13,7 @@ from flax import nnx
 
 from lab.coordinates import Coordinates
 from lab.errors import UserError
-from lab.model import parameter, slots
+from lab.model import parameter, parametrization, slots
 from lab.model.parameter import FixedTable
 from lab.options import Option
 
@@ -21,7 +21,7 @@ from lab.options import Option
 class FourierCode(nnx.Module):
     """sin and cos of the branch number, added to the embedding (the code of arXiv 1706.03762, section 3.5, base 10000).
 
-    Scaled so that its mean square is that of a token embedding when training starts.
+    Scaled so that its mean square is that of a token embedding, times model.embedding_scale, when training starts.
     """
 
     options: ClassVar[dict[str, Option]] = {}  # that make it another
@@ -36,7 +36,7 @@ class FourierCode(nnx.Module):
         self.frequencies = FixedTable(
             jnp.asarray(10_000.0 ** (-2.0 * np.arange(model.dim // 2) / model.dim), jnp.float32)
         )
-        self.amplitude = (2 / model.dim) ** 0.5
+        self.amplitude = (2 * parametrization.wider(model) / model.dim) ** 0.5 * model.embedding_scale
 
     def __call__(self, coordinates: Coordinates) -> jax.Array:
         angle = getattr(coordinates, self.of)[..., None] * self.frequencies[...]
@@ -59,7 +59,8 @@ class LearnedCode(nnx.Module):
     def __init__(self, model, key: jax.Array):
         shape = self.length, _ = model.position.length, model.dim
         key = jax.random.fold_in(key, 3 + model.layers)  # beside those of the transformer
-        self.table = parameter.table(key, shape, ("position", "embed"), spread=model.dim**-0.5, decay=True)
+        spread = (parametrization.wider(model) / model.dim) ** 0.5
+        self.table = parameter.table(key, shape, ("position", "embed"), spread, decay=True)
 
     def __call__(self, coordinates: Coordinates) -> jax.Array:
         """[B, T, D]. Raises UserError for a token at a time without a vector, where times are known; where they are

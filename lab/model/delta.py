@@ -45,7 +45,7 @@ class GatedDelta(nnx.Module):
         D, H, K = model.dim, model.mixer.heads, model.mixer.head_dim
         V = model.mixer.v_head_dim or K
         axes = ("embed", "heads", "head_dim")
-        self.q, self.k = (init.matrix(model, "score", x, (D, H, K), axes) for x in (q, k))
+        self.q, self.k = (init.matrix(model, "key", x, (D, H, K), axes) for x in (q, k))
         self.v = init.matrix(model, "value", v, (D, H, V), axes)
         self.output_gate = parameter.matrix(gate, (D, H, V), axes)
         self.alpha, self.beta = (parameter.matrix(x, (D, H), ("embed", "heads")) for x in (alpha, beta))

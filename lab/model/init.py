@@ -15,11 +15,13 @@ class Initialiser(NamedTuple):
 
     value: of values, and of what the inner layer of a feed-forward is made of; output: of what a sublayer gives to the
     residual stream. xavier: gains are those of Xavier draws, whose variance is 2 / (fan_in + fan_out).
+    unscaled: queries are narrower by head_dim^-1/2, for scores that are not scaled.
     """
 
     value: Callable[[int], float]
     output: Callable[[int], float]
     xavier: bool = False
+    unscaled: bool = False
     options: dict[str, Option] = {}
 
 
@@ -36,13 +38,14 @@ INITIALISERS = {
     "scaled": Initialiser(value=one, output=lambda layers: (2 * layers) ** -0.5),
     "plain": Initialiser(value=one, output=one),
     "deepnorm": Initialiser(value=deepnorm_beta, output=deepnorm_beta, xavier=True),
+    "t5": Initialiser(value=one, output=one, unscaled=True),  # Mesh TensorFlow's, for mixer.softmax_scale = 1
 }
 
 
 def matrix(model, makes: str, key: jax.Array, shape: tuple[int, ...], axes: tuple[str, ...], inputs: int = 1):
     """`parameter.matrix`, drawn as model.init says.
 
-    makes: "score" (queries and keys), "value", "output", or a "latent" that another matrix makes one of these of; what
+    makes: "query", "key", "value", "output", or a "latent" that another matrix makes one of these of; what
     keys and values share counts as a value.
 
     Under "scaled" outputs have the gain (2 L)^-1/2 for L layers (GPT-2, section 2.3), all else 1. The gain g of
@@ -55,6 +58,8 @@ def matrix(model, makes: str, key: jax.Array, shape: tuple[int, ...], axes: tupl
 def gain(model, makes: str, shape: tuple[int, ...], inputs: int) -> float:
     """Of a draw from N(0, gain^2 / fan_in)."""
     chosen = INITIALISERS[model.init.name]
-    found = {"score": one, "latent": one, "value": chosen.value, "output": chosen.output}[makes](model.layers)
+    found = {"value": chosen.value, "output": chosen.output}.get(makes, one)(model.layers)
+    if makes == "query" and chosen.unscaled:
+        found *= model.mixer.head_dim**-0.5
     fan_in, fan_out = math.prod(shape[:inputs]), math.prod(shape[inputs:])
     return found * math.sqrt(2 * fan_in / (fan_in + fan_out)) if chosen.xavier else found

@@ -38,9 +38,9 @@ class LatentAttention(Softmax):
         N = self.head_dim - self.rotary_dim
         self.kv_down = init.matrix(model, "latent", kv_down, (D, G, C), ("embed", "kv_heads", "latent"))
         R = self.rotary_dim
-        self.rope = init.matrix(model, "score", rope, (D, 1, R), ("embed", "shared", "head_dim")) if R else None
+        self.rope = init.matrix(model, "key", rope, (D, 1, R), ("embed", "shared", "head_dim")) if R else None
         self.latent, self.latent_norm = C, norm.make(model, C) if model.mixer.latent_norm else None
-        self.up_k = init.matrix(model, "score", k, (C, H, N), ("latent", "heads", "head_dim"))
+        self.up_k = init.matrix(model, "key", k, (C, H, N), ("latent", "heads", "head_dim"))
         self.up_v = init.matrix(model, "value", v, (C, H, self.v_head_dim), ("latent", "heads", "head_dim"))
 
     @staticmethod

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lab.errors import UserError
 from lab.model import parameter
 from lab.options import Option
 
@@ -71,6 +72,15 @@ class NoNorm(nnx.Module):
 
 
 NORMS = {"rms": RMSNorm, "layer": LayerNorm, "rms-zero": ZeroCentredRMSNorm, "none": NoNorm}
+
+
+def check(model) -> None:
+    """Refuses to norm all heads at once where queries and keys are not normed."""
+    if model.mixer.qk_norm_over != "head" and not model.mixer.qk_norm:
+        raise UserError(
+            f"model.mixer.qk_norm_over = {model.mixer.qk_norm_over!r} means nothing beside model.mixer.qk_norm = "
+            "False; choose 'head', or model.mixer.qk_norm = True"
+        )
 
 
 def make(model, size: int) -> nnx.Module:

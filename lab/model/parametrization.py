@@ -40,13 +40,23 @@ PARAMETRIZATIONS = {
 }
 
 
+STREAMS = ("plain", "parallel", "parallel-two")  # that add up what sublayers give them, and have no weights
+
+
 def check(model) -> None:
-    """Refuses depth-aware forms beside a stream that does not add up what sublayers give it."""
+    """Refuses streams for whose own weights and scores no parametrization says anything, and depth-aware forms beside
+    what depends on the depth by itself."""
     name, stream = model.parametrization.name, model.stream.name
-    if "base_layers" in PARAMETRIZATIONS[name].options and stream != "plain":
+    if name != "standard" and stream not in STREAMS:
         raise UserError(
-            f"model.parametrization.name = {name!r} multiplies what layers add to a plain stream, and "
-            f"model.stream.name = {stream!r}; choose 'mup' or 'standard', or model.stream.name = 'plain'"
+            f"model.parametrization.name = {name!r} says nothing of the weights of model.stream.name = {stream!r}; "
+            f"choose 'standard', or one of the streams: {', '.join(STREAMS)}"
+        )
+    deep = [f"model.{part}.name" for part in ("placement", "init") if model[part].name == "deepnorm"]
+    if "base_layers" in PARAMETRIZATIONS[name].options and deep:
+        raise UserError(
+            f"{' and '.join(deep)} = 'deepnorm' depends on model.layers by itself, and model.parametrization.name = "
+            f"{name!r} would do so again; choose 'mup' or 'standard'"
         )
 
 
@@ -99,4 +109,4 @@ def declare(transformer, model) -> None:
     m, rate = wider(model), PARAMETRIZATIONS[model.parametrization.name].rate(deeper(model))
     if m != 1 or rate != 1:
         parameter.declare_factors(transformer, (1 / m, m))
-        parameter.declare_factors(transformer.blocks, (1 / m, m), rate)
+        parameter.declare_factors((transformer.blocks, transformer.added), (1 / m, m), rate)

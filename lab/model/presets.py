@@ -1,4 +1,5 @@
-"""What named models are made of, as options of config.model; sizes are the user's.
+"""What named models are made of, as options of config.model laid over those of `lab.config.base()`; sizes are the
+user's.
 
 A value may be a function of the config, where it follows from the sizes. Heads, key heads and widths are not part of a
 preset, but where a name means them (PaLM's one key head).
@@ -23,11 +24,17 @@ PRESETS: dict[str, Mapping[str, object]] = {
     | {
         "stream.name": "parallel-two",
         "feedforward.name": "gelu",
-        "position.dim": lambda model: model.mixer.head_dim // 4,
+        "position.dim": lambda model: max(model.mixer.head_dim // 8, 1) * 2,
         "tied": False,
     },
     # arXiv 1910.10683: scores are not scaled, one table of biases for all layers
-    "t5": {"norm.eps": 1e-6, "position.name": "t5", "feedforward.name": "relu", "mixer.softmax_scale": 1.0},
+    "t5": {
+        "norm.eps": 1e-6,
+        "position.name": "t5",
+        "feedforward.name": "relu",
+        "mixer.softmax_scale": 1.0,
+        "init.name": "t5",
+    },
     # arXiv 2204.02311
     "palm": {"norm.name": "layer", "stream.name": "parallel", "mixer.kv_heads": 1},
     # arXiv 2302.13971
@@ -54,13 +61,13 @@ PRESETS: dict[str, Mapping[str, object]] = {
         "mixer.softcap": 50.0,
         "logit_softcap": 30.0,
         "embedding_scale": lambda model: model.dim**0.5,
-        "pattern": ((("rule", "causal & window(4096)"),), ()),
+        "pattern": lambda model: ((("rule", f"({model.rule}) & window(4096)"),), ()),
     },
 }
 
 
 def overrides(model: ConfigDict, name: str) -> tuple[tuple[str, object], ...]:
-    """(field of the config, value), ... that make config.model the named one at its own sizes. Raises UserError."""
+    """(field of the config, value), ... that make `base().model` the named one at its own sizes. Raises UserError."""
     preset = PRESETS[choose("a preset", name, PRESETS)]
     resolved = {field: value(model) if isinstance(value, Callable) else value for field, value in preset.items()}
     return tuple((f"model.{field}", value) for field, value in resolved.items())

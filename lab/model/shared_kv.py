@@ -29,7 +29,7 @@ class PartlyShared(Softmax):
         one, its_axes = (1, ("embed", "shared", "head_dim")) if self.rope_of_all_groups else (G, axes)
         self.c = init.matrix(model, "value", c, (D, G, N), axes)
         rope = further_keys(key, 1, after=3)[0]
-        self.rope = init.matrix(model, "score", rope, (D, one, R), its_axes) if R else None
+        self.rope = init.matrix(model, "key", rope, (D, one, R), its_axes) if R else None
         self.extra = init.matrix(model, "value", e, (D, G, self.v_head_dim - N), axes)
 
     @classmethod
@@ -116,7 +116,7 @@ class LatentShared(Softmax):
         D, G, N, R = model.dim, self.kv_heads, self.v_head_dim, self.rotary_dim
         self.c = init.matrix(model, "value", c, (D, G, N), ("embed", "kv_heads", "latent"))
         rope, axes = further_keys(key, 1, after=3)[0], ("embed", "kv_heads", "head_dim")
-        self.rope = init.matrix(model, "score", rope, (D, G, R), axes) if R else None
+        self.rope = init.matrix(model, "key", rope, (D, G, R), axes) if R else None
         self.latent_norm = norm.make(model, N) if model.mixer.latent_norm else None
 
     @staticmethod

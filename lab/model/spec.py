@@ -2,7 +2,7 @@
 
 from lab.errors import UserError, choose
 from lab.kernels import rules
-from lab.model import parametrization, position, streams
+from lab.model import norm, parametrization, position, streams
 from lab.model.branch import BRANCHES
 from lab.model.feedforward import FEEDFORWARDS
 from lab.model.init import INITIALISERS
@@ -98,6 +98,7 @@ def check(model) -> None:
         for field in fields:
             declared[field].check(f"model.{field}", of_layer[field])
         rules.parse(spec.rule)
+        norm.check(spec)
         position.check(spec)
         MIXERS[spec.mixer.name].check(spec)
     position.check_layers(specs, [maps(spec) for spec in specs])

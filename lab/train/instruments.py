@@ -42,7 +42,8 @@ def programmed(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def measure(state: State, numbers: Numbers, batch: Batch, program: Program, names: tuple[str, ...]) -> Measured:
-    """Of the step that `lab.train.step.train_step` makes of the same arguments.
+    """Of the step that `lab.train.step.train_step` makes of the same arguments; what is measured of rows, with nothing
+    dropped.
 
     activations: activation, the root mean square of the stream after each layer.
     logits: attention_max, the largest score that a query gives to a key that it sees, scaled and capped; and
@@ -73,9 +74,11 @@ def measure_members(
 
 
 def told(measured: Measured, member: int, stacked: bool) -> dict[str, float | list[float | None] | None]:
-    """As a line of metrics.jsonl has it, of one run or of a member of a stack; None for nan. Waits for it."""
+    """As a line of metrics.jsonl has it, of one run or of a member of a stack; None for what is not finite.
+
+    Waits for it."""
     own = {name: np.asarray(x[member] if stacked else x) for name, x in jax.device_get(measured).items()}
-    return {name: np.where(np.isnan(x), None, x.astype(object)).tolist() for name, x in own.items()}
+    return {name: np.where(np.isfinite(x), x.astype(object), None).tolist() for name, x in own.items()}
 
 
 def norms(tree, layers: int) -> jax.Array:

@@ -28,7 +28,7 @@ from lab.kernels import choice
 from lab.kernels.trial import Problem
 from lab.model import parameter
 from lab.model.mixers import MIXERS
-from lab.model.spec import biased, layer_specs
+from lab.model.spec import layer_specs
 from lab.storage import cache_directory, find_json, write_json
 from lab.study.define import plan
 from lab.study.define.cell import Cell
@@ -116,7 +116,7 @@ def _of_first_host(cells, machine, here, workdir, hosts, say) -> dict:
 def _able(cells: list[Cell], names: Iterable[str]) -> list[str]:
     """Those that can do what all cells ask of attention: one serves the whole study."""
     drops = any(dropout.of_attention(cell.config.train) for cell in cells)
-    adds = any(biased(cell.config.model) for cell in cells)
+    adds = any(asks.adds_to_scores(cell.config) for cell in cells)
     rows = kernels.IMPLEMENTATIONS
     return [name for name in names if (rows[name].drops or not drops) and (rows[name].biases or not adds)]
 

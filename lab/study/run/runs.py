@@ -18,7 +18,6 @@ from lab import kernels
 from lab.errors import UserError
 from lab.evaluate import asks
 from lab.model import mesh as lab_mesh
-from lab.model.spec import biased
 from lab.storage import find_json, write_json
 from lab.study import measure, results
 from lab.study.define import asked, contrasts, identity, plan
@@ -220,7 +219,7 @@ def made_elsewhere(runs: list[Run]) -> str:
 def check_devices(runs: list[Run]) -> None:
     """Refuses cells whose attention, mesh or batches do not fit the devices at hand."""
     for config in (run.cell.config for run in runs):
-        needs = dict(biased=biased(config.model), dropping=dropout.of_attention(config.train))
+        needs = dict(biased=asks.adds_to_scores(config), dropping=dropout.of_attention(config.train))
         kernels.resolve(config.run.implementation, **needs)
         mesh, length = lab_mesh.make(config.run.mesh), config.data.text_length
         rows = config.data.rows // config.run.microbatches

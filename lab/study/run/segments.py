@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from lab import kernels, runtime
 from lab.config import ROUNDING
+from lab.model.spec import biased
 from lab.options import leaves
 from lab.storage import find_json, write_json
 from lab.train import dropout
@@ -22,9 +23,10 @@ def way(config: ConfigDict, mesh, members: int) -> dict:
     """How a step is made here: the run fields that round, as they were resolved, and the machine. JSON."""
     asked, made = leaves(config.run), runtime.environment(mesh)
     fields = {name: asked[name] for name in ROUNDING if not name.startswith("mesh.")}
+    needs = dict(biased=biased(config.model), dropping=dropout.of_attention(config.train))
     return {
         **fields,
-        "implementation": kernels.resolve(config.run.implementation, dropping=dropout.of_attention(config.train)),
+        "implementation": kernels.resolve(config.run.implementation, **needs),
         "mesh": dict(mesh.shape),
         "vmapped": members > 1 and members,
         **{name: made[name] for name in MADE_ON},
