@@ -24,6 +24,7 @@ HEADS = (0.5, 1, 2, 4, 8, 16)  # of all query heads to the model
 DECAYS = (0.0, 0.1, 1.0)
 GATED = 8 / 3
 BASELINE = "baseline"
+ONCE = 3_840  # texts of 512 tokens that the smallest standard library has
 
 
 def even(number: float) -> int:
@@ -94,10 +95,12 @@ def part_regularisation(config) -> None:
 
 
 def part_repeated(config) -> None:
-    """Texts that are read once, and a tenth of them read ten times."""
+    """Texts that are read once, and a tenth of them read ten times; as long as the library has texts for."""
     study = config.study
     study.question = "Do dropout and decay help where texts are read more than once?"
     study.labels = (("data.texts", "texts"), ("name", "regularised"))
+    if config.data.corpus == "stdlib":
+        config.train.steps = min(config.train.steps, ONCE // config.data.rows)
     texts = config.train.steps * config.data.rows * config.data.texts_per_row
     study.cells = product(
         vary("data.texts", (texts, texts // 10)),
@@ -122,6 +125,7 @@ def part_batch(config) -> None:
         vary("train.learning_rate", (rate / 4, rate / 2, rate, 2 * rate)),
     )
     study.length = "tokens"
+    study.baseline = (("rate", rate),)
 
 
 def part_recall(config) -> None:
@@ -136,7 +140,7 @@ def part_recall(config) -> None:
         *(named(f"{groups} key heads", *heads(count, groups)) for groups in (count // 2, 1)),
     )
     study.sections = ("accuracy", "curves")
-    config.data.corpus = "mqar"
+    config.data.update(dict(corpus="mqar", tokenizer="bytes", texts=0))
     config.data.text_length = 64
     config.data.rows = 32
     config.data.probe.difficulty = "4-12"

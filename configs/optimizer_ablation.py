@@ -29,7 +29,6 @@ def get_config(scale: str = "cpu"):
     study.question = "Which optimizer learns most from the same tokens, and does that depend on how the rate falls?"
     study.labels = (("train.optimizer", "optimizer"), ("name", "schedule"))
     study.sections = ("curves",)
-    study.groups = tuple((name, (name,)) for name in SCHEDULES)
     study.seeds = 3
     study.baseline = (("optimizer", "adamw"),)
     study.contrasts = tuple(

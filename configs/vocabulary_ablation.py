@@ -22,9 +22,8 @@ from lab.errors import choose
 from lab.study.define.cells import vary, zipped
 
 BYTES = "bytes"
-ENDS = (
-    2  # tokens of a text besides those of its bytes: it begins with an end of text, and the last of a document ends so
-)
+# Tokens of a text besides those of its bytes: it begins with an end of text, and the last of a document ends with one.
+ENDS = 2
 
 
 def get_config(scale: str = "cpu"):

@@ -264,9 +264,9 @@ def steps_logged(run: Path) -> int:
     return next(step for step in itertools.count() if step not in there)
 
 
-def judged_loss(rows: Sequence[dict], condition: str, judged: Sequence) -> float | None:
-    """Mean loss over the judged values of the condition (none: all); None of no rows."""
-    losses = [row["loss"] for row in rows if not judged or row[condition] in judged]
+def judged_loss(rows: Sequence[dict], condition: str, judged: Sequence, column: str = "loss") -> float | None:
+    """Mean loss, or another column, over the judged values of the condition (none: all); None of no rows."""
+    losses = [row[column] for row in rows if not judged or row[condition] in judged]
     return sum(losses) / len(losses) if rows else None
 
 

@@ -128,8 +128,13 @@ def test_weights_are_drawn_as_at_the_base():
     (dict(model__parametrization__base_layers=2), "model.parametrization.base_layers = 2 means nothing beside "
      "model.parametrization.name = 'mup'"),
     (dict(model__parametrization__name="completep", model__stream__name="v1m1"),
-     "model.parametrization.name = 'completep' multiplies what layers add to a plain stream, and model.stream.name = "
-     "'v1m1'; choose 'mup' or 'standard', or model.stream.name = 'plain'"),
+     "model.parametrization.name = 'completep' says nothing of the weights of model.stream.name = 'v1m1'; choose "
+     "'standard', or one of the streams: plain, parallel, parallel-two"),
+    (dict(model__parametrization__name="completep", model__placement__name="deepnorm"),
+     "model.placement.name = 'deepnorm' depends on model.layers by itself, and model.parametrization.name = "
+     "'completep' would do so again; choose 'mup' or 'standard'"),
+    (dict(model__mixer__qk_norm_over="heads"), "model.mixer.qk_norm_over = 'heads' means nothing beside "
+     "model.mixer.qk_norm = False; choose 'head', or model.mixer.qk_norm = True"),
 ])  # fmt: skip
 def test_what_has_no_rule_is_refused(overrides, says):
     made = tiny.config(**dict(model__parametrization__name="mup") | overrides)

@@ -30,6 +30,10 @@ def points(config: ConfigDict, cells: list[Cell]) -> list[dict[str, object]]:
         choose("a field of study.tune", field, leaves(config))
         if not field.startswith(COMPUTED):
             raise UserError(f"study.tune names {field}, which is no part of what a cell computes; tune another field")
+        if field == "data.tokenizer":
+            raise UserError(
+                "study.tune names data.tokenizer: losses per token of two tokenizers do not compare; vary it"
+            )
         if len(set(values)) < len(values):
             raise UserError(f"study.tune has a value of {field} twice: {tuple(values)}")
         if len({repr(leaves(cell.config)[field]) for cell in cells}) > 1:

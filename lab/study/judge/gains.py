@@ -184,8 +184,9 @@ def _around(middle: float, half: float) -> Interval | None:
 
 
 def _seconds(score: Score) -> float:
-    timed = [entry.get("seconds") for entry in score.run.result["timings"] if entry.get("phase") == "train"]
-    return timed[0] if timed and timed[0] else math.nan
+    """Of the whole run, at the rate of the process that finished it: that of a resumed run has made a part alone."""
+    rates = [entry.get("tokens_per_second") for entry in score.run.result["timings"] if entry.get("phase") == "train"]
+    return score.run.result["tokens"] / rates[0] if rates and rates[0] else math.nan
 
 
 def _machine(score: Score) -> tuple:

@@ -213,7 +213,7 @@ def pareto(panels: Mapping[str, Mapping[str, tuple[float, float]]], measure: Mea
     return _panels(panel_rows(panels), draw, measure.title, share=False)
 
 
-def ladder(panels: Mapping[str, tuple[Curves, Curves]]) -> Figure:
+def ladder(panels: Mapping[str, tuple[Curves, Curves]], vertical: str = NATS.title) -> Figure:
     """Loss against what the title of a panel says, on a log axis: {title: (losses, laws)}, both by name. Losses
     are points, laws lines of the same colour."""
 
@@ -235,7 +235,7 @@ def ladder(panels: Mapping[str, tuple[Curves, Curves]]) -> Figure:
         _style(axes)
         _name_lines(axes, ends, palette)
 
-    return _panels(panel_rows(panels), draw, NATS.title, share=False)
+    return _panels(panel_rows(panels), draw, vertical, share=False)
 
 
 def beaten(x: float, y: float, points: Iterable[tuple[float, float]]) -> bool:

@@ -189,7 +189,7 @@ def pareto(
     return _figure([panels], panel)
 
 
-def ladder(panels: Mapping[str, tuple[Curves, Curves]]) -> Live | None:
+def ladder(panels: Mapping[str, tuple[Curves, Curves]], vertical: str = NATS.title) -> Live | None:
     """See figures.ladder."""
 
     def panel(title: str, both: tuple[Curves, Curves]) -> dict:
@@ -201,7 +201,7 @@ def ladder(panels: Mapping[str, tuple[Curves, Curves]]) -> Live | None:
                 law = {"x": [x for x, _ in line], "y": _numbers(y for _, y in line), "line": trace["line"]}
                 data = [*data, law | {"mode": "lines", "hoverinfo": "skip", "showlegend": False, "name": _text(name)}]
                 data[-1]["legendgroup"] = _text(name)
-        return _panel("", data, _titled(title) | {"type": "log"}, _titled(NATS.title))
+        return _panel("", data, _titled(title) | {"type": "log"}, _titled(vertical))
 
     return _figure([panels], panel)
 

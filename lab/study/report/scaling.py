@@ -25,9 +25,9 @@ COUNTS = {"parameters_non_embedding": "not embedding", "parameters": "all parame
 AXES = {STEPS: "training FLOPs", TIME: "seconds of training"}
 DRAWN = 60  # points of a line
 NOTE = (
-    "Constants with 95% percentile intervals over resampled runs; loss in nats per token, N parameters, D training "
-    "tokens. N is counted without embeddings and with them: the plan has both. Published constants are of other texts "
-    "and tokens, with embeddings: compare exponents, not levels."
+    "Constants with 95% percentile intervals over resampled runs; loss in {unit}, N parameters, D training tokens as "
+    "planned, were every text full. N is counted without embeddings and with them: the plan has both. Published "
+    "constants are of other texts and tokens, with embeddings: compare exponents, not levels."
 )
 GAINS = (
     "How many times its own compute the baseline would need to reach a variant's loss, by the baseline's law of loss "
@@ -55,7 +55,7 @@ def section(study: Results) -> list[Piece]:
         blocks += [*[Heading(title)] * bool(title), *told]
         panels |= {f"{title}: {axis}" if title else axis: panel for axis, panel in drawn.items()}
     caption = "The fitted law (lines) and the runs (points, means over seeds)."
-    blocks += _chart("scaling_fit", panels, caption)
+    blocks += _chart(study, "scaling_fit", panels, caption)
     if has_rungs(study):
         blocks += [Heading("Compute-equivalent gain"), *_gains(study, scores)]
     return [*blocks, *costs.overview(study)]
@@ -91,7 +91,9 @@ def _fit(study: Results, runs: Sequence[Score]) -> tuple[list[Piece], Panels]:
         chosen = [(d, loss) for n, d, loss in zip(sizes, tokens, losses, strict=True) if n == size]
         points[f"N {short(size)}"] = _means(chosen)
         lines[f"N {short(size)}"] = _line(lambda d, n=size: fits[told].law.loss(n, d), tokens)
-    table = Table(["N", *laws.NAMES[2], "runs", "misfit"], rows, f"**{laws.formula(2)}**. {NOTE}")
+    table = Table(
+        ["N", *laws.NAMES[2], "runs", "misfit"], rows, f"**{laws.formula(2)}**. {NOTE.format(unit=study.measure.unit)}"
+    )
     return [table], {f"training tokens, by N {told}": (points, lines)}
 
 
@@ -129,7 +131,7 @@ def _gains(study: Results, scores: pairing.Scores) -> list[Piece]:
             panels[axis] = points, lines
     columns = [*found[0].labels, "at equal", *rungs, "slope", "with size", "seeds"]
     caption = "The baseline's law of loss on compute (line), and where the rungs of each variant lie (points)."
-    return [Table(columns, rows, GAINS), *_chart("scaling_gains", panels, caption)]
+    return [Table(columns, rows, GAINS), *_chart(study, "scaling_gains", panels, caption)]
 
 
 def _missing(study: Results, rungs: Sequence[str], found: Sequence[Climb]) -> str:
@@ -147,6 +149,8 @@ def _row(gain: Gain, climb: Climb, rungs: Sequence[str]) -> list[str]:
     for rung, factor, interval, beyond in zip(climb.rungs, gain.factors, gain.intervals, gain.beyond, strict=True):
         shown[rung] = _around(factor, interval, ".2f") + "†" * beyond
     verdict = f"**{gain.verdict}**" if len(climb.seeds) > 1 else f"{UNKNOWN} (one seed)"
+    if ends := [rung for rung in (rungs[0], rungs[-1]) if rung not in climb.rungs]:
+        verdict = f"{UNKNOWN}: no pair at {' and '.join(ends)}"
     return [*shown.values(), _around(gain.slope, gain.slope_interval, "+.3f"), verdict, str(len(climb.seeds))]
 
 
@@ -171,8 +175,9 @@ def _without_rung(labels: Mapping) -> dict:
     return {label: value for label, value in labels.items() if label != RUNG}
 
 
-def _chart(name: str, panels: Panels, caption: str) -> list[Piece]:
-    return [Chart(name, figures.png(figures.ladder(panels)), caption, live.ladder(panels))] if panels else []
+def _chart(study: Results, name: str, panels: Panels, caption: str) -> list[Piece]:
+    drawn = panels, study.measure.title
+    return [Chart(name, figures.png(figures.ladder(*drawn)), caption, live.ladder(*drawn))] if panels else []
 
 
 def _constants(fit: Fit) -> list[str]:

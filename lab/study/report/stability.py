@@ -81,10 +81,10 @@ def _spikes(runs: Sequence[Outcome]) -> str:
 def _failed(runs: Sequence[Outcome]) -> str:
     failed = [run for run in runs if run.status == "failed"]
     steps = sorted(run.failure["step"] for run in failed if _is_finite(run.failure.get("step")))
-    first = f"step {steps[0]}" if steps else "no step is known"
+    first = f"at step {steps[0]}" if steps else "at a step that is not known"
     if len(runs) == 1:
-        return f"at {first}" if failed else "no"
-    return f"{len(failed)} of {len(runs)}, first at {first}" if failed else "none"
+        return first if failed else "no"
+    return f"{len(failed)} of {len(runs)}, first {first}" if failed else "none"
 
 
 COLUMNS = {

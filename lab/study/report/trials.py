@@ -30,14 +30,17 @@ def section(study: Results) -> list[Piece]:
         curves = {study.key(cell): _curve(study, _of(trials, cell), fields[0]) for cell in study.plan["cells"]}
         if drawn := {key: curve for key, curve in curves.items() if curve}:
             panels = arrange(study, lowest(study, drawn), line_label(study))
-            image = figures.png(figures.by_label(panels, fields[0]))
+            axes = fields[0], study.measure.title
+            image = figures.png(figures.by_label(panels, *axes))
             caption = f"Judged loss of each cell against {fields[0]}, seed {seed}."
-            blocks.append(Chart("tuning", image, caption, live.by_label(panels, fields[0])))
+            blocks.append(Chart("tuning", image, caption, live.by_label(panels, *axes)))
     beside = residuals.beside(study)
     rows = [
         [*_row(study, cell, _of(trials, cell), fields), *beside.cells[study.key(cell)]] for cell in study.plan["cells"]
     ]
-    columns = [*study.labels, "best", "edge of the grid", "loss tuned", "loss untuned", "gain", *beside.columns]
+    heading = study.measure.heading
+    columns = [*study.labels, "best", "edge of the grid", f"{heading} tuned", f"{heading} untuned", "gain"]
+    columns += beside.columns
     caption = f"On seed {seed}. Untuned: the config's own values, where the grid has them."
     return [*blocks, costs.common(study), Table(columns, rows, caption, sortable=True)]
 
@@ -50,7 +53,7 @@ def _loss(study: Results, trial: dict) -> float:
     """The judged loss of a trial; nan where it failed or is still to be made."""
     place = study.directory / trial["directory"] / f"seed-{trial['seed']}"
     rows = evaluations.rows(evaluations.find(place, LOSS, trial["asks"][LOSS]))
-    loss = judged_loss(rows, study.condition, study.plan["config"]["study"]["judged"])
+    loss = judged_loss(rows, study.condition, study.plan["config"]["study"]["judged"], study.measure.column)
     return math.nan if loss is None else loss
 
 

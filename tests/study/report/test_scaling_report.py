@@ -48,7 +48,7 @@ def made(directory, rungs=("s", "m", "l"), variants=tuple(WORTH), **options):
         cell["tokens"] = round(512_000 * scale**0.5)
         cell["parameters_non_embedding"], cell["parameters"] = (round(size * scale**0.5) for size in (30_000, 46_000))
         for seed in cell["seeds"]:
-            speed = 512_000 / (scale * (2 if cell["labels"]["variant"] == "slow" else 1))
+            speed = 512_000 / (scale**0.5 * (2 if cell["labels"]["variant"] == "slow" else 1))
             write_run(directory, cell, seed, options["loss"], (1,), speed, options["noise"])
     write(directory / "plan.json", plan)
     return directory
