@@ -30,7 +30,7 @@ FAST = ("v2m3", "v4m1D")
 def config(name: str, **overrides):
     """Four layers; "v1m1, post" and "v4mD, normed" set the option of the stream, "v1m7, sandwich" where norms stand."""
     name, _, option = name.partition(", ")
-    fields = {"post": "stream__accumulate", "normed": "stream__input"} | dict.fromkeys(PLACEMENTS, "placement__name")
+    fields = dict.fromkeys(PLACEMENTS, "placement__name") | {"post": "stream__accumulate", "normed": "stream__input"}
     given = {f"model__{fields[option]}": option} if option else {}
     if "length" in STREAMS[name].options:
         given["model__stream__length"] = LENGTH
