@@ -158,7 +158,7 @@ ROWS = {
     "model/parametrization.py": [
         ("logits grow with the width", "_unless_one(1 / wider(model))", "_unless_one(wider(model))"),
         ("output projections as deep as they are", "made.layers = round(layers)", "made.layers = spec.layers"),
-        ("rates of layers as at the base", "transformer.blocks, (1 / m, m), rate)", "transformer.blocks, (1 / m, m))"),
+        ("rates of layers as at the base", "transformer.added), (1 / m, m), rate)", "transformer.added), (1 / m, m))"),
     ],
     "model/transformer.py": [
         ("scanned layers miscounted", "(P * jnp.arange(full), repeats)", "(jnp.arange(full), repeats)"),
