@@ -176,7 +176,7 @@ def test_low_rank_factors_share_one_gain():
     assert (deepnorm["o"], deepnorm["o_up"]) == pytest.approx((xavier(1, H * V, 5), xavier(BETA, 5, D)))
     assert (deepnorm["q_down"], deepnorm["q"]) == pytest.approx((xavier(1, D, 6), xavier(1, 6, H * K)))
     assert {*init.INITIALISERS} == {"scaled", "plain", "deepnorm", "t5"}
-    model.init.name, K = "t5", model.mixer.head_dim
+    model.init.name = "t5"
     gains = [init.gain(model, makes, (D, H, K), 1) for makes in ("query", "key", "value", "output")]
     assert gains == pytest.approx([K**-0.5, 1, 1, 1])
 
