@@ -20,7 +20,7 @@ MHA (arXiv 2305.13245).
 
 import math
 
-from lab.config import base
+from lab.config import SIZES, base, sized
 from lab.errors import choose
 from lab.model import presets
 from lab.model.feedforward import gated_width
@@ -256,52 +256,12 @@ PARTS = {
 }  # fmt: skip
 
 
-def cpu(config) -> None:
-    """4 layers of width 64 on bytes of Python's own sources, 200 steps of 8 rows of 128 bytes, three seeds."""
-    config.model.update(dict(dim=64, layers=4))
-    config.model.mixer.update(dict(heads=4, kv_heads=4, head_dim=16))
-    config.model.feedforward.width = 168
-    config.data.update(dict(text_length=128, rows=8))
-    config.run.implementation = "auto"
-    config.evaluate.loss.rows = 64
-    config.train.update(dict(steps=200, learning_rate=5e-3, final_learning_rate=5e-4, warmup=20))
-    config.run.checkpoint.every = 200
-    config.study.seeds = 3
-
-
-def gpu(config) -> None:
-    """512 wide, 8 layers, on Python's own sources: 1,000 steps of 16k tokens, about five epochs."""
-    config.model.update(dict(dim=512, layers=8, vocabulary=6400, compute="bfloat16"))
-    config.model.mixer.update(dict(heads=8, kv_heads=8, head_dim=64))
-    config.model.feedforward.width = 1368
-    config.run.update(dict(scan=True, remat="dots"))
-    config.data.update(dict(tokenizer="bpe:6400", text_length=512, rows=32))
-    config.train.update(dict(steps=1000, learning_rate=2e-3, final_learning_rate=2e-4, warmup=50))
-    config.evaluate.loss.update(dict(texts=0, rows=32))
-    config.run.checkpoint.every = 500
-    config.study.seeds = 3
-
-
-def paper(config) -> None:
-    """The size of T5-base's decoder, 12 layers of width 768; 16,000 steps of 128 texts of 1024 tokens; bring them."""
-    gpu(config)
-    config.model.update(dict(dim=768, layers=12, vocabulary=32_000))
-    config.model.mixer.update(dict(heads=12, kv_heads=12, head_dim=64))
-    config.model.feedforward.width = 2048
-    config.data.update(dict(corpus="jsonl", tokenizer="bpe:32000", text_length=1024, rows=128, texts=2_048_000))
-    config.train.update(dict(steps=16_000, warmup=1000))
-    config.evaluate.loss.update(dict(texts=4096, rows=32))
-    config.run.checkpoint.every = 1000
-
-
-SIZES = {"cpu": cpu, "gpu": gpu, "paper": paper}
 SCALES = {f"{size}-{part}" if part != "norm" else size: (size, part) for size in SIZES for part in PARTS}
 
 
 def get_config(scale: str = "cpu"):
-    config = base()
     size, part = SCALES[choose("the scale of configs/architecture_ablation.py", scale, SCALES)]
-    SIZES[size](config)
+    config = sized(base(), size)
     config.study.name = f"architecture_ablation_{part}"
     config.study.labels = (("name", "variant"),)
     config.study.sections = ("curves",)

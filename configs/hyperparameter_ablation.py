@@ -14,7 +14,7 @@ of width for a layer; weight decay helps by way of the schedule and lowers the t
 dropout is for data that is read more than once.
 """
 
-from lab.config import base
+from lab.config import SIZES, base, sized
 from lab.errors import choose
 from lab.evaluate.asks import ask
 from lab.study.define.cells import chain, matched, named, product, vary
@@ -154,51 +154,12 @@ PARTS = {
 }  # fmt: skip
 
 
-def cpu(config) -> None:
-    """4 layers of width 64 on bytes of Python's own sources, 200 steps of 8 rows of 128 bytes."""
-    config.model.update(dict(dim=64, layers=4))
-    config.model.mixer.update(dict(heads=4, kv_heads=4, head_dim=16))
-    config.model.feedforward.width = 171
-    config.data.update(dict(text_length=128, rows=8))
-    config.evaluate.loss.rows = 64
-    config.train.update(dict(steps=200, learning_rate=5e-3, final_learning_rate=5e-4, warmup=20))
-    config.run.checkpoint.every = 200
-    config.study.seeds = 3
-
-
-def gpu(config) -> None:
-    """512 wide, 8 layers, on Python's own sources: 1,000 steps of 16k tokens, about five epochs."""
-    config.model.update(dict(dim=512, layers=8, vocabulary=6400, compute="bfloat16"))
-    config.model.mixer.update(dict(heads=8, kv_heads=8, head_dim=64))
-    config.model.feedforward.width = 1365
-    config.run.update(dict(scan=True, remat="dots"))
-    config.data.update(dict(tokenizer="bpe:6400", text_length=512, rows=32))
-    config.train.update(dict(steps=1000, learning_rate=2e-3, final_learning_rate=2e-4, warmup=50))
-    config.evaluate.loss.update(dict(texts=0, rows=32))
-    config.run.checkpoint.every = 500
-    config.study.seeds = 3
-
-
-def paper(config) -> None:
-    """768 wide, 12 layers, 16,000 steps of 128 texts of 1024 tokens; bring them."""
-    gpu(config)
-    config.model.update(dict(dim=768, layers=12, vocabulary=32_000))
-    config.model.mixer.update(dict(heads=12, kv_heads=12, head_dim=64))
-    config.model.feedforward.width = 2048
-    config.data.update(dict(corpus="jsonl", tokenizer="bpe:32000", text_length=1024, rows=128, texts=2_048_000))
-    config.train.update(dict(steps=16_000, warmup=1000))
-    config.evaluate.loss.update(dict(texts=4096, rows=32))
-    config.run.checkpoint.every = 1000
-
-
-SIZES = {"cpu": cpu, "gpu": gpu, "paper": paper}
 SCALES = {f"{size}-{part}" if part != "ffn" else size: (size, part) for size in SIZES for part in PARTS}
 
 
 def get_config(scale: str = "cpu"):
-    config = base()
     size, part = SCALES[choose("the scale of configs/hyperparameter_ablation.py", scale, SCALES)]
-    SIZES[size](config)
+    config = sized(base(), size)
     config.study.name = f"hyperparameter_ablation_{part}"
     config.study.labels = (("name", "variant"),)
     config.study.sections = ("curves",)

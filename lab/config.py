@@ -83,6 +83,46 @@ def branches(config: ConfigDict) -> ConfigDict:
     return config
 
 
+SIZES = ("cpu", "gpu", "paper")
+
+
+def sized(config: ConfigDict, scale: str) -> ConfigDict:
+    """The config at a size that studies of plain language models, of one text in a row, have alike. Three seeds.
+
+    cpu: 4 layers of width 64 on bytes of Python's own sources, 200 steps of 8 rows of 128. gpu: 8 layers of width 512
+    on the same in tokens, 1,000 steps of 16k tokens, about five epochs. paper: as T5-base's decoder, 12 layers of width
+    768, and 16,000 steps of 128 texts of 1,024 tokens, which are to be brought. Raises UserError for another name.
+    """
+    choose("a size", scale, SIZES)
+    config.study.seeds = 3
+    if scale == "cpu":
+        config.model.update(dict(dim=64, layers=4))
+        config.model.mixer.update(dict(heads=4, kv_heads=4, head_dim=16))
+        config.model.feedforward.width = 168
+        config.data.update(dict(text_length=128, rows=8))
+        config.evaluate.loss.rows = 64
+        config.train.update(dict(steps=200, learning_rate=5e-3, final_learning_rate=5e-4, warmup=20))
+        config.run.checkpoint.every = 200
+        return config
+    config.model.update(dict(dim=512, layers=8, vocabulary=6400, compute="bfloat16"))
+    config.model.mixer.update(dict(heads=8, kv_heads=8, head_dim=64))
+    config.model.feedforward.width = 1368
+    config.run.update(dict(scan=True, remat="dots"))
+    config.data.update(dict(tokenizer="bpe:6400", text_length=512, rows=32))
+    config.train.update(dict(steps=1000, learning_rate=2e-3, final_learning_rate=2e-4, warmup=50))
+    config.evaluate.loss.update(dict(texts=0, rows=32))
+    config.run.checkpoint.every = 500
+    if scale == "paper":
+        config.model.update(dict(dim=768, layers=12, vocabulary=32_000))
+        config.model.mixer.update(dict(heads=12, kv_heads=12))
+        config.model.feedforward.width = 2048
+        config.data.update(dict(corpus="jsonl", tokenizer="bpe:32000", text_length=1024, rows=128, texts=2_048_000))
+        config.train.update(dict(steps=16_000, warmup=1000))
+        config.evaluate.loss.texts = 4096
+        config.run.checkpoint.every = 1000
+    return config
+
+
 def add_ask(config: ConfigDict, name: str, kind: str = "branches", **fields) -> None:
     """Asks one thing more of every cell: add_ask(config, "long", branches=(128,), texts_per_row=128, rows=1)."""
     with config.unlocked():

@@ -1,6 +1,5 @@
 """Loss and accuracy by condition: every model is asked the same, under one number of branches or difficulty each."""
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -27,11 +26,6 @@ class Condition(NamedTuple):
     bytes: int  # of text that these stand for; 0: unknown
     seconds: float  # steady, without compiling
     executable: object
-
-    @property
-    def bits_per_byte(self) -> float | None:
-        """What all labelled tokens cost, in bits, for each byte that they stand for."""
-        return self.loss * self.tokens / (math.log(2) * self.bytes) if self.bytes else None
 
 
 def laid_over(config: ConfigDict, asked: ConfigDict, model, mesh):

@@ -94,7 +94,7 @@ def resolve(implementation: str | None, keys: int = 1, biased: bool = False, dro
     biased: whether scores have a `Bias`; dropping: whether there is dropout. Raises UserError for an unknown name, for
     one that cannot run here, and for one that adds no bias, or drops nothing, where it is to.
     """
-    needs = tuple(name for name, needed in (("biases", biased), ("drops", dropping)) if needed)
+    needs = _needs(biased, dropping)
     if implementation in (None, "auto"):
         return _auto(jax.default_backend(), keys, needs)
     choose("attention implementation", implementation, ("auto", *IMPLEMENTATIONS))
@@ -104,6 +104,16 @@ def resolve(implementation: str | None, keys: int = 1, biased: bool = False, dro
     if why := _unable(implementation, needs):
         raise _refused(implementation, why, needs)
     return implementation
+
+
+def able(name: str, biased: bool = False, dropping: bool = False) -> bool:
+    """Whether an implementation can do that, where it runs."""
+    return _unable(name, _needs(biased, dropping)) is None
+
+
+def _needs(biased: bool, dropping: bool) -> tuple[str, ...]:
+    """Fields of a row that must be true."""
+    return tuple(name for name, needed in (("biases", biased), ("drops", dropping)) if needed)
 
 
 def _unable(name: str, needs: Sequence[str]) -> str | None:

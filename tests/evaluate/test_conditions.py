@@ -55,17 +55,6 @@ def test_conditions_are_weighted_by_tokens_over_all_batches(config):
         assert condition.accuracy == pytest.approx(np.mean(answers[labels >= 0] == labels[labels >= 0]))
         assert condition.tokens == 24 * condition.value
         assert condition.loss > 0 and condition.bytes == sizes[labels[labels >= 0]].sum()
-        nats = condition.loss * np.sum(labels >= 0)
-        assert condition.bits_per_byte == pytest.approx(nats / np.log(2) / condition.bytes)
-
-
-def test_bits_per_byte_of_a_planted_loss():
-    """Ten tokens of three bits each, over fifteen bytes; bytes that are all alike cost log2 of their number."""
-    planted = conditions.Condition(1, 3 * np.log(2), 0.5, tokens=10, bytes=15, seconds=1.0, executable=None)
-    assert planted.bits_per_byte == pytest.approx(2.0)
-    uniform = planted._replace(loss=np.log(256), tokens=77, bytes=77)
-    assert uniform.bits_per_byte == pytest.approx(8.0)
-    assert planted._replace(bytes=0).bits_per_byte is None
 
 
 def test_one_executable_serves_every_condition(config, monkeypatch):

@@ -47,3 +47,14 @@ def test_layers_that_read_tokens_in_turn_keep_their_order(monkeypatch):
     found, share = Arrangement(config.model, config.run, 96)(batch)
     jax.tree.map(np.testing.assert_array_equal, found, batch)
     assert 0 < share < 1
+
+
+def test_relative_attention_computes_every_pair_in_any_order(monkeypatch):
+    monkeypatch.setattr(tiled, "tile_sizes", lambda T, S: (8, 8))
+    batch = tiny.batch(rows=3, length=96)
+    config = tiny.config(model__position__name="shaw", model__rule="own_branch")
+    found, share = Arrangement(config.model, config.run, 96)(batch)
+    jax.tree.map(np.testing.assert_array_equal, found, batch)
+    assert share == 1
+    config = tiny.config(model__pattern=((("position.name", "shaw"),), ()), model__rule="own_branch")
+    assert Arrangement(config.model, config.run, 96)(batch)[1] < 1

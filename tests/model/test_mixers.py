@@ -382,3 +382,15 @@ def test_every_mixer_has_a_formula_here():
     assert {f"mixer {name}" for name in MIXERS} <= {*EVERY}
     trees = {name: jax.tree.structure(abstract(variants.config(f"mixer {name}").model)) for name in MIXERS}
     assert len({*map(str, trees.values())}) == len(MIXERS)
+
+
+def test_a_layer_of_a_pattern_reads_what_its_own_mixer_declares():
+    """qk_norm and softcap are set for the first entry, and the mixer of the second has no place for them."""
+    for name, option, value in (("mla", "qk_norm", True), ("forgetting", "softcap", 2.0)):
+        second = tuple(
+            (field.removeprefix("model__").replace("__", "."), x) for field, x in variants.mixer(name).items()
+        )
+        made = tiny.config(model__pattern=((), second), **{f"model__mixer__{option}": value})
+        first, other = (block.mixer for block in lab_model.abstract(made.model).blocks)
+        assert (first.q_norm is not None, first.softcap) == (option == "qk_norm", 2.0 if option == "softcap" else 0)
+        assert other.q_norm is None and not other.softcap

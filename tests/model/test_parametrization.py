@@ -11,6 +11,7 @@ import pytest
 import tiny
 
 from lab import model as lab_model
+from lab.coordinates import Coordinates
 from lab.errors import UserError
 from lab.model import parameter, parametrization
 from lab.train import canonical, optimizer
@@ -120,6 +121,19 @@ def test_weights_are_drawn_as_at_the_base():
     for path, variable in drawn.items():
         if variance := variances.get(path.rpartition(".")[2]):
             assert np.std(variable[...]) == pytest.approx(variance**0.5, rel=0.05), path
+
+
+def test_codes_of_positions_are_as_large_as_token_embeddings():
+    """At the base and beyond it: a fixed code by its mean square, a learned one by its draw."""
+    sizes = dict(model__dim=64, model__vocabulary=500, model__position__length=500)
+    for name, overrides in (("standard", {}), ("mup", {"model__parametrization__base_dim": 4})):
+        made = config(name, model__position__name="learned", **sizes | overrides)
+        model = lab_model.build(made.model, jax.random.key(0))
+        tokens, times = (float(jnp.std(x[...])) for x in (model.embedding, model.code.table))
+        assert times == pytest.approx(tokens, rel=0.05)
+        made = config(name, model__dim=64, model__position__name="sinusoidal", model__embedding_scale=3.0, **overrides)
+        fixed = lab_model.build(made.model, jax.random.key(0)).code(Coordinates.single(1, 9).map(jnp.asarray))
+        np.testing.assert_allclose(jnp.mean(fixed**2, axis=-1), (3.0 * tokens) ** 2, rtol=0.1)
 
 
 @pytest.mark.parametrize(("overrides", "says"), [

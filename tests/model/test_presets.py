@@ -165,6 +165,13 @@ def test_a_preset_gives_the_logits_of_the_model_that_it_is_named_after(family):
     np.testing.assert_allclose(found, WHOLE[f"{family}/logits"], rtol=1e-5, atol=1e-5 * np.abs(found).max())
 
 
+def test_what_follows_from_sizes_follows_from_the_configs_own():
+    model = lab.config.base().model
+    model.rule, model.mixer.head_dim = "own_branch", 20
+    assert dict(presets.overrides(model, "gemma2"))["model.pattern"][0] == (("rule", "(own_branch) & window(4096)"),)
+    assert dict(presets.overrides(model, "gpt-neox"))["model.position.dim"] == 4  # pairs, about a quarter
+
+
 def test_an_unknown_preset_is_refused_by_name():
     with pytest.raises(UserError, match=r"gpt9.*gpt2"):
         presets.apply(lab.config.base().model, "gpt9")

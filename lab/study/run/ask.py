@@ -10,7 +10,8 @@ from lab import kernels, runtime
 from lab.errors import UserError
 from lab.evaluate import asks, conditions
 from lab.model import mesh as lab_mesh
-from lab.study import evaluations
+from lab.model.spec import biased
+from lab.study import evaluations, measure
 from lab.study.define.asked import wanted
 from lab.study.run import log
 from lab.study.run.hosts import agreed
@@ -72,7 +73,7 @@ def _keep(run: Run, config: ConfigDict, found: dict, one: conditions.Condition, 
     asked, column = config.evaluate[found["name"]], found["column"]
     row = {column: one.value, "loss": one.loss, "accuracy": one.accuracy, "tokens": one.tokens}
     if one.bytes:
-        row |= {"bytes": one.bytes, "bits_per_byte": one.bits_per_byte}
+        row |= {"bytes": one.bytes, measure.BITS.column: measure.bits_per_byte(one.loss * one.tokens, one.bytes)}
     timing = {
         column: one.value,
         "seconds": one.seconds,
@@ -82,7 +83,9 @@ def _keep(run: Run, config: ConfigDict, found: dict, one: conditions.Condition, 
     found["conditions"].append(row)
     found["timings"].append(timing)
     found["complete"] = len(found["conditions"]) == len(asks.conditions(asked))
-    found["environment"] = runtime.environment(mesh) | {"implementation": kernels.resolve(config.run.implementation)}
+    adds = biased(asks.remodelled(config, asked).model)
+    implementation = kernels.resolve(config.run.implementation, biased=adds)
+    found["environment"] = runtime.environment(mesh) | {"implementation": implementation}
     if jax.process_index() == 0:
         evaluations.save(run.directory, found)
 

@@ -115,10 +115,11 @@ def _of_first_host(cells, machine, here, workdir, hosts, say) -> dict:
 
 def _able(cells: list[Cell], names: Iterable[str]) -> list[str]:
     """Those that can do what all cells ask of attention: one serves the whole study."""
-    drops = any(dropout.of_attention(cell.config.train) for cell in cells)
-    adds = any(asks.adds_to_scores(cell.config) for cell in cells)
-    rows = kernels.IMPLEMENTATIONS
-    return [name for name in names if (rows[name].drops or not drops) and (rows[name].biases or not adds)]
+    needs = dict(
+        biased=any(asks.adds_to_scores(cell.config) for cell in cells),
+        dropping=any(dropout.of_attention(cell.config.train) for cell in cells),
+    )
+    return [name for name in names if kernels.able(name, **needs)]
 
 
 def _found(cells: list[Cell], here: dict, devices: int, say: Callable[[str], None]) -> dict:

@@ -45,6 +45,7 @@ class Log:
         self._run, self._writes = run, writes
         self._path = run.directory / "metrics.jsonl"
         self._file = self._board = None
+        self._counts = "spikes" in run.cell.config.run.log.instruments
         self._losses, self._spikes = [], 0
 
     def start(self, step: int) -> None:
@@ -60,8 +61,9 @@ class Log:
     def _begin(self, step: int) -> None:
         kept = [line for line in results.metrics(self._run.directory) if line["step"] < step]
         write_atomically(self._path, "".join(json.dumps(sealed(line)) + "\n" for line in kept).encode())
-        self._losses = [line["loss"] for line in kept]
-        self._spikes = len(spikes.spikes(self._losses))
+        if self._counts:
+            self._losses = [line["loss"] for line in kept]
+            self._spikes = len(spikes.spikes(self._losses))
         self._file = self._path.open("a", buffering=1)  # a checkpoint must never outlive the lines before it
 
     def step(self, record: Record, rate: float | None) -> None:
@@ -81,12 +83,13 @@ class Log:
 
     def _line(self, record: Record) -> dict:
         """Of metrics.jsonl: without instruments where they were not due, with the spikes so far if they are asked."""
-        self._spikes += spikes.is_spike(record.loss, self._losses)
-        self._losses.append(record.loss)
+        if self._counts:
+            self._spikes += spikes.is_spike(record.loss, self._losses)
+            self._losses.append(record.loss)
         line = record._asdict()
         if record.instruments is None:
             del line["instruments"]
-        elif "spikes" in self._run.cell.config.run.log.instruments:
+        elif self._counts:
             line["instruments"] = record.instruments | {"spikes": self._spikes}
         return line
 

@@ -192,3 +192,9 @@ def test_the_plan_keeps_what_is_judged_in_and_what_a_step_reads(tmp_path, monkey
         assert measure.of_plan(kept) is expected and ("measure" in kept) == (count == 2)
         reads = {"texts": made.data.rows, "size": made.data.rows * 60.5}
         assert [cell.get("reads") for cell in kept["cells"]] == ([reads] * 2 if count == 2 else [None])
+
+
+def test_bits_per_byte_of_a_planted_loss():
+    """Ten tokens of three bits each, over fifteen bytes; bytes that are all alike cost log2 of their number."""
+    assert measure.bits_per_byte(10 * 3 * math.log(2), 15) == pytest.approx(2.0)
+    assert measure.bits_per_byte(77 * math.log(256), 77) == pytest.approx(8.0)

@@ -15,6 +15,7 @@ from lab.study.judge import scaling as laws
 from lab.study.report import live, page, scaling
 
 COMPUTE = {"s": 1e11, "m": 1e12, "l": 1e13}
+ABOVE = {"xl": 1e14}
 WORTH = {"base": 1.0, "better": 1.5, "fades": 1.6, "slow": 1.0}
 STUDY = {"baseline": (("variant", "base"),)}
 
@@ -26,7 +27,7 @@ def few_resamples(monkeypatch):
 
 def loss(labels, count):
     """1.5 + 200 / C^0.25, of a variant as if it had had more compute; `fades` gains less on every rung."""
-    compute = COMPUTE[labels["rung"]]
+    compute = (COMPUTE | ABOVE)[labels["rung"]]
     worth = WORTH[labels["variant"]] / (1.25 ** np.log10(compute / 1e11) if labels["variant"] == "fades" else 1)
     return 1.5 + 200 / (compute * worth) ** 0.25
 
@@ -43,7 +44,7 @@ def made(directory, rungs=("s", "m", "l"), variants=tuple(WORTH), **options):
     write_study(directory, values, counts=(1,), **options)
     plan = json.loads((directory / "plan.json").read_text())
     for cell in plan["cells"]:
-        scale = COMPUTE[cell["labels"]["rung"]] / 1e11
+        scale = (COMPUTE | ABOVE)[cell["labels"]["rung"]] / 1e11
         cell["train_flops_per_token"] = 1e11 * scale**0.5 / 512_000
         cell["tokens"] = round(512_000 * scale**0.5)
         cell["parameters_non_embedding"], cell["parameters"] = (round(size * scale**0.5) for size in (30_000, 46_000))
@@ -116,6 +117,10 @@ def test_points_and_lines_of_a_ladder_share_their_colours():
         (
             dict(variants=("base", "better"), skip=[("variant=better,rung=l", seed) for seed in range(3)]),
             "cannot tell: 2 rungs (s, m) have paired seeds, and a gain needs 3",
+        ),
+        (
+            dict(rungs=("s", "m", "l", "xl"), skip=[("variant=better,rung=xl", seed) for seed in range(3)]),
+            "cannot tell: no pair at xl",
         ),
     ],
     ids=str,

@@ -14,6 +14,7 @@ import lab
 from lab import report, storage
 from lab.errors import UserError
 from lab.study import evaluations, results
+from lab.study.define.cell import Cell
 from lab.study.run import segments, trials
 from lab.study.run import study as run_study
 from lab.study.run.log import Log
@@ -62,7 +63,7 @@ def test_a_log_is_read_by_step(tmp_path, kind):
     write_lines(tmp_path, held)
     assert [line["step"] for line in results.metrics(tmp_path)] == [*steps]
     assert results.steps_logged(tmp_path) == counted
-    log = Log(Run(None, 0, {}, None, tmp_path), writes=True)
+    log = Log(Run(Cell("one", {}, tiny.config()), 0, {}, None, tmp_path), writes=True)
     log._begin(4)
     assert [json.loads(line)["step"] for line in lines(tmp_path)] == [step for step in steps if step < 4]
     log._file.close()

@@ -3,6 +3,7 @@
 import pytest
 import tiny
 
+from lab import kernels
 from lab.model import mesh as lab_mesh
 from lab.study.judge.pairing import Score, mismatch
 from lab.study.results import Outcome
@@ -39,6 +40,13 @@ def test_a_segment_says_how_and_on_what_its_steps_are_made(devices):
     assert way["remat"] == "full" and way["vmapped"] == 3 and way["device_kind"] == devices[0].device_kind
     assert {"jax", "flax", "optax", "scan", "microbatches"} <= {*way}
     assert not {"workers", "checkpoint.every", "log.every"} & {*way}  # these round nothing
+
+
+def test_a_segment_names_what_took_the_place_of_one_that_adds_no_bias(monkeypatch):
+    monkeypatch.setitem(kernels.AUTO, "cpu", ("pallas_triton", 2**20))
+    for name, taken in (("rope2d", "pallas_triton"), ("t5", "tiled")):
+        config = tiny.config(model__position__name=name)
+        assert segments.way(config, lab_mesh.make(config.run.mesh), 1)["implementation"] == taken
 
 
 @pytest.mark.parametrize(("other", "told"), [

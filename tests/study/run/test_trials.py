@@ -75,6 +75,7 @@ def test_a_failed_trial_is_never_the_best_and_an_unfinished_one_decides_nothing(
     (dict(tune=(("train.learning_rate", (1e-3, 1e-3)),)), r"study\.tune has a value of train\.learning_rate twice"),
     (dict(tune=(("model.position.ratio", (0.5, 1.0)),)), r"study\.tune names model\.position\.ratio, which the"),
     (dict(tune=(("train.learning_rat", (1e-3,)),)), r"study\.tune = 'train\.learning_rat' is unknown \(did you mean"),
+    (dict(tune=(("data.tokenizer", ("bytes", "bpe:512")),)), r"study\.tune names data\.tokenizer: losses per token of"),
     (dict(tune_seed=2), r"study\.tune_seed = 2 is among the seeds \[0, 1, 2\] that cells are judged on"),
 ])  # fmt: skip
 def test_a_grid_that_cannot_be_is_refused(config, tmp_path, settings, told):
