@@ -123,6 +123,14 @@ def test_weights_are_drawn_as_at_the_base():
             assert np.std(variable[...]) == pytest.approx(variance**0.5, rel=0.05), path
 
 
+def test_a_table_of_biases_learns_alike_whether_layers_share_it():
+    for shared in (True, False):
+        made = config("depth-mup", model__position__name="t5", model__position__shared=shared)
+        found = by_path(parameter.split(lab_model.abstract(made.model))[1])
+        (table,) = (v for path, v in found.items() if path.endswith("added.table"))
+        assert table.get_metadata()["factors"] == pytest.approx((DEEPER**-0.5, 1))
+
+
 def test_codes_of_positions_are_as_large_as_token_embeddings():
     """At the base and beyond it: a fixed code by its mean square, a learned one by its draw."""
     sizes = dict(model__dim=64, model__vocabulary=500, model__position__length=500)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tiny
 
-from lab import storage
+from lab import kernels, storage
 from lab.config import add_ask
 from lab.data import Data, tokenizers
 from lab.errors import UserError
@@ -15,6 +15,7 @@ from lab.evaluate import asks, conditions
 from lab.model import mesh as lab_mesh
 from lab.study import evaluations, results
 from lab.study.define import asked, cell, identity
+from lab.study.run import ask as run_ask
 from lab.study.run import study as run_study
 from lab.study.run.progress import Display
 from lab.study.run.runs import Run
@@ -239,3 +240,14 @@ def test_asks_that_cannot_be_are_refused_in_one_line(fields, told):
 def test_the_name_of_an_ask_is_one_word(name):
     with pytest.raises(UserError, match="choose one word"):
         asks.check(config(**{name: {}}))
+
+
+def test_what_is_found_says_which_implementation_a_bias_leaves(monkeypatch, tmp_path):
+    monkeypatch.setitem(kernels.AUTO, "cpu", ("pallas_triton", 2**20))
+    monkeypatch.setattr(run_ask.memory, "peak", lambda executable: 0)
+    one = conditions.Condition(1, 2.0, 0.5, tokens=10, bytes=0, seconds=1.0, executable=None)
+    for name, taken in (("rope2d", "pallas_triton"), ("alibi", "tiled")):
+        made = tiny.config(model__position__name=name)
+        found = evaluations.begun("loss", "eval_branch", {"parts": {}, "versions": {}})
+        run_ask._keep(Run(None, 0, {}, None, tmp_path), made, found, one, tiny.mesh())
+        assert found["environment"]["implementation"] == taken

@@ -12,6 +12,7 @@ import variants
 from studies import write, write_study
 
 from lab import kernels, main, report, runtime
+from lab.config import add_ask
 from lab.errors import UserError
 from lab.kernels import choice
 from lab.study.define import cell
@@ -251,3 +252,11 @@ def test_hosts_without_a_gpu_agree_and_one_beside_a_first_without_is_refused(mac
     monkeypatch.setattr(attention.Machine, "here", here)
     with pytest.raises(UserError, match="the hosts differ in GPUs, drivers or code"):
         decide()
+
+
+def test_an_ask_that_adds_to_scores_counts_when_an_implementation_is_chosen():
+    plain, asking = made(), made()
+    add_ask(asking.config, "far", model=(("position.name", "alibi"),), branches=(1,), texts_per_row=4)
+    asking.config.model.position.update(dict(theta=1e4, ratio=0.0, stride=128))
+    every = [*kernels.IMPLEMENTATIONS]
+    assert attention._able([plain], every) == every and "cudnn" not in attention._able([plain, asking], every)
