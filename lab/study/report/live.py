@@ -15,7 +15,7 @@ from matplotlib.colors import to_hex
 
 from lab.study.judge.evidence import UNKNOWN, Comparison
 from lab.study.judge.trends import Trend
-from lab.study.measure import NATS, Measure
+from lab.study.measure import MEASURES, NATS, Measure
 from lab.study.report.figures import EFFECT, Curves, beaten, colours, smoothed
 
 MOST_PANELS, MOST_POINTS = 36, 60_000  # of a figure
@@ -27,6 +27,7 @@ SHADE = "rgba(27, 108, 168, 0.2)"  # of an interval
 SIGNED = [[0, "#b2182b"], [0.5, "#f7f7f7"], [1, "#2166ac"]]  # red is negative
 NAMED = 42  # letters of a comparison beside its row
 
+LOSSES = {measure.title for measure in MEASURES.values()}  # of axes that may be drawn on a log scale
 Live = dict  # {"panels": [{"data": [...], "layout": {...}}, ...], "logarithmic": whether a log scale of y is offered}
 
 
@@ -61,7 +62,7 @@ def by_label(rows: Sequence[Mapping[str, Curves]], axis: str, vertical: str = NA
         kind = {"tickvals": ticks} if numeric else {"type": "category", "categoryarray": list(map(_text, ticks))}
         return _panel(title, _lines(curves, {}, axis), _titled(axis) | kind, _titled(vertical))
 
-    return _figure(rows, panel)
+    return _figure(rows, panel, logarithmic=vertical in LOSSES)
 
 
 def heat_maps(rows: Sequence[Mapping[str, Curves]], vertical: str, horizontal: str) -> Live | None:

@@ -127,3 +127,9 @@ def test_the_script_is_in_a_page_once_and_only_with_a_figure():
 def test_data_of_a_figure_cannot_leave_its_script():
     chart = page.Chart("a", b"png", "c", {"panels": ["</script><b>"], "logarithmic": False})
     assert "</script><b>" not in page.html("t", [page.Section("s", [chart])], script="x")
+
+
+def test_a_log_scale_is_offered_of_losses_alone():
+    rows = [{"": {"one": {0: -1.0, 1: -2.0}}}]
+    assert live.by_label(rows, "rate")["logarithmic"]
+    assert not live.by_label(rows, "layer", "log10 of the norm of its gradient")["logarithmic"]
