@@ -14,7 +14,7 @@ from lab.study.report.page import Chart, Piece, Table, Text
 from lab.study.results import Results
 
 JUDGED = ["verdict", "difference", "95% interval", "noise", "detectable", "tokens/s"]
-DETAILS = ["p (Holm)", "bootstrap 95%"]  # last, so that costs are seen without scrolling
+DETAILS = ["p (Holm)", "bootstrap 95%", "differs in"]  # last, so that costs are seen without scrolling
 OF_CONTRAST = ["contrast", "expected", "difference", "95% interval", *COSTS]
 NONE = ["—"] * len(OF_CONTRAST)  # where a row is about several contrasts
 MOST_TRENDS, MOST_EFFECTS = 24, 40  # in a figure
@@ -44,7 +44,6 @@ def verdicts(study: Results, findings: Findings) -> list[Piece]:
             *map(str, study.key(cell)),
             _loss(findings, cell["name"]),
             *_judged(findings, cell["name"], against),
-            differing(against[cell["name"]]) if cell["name"] in against else "—",
             *_costs(cell, against),
             str(len(findings.scores[cell["name"]])),
             *(details(against[cell["name"]]) if cell["name"] in against else ["—"] * len(DETAILS)),
@@ -52,7 +51,7 @@ def verdicts(study: Results, findings: Findings) -> list[Piece]:
         for cell in study.plan["cells"]
     ]
     if against:
-        columns = [*study.labels, study.measure.heading, *JUDGED, "differs in", *COSTS, "seeds", *DETAILS]
+        columns = [*study.labels, study.measure.heading, *JUDGED, *COSTS, "seeds", *DETAILS]
         caption = (
             f"Every cell against the one with {describe(dict(findings.settings.baseline))} and otherwise its labels. "
             f"{AGAINST} {DIFFERS}"
@@ -63,7 +62,6 @@ def verdicts(study: Results, findings: Findings) -> list[Piece]:
             [
                 one.name,
                 *judged(one),
-                differing(one),
                 *relative(one.residuals),
                 str(one.estimate.n),
                 *details(one),
@@ -71,7 +69,7 @@ def verdicts(study: Results, findings: Findings) -> list[Piece]:
             ]
             for one in contrasts
         ]
-        columns = ["contrast", *JUDGED, "differs in", *COSTS, "seeds", *DETAILS, "compares"]
+        columns = ["contrast", *JUDGED, *COSTS, "seeds", *DETAILS, "compares"]
         blocks.append(Table(columns, rows, f"Contrasts. {BETWEEN}{f' {DIFFERS}' * (not against)}", sortable=True))
     told = Text(EXPLAINED.format(unit=study.measure.unit)), Text(MEANINGS)
     return [*blocks, *told, *_effects(study, findings), *refusals(findings.comparisons)]
@@ -88,7 +86,7 @@ def judged(comparison: Comparison) -> list[str]:
 def details(comparison: Comparison) -> list[str]:
     """The cells of the columns DETAILS."""
     known = comparison.estimate
-    return [_p(comparison.adjusted), interval(known.bootstrap_interval)]
+    return [_p(comparison.adjusted), interval(known.bootstrap_interval), differing(comparison)]
 
 
 def differing(comparison: Comparison) -> str:
