@@ -31,6 +31,7 @@ BELOW = {
     "train": {"coordinates", "errors", "options", "storage", "kernels", "model", "data"},
     "evaluate": {"coordinates", "errors", "options", "kernels", "model", "data", "train"},
     "config": {"errors", "options", "model", "data", "train", "evaluate", "study"},  # of the study its settings alone
+    "exchange": {"errors", "options", "storage", "config", "model", "data", "train"},
     "study": {
         "coordinates",
         "errors",
