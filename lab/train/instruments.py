@@ -112,7 +112,7 @@ def _of_rows(model: Transformer, batch: Batch, names: tuple[str, ...]) -> Measur
     for m in range(model.layers):
         block, view = blocks[m % P][m // P], views[m % P]
         if "logits" in names:
-            readable = _readable(model.stream, block.mixer, view)
+            readable = view.bands is None and view.growth is None and _readable(model.stream, block.mixer)
             scores.append(_attention(block, state, view) if readable else (jnp.nan,) * 2)
         state, _ = model.stream.layer(state, block, view, None, m=m)
         x_BTD = model.stream.finish(state)[0]
@@ -133,10 +133,9 @@ def _rms(x_BTD: jax.Array, real_BT: jax.Array) -> jax.Array:
     return jnp.sqrt(jnp.mean(jnp.square(x_BTD.astype(jnp.float32)), where=real_BT[..., None]))
 
 
-def _readable(stream: Stream, mixer, view: View) -> bool:
+def _readable(stream: Stream, mixer) -> bool:
     """Whether a layer's scores are those of its own queries and keys alone, read from the stream as it is."""
     own = isinstance(mixer, Softmax) and type(mixer).remember is Softmax.remember
-    own = own and view.bands is None and view.growth is None
     return own and type(stream).layer is Stream.layer and not mixer.biased  # by a position
 
 
