@@ -3,26 +3,30 @@
 __all__ = ["load"]
 
 
-def load(path):
-    """(model, tokenizer) of a finished or running cell, or of a Hugging Face checkpoint.
+def load(path, model=(), base=None):
+    """(model, tokenizer) of a finished or running cell, of an imported model, or of a Hugging Face checkpoint.
 
     `path` is the directory of a cell (its first seed is taken), of one of its seeds, or of one checkpoint. The newest
-    checkpoint is read, onto one device. Raises UserError where there is none. A directory of Hugging Face's format is
-    opened too, if lab.exchange has its family.
+    checkpoint is read, onto one device; adapters are merged. A directory of Hugging Face's format is opened too, if
+    lab.exchange has its family. model: fields that are laid over its config.model on the same weights, such as
+    (("rule", "own_branch"),). base: where the checkpoint lies now that a cell began from, if it trained no weights or a
+    part of them. Raises UserError where there is none.
     """
     # Imported here: `import lab` must stay light, and must not touch JAX before lab.runtime has.
     import jax
+    from ml_collections import ConfigDict
 
     from lab.config import restored
     from lab.data import tokenizers
+    from lab.evaluate.asks import remodelled
     from lab.exchange import importing
     from lab.model import undrawn
-    from lab.storage import read_json
-    from lab.train.checkpoint import locate, read_model
+    from lab.train import origin
 
+    over = ConfigDict({"model": model})
     if importing.theirs(path):
-        return importing.load(path)
-    cell, directory, step = locate(path)
-    config = restored(read_json(cell / "config.json"))
-    model = undrawn(config.model, jax.devices()[0])
-    return read_model(directory, model, step), tokenizers.load(cell, config.data.eos)
+        return importing.load(path, over)
+    found = origin.find(path, base)
+    config = remodelled(restored(found.stored), over, field="load")
+    like = undrawn(config.model, jax.devices()[0])
+    return origin.read(found, like), tokenizers.load(found.cell, config.data.eos)

@@ -151,6 +151,10 @@ ROWS = {
         ("Muon splits the wrong heads", '"qkv": lambda of_input: not of_input', '"qkv": lambda of_input: of_input'),
         ("embedding by the vocabulary", "gain * shape[1] ** -0.5", "gain * shape[0] ** -0.5"),
     ],
+    "model/lora.py": [
+        ("adapters unscaled", "weight[...] + scale * product(a, b)", "weight[...] + product(a, b)"),
+        ("rank for alpha", "jnp.float32(alpha / rank)", "jnp.float32(1.0)"),
+    ],
     "model/dropout.py": [
         ("every step drops alike", "absorb(self.seed, self.step), token_BT", "absorb(self.seed, 0), token_BT"),
         ("layers drop alike", "state=absorb(self.state, m)", "state=absorb(self.state, 0)"),
@@ -257,6 +261,7 @@ ROWS = {
     "study/define/identity.py": [
         ("other versions are the same", "return SAME if alike else OTHER_VERSIONS", "return SAME"),
         ("seeds of the model forgotten", "config.model_seed - config.seed}", "0}"),
+        ("weights of a checkpoint forgotten", "parts = {*asked, WEIGHTS}", "parts = {*asked} - {WEIGHTS}"),
     ],
     "study/judge/statistics.py": [
         ("Bonferroni for Holm", "(len(known) - rank) * p", "len(known) * p"),

@@ -22,6 +22,7 @@ from lab import model as lab_model
 from lab.config import base
 from lab.data import tokenizers
 from lab.errors import UserError
+from lab.evaluate.asks import remodelled
 from lab.exchange import architecture, companions
 from lab.exchange.source import CONFIG, DTYPES, Source, find_json
 from lab.exchange.tensors import Parameter, parameters
@@ -124,10 +125,13 @@ def theirs(path: str | Path) -> bool:
     return "model_type" in find_json(Path(path) / CONFIG)
 
 
-def load(directory: str | Path) -> tuple[nnx.Module, tokenizers.Tokenizer]:
-    """(model, tokenizer) of a Hugging Face directory, on one device: nothing is written. Raises UserError as `from_hf`
-    does."""
+def load(directory: str | Path, over: ConfigDict) -> tuple[nnx.Module, tokenizers.Tokenizer]:
+    """(model, tokenizer) of a Hugging Face directory, on one device: nothing is written. over: `model`, fields that are
+    laid over what the directory says. Raises UserError as `from_hf` does."""
     opened = Opened(Path(directory))
+    config = base()
+    config.model = opened.model
+    opened.model = remodelled(config, over, field="load").model
     devices = np.array(jax.devices()[:1]).reshape((1,) * len(lab_mesh.AXES))
     mesh = Mesh(devices, lab_mesh.AXES, axis_types=(AxisType.Auto,) * len(lab_mesh.AXES))
     return onto_mesh(opened, mesh), tokenizers.load(opened.source.directory, opened.end())

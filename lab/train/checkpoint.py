@@ -78,7 +78,14 @@ def _with_weights(model, named: dict):
     return nnx.merge(structure, _unnamed(named, trainable), rest)
 
 
+def _sum_of_frozen(model) -> int | None:
+    """Of the weights of a model that are not saved with it; None where there are none."""
+    frozen = _named(parameter.frozen(model))
+    return int(_checksum(frozen)) if frozen else None
+
+
 CHANGED = "its numbers are not those that were saved"
+OTHER_BASE = "it is a part of a model, and was trained upon other weights than those of its base"
 SET_ASIDE = "set_aside"  # beside the directory of checkpoints
 MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)  # what a damaged checkpoint gives; any other error may pass
 PASSING = ("PERMISSION_DENIED", "UNAVAILABLE", "DEADLINE_EXCEEDED")  # as TensorStore spells such errors
@@ -128,8 +135,9 @@ def newest(directory: pathlib.Path, step: int | None = None) -> tuple[int, dict]
 
 
 def read_model(directory: pathlib.Path, model, step: int | None = None):
-    """`model` with the weights of a checkpoint, the newest by default. Raises UserError where there is none or it is
-    damaged, and Unreadable where it cannot be read for now."""
+    """`model` with the weights of a checkpoint in the place of its trainable ones, the newest by default. Raises
+    UserError where there is none, where it is damaged, and where the model's frozen weights are not those that it was
+    saved beside; Unreadable where it cannot be read for now."""
     directory = pathlib.Path(directory).absolute()
     manager = ocp.CheckpointManager(directory)
     step = _step_of(manager, directory, step)
@@ -138,8 +146,11 @@ def read_model(directory: pathlib.Path, model, step: int | None = None):
     only_model = ocp.args.PyTreeRestore(target, restore_args=arguments, partial_restore=True)
     try:
         found = manager.restore(step, args=ocp.args.Composite(state=only_model, position=ocp.args.JsonRestore()))
-        if unsealed(found["position"])["weights"] != int(_checksum(found["state"]["model"])):
+        about = unsealed(found["position"])
+        if about["weights"] != int(_checksum(found["state"]["model"])):
             raise ValueError(CHANGED)
+        if about.get("frozen") != _sum_of_frozen(model):
+            raise ValueError(OTHER_BASE)
         return _with_weights(model, found["state"]["model"])
     except Exception as error:  # Orbax raises many kinds for a damaged one, and a bare Exception among them
         place = directory / str(step)
@@ -162,6 +173,8 @@ class Checkpoints:
             return
         saved = _saved(state)
         sums = {"numbers": int(_checksum(saved)), "weights": int(_checksum(saved["model"]))}
+        if (frozen := _sum_of_frozen(state.model)) is not None:
+            sums["frozen"] = frozen
         about = ocp.args.JsonSave(sealed(position._asdict() | sums))
         items = ocp.args.Composite(state=ocp.args.StandardSave(saved), position=about)
         self._named_if_full(lambda: self._manager.save(position.step, args=items))
