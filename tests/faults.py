@@ -253,6 +253,24 @@ ROWS = {
         ("the last batch alone", "sums += jax", "sums = jax"),
     ],
     "evaluate/asks.py": [("other weights pass", "if _weights(changed) != _weights(config)", "if False")],
+    "evaluate/long.py": [
+        ("buckets one token late", "nats_nN[:, low:high].sum(1) for", "nats_nN[:, low + 1 : high + 1].sum(1) for"),
+        ("windows count old tokens", "np.where(at < before, -1, following)", "following"),
+        ("the last window left out", ", D - W})", "} or {0})"),
+    ],
+    "evaluate/passes.py": [("every chunk at time 0", "np.int32(start)", "np.int32(0)")],
+    "evaluate/reached.py": [
+        ("a method that does nothing", "if not beyond > tolerance:", "if False:"),
+        ("a broken promise", "if inside > tolerance:", "if False:"),
+    ],
+    "evaluate/retrieval.py": [
+        ("answers a token late", "len(before) - 1 : len(whole) - 1]", "len(before) : len(whole)]"),
+        ("half an answer is right", "right_RN, True).all(1)", "right_RN, False).any(1)"),
+    ],
+    "study/judge/documents.py": [
+        ("other documents are paired", " and ours[0] == theirs[0]", ""),
+        ("seeds are documents", "np.mean(found, axis=0)", "np.concatenate(found)"),
+    ],
     "study/define/cells.py": [
         ("first group fastest", "itertools.product(*groups))", "itertools.product(*groups[::-1]))"),
         ("rungs of one name", "or names.count(name) > 1", ""),

@@ -12,6 +12,7 @@ from lab.data.corpora import CORPORA
 from lab.data.packing import LONGEST_ROW
 from lab.data.probes import PROBES
 from lab.errors import UserError, choose
+from lab.evaluate import long, retrieval
 from lab.model import abstract, lora, parameter, spec, streams
 from lab.options import Option, Part, Room, leaves, nested, set_field, without
 
@@ -21,7 +22,9 @@ class AskKind(NamedTuple):
 
     column: what results call its axis. corpora: the data that it asks about. conditions: the field with the values of
     the axis. check(config, ask, its field); batches(config, ask, texts, condition, process_index=, process_count=).
-    version: of what is done with the outputs on the host; a change asks anew.
+    version: of what is done with the outputs on the host; a change asks anew. Long documents have no batches but
+    rows(config, ask, texts, tokenizer, condition), lab.evaluate.long.LongRows that are scored in chunks, and a
+    summary(config, ask, condition, rows, nats, right) of what was found.
     """
 
     column: str
@@ -29,8 +32,10 @@ class AskKind(NamedTuple):
     conditions: str
     options: Mapping[str, Option]
     check: Callable[[ConfigDict, ConfigDict, str], None]
-    batches: Callable[..., Iterator[Batch]]
+    batches: Callable[..., Iterator[Batch]] | None
     version: int = 1
+    rows: Callable[..., long.LongRows] | None = None
+    summary: Callable[..., long.LongSummary] | None = None
 
 
 SIZES = {
@@ -62,6 +67,26 @@ ASKS = {
         DIFFICULTIES,
         generated.check_difficulties,
         generated.evaluation_batches,
+    ),
+    "length": AskKind(
+        "length",
+        tuple(CORPORA),
+        "lengths",
+        SIZES | long.OF_TEXT,
+        long.check,
+        batches=None,
+        rows=long.rows,
+        summary=long.summary,
+    ),
+    "retrieval": AskKind(
+        "length",
+        tuple(CORPORA),
+        "lengths",
+        SIZES | retrieval.OPTIONS,
+        retrieval.check,
+        batches=None,
+        rows=retrieval.rows,
+        summary=retrieval.summary,
     ),
 }
 ASK = Room(
@@ -105,6 +130,9 @@ def check(config: ConfigDict) -> None:
         checks.check_size(field, asked, config.data.text_length)
         kind.check(config, asked, field)
         model = remodelled(config, asked, field).model
+        if kind.rows:
+            streams.check_rows(model, f"{field}.lengths: the longest,", max(asked.lengths))
+            continue
         tokens = asked.texts_per_row * config.data.text_length
         streams.check_rows(model, f"{field}.texts_per_row x data.text_length", tokens)
 
@@ -146,10 +174,15 @@ def remodelled(config: ConfigDict, asked: ConfigDict, field: str = "an ask") -> 
     return changed
 
 
+_shapes: dict[tuple, object] = {}  # a study lays many overrides over one model, and again wherever it is asked
+
+
 def _weights(config: ConfigDict):
     """What a checkpoint holds of a model: shapes by name."""
-    trainable = parameter.split(abstract(config.model, config.run))[1]
-    return parameter.shapes(trainable)
+    key = config.model.to_json_best_effort(), config.run.to_json_best_effort()
+    if key not in _shapes:
+        _shapes[key] = parameter.shapes(parameter.split(abstract(config.model, config.run))[1])
+    return _shapes[key]
 
 
 def filled(config: ConfigDict, texts: Sequence | None) -> ConfigDict:
@@ -163,6 +196,13 @@ def filled(config: ConfigDict, texts: Sequence | None) -> ConfigDict:
         call = config.evaluate[name].texts_per_row * config.evaluate[name].rows
         changed.evaluate[name].texts = len(texts) // call * call
     return changed
+
+
+def call(config: ConfigDict, asked: ConfigDict) -> tuple[int, int]:
+    """Rows and tokens of each that a model is called with: whole rows, or a chunk of them."""
+    if ASKS[asked.kind].rows:
+        return asked.rows, asked.chunk
+    return asked.rows, asked.texts_per_row * config.data.text_length
 
 
 def resolved(asked: ConfigDict) -> dict:

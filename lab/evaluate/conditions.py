@@ -1,4 +1,5 @@
-"""Loss and accuracy by condition: every model is asked the same, under one number of branches or difficulty each."""
+"""Loss and accuracy by condition: every model is asked the same, under one number of branches, difficulty or length
+each."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -9,7 +10,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from lab.evaluate import asks
+from lab.evaluate import asks, keys, long, passes, reached
+from lab.evaluate.passes import Pass
 from lab.model import mesh as lab_mesh
 from lab.model.arrangement import Arrangement
 from lab.train import compiled
@@ -26,6 +28,9 @@ class Condition(NamedTuple):
     bytes: int  # of text that these stand for; 0: unknown
     seconds: float  # steady, without compiling
     executable: object
+    read: int = 0  # tokens that were put through the model; 0: those of the texts that were asked for
+    further: dict = {}  # columns of the row beside these
+    documents: dict | None = None  # what was found of each document, as JSON keeps it
 
 
 def laid_over(config: ConfigDict, asked: ConfigDict, model, mesh):
@@ -45,11 +50,15 @@ def evaluate(
     done: int = 0,
     stop: Callable[[], bool],
     bytes_of_ids: np.ndarray | None = None,
+    tokenizer=None,
 ) -> Iterator[Condition]:
     """The conditions of the ask `name`, but for the first `done`, one by one as they are found; one program serves
-    them all. `model`: as it was trained. bytes_of_ids: the tokenizer's. Raises Stopped, the condition at hand lost,
-    when stop() says so."""
+    them all. `model`: as it was trained. bytes_of_ids: the tokenizer's. tokenizer: of asks that write their own
+    documents. Raises Stopped, the condition at hand lost, when stop() says so."""
     asked = config.evaluate[name]
+    if asks.ASKS[asked.kind].rows:
+        yield from _of_documents(config, name, model, texts, mesh, done, stop, bytes_of_ids, tokenizer)
+        return
     model, config = laid_over(config, asked, model, mesh), asks.remodelled(config, asked)
     hosts = dict(process_index=jax.process_index(), process_count=jax.process_count())
     run, arrange, batches_of = None, None, asks.ASKS[asked.kind].batches
@@ -71,6 +80,31 @@ def evaluate(
         nats, right, tokens = (sums + jax.device_get(sent)).tolist()
         seconds = time.perf_counter() - begun
         yield Condition(value, nats / tokens, right / tokens, int(tokens), _over_hosts(size), seconds, run)
+
+
+def _of_documents(config, name: str, plain, texts, mesh, done, stop, bytes_of_ids, tokenizer) -> Iterator[Condition]:
+    """The same of an ask of long documents: one program of a chunk serves all lengths."""
+    asked, kind = config.evaluate[name], asks.ASKS[config.evaluate[name].kind]
+    model, how, values = laid_over(config, asked, plain, mesh), Pass.of(asked), asks.conditions(asked)
+
+    def told() -> None:
+        if stop():
+            raise Stopped(f"the ask {name}")
+
+    if long.methods(asked) and values[done:]:
+        of = kind.rows(config, asked, texts, tokenizer, max(values))
+        changed = asks.remodelled(config, asked)
+        reached.check(name, config, changed, (plain, model), of, how, mesh, told)
+    for value in values[done:]:
+        of = kind.rows(config, asked, texts, tokenizer, value)
+        if asked.evaluator:
+            of = of._replace(keys=keys.of_rows(asked, of, long.digest(of), tokenizer, mesh, told))
+        nats, right, seconds = passes.score_all(model, of, how, mesh, told)
+        found = kind.summary(config, asked, value, of, nats.astype(np.float64), right)
+        size = 0 if bytes_of_ids is None else int(bytes_of_ids[found.labels].sum())
+        means = found.nats / found.tokens, found.right / found.tokens, found.tokens
+        ran = seconds, passes.executable(model, how, mesh), int((of.tokens >= 0).sum())
+        yield Condition(value, *means, size, *ran, found.further, found.documents)
 
 
 def _over_hosts(count: int) -> int:

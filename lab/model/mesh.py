@@ -76,6 +76,16 @@ def constrain(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, TOKENS) if current() else x
 
 
+def everywhere(tree):
+    """The same arrays, whole on every device."""
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, P()), tree) if current() else tree
+
+
+def place_rows(x: np.ndarray, mesh: Mesh) -> jax.Array:
+    """A host's rows [B, T] as a global array whose rows lie over the mesh, and whose tokens stay in order."""
+    return jax.make_array_from_process_local_data(NamedSharding(mesh, P(BATCH)), x)
+
+
 def per_device(function, in_specs, out_specs):
     """`function` run by each device on its own part; on one device, simply `function`.
 

@@ -125,11 +125,13 @@ class Results:
         return {name: column for name, column in self.plan.get("asks", {}).items() if name != LOSS}
 
     def answers(self, ask: str) -> pd.DataFrame:
-        """Of a further ask: cell, the labels, seed, its axis, loss (nats per token), accuracy, tokens (labelled), and
-        in a study that is judged in bits_per_byte that."""
+        """Of a further ask: cell, the labels, seed, its axis, loss (nats per token), accuracy, tokens (labelled), in a
+        study that is judged in bits_per_byte that, and what else its kind finds."""
         rows = [identity(self, run) | row for run in self.runs for row in run.rows(ask)]
-        scores = dict.fromkeys(("loss", "accuracy", "tokens", self.measure.column))
-        columns = ["cell", *self.labels, "seed", self.further_asks[ask], *scores]
+        axis, known = self.further_asks[ask], ("loss", "accuracy", "tokens", self.measure.column)
+        further = dict.fromkeys(name for row in rows for name in row)
+        kept = [name for name in further if name not in (*known, *OF_BYTES, axis, *RUN, *self.labels)]
+        columns = ["cell", *self.labels, "seed", axis, *dict.fromkeys((*known, *kept))]
         return pd.DataFrame(rows, columns=columns)
 
     @functools.cached_property

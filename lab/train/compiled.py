@@ -5,9 +5,10 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lab import model as lab_model
+from lab.model import mesh as lab_mesh
 from lab.model import parameter
 from lab.train import instruments, origin, step
 from lab.train import optimizer as lab_optimizer
@@ -154,3 +155,43 @@ def measure(state: State, numbers, batch, program: Program, names: tuple[str, ..
 def evaluation_step(model, batch, mesh: Mesh):
     """compiled(model, batch) -> (summed nats, tokens answered right, labelled tokens)"""
     return _compile(_evaluate, mesh, model, batch)
+
+
+def described_cache(model, rows: int, length: int, mesh: Mesh):
+    """Shapes, types and shardings of a cache of so many rows and slots: its rows lie as those of a batch do."""
+    with jax.set_mesh(mesh):
+        made = [jax.eval_shape(lambda n=n: model.init_cache(n, length)) for n in (rows, 2 * rows)]
+    return jax.tree.map(functools.partial(_over_rows, mesh), *made)
+
+
+def empty_cache(model, rows: int, length: int, mesh: Mesh):
+    """Such a cache without a token."""
+    described, (leaves, structure) = described_cache(model, rows, length, mesh), jax.tree.flatten(abstract(model))
+    shardings = jax.tree.map(lambda x: x.sharding, described)
+    key = ("empty_cache", structure, tuple((x.shape, x.dtype, x.sharding) for x in leaves), rows, length, mesh)
+    if key not in _executables:
+        with jax.set_mesh(mesh):
+            made = jax.jit(lambda model: model.init_cache(rows, length), out_shardings=shardings)
+            _executables[key] = made.lower(model).compile()
+    return _executables[key](model)
+
+
+def _over_rows(mesh: Mesh, one, other) -> jax.ShapeDtypeStruct:
+    """Of an array, whose axis of rows is the one in which it differs from that of more rows."""
+    axis = next(i for i, sizes in enumerate(zip(one.shape, other.shape, strict=True)) if len({*sizes}) > 1)
+    sharding = NamedSharding(mesh, PartitionSpec(*[None] * axis, lab_mesh.BATCH))
+    return jax.ShapeDtypeStruct(one.shape, one.dtype, sharding=sharding)
+
+
+def score_chunk(model, cache, tokens, labels, start, mesh: Mesh):
+    """compiled(model, cache, tokens, labels, start) -> (step.Scored, cache): the cache lies as it did."""
+    leaves, structure = jax.tree.flatten(cache)
+    score = _scoring(structure, tuple(x.sharding for x in leaves))
+    return _compile(score, mesh, model, cache, tokens, labels, start)
+
+
+@functools.lru_cache
+def _scoring(structure, shardings: tuple):
+    """The jitted function: one for each way in which a cache lies."""
+    out_shardings = None, jax.tree.unflatten(structure, shardings)
+    return jax.jit(step.score_chunk, donate_argnums=1, out_shardings=out_shardings)

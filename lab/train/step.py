@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from lab.coordinates import Coordinates
 from lab.data import Batch
-from lab.model import parameter
+from lab.model import mesh, parameter
 from lab.model.dropout import Dropout
 from lab.train import dropout, optimizer, partition
 from lab.train.optimizer import Numbers
@@ -45,6 +46,15 @@ class Metrics(NamedTuple):
 
     loss: jax.Array
     grad_norm: jax.Array
+
+
+class Scored(NamedTuple):
+    """Of every token of a chunk, [B, T]. nats: cross entropy of its label, 0 without one; right: whether the label has
+    the largest logit; top: that logit."""
+
+    nats: jax.Array
+    right: jax.Array
+    top: jax.Array
 
 
 def initial_state(model, program: Program) -> State:
@@ -126,3 +136,17 @@ def evaluation_step(model, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Arra
     logits_BTC = model(batch.tokens, batch.coordinates)
     ce, _, tokens = _summed(logits_BTC, batch.labels)
     return ce, jnp.sum(jnp.argmax(logits_BTC, axis=-1) == batch.labels), tokens
+
+
+def score_chunk(model, cache, tokens_BT: jax.Array, labels_BT: jax.Array, start: jax.Array):
+    """(Scored, the cache that holds the chunk too) of the tokens at times start, start + 1, ... of one text in each
+    row. A token of -1 is padding, a label of -1 is none. Logits are those of this chunk alone, and stay in here; what
+    is returned of them every host has whole. `cache` is donated."""
+    real_BT, time_BT = tokens_BT >= 0, jnp.zeros_like(tokens_BT) + start + jnp.arange(tokens_BT.shape[1])
+    at = Coordinates(jnp.where(real_BT, 0, -1), real_BT.astype(jnp.int32), time_BT, time_BT)
+    logits_BTC, cache = model.extend(jnp.maximum(tokens_BT, 0), at, cache)
+    labelled_BT, labels_BT1 = labels_BT >= 0, jnp.maximum(labels_BT, 0)[..., None]
+    label_BT = jnp.take_along_axis(logits_BTC, labels_BT1, axis=-1)[..., 0]
+    nats_BT = jnp.where(labelled_BT, jax.nn.logsumexp(logits_BTC, axis=-1) - label_BT, 0)
+    right_BT = labelled_BT & (jnp.argmax(logits_BTC, axis=-1) == labels_BT)
+    return mesh.everywhere(Scored(nats_BT, right_BT, logits_BTC.max(axis=-1))), cache

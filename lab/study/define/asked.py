@@ -8,6 +8,7 @@ from lab.study.define.identity import versions
 from lab.train import canonical
 
 _programs: dict[tuple, list[str]] = {}  # a study looks at each of its runs many times
+_tables_of: dict[tuple, str] = {}  # and asks several things under the same overrides
 
 
 def wanted(config: ConfigDict, data: lab_data.Data) -> dict[str, dict]:
@@ -31,6 +32,14 @@ def _program(config: ConfigDict, asked: ConfigDict) -> list[str]:
     key = config.model.to_json_best_effort(), asked.to_json_best_effort(), config.data.text_length
     if key not in _programs:
         changed = asks.remodelled(config, asked)
-        step = canonical.evaluation_step(changed, asked.rows, asked.texts_per_row * config.data.text_length)
-        _programs[key] = [step, canonical.tables(changed)] if asked.model else [step]
+        step = canonical.evaluation_step(changed, *asks.call(config, asked))
+        _programs[key] = [step, _tables(changed)] if asked.model else [step]
     return _programs[key]
+
+
+def _tables(config: ConfigDict) -> str:
+    """`canonical.tables` of a config."""
+    key = config.model.to_json_best_effort(), config.train.to_json_best_effort()
+    if key not in _tables_of:
+        _tables_of[key] = canonical.tables(config)
+    return _tables_of[key]

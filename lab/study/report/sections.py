@@ -16,6 +16,7 @@ from lab.study.report import (
     costs,
     figures,
     headline,
+    lengths,
     live,
     mixing,
     scaling,
@@ -29,7 +30,13 @@ from lab.study.report.page import Chart, Code, Piece, Section, Table, Text
 from lab.study.results import Results
 
 MEBIBYTE = 2**20
-HEADLINES = ("effects", "loss_by_branches", "loss_by_condition", "learning_curves")  # figures that a page may open with
+HEADLINES = (
+    "loss_by_position",
+    "effects",
+    "loss_by_branches",
+    "loss_by_condition",
+    "learning_curves",
+)  # figures that a page may open with
 
 
 def runs(study: Results) -> list[Piece]:
@@ -65,6 +72,7 @@ SECTIONS = {
     "accuracy": ("Accuracy", lambda: accuracy.section),
     "branches": ("Branches", branches.section),
     "curves": ("Learning curves", lambda: curves),
+    lengths.NAME: ("Lengths", lambda: lengths.section),
     "mixing": ("Mixing weights", lambda: mixing.section),
     "stability": ("Stability", lambda: stability.section),
     "scaling": ("Scaling", lambda: scaling.section),
@@ -119,7 +127,8 @@ def make(study: Results, findings: Findings | None) -> list[Section]:
     found += [*further, Section("Calibration", calibration.section(study, findings))]
     found += [Section("Learning curves", learning), Section("Tuning", trials.section(study))]
     figure, rest = _headline_figure([*found, Section("Runs", about)])
-    return [headline.section(study, findings, figure), *(section for section in rest if section.blocks)]
+    answered = lengths.answer(study) if lengths.NAME in wanted else []
+    return [headline.section(study, findings, [*answered, *figure]), *(section for section in rest if section.blocks)]
 
 
 def _headline_figure(sections: list[Section]) -> tuple[list[Chart], list[Section]]:

@@ -44,6 +44,7 @@ def ask(run: Run, display: Display, stop: Callable[[int], bool], trained=None) -
         model = _from_checkpoint(run, config, mesh) if model is None else model
         stopped = lambda: stop(config.train.steps)  # noqa: E731
         options = dict(done=done, stop=stopped, bytes_of_ids=run.data.tokenizer.bytes_of_ids)
+        options["tokenizer"] = run.data.tokenizer
         for one in conditions.evaluate(config, name, model, run.data.validation, mesh, **options):
             if not math.isfinite(one.loss):
                 raise loop.NonFinite(f"ask {name}, {column} {one.value}: loss {one.loss}", member=0)
@@ -80,14 +81,17 @@ def _keep(run: Run, config: ConfigDict, found: dict, one: conditions.Condition, 
     row = {column: one.value, "loss": one.loss, "accuracy": one.accuracy, "tokens": one.tokens}
     if one.bytes:
         row |= {"bytes": one.bytes, measure.BITS.column: measure.bits_per_byte(one.loss * one.tokens, one.bytes)}
+    row |= one.further
     timing = {
         column: one.value,
         "seconds": one.seconds,
-        "tokens_per_second": asked.texts * config.data.text_length / one.seconds,
+        "tokens_per_second": (one.read or asked.texts * config.data.text_length) / one.seconds,
         "peak_bytes": memory.peak(one.executable),
     }
     found["conditions"].append(row)
     found["timings"].append(timing)
+    if one.documents is not None:
+        found.setdefault("documents", []).append({column: one.value} | one.documents)
     found["complete"] = len(found["conditions"]) == len(asks.conditions(asked))
     adds = biased(asks.remodelled(config, asked).model)
     implementation = kernels.resolve(config.run.implementation, biased=adds)

@@ -187,6 +187,8 @@ def _of_cell(config: ConfigDict, devices: int) -> Iterator[Problem]:
     at = lab_data.nominal_coordinates(config, rows)
     yield from _problems(config, at, devices, True, config.train.steps * config.run.microbatches)
     for name, asked in config.evaluate.items():
+        if not asks.ASKS[asked.kind].batches:
+            continue  # chunks behind a cache: any implementation that has one
         asked = asked.copy_and_resolve_references()
         calls = max(asked.texts // (asked.texts_per_row * asked.rows), 1)
         asked.texts = asked.texts_per_row * asked.rows
