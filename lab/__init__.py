@@ -7,17 +7,20 @@ from lab.errors import UserError
 __all__ = ["load"]
 
 
-def load(path):
+def load(path, model=()):
     """(model, tokenizer) of a finished or running cell.
 
     `path` is the directory of a cell (its first seed is taken), of one of its seeds, or of one checkpoint. The newest
-    checkpoint is read, onto one device. Raises UserError where there is none.
+    checkpoint is read, onto one device. Raises UserError where there is none. model: fields that are laid over its
+    config.model on the same weights, such as (("rule", "own_branch"),).
     """
     # Imported here: `import lab` must stay light, and must not touch JAX before lab.runtime has.
     import jax
+    from ml_collections import ConfigDict
 
     from lab.config import restored
     from lab.data import tokenizers
+    from lab.evaluate.asks import remodelled
     from lab.model import build
     from lab.storage import read_json
     from lab.train.checkpoint import read_model
@@ -34,5 +37,6 @@ def load(path):
     if not directory.is_dir():
         raise UserError(f"{directory} does not exist: nothing was saved there yet")
     config = restored(read_json(cell / "config.json"))
-    model = build(config.model, jax.random.key(0))
-    return read_model(directory, model, step), tokenizers.load(cell, config.data.eos)
+    config = remodelled(config, ConfigDict({"model": model}), field="load")
+    drawn = build(config.model, jax.random.key(0))
+    return read_model(directory, drawn, step), tokenizers.load(cell, config.data.eos)
