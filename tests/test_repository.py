@@ -32,6 +32,7 @@ BELOW = {
     "train": {"coordinates", "errors", "options", "storage", "kernels", "model", "data"},
     "evaluate": {"coordinates", "errors", "options", "kernels", "model", "data", "train"},
     "decode": {"coordinates", "errors", "model", "data"},
+    "exchange": {"errors", "data", "decode", "command", "runtime"},  # the last two: of what runs as a command
     "config": {"errors", "options", "model", "data", "train", "evaluate", "study"},  # of the study its settings alone
     "study": {
         "coordinates",
