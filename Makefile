@@ -6,7 +6,7 @@ VENV ?= .venv
 CONFIG ?= configs/rope_ablation.py
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: run studies setup test test-slow test-commit test-all test-tpu test-gpu test-hf smoke
+.PHONY: run studies setup test test-slow test-commit test-all test-tpu test-gpu test-hf test-lm-eval smoke
 
 run: setup
 	$(VENV)/bin/python -m lab.main --config=$(CONFIG)
@@ -37,6 +37,10 @@ test-gpu: $(VENV)/.tests
 test-hf: $(VENV)/.tests $(VENV)-hf/.ready
 	LAB_HF_PYTHON=$(abspath $(VENV)-hf/bin/python) $(VENV)/bin/python -m pytest -s tests/exchange/test_in_transformers.py
 
+# The harness brings much that the lab does not need: it has an environment of its own.
+test-lm-eval: $(VENV)-lm-eval/.lm-eval
+	$(VENV)-lm-eval/bin/python -m pytest tests/exchange/test_lm_eval.py
+
 smoke: $(VENV)/.tests
 	$(VENV)/bin/python -m pytest -m smoke -n 2 --dist loadfile
 
@@ -46,6 +50,11 @@ $(VENV)/.runs: requirements.txt
 	@echo "setting up $(VENV) with $(PYTHON)"
 	@$(PYTHON) -m venv $(VENV)
 	$(PIP) -r requirements.txt
+	@touch $@
+
+$(VENV)-lm-eval/.lm-eval: requirements-lm-eval.txt
+	$(MAKE) $(VENV)-lm-eval/.tests VENV=$(VENV)-lm-eval
+	$(VENV)-lm-eval/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-lm-eval.txt
 	@touch $@
 
 $(VENV)/.tests: $(VENV)/.runs requirements-dev.txt

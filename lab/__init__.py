@@ -1,5 +1,7 @@
 """Transformer ablations: studies of one change at a time, on a laptop, GPUs and TPU pods."""
 
+import pathlib
+
 __all__ = ["load"]
 
 
@@ -25,7 +27,9 @@ def load(path, model=(), base=None):
 
     over = ConfigDict({"model": model})
     if importing.theirs(path):
-        return importing.load(path, over)
+        opened = importing.Opened(pathlib.Path(path))
+        opened.model = remodelled(opened.config(), over, field="load").model
+        return importing.load(opened)
     found = origin.find(path, base)
     config = remodelled(restored(found.stored), over, field="load")
     like = undrawn(config.model, jax.devices()[0])

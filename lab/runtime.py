@@ -60,8 +60,7 @@ def start(config) -> None:
         # Of the asks the one that every study has: a further one must fit the devices, and change none.
         rows = math.gcd(config.data.rows // max(config.run.microbatches, 1), config.evaluate.loss.rows)
         jax.config.update("jax_num_cpu_devices", cpu_devices(rows, config.run.mesh, processes))
-    jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "xla"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    keep_programs()
     if address:
         try:
             jax.distributed.initialize(address, processes, process)
@@ -71,6 +70,21 @@ def start(config) -> None:
                 f"process {process} of {processes} cannot join the others at JAX_COORDINATOR_ADDRESS = {address}: "
                 f"{type(error).__name__}: {said}"
             ) from error
+
+
+def keep_programs() -> None:
+    """Keeps compiled programs in the lab's cache, for other processes too."""
+    import jax
+
+    jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def start_alone() -> None:
+    """The same for a command that reads no study's config and runs on one host."""
+    tune_allocator()
+    keep_programs()
+    open_devices()
 
 
 def open_devices() -> None:

@@ -11,7 +11,8 @@ import sys
 import commands
 import pytest
 
-from lab import command, convert, report
+import lab
+from lab import command, convert, report, runtime
 
 REPOSITORY = commands.REPOSITORY
 SOURCES = sorted((REPOSITORY / "lab").rglob("*.py"))
@@ -30,8 +31,20 @@ BELOW = {
     "model": {"coordinates", "errors", "options", "kernels"},
     "train": {"coordinates", "errors", "options", "storage", "kernels", "model", "data"},
     "evaluate": {"coordinates", "errors", "options", "kernels", "model", "data", "train"},
+    "decode": {"coordinates", "errors", "model", "data"},
+    "exchange": {  # the last two: of what runs as a command
+        "errors",
+        "options",
+        "storage",
+        "config",
+        "model",
+        "data",
+        "train",
+        "decode",
+        "command",
+        "runtime",
+    },
     "config": {"errors", "options", "model", "data", "train", "evaluate", "study"},  # of the study its settings alone
-    "exchange": {"errors", "options", "storage", "config", "model", "data", "train"},
     "study": {
         "coordinates",
         "errors",
@@ -215,6 +228,8 @@ def test_documented_commands_parse(name, line, monkeypatch):
     monkeypatch.setattr(command, "parse", stop_there)
     monkeypatch.setattr(report, "rebuild", understood_directory)
     monkeypatch.setattr(convert, "convert", lambda way, source, out: understood_directory("runs/"))
+    monkeypatch.setattr(runtime, "start_alone", lambda: None)
+    monkeypatch.setattr(lab, "load", lambda directory, **_: understood_directory(directory))
     monkeypatch.setattr(report, "compare", lambda directories, output: understood_directory(directories[-1]))
     monkeypatch.chdir(REPOSITORY)
     with pytest.raises(Parsed):

@@ -2,4 +2,5 @@
 
 `families` says what is supported, one row for each; `architecture` reads config.json by a row, and writes it; `tensors`
 sets names and layouts side by side; `source` reads a directory, `importing` and `exporting` make one of another.
+`lm_eval` runs the tasks of lm-eval on a checkpoint.
 """

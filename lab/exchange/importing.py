@@ -22,7 +22,6 @@ from lab import model as lab_model
 from lab.config import base
 from lab.data import tokenizers
 from lab.errors import UserError
-from lab.evaluate.asks import remodelled
 from lab.exchange import architecture, companions
 from lab.exchange.source import CONFIG, DTYPES, Source, find_json
 from lab.exchange.tensors import Parameter, parameters
@@ -47,6 +46,12 @@ class Opened:
         self.parameters = parameters(self.abstract, self.family)
         head, embedding = self.family.whole["head"], self.family.whole["embedding"]
         self.source.check(self.parameters, {head: embedding} if self.model.tied else {})
+
+    def config(self) -> ConfigDict:
+        """That of the lab."""
+        config = base()
+        config.model = self.model
+        return config
 
     def end(self) -> str:
         """The token that ends a text, "" where none is named. Raises UserError for a tokenizer that does not fit."""
@@ -79,8 +84,7 @@ def from_hf(directory: Path, out: Path, begun: Callable[[int], None], wrote: Cal
     opened = Opened(Path(directory))
     end = opened.end()
     with whole_or_nothing(out) as draft:
-        config = base()
-        config.model = opened.model
+        config = opened.config()
         config.data.update(tokenizer=str(out / tokenizers.FILE), eos=end)
         companions.copy(opened.source.directory, draft)
         write_json(draft / "config.json", json.loads(config.to_json_best_effort()))
@@ -125,13 +129,8 @@ def theirs(path: str | Path) -> bool:
     return "model_type" in find_json(Path(path) / CONFIG)
 
 
-def load(directory: str | Path, over: ConfigDict) -> tuple[nnx.Module, tokenizers.Tokenizer]:
-    """(model, tokenizer) of a Hugging Face directory, on one device: nothing is written. over: `model`, fields that are
-    laid over what the directory says. Raises UserError as `from_hf` does."""
-    opened = Opened(Path(directory))
-    config = base()
-    config.model = opened.model
-    opened.model = remodelled(config, over, field="load").model
+def load(opened: Opened) -> tuple[nnx.Module, tokenizers.Tokenizer]:
+    """(model, tokenizer) of a Hugging Face directory, on one device: nothing is written."""
     devices = np.array(jax.devices()[:1]).reshape((1,) * len(lab_mesh.AXES))
     mesh = Mesh(devices, lab_mesh.AXES, axis_types=(AxisType.Auto,) * len(lab_mesh.AXES))
     return onto_mesh(opened, mesh), tokenizers.load(opened.source.directory, opened.end())
@@ -139,9 +138,7 @@ def load(directory: str | Path, over: ConfigDict) -> tuple[nnx.Module, tokenizer
 
 def onto_mesh(opened: Opened, mesh: Mesh) -> nnx.Module:
     """The model over a mesh, as its parameters are declared: the host holds what one device has of one layer."""
-    config = base()
-    config.model = opened.model
-    structure, weights, tables = parameter.split(compiled.described(config, mesh))
+    structure, weights, tables = parameter.split(compiled.described(opened.config(), mesh))
     laid, treedef = jax.tree.flatten(weights)
     with jax.set_mesh(mesh):
         filled = [_placed(opened.source, one, like) for one, like in zip(opened.parameters, laid, strict=True)]

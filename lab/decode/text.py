@@ -1,0 +1,87 @@
+"""The text of what is generated, as it comes: whole letters, up to a stop string."""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from lab.data.tokenizers import Tokenizer
+from lab.decode.engine import Engine
+
+LONGEST_LETTER = 4  # bytes of UTF-8, so tokens at most
+BROKEN = "�"  # what a tokenizer decodes bytes to that are no letter, or not yet
+
+
+class Passage(NamedTuple):
+    """Text that a branch of a request goes on with, maybe none; `ended` as of an Event."""
+
+    request: int
+    branch: int
+    text: str
+    ended: str
+
+
+class Transcript:
+    """The text of one branch. What was shown is never taken back: a letter whose bytes are not all there waits, and so
+    does what may become one of `stops`, strings that end the text and are no part of it."""
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()):
+        self.tokenizer, self.stops = tokenizer, stops
+        self.tokens: list[int] = []
+        self.begin = self.read = 0  # tokens before `read` are in the text; they are decoded again from `begin` on
+        self.text, self.shown, self.stopped = "", 0, False
+
+    def add(self, token: int) -> str:
+        """What can be shown when this token has come."""
+        self.tokens.append(token)
+        self.decode(whole=len(self.tokens) - self.read >= LONGEST_LETTER)
+        return self.show(len(self.text) - self.waiting)
+
+    def finish(self) -> str:
+        """What is left to show when no token comes."""
+        self.decode(whole=True)
+        return self.show(len(self.text))
+
+    def decode(self, whole: bool) -> None:
+        """Reads new tokens beside those before them, as a decoder may write a first one otherwise."""
+        before, now = (self.tokenizer.decode(self.tokens[self.begin : end]) for end in (self.read, None))
+        if self.stopped or (now.endswith(BROKEN) and not whole):
+            return
+        self.text += now[len(before) :]
+        self.begin, self.read = self.read, len(self.tokens)
+        if found := [at for stop in self.stops if (at := self.text.find(stop, self.shown)) >= 0]:
+            self.text, self.stopped = self.text[: min(found)], True
+
+    @property
+    def waiting(self) -> int:
+        """Letters at the end of the text with which a stop string may begin."""
+        if self.stopped:
+            return 0
+        longest = min(max(map(len, self.stops), default=0), len(self.text) - self.shown + 1)
+        ends = (count for count in range(longest - 1, 0, -1) if self.text.endswith(self.prefixes(count)))
+        return next(ends, 0)
+
+    def prefixes(self, count: int) -> tuple[str, ...]:
+        """The first so many letters of stop strings that have more."""
+        return tuple(stop[:count] for stop in self.stops if len(stop) > count)
+
+    def show(self, end: int) -> str:
+        piece = self.text[self.shown : end]
+        self.shown = max(self.shown, end)
+        return piece
+
+
+def transcribed(engine: Engine, tokenizer: Tokenizer, stops: Sequence[Sequence[str]]) -> Iterator[Passage]:
+    """Steps the engine until nothing is left to do, and gives the text of its requests piece by piece.
+
+    stops: the stop strings of each request. A branch that writes one is ended.
+    """
+    transcripts: dict[tuple[int, int], Transcript] = {}
+    while engine.busy:
+        for request, branch, token, ended in engine.step():
+            transcript = transcripts.setdefault((request, branch), Transcript(tokenizer, stops[request]))
+            if transcript.stopped:  # its cancellation is told
+                continue
+            piece = "" if token is None else transcript.add(token)
+            piece += transcript.finish() if ended and not transcript.stopped else ""
+            if transcript.stopped and not ended:
+                engine.cancel(request, branch)
+            yield Passage(request, branch, piece, "stop" if transcript.stopped else ended)

@@ -1,0 +1,210 @@
+"""Continues prompts with the model of a cell or of a checkpoint, in parallel branches if asked.
+
+python -m lab.generate runs/rope_ablation/cells/NAME-IDENTITY --prompt "def main():"
+python -m lab.generate runs/rope_ablation/cells/NAME-IDENTITY --prompt "def " --branches 4 --temperature 0.8
+
+Prompts come from --prompt, from a file, or from standard input: text, which is one prompt, or JSON lines, objects with
+"prompt" and maybe "id" and settings under their own names: {"prompt": "def ", "branches": 4, "stop": ["\\n"]}.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import lab
+from lab import command, runtime
+from lab.errors import UserError, choose, shown
+
+MOST_BRANCHES, LONGEST = 256, 2**17  # of a request: branches, and tokens with its prompt
+ROWS = 8  # prompts that are decoded at once
+DRAWN = {  # settings of lab.decode.sampling.Sampling
+    "temperature": (float, 0.0, "of the softmax that tokens are drawn from; 0: the likeliest token"),
+    "top_k": (int, 0, "draw among the k likeliest tokens; 0: among all"),
+    "top_p": (float, 1.0, "draw among the fewest tokens that have this probability together"),
+    "min_p": (float, 0.0, "draw among the tokens that have this share of the largest probability"),
+    "repetition_penalty": (float, 1.0, "divides the logits of tokens that the prompt or the branch has"),
+    "seed": (int, 0, "of the random numbers"),
+}
+OTHERS = {
+    "branches": (int, 0, "branches that continue the prompt, as branches 1, 2, ... of it; 0: it is one text with it"),
+    "max_tokens": (int, 128, "tokens of a branch at most"),
+}
+TEXTS = {"stop": "a string that ends a branch", "begin": "what one branch begins with after the prompt"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """A prompt, the settings of its line over those of the command, and what else to say of it."""
+
+    prompt: str
+    settings: dict
+    about: dict
+    place: str  # that a mistake is found at
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UserError(message)
+
+
+def parser() -> Parser:
+    made = Parser(
+        prog="python -m lab.generate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    made.add_argument("checkpoint", help="the directory of a cell, of one of its seeds, or of one checkpoint")
+    made.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be given more than once")
+    made.add_argument("--file", metavar="FILE", help="prompts; JSON lines if it is called *.jsonl; -: standard input")
+    made.add_argument("--jsonl", action="store_true", help="the file or standard input has JSON lines")
+    made.add_argument("--json", action="store_true", help="write a line of JSON for each prompt")
+    made.add_argument("--rule", help="who sees whom, in place of the checkpoint's own, such as own_branch")
+    for name, (kind, default, says) in (OTHERS | DRAWN).items():
+        made.add_argument(flag(name), type=kind, default=default, metavar=kind.__name__.upper(), help=says)
+    for name, says in TEXTS.items():
+        made.add_argument(flag(name), action="append", default=[], metavar="TEXT", help=f"{says}; more than once")
+    return made
+
+
+def flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def prompts(flags: argparse.Namespace) -> Iterator[Asked]:
+    """Those of the command line, then those of the file; of standard input where there are neither, nor beginnings."""
+    settings = {name: getattr(flags, name) for name in OTHERS | DRAWN | TEXTS}
+    alone = [""] if flags.begin and not flags.file else []
+    for prompt in flags.prompt or alone:
+        yield Asked(prompt, settings, {"prompt": prompt}, "")
+    name = flags.file or (None if flags.prompt or alone else "-")
+    if name is None:
+        return
+    text, called = content(name), "standard input" if name == "-" else name
+    if not (flags.jsonl or name.endswith(".jsonl")):
+        yield Asked(text, settings, {"prompt": text}, f"{called}: ")
+        return
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            yield asked(line, settings, f"{called}, line {number}: ")
+
+
+def content(name: str) -> str:
+    """What a file holds, or standard input."""
+    try:
+        return (sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()).decode("utf-8")
+    except OSError as error:
+        raise UserError(f"cannot read {name}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name} is not UTF-8 at byte {error.start}") from None
+
+
+def asked(line: str, settings: dict, place: str) -> Asked:
+    """What a line of JSON asks. Raises UserError, with its place, for one that is malformed."""
+    with at(place):
+        try:
+            given = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"no JSON: {error}") from None
+        if not isinstance(given, dict) or not isinstance(given.get("prompt"), str):
+            raise UserError('no object with a text under "prompt"')
+        about = {name: given.pop(name) for name in ("id", "prompt") if name in given}
+        own = {choose("a setting", name, settings): checked(name, value) for name, value in given.items()}
+    return Asked(about["prompt"], settings | own, about, place)
+
+
+def checked(name: str, value):
+    """A setting, as the command has it. Raises UserError for a value of another type."""
+    if name not in TEXTS:
+        kind, default, _ = (OTHERS | DRAWN)[name]
+        if isinstance(value, bool) or not isinstance(value, int | float if kind is float else int):
+            raise UserError(f"{name} = {shown(value)} is no {kind.__name__}; the default is {default}")
+        return value
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise UserError(f"{name} = {shown(value)} is neither a text nor a list of texts")
+    return texts
+
+
+def main(argv: list[str]) -> int | None:
+    flags = parser().parse_args(argv)
+    given = list(prompts(flags))
+    if not given:
+        raise UserError("there is no prompt; give one with --prompt, in a file or on standard input")
+    runtime.start_alone()
+    model, tokenizer = lab.load(flags.checkpoint, model=(("rule", flags.rule),) if flags.rule else ())
+    from lab.decode.show import Answers, show
+    from lab.decode.text import transcribed
+
+    asks = [request(one, tokenizer) for one in given]
+    engine = fitting(model, asks)
+    for one, ask in zip(given, asks, strict=True):
+        with at(one.place):
+            engine.submit(**ask)  # numbers them as they are given
+    answers = Answers([range(1, max(ask["branches"], 1) + 1) for ask in asks])
+    pieces = transcribed(engine, tokenizer, [one.settings["stop"] for one in given])
+    try:
+        show(pieces, answers, [one.about for one in given], flags.json)
+    except KeyboardInterrupt:
+        print(f"\nlab: interrupted: {answers.finished} of {len(given)} prompts were finished", file=sys.stderr)
+        return 128 + signal.SIGINT
+
+
+@contextlib.contextmanager
+def at(place: str):
+    """Says where a mistake was found."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{place}{error}") from None
+
+
+def request(one: Asked, tokenizer) -> dict:
+    """What the engine is to be asked."""
+    from lab.decode.sampling import Sampling
+
+    own = one.settings
+    with at(one.place):
+        texts = [tokens(text, tokenizer) for text in own["begin"]]
+        if own["branches"] and texts and own["branches"] != len(texts):
+            raise UserError(f"branches = {own['branches']} and {len(texts)} texts in begin; leave one out")
+        if "" in own["stop"]:
+            raise UserError("stop = '' would end a text at once; choose another string")
+        return {
+            "prompt": tokens(one.prompt, tokenizer),
+            "branches": own["branches"] or len(texts),
+            "texts": texts or None,
+            "sampling": Sampling(**{name: own[name] for name in DRAWN}),
+            "most_tokens": own["max_tokens"],
+            "stop": () if tokenizer.eos is None else (tokenizer.eos,),
+        }
+
+
+def tokens(text: str, tokenizer) -> list[int]:
+    try:
+        return tokenizer.encode(text).tolist()
+    except (ValueError, OverflowError) as error:  # of a tokenizer that reads numbers
+        raise UserError(f"the tokenizer {tokenizer.name!r} cannot read the prompt: {error}") from None
+
+
+def fitting(model, asks: Sequence[dict]):
+    """An engine for these requests, if they are within what a request may have."""
+    from lab.decode.engine import Engine
+    from lab.decode.generate import padded
+
+    def slots(ask: dict) -> int:
+        longest = max(map(len, ask["texts"] or [[]])) + ask["most_tokens"]
+        return len(ask["prompt"]) + max(ask["branches"], 1) * longest
+
+    branches = max(1, *(ask["branches"] for ask in asks))
+    length = padded(min(max(1, *map(slots, asks)), LONGEST))
+    return Engine(model, rows=min(ROWS, len(asks)), length=length, branches=min(branches, MOST_BRANCHES))
+
+
+if __name__ == "__main__":
+    command.run(main)
