@@ -144,7 +144,7 @@ def packing_order(patch):
 def rotary_table(patch):
     original = position.rope2d_frequencies
     row = position.Encoding(
-        lambda R, p: {k: 2 * v for k, v in original(R, p).items()}, position.ROTARY | position.BRANCHED
+        lambda *given: {k: 2 * v for k, v in original(*given).items()}, position.ROTARY | position.BRANCHED
     )
     patch.setitem(position.POSITIONS, "rope2d", row)
 
