@@ -14,6 +14,7 @@ import tiny
 from lab import model as lab_model
 from lab.coordinates import Coordinates
 from lab.errors import UserError
+from lab.evaluate import asks
 from lab.kernels.rotary import rotate
 from lab.model import extrapolation, position, stretched
 from lab.model.attending import View, attend_over_mesh
@@ -298,7 +299,7 @@ def test_nothing_that_is_not_asked_for_changes_a_program():
 # Whole models.
 
 LAYERS = {
-    "rerope": (("position.map.name", "rerope"), ("position.map.window", 5)),
+    "rerope": (("position.map.name", "rerope"), ("position.map.window", 5), ("mixer.name", "differential")),
     "leaky, dynamic": (
         ("position.map.name", "leaky"), ("position.map.window", 5), ("position.map.leak", 1.5),
         ("position.scaling.name", "dynamic"), ("position.length", 24)
@@ -351,13 +352,13 @@ def test_decoding_with_a_cache_equals_the_full_pass_under_every_method():
 
 
 def test_dropping_the_rotation_is_an_override_on_the_same_weights():
-    """DroPE: position.name = "none" lays no claim to another weight, and other logits come of it."""
-    rotating, still = tiny.model(tiny.config()), tiny.model(tiny.config(model__position__name="none"))
-    of = lambda model: jax.tree.map(jnp.shape, tiny.parameter.split(model)[1])  # noqa: E731
-    assert jax.tree.leaves(of(rotating)) == jax.tree.leaves(of(still))
-    one, other = (model.blocks[0].mixer.q[...] for model in (rotating, still))
-    np.testing.assert_array_equal(one, other)
-    assert len(still.rotary) == 1 and still.rotary[0] is None and rotating.rotary[0] is not None
+    """DroPE: an ask of position.name = "none", in which what a rotation reads has its defaults again."""
+    made, plain = tiny.config(), tiny.config(model__position__name="none").model.position
+    fields = ("name", "theta", "ratio", "stride")
+    dropped = asks.ask(model=tuple((f"position.{field}", plain[field]) for field in fields))
+    rotating, still = (lab_model.abstract(model) for model in (made.model, asks.remodelled(made, dropped).model))
+    shapes = [tiny.parameter.shapes(tiny.parameter.split(model)[1]) for model in (rotating, still)]
+    assert shapes[0] == shapes[1] and still.rotary[0] is None and rotating.rotary[0] is not None
 
 
 @pytest.mark.parametrize(("overrides", "says"), [
