@@ -1,6 +1,5 @@
 """Weights from a checkpoint: found by any path, known by their numbers, put together where a run kept a part."""
 
-import json
 import shutil
 
 import jax
@@ -9,7 +8,6 @@ import pytest
 import tiny
 
 import lab
-from lab.data import tokenizers
 from lab.errors import UserError
 from lab.model import parameter
 from lab.storage import read_json, write_json
@@ -23,28 +21,18 @@ KEY = jax.random.key(3)
 LORA = dict(model__lora__rank=2, model__lora__targets=("mixer",))
 
 
-def saved(cell, model, config, steps=2):
-    """The directory of a cell with one run, which has these weights."""
-    write_json(cell / "config.json", json.loads(config.to_json_best_effort()))
-    tokenizers.Bytes().save(cell)
-    checkpoints = Checkpoints(cell / "seed-0" / "checkpoints", keep=1)
-    checkpoints.save(Position(steps, 0), step.initial_state(model, ADAMW))
-    checkpoints.close()
-    return cell
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """Two cells: `whole`, and `part`, whose adapters are upon its weights; and the weights of both, put together."""
     place = tmp_path_factory.mktemp("cells")
     whole = tiny.model(tiny.config(model__layers=1), seed=1)
-    saved(place / "whole", whole, tiny.config(model__layers=1))
+    tiny.saved(place / "whole", whole, tiny.config(model__layers=1))
     config = tiny.config(model__layers=1, checkpoint=str(place / "whole"), train__steps=2, **LORA)
     structure, adapters, rest = parameter.split(partition.parted(whole, Partition.of(config), KEY))
     rng = np.random.default_rng(0)
     adapters = jax.tree.map(lambda x: jax.numpy.asarray(rng.normal(size=x.shape), np.float32), adapters)
     part = parameter.nnx.merge(structure, adapters, rest)
-    saved(place / "part", part, config)
+    tiny.saved(place / "part", part, config)
     return place, whole, partition.whole(part)
 
 
@@ -81,7 +69,7 @@ def test_a_digest_is_of_the_numbers_wherever_they_lie(place, tmp_path):
     changed.blocks[0].mixer.q = changed.blocks[0].mixer.q.replace(
         changed.blocks[0].mixer.q[...].at[0, 3].multiply(1.001)
     )
-    saved(tmp_path / "changed", changed, tiny.config(model__layers=1))
+    tiny.saved(tmp_path / "changed", changed, tiny.config(model__layers=1))
     digests = [digest(path) for path in (place / "whole", tmp_path / "changed", place / "part")]
     assert len({*digests}) == 3
 
@@ -96,7 +84,7 @@ def test_a_base_that_is_gone_or_another_is_one_line_and_one_that_was_moved_can_b
         lab.load(tmp_path / "part")
     assert "\n" not in str(error.value)
     same(read(tmp_path / "part", like=whole, base=tmp_path / "moved"), merged)
-    saved(tmp_path / "other", tiny.model(tiny.config(model__layers=1), seed=2), tiny.config(model__layers=1))
+    tiny.saved(tmp_path / "other", tiny.model(tiny.config(model__layers=1), seed=2), tiny.config(model__layers=1))
     with pytest.raises(UserError, match="trained upon other weights than those of its base") as error:
         read(tmp_path / "part", like=whole, base=tmp_path / "other")
     assert "\n" not in str(error.value)

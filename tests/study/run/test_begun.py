@@ -32,12 +32,18 @@ def on(checkpoint, steps=2, lora=None, **model):
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """The directory of a cell of two steps."""
+    """The directory of a cell whose weights were never trained."""
+    made = config()
+    made.model.position.theta = 50.0
+    return tiny.saved(tmp_path_factory.mktemp("base") / "cell", tiny.model(made), made)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """That of one of two steps, which was asked."""
     with pytest.MonkeyPatch.context() as patch:
-        study = Study(tmp_path_factory.mktemp("base"), patch)
-        made = config()
-        made.model.position.theta = 50.0
-        assert study.make(made) == (DONE, 2, 3)
+        study = Study(tmp_path_factory.mktemp("trained"), patch)
+        assert study.make(config()) == (DONE, 2, 3)
     return study.directory.parent
 
 
@@ -51,30 +57,32 @@ def lines(directory) -> list[dict]:
     return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_without_a_step_a_run_is_asked_with_the_weights_of_its_checkpoint(base, tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_without_a_step_a_run_is_asked_with_the_weights_of_its_checkpoint(trained, tmp_path, monkeypatch):
     study = Study(tmp_path, monkeypatch)
-    made = on(base, steps=0)
+    made = on(trained, steps=0)
     assert study.make(made) == (DONE, 0, 3)
-    assert asked(study.directory) == asked(base / "seed-0")
+    assert asked(study.directory) == asked(trained / "seed-0")
     assert study.make(made) == NOTHING
     result = json.loads((study.directory / "result.json").read_text())
-    there = json.loads((base / "seed-0" / "result.json").read_text())
+    there = json.loads((trained / "seed-0" / "result.json").read_text())
     assert (result["tokens"], result["parameters"]) == (0, there["parameters"])
     assert [segment["first_step"] for segment in result["segments"]] == [0]
     assert not [*(study.directory / "checkpoints").iterdir()]
-    loaded, theirs = lab.load(study.directory.parent)[0], lab.load(base)[0]
+    loaded, theirs = lab.load(study.directory.parent)[0], lab.load(trained)[0]
     jax.tree.map(np.testing.assert_array_equal, loaded, theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [None, LORA], ids=["all weights", "adapters"])
-def test_training_goes_on_from_the_checkpoint_and_is_resumed_to_the_bit(base, tmp_path, monkeypatch, lora):
+def test_training_goes_on_from_the_checkpoint_and_is_resumed_to_the_bit(trained, tmp_path, monkeypatch, lora):
     """The first loss is that of the checkpoint's weights; a stop after a step loses nothing; what is asked in memory is
     what is asked of the files."""
     study = Study(tmp_path, monkeypatch)
-    made = on(base, lora=lora)
+    made = on(trained, lora=lora)
     assert study.make(made) == (DONE, 2, 3)
     batch, _ = next(lab_data.train_batches(made, TEXTS[0]))
-    nats, _, tokens = jax.jit(step.summed_losses)(lab.load(base)[0], batch)
+    nats, _, tokens = jax.jit(step.summed_losses)(lab.load(trained)[0], batch)
     assert lines(study.directory)[0]["loss"] == pytest.approx(float(nats / tokens), rel=1e-6)
 
     undisturbed = study.directory
@@ -92,7 +100,7 @@ def test_training_goes_on_from_the_checkpoint_and_is_resumed_to_the_bit(base, tm
     shutil.rmtree(study.directory / "evaluations")
     assert study.make(made) == (DONE, 0, 3)
     assert asked(study.directory) == asked(undisturbed)
-    found, begun = (jax.tree.leaves(lab.load(path)[0]) for path in (undisturbed.parent, base))
+    found, begun = (jax.tree.leaves(lab.load(path)[0]) for path in (undisturbed.parent, trained))
     moved = [bool(np.any(ours != theirs)) for ours, theirs in zip(found, begun, strict=True)]
     assert sum(moved) == (4 if lora else len(moved) - 1)  # the other is the rotary table
 
