@@ -39,7 +39,7 @@ test-hf: $(VENV)/.tests $(VENV)-hf/.ready
 
 # The harness brings much that the lab does not need: it has an environment of its own.
 test-lm-eval: $(VENV)-lm-eval/.lm-eval
-	$(VENV)-lm-eval/bin/python -m pytest tests/exchange/test_lm_eval.py
+	$(VENV)-lm-eval/bin/python -m pytest tests/exchange/test_harness.py
 
 smoke: $(VENV)/.tests
 	$(VENV)/bin/python -m pytest -m smoke -n 2 --dist loadfile

@@ -329,6 +329,32 @@ ROWS = {
         ("apart within the interval", "half is not None and mean - half > 0", "half is not None and mean + half > 0"),
         ("failed runs pass in silence", 'run.status == "failed" and not run.rows()', 'run.status == "lost"'),
     ],
+    "decode/sampling.py": [
+        ("a branch draws like another", "for number in (request, branch, step):", "for number in (request, step):"),
+        ("a filter for rows that ask for none", "jnp.where(asked_B[:, None, None], change(z_BNC), z_BNC)",
+         "change(z_BNC)"),
+        ("nucleus without the token that fills it", "(before_BNC < top_p_B11)", "(before_BNC + p_BNC < top_p_B11)"),
+        ("negative logits divided", "z_BNC * penalty_B11)", "z_BNC / penalty_B11)"),
+    ],
+    "decode/engine.py": [
+        ("an ended branch leaves out its last token", "if len(made.texts[r]) > made.time - P]",
+         "if len(made.texts[r]) > made.time - P and made.live[r]]"),
+        ("a prompt is filled as it grows", "filling := [made for made in running if made.filled < made.before]",
+         "filling := [made for made in running if made.filled < made.index(made.time, 0)]"),
+        ("a row that keeps its slots", "released(at.segment, made.row)", "at.segment"),
+        ("every branch seen by a penalty", "(branch_BNS == 0) | (branch_BNS == branch_BN[..., None])",
+         "(branch_BNS >= 0) & (branch_BN[..., None] >= 0)"),
+        ("steps counted from the prompt", "return self.time + 1 - len(self.prompt) - self.given[rank]",
+         "return self.time + 1 - len(self.prompt)"),
+    ],
+    "decode/scoring.py": [
+        ("a context scored, too", "labels_BT[row, len(context) - 1 : read] = continuation",
+         "labels_BT[row, :read] = text[1:]"),
+    ],
+    "decode/text.py": [
+        ("half a stop string shown", "return self.show(len(self.text) - self.waiting)",
+         "return self.show(len(self.text))"),
+    ],
     "study/report/cell_page.py": [
         ("the command of the cell before", 'enumerate(study.plan["cells"], 1)', 'enumerate(study.plan["cells"], 0)'),
         ("flags of the study's own share", 'own and "=" not in word', "False"),

@@ -16,6 +16,8 @@ from lab.data.tokenizers import Bytes
 from lab.decode import show
 from lab.decode.generate import generate as tokens_of
 from lab.decode.text import Passage
+from lab.errors import UserError
+from lab.exchange import lm_eval
 
 
 @pytest.fixture(scope="module")
@@ -146,3 +148,10 @@ def test_several_texts_stand_under_headings():
     pieces = [Passage(1, 2, "b", "stop"), Passage(0, 1, "c", "stop"), Passage(1, 1, "a", "length")]
     show.as_text(iter(pieces), answers, out)
     assert out.getvalue() == "--- prompt 1, branch 1\nc\n--- prompt 2, branch 1\na\n--- prompt 2, branch 2\nb\n"
+
+
+def test_the_harness_has_to_be_installed(monkeypatch):
+    for name in ("lm_eval", "lm_eval.__main__"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(UserError, match="lm_eval is not installed: pip install -r"):
+        lm_eval.main(["--tasks", "hellaswag"])

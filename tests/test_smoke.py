@@ -16,6 +16,7 @@ import lab
 from lab import data as lab_data
 from lab.data.pipeline import evaluation_batches
 from lab.errors import UserError
+from lab.kernels import rules
 from lab.train import step
 
 pytestmark = pytest.mark.smoke
@@ -130,6 +131,15 @@ def test_load_refuses_what_is_no_cell(work, tmp_path):
         lab.load(tmp_path)
     with pytest.raises(UserError, match="has no checkpoint 7; there are"):
         lab.load(next(iter(commands.runs(work).values())) / "checkpoints" / "7")
+
+
+def test_fields_are_laid_over_a_loaded_model(work):
+    cell = sorted(work.glob("cells/*"))[-1]
+    (as_it_was, _), (model, _) = (lab.load(cell, model=over) for over in ((), (("rule", "own_branch"),)))
+    assert as_it_was.blocks[0].mixer.rule != model.blocks[0].mixer.rule == rules.own_branch
+    jax.tree.map(np.testing.assert_array_equal, *(jax.tree.leaves(each) for each in (as_it_was, model)))
+    with pytest.raises(UserError, match=r"load\.model: model\.rule = 'none' is unknown"):
+        lab.load(cell, model=(("rule", "none"),))
 
 
 def test_running_again_runs_nothing(work):

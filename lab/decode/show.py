@@ -77,9 +77,9 @@ def panels(answers: Answers, requests: Sequence[int], console: Console, whole: b
     made = []
     for request, number in places:
         text, ended = answers.texts[request][number], answers.ended[request][number]
-        shown = text if whole else text[-lines * (width - 4) :]
+        shown = text if whole else "\n".join(text[-lines * (width - 4) :].split("\n")[-lines:])
         title = f"prompt {request + 1}, branch {number}" + (f": {ended}" if ended else "")
-        made.append(Panel(Text(shown), title=title, width=width, height=None if whole else lines + 2))
+        made.append(Panel(Text(shown), title=title, width=width))
     return Columns(made, padding=(0, 0))
 
 

@@ -1,147 +1,41 @@
-"""Standard benchmarks: any checkpoint under the LM Evaluation Harness (`pip install lm-eval`), as its model `lab`:
-`python -m lab.exchange.lm_eval --model_args checkpoint=DIRECTORY --tasks hellaswag`.
+"""Standard benchmarks of any checkpoint: the command of the LM Evaluation Harness, with the lab's models, as in
+`python -m lab.exchange.lm_eval --checkpoint DIRECTORY --tasks hellaswag`.
 """
 
+import argparse
+import json
 import sys
 
-from lab import command
-from lab.decode.engine import Engine
-from lab.decode.generate import padded
-from lab.decode.sampling import Sampling
-from lab.decode.scoring import log_likelihoods
-from lab.decode.text import transcribed
-from lab.errors import UserError, choose
+from lab import command, runtime
+from lab.errors import UserError
 
-try:
-    from lm_eval import utils
-    from lm_eval.__main__ import cli_evaluate
-    from lm_eval.api.model import TemplateLM
-    from lm_eval.api.registry import register_model
-    from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
-except ModuleNotFoundError as error:
-    if error.name.partition(".")[0] != "lm_eval":
-        raise
-    raise UserError("lm_eval is not installed: pip install lm-eval") from None
-
-SETTINGS = tuple(name for name in Sampling._fields if name != "temperature")
-
-
-@register_model("lab")
-class Lab(TemplateLM):
-    """The model and tokenizer of a checkpoint. A text is conditioned on the token that ends texts.
-
-    checkpoint: what `lab.load` opens. batch_size: rows of a batch, and requests that are decoded at once. max_length:
-    tokens that the model is given at most; of longer contexts the end is kept. max_gen_toks: tokens that a request
-    generates at most, where its task does not say.
-    """
-
-    def __init__(
-        self,
-        checkpoint: str,
-        batch_size: int | str = 8,
-        max_length: int = 2048,
-        max_gen_toks: int = 256,
-        max_batch_size=None,  # what the harness hands every model
-        device=None,
-    ):
-        super().__init__()
-        import lab
-
-        if not str(batch_size).isdecimal() or int(batch_size) < 1:
-            raise UserError(f"batch_size = {batch_size!r} is no number of rows; choose a whole one from 1 on")
-        self.model, self.tokens = lab.load(checkpoint)
-        self.batch_size, self.max_length, self.max_gen_toks = int(batch_size), int(max_length), int(max_gen_toks)
-
-    @property
-    def tokenizer_name(self) -> str:
-        return self.tokens.name
-
-    @property
-    def eot_token_id(self) -> int:
-        if self.tokens.eos is None:
-            raise UserError(
-                f"the tokenizer {self.tokens.name!r} has no token that ends a text: nothing comes before a first one"
-            )
-        return self.tokens.eos
-
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
-        return self.tokens.encode(string).tolist()
-
-    def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        pairs = [self.cut(context, continuation) for _, context, continuation in requests]
-        found = log_likelihoods(self.model, pairs, rows=self.batch_size)
-        for (text, _, _), likely in zip(requests, found, strict=True):
-            if text is not None:
-                self.cache_hook.add_partial("loglikelihood", text, likely)
-        return found
-
-    def cut(self, context: list[int], continuation: list[int]) -> tuple[list[int], list[int]]:
-        """The end of a context, so that it fits with the continuation."""
-        if len(continuation) > self.max_length:
-            raise UserError(
-                f"a continuation of {len(continuation)} tokens is longer than max_length = {self.max_length}"
-            )
-        return context[-(self.max_length + 1 - len(continuation)) :], continuation
-
-    def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
-        windows = [self.windows(*request.args) for request in requests]
-        found = iter(self._loglikelihood_tokens([(None, *window) for of_text in windows for window in of_text]))
-        totals = [sum(next(found)[0] for _ in of_text) for of_text in windows]
-        for request, total in zip(requests, totals, strict=True):
-            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
-        return totals
-
-    def windows(self, text: str) -> list[tuple[list[int], list[int]]]:
-        """(context, continuation) that score each token of a text once."""
-        tokens = self.tok_encode(text)
-        found = utils.get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, context_len=1)
-        return [utils.make_disjoint_window(window) for window in found]
-
-    def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
-        asked = [self.asked(*request.args) for request in requests]
-        length = max((len(one["prompt"]) + one["most_tokens"] for one in asked), default=1)
-        engine = Engine(self.model, rows=max(1, min(self.batch_size, len(asked))), length=padded(length))
-        stops = [one.pop("until") for one in asked]
-        for one in asked:
-            engine.submit(**one)
-        texts = [""] * len(requests)
-        for piece in transcribed(engine, self.tokens, stops):
-            texts[piece.request] += piece.text
-        for request, text in zip(requests, texts, strict=True):
-            self.cache_hook.add_partial("generate_until", request.args, text)
-        return texts
-
-    def asked(self, context: str, settings: dict) -> dict:
-        """What to submit, and the stop strings."""
-        settings = normalize_gen_kwargs(settings, self.max_gen_toks)
-        most = settings.pop("max_gen_toks")
-        if most >= self.max_length:
-            raise UserError(f"max_gen_toks = {most} leaves no room for a prompt in max_length = {self.max_length}")
-        until = handle_stop_sequences(settings.pop("until", None), eos=None)
-        draws, temperature = settings.pop("do_sample"), float(settings.pop("temperature", 0.0) or 0.0)
-        for name in settings:
-            choose("a setting of generate_until", name, SETTINGS)
-        prompt = self.tok_encode(context)[-(self.max_length - most) :] or [self.prefix_token_id]
-        return {
-            "prompt": prompt,
-            "sampling": Sampling(temperature if draws else 0.0, **(settings if draws else {})),
-            "stop": () if self.tokens.eos is None else (self.tokens.eos,),
-            "most_tokens": most,
-            "until": [stop for stop in until if stop],
-        }
+COMMANDS = ("ls", "validate")  # of the harness that evaluate nothing
 
 
 def main(arguments: list[str]) -> None:
-    """The command of the harness; what it evaluates is this model."""
-    from lab import runtime
+    """Runs `lm-eval` with these arguments on its model `lab`, which --checkpoint names.
 
+    The name of a cell has commas and equals signs, which --model_args take apart unless they are JSON.
+    """
+    try:
+        from lm_eval.__main__ import cli_evaluate
+
+        from lab.exchange import harness  # noqa: F401  names the model
+    except ModuleNotFoundError as error:
+        if error.name.partition(".")[0] != "lm_eval":
+            raise
+        raise UserError("lm_eval is not installed: pip install -r requirements-lm-eval.txt") from None
     runtime.start_alone()
-    evaluates = arguments[:1] not in (["ls"], ["validate"])
-    sys.argv[1:] = [*arguments, "--model", "lab"] if evaluates else arguments
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--checkpoint")
+    flags, rest = parser.parse_known_args(arguments)
+    if flags.checkpoint:
+        rest += ["--model_args", json.dumps({"checkpoint": flags.checkpoint})]
+    if rest[:1] and rest[0] not in COMMANDS:
+        rest += ["--model", "lab"]
+    sys.argv[1:] = rest
     cli_evaluate()
 
 
 if __name__ == "__main__":
-    from lab.exchange import lm_eval as registered  # not __main__: the harness pickles and names the class
-
-    command.run(registered.main)
+    command.run(main)

@@ -1,6 +1,7 @@
 """The LM Evaluation Harness on a model of the lab, where it is installed: a task made here, and one answer by hand."""
 
 import json
+import sys
 
 import decoding
 import jax
@@ -10,6 +11,7 @@ import tiny
 import variants
 
 import lab
+from lab import runtime
 from lab.data.tokenizers import Bytes
 from lab.errors import UserError
 
@@ -20,7 +22,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
 from lab.decode.generate import generate
-from lab.exchange import lm_eval
+from lab.exchange import harness, lm_eval
 
 LENGTH, EOS = 24, 256
 QUESTIONS = [("two and two", ["four", "five", "six"]), ("ab", ["c", "cd"]), ("on and on and on", [" and", " end"])]
@@ -42,7 +44,7 @@ def model():
 @pytest.fixture
 def adapter(model, monkeypatch):
     monkeypatch.setattr(lab, "load", lambda path: (model, Bytes()))
-    return lm_eval.Lab("somewhere", batch_size=2, max_length=LENGTH, max_gen_toks=4)
+    return harness.Lab("somewhere", batch_size=2, max_length=LENGTH, max_gen_toks=4)
 
 
 def log_p(model, context: bytes, text: bytes) -> np.ndarray:
@@ -84,15 +86,20 @@ def test_generation_stops_at_any_of_its_strings(adapter, model):
     assert found == [text, text[: text.index(text[2])]]
 
 
+def write_tasks(directory) -> None:
+    """A file of each task, and their one file of rows."""
+    lines = [{"question": q, "choices": choices, "text": q} for q, choices in QUESTIONS]
+    (directory / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for name, task in TASKS.items():
+        files = {"data_files": {"test": str(directory / "rows.jsonl")}}
+        whole = {"task": name, "dataset_path": "json", "dataset_kwargs": files, "test_split": "test", **task}
+        (directory / f"{name}.yaml").write_text(json.dumps(whole))  # JSON is YAML
+
+
 def test_a_task_is_evaluated(model, monkeypatch, tmp_path):
     """Through the harness's own registry; accuracy and perplexity are those of the full pass."""
     monkeypatch.setattr(lab, "load", lambda path: (model, Bytes()))
-    rows = [{"question": q, "choices": choices, "text": q} for q, choices in QUESTIONS]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for name, task in TASKS.items():
-        files = {"data_files": {"test": str(tmp_path / "rows.jsonl")}}
-        whole = {"task": name, "dataset_path": "json", "dataset_kwargs": files, "test_split": "test", **task}
-        (tmp_path / f"{name}.yaml").write_text(json.dumps(whole))  # JSON is YAML
+    write_tasks(tmp_path)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
     arguments = f"checkpoint=somewhere,max_length={LENGTH}"
@@ -110,6 +117,18 @@ def test_a_task_is_evaluated(model, monkeypatch, tmp_path):
     assert found["until"]["exact_match,none"] == 0
 
 
+def test_the_command_is_that_of_the_harness(model, monkeypatch, tmp_path, capsys):
+    """A checkpoint may have a name that the harness would take apart."""
+    name, opened = "cells/ratio=1.0,draw=1-3", []
+    write_tasks(tmp_path)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(lab, "load", lambda path: opened.append(path) or (model, Bytes()))
+    monkeypatch.setattr(runtime, "start_alone", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["lm_eval"])
+    lm_eval.main(["--tasks", "choice", "--checkpoint", name, "--include_path", str(tmp_path), "--batch_size", "2"])
+    assert "|choice|" in capsys.readouterr().out and opened == [name]
+
+
 @pytest.mark.parametrize(("settings", "says"), [
     ({"max_gen_toks": LENGTH}, f"max_gen_toks = {LENGTH} leaves no room for a prompt in max_length = {LENGTH}"),
     ({"beams": 3}, "a setting of generate_until = 'beams' is unknown"),
@@ -121,5 +140,5 @@ def test_settings_that_it_has_not_are_refused(adapter, settings, says):
 
 def test_a_batch_is_a_number(monkeypatch):
     with pytest.raises(UserError, match="batch_size = 'auto' is no number of rows"):
-        lm_eval.Lab("somewhere", batch_size="auto")
+        harness.Lab("somewhere", batch_size="auto")
     assert jax.devices()  # nothing was loaded
