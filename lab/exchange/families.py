@@ -74,6 +74,11 @@ def periodic_windows(values: Values) -> list[str]:
     return [SLIDING if (m + 1) % period else FULL for m in range(values["num_hidden_layers"])]
 
 
+def alternating_windows(values: Values) -> list[str]:
+    """The first layer has a window, the second sees all before it, and so on."""
+    return [FULL if m % 2 else SLIDING for m in range(values["num_hidden_layers"])]
+
+
 def _cap(value):
     return value or 0.0
 
@@ -220,7 +225,6 @@ GEMMA2 = LLAMA._replace(
         "attn_logit_softcapping": 50.0,
         "max_position_embeddings": 8192,
         "sliding_window": 4096,
-        "sliding_window_pattern": 2,
         "bos_token_id": 2,
         "eos_token_id": 1,
     },
@@ -230,7 +234,7 @@ GEMMA2 = LLAMA._replace(
         "placement.name": "sandwich",
         "embedding_scale": lambda values: values["hidden_size"] ** 0.5,
     },
-    types=periodic_windows,
+    types=alternating_windows,
     names_types=True,
     layer=LLAMA.layer
     | {
@@ -243,6 +247,7 @@ GEMMA3 = GEMMA2._replace(
     model_type="gemma3_text",
     architecture="Gemma3ForCausalLM",
     keys=GEMMA_KEYS,
+    types=periodic_windows,
     defaults={key: value for key, value in GEMMA2.defaults.items() if key != "attn_logit_softcapping"}
     | {
         "vocab_size": 262208,

@@ -190,13 +190,24 @@ def test_tied_weights_that_differ_are_refused(tmp_path):
         importing.Opened(place)
 
 
-def test_a_conversion_that_is_stopped_leaves_nothing(tmp_path):
+@pytest.mark.parametrize(
+    ("met", "raised"),
+    [
+        (KeyboardInterrupt(), KeyboardInterrupt),
+        (UserError("a tensor cannot be read"), UserError),
+        (ValueError("RESOURCE_EXHAUSTED: No space left on device"), OSError),
+    ],
+)
+def test_a_conversion_that_is_stopped_leaves_nothing(met, raised, tmp_path):
     def stop(size):
-        raise KeyboardInterrupt
+        raise met
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(raised):
         importing.from_hf(PLACE / "qwen3", tmp_path / "out", quiet, stop)
     assert not [*tmp_path.iterdir()]
+
+
+def test_nothing_is_written_over(tmp_path):
     (tmp_path / "out").mkdir()
     with pytest.raises(UserError, match="is there already"):
         importing.from_hf(PLACE / "qwen3", tmp_path / "out", quiet, quiet)
