@@ -16,7 +16,7 @@ def as_it_is(value):
     return value
 
 
-class Key(NamedTuple):
+class Field(NamedTuple):
     """The option of config.model that a key of config.json becomes.
 
     read, write: from its value to the option's, and back. choices: the only values that are supported, and the
@@ -40,7 +40,7 @@ class Family(NamedTuple):
 
     model_type: str
     architecture: str
-    keys: Mapping[str, Key]
+    keys: Mapping[str, Field]
     defaults: Values
     always: Mapping[str, object]
     types: Callable[[Values], list[str]]
@@ -74,6 +74,11 @@ def periodic_windows(values: Values) -> list[str]:
     return [SLIDING if (m + 1) % period else FULL for m in range(values["num_hidden_layers"])]
 
 
+def alternating_windows(values: Values) -> list[str]:
+    """The first layer has a window, the second sees all before it, and so on."""
+    return [FULL if m % 2 else SLIDING for m in range(values["num_hidden_layers"])]
+
+
 def _cap(value):
     return value or 0.0
 
@@ -92,24 +97,24 @@ def _scalar(scale):
 
 
 GATES = {"silu": "swiglu", "gelu_pytorch_tanh": "geglu-tanh", "gelu": "geglu", "relu": "reglu", "sigmoid": "glu"}
-BIASES = Key("mixer.bias", lambda biased: "all" if biased else "none", lambda bias: bias == "all")
+BIASES = Field("mixer.bias", lambda biased: "all" if biased else "none", lambda bias: bias == "all")
 
 KEYS = {
-    "hidden_size": Key("dim"),
-    "num_hidden_layers": Key("layers"),
-    "vocab_size": Key("vocabulary"),
-    "intermediate_size": Key("feedforward.width"),
-    "num_attention_heads": Key("mixer.heads"),
-    "num_key_value_heads": Key("mixer.kv_heads"),
-    "head_dim": Key("mixer.head_dim"),
-    "rms_norm_eps": Key("norm.eps"),
-    "tie_word_embeddings": Key("tied"),
-    "hidden_act": Key("feedforward.name", choices=GATES),
+    "hidden_size": Field("dim"),
+    "num_hidden_layers": Field("layers"),
+    "vocab_size": Field("vocabulary"),
+    "intermediate_size": Field("feedforward.width"),
+    "num_attention_heads": Field("mixer.heads"),
+    "num_key_value_heads": Field("mixer.kv_heads"),
+    "head_dim": Field("mixer.head_dim"),
+    "rms_norm_eps": Field("norm.eps"),
+    "tie_word_embeddings": Field("tied"),
+    "hidden_act": Field("feedforward.name", choices=GATES),
 }
 LLAMA = Family(
     model_type="llama",
     architecture="LlamaForCausalLM",
-    keys=KEYS | {"attention_bias": BIASES, "mlp_bias": Key("feedforward.bias")},
+    keys=KEYS | {"attention_bias": BIASES, "mlp_bias": Field("feedforward.bias")},
     defaults={
         "hidden_size": 4096,
         "num_hidden_layers": 32,
@@ -192,17 +197,17 @@ MISTRAL = LLAMA._replace(
     types=all_windows,
 )
 GEMMA_KEYS = {key: row for key, row in KEYS.items() if key != "hidden_act"} | {
-    "hidden_activation": Key("feedforward.name", choices=GATES),
+    "hidden_activation": Field("feedforward.name", choices=GATES),
     "attention_bias": BIASES,
-    "query_pre_attn_scalar": Key("mixer.softmax_scale", _scale, _scalar),
-    "final_logit_softcapping": Key("logit_softcap", _cap, _no_cap),
+    "query_pre_attn_scalar": Field("mixer.softmax_scale", _scale, _scalar),
+    "final_logit_softcapping": Field("logit_softcap", _cap, _no_cap),
 }
 # `transformers` multiplies embeddings by sqrt(hidden_size) rounded to the type of the weights: in float32 by what is
 # used here, in bfloat16 by its nearest number.
 GEMMA2 = LLAMA._replace(
     model_type="gemma2",
     architecture="Gemma2ForCausalLM",
-    keys=GEMMA_KEYS | {"attn_logit_softcapping": Key("mixer.softcap", _cap, _no_cap)},
+    keys=GEMMA_KEYS | {"attn_logit_softcapping": Field("mixer.softcap", _cap, _no_cap)},
     defaults={
         "hidden_size": 2304,
         "num_hidden_layers": 26,
@@ -220,7 +225,6 @@ GEMMA2 = LLAMA._replace(
         "attn_logit_softcapping": 50.0,
         "max_position_embeddings": 8192,
         "sliding_window": 4096,
-        "sliding_window_pattern": 2,
         "bos_token_id": 2,
         "eos_token_id": 1,
     },
@@ -230,7 +234,7 @@ GEMMA2 = LLAMA._replace(
         "placement.name": "sandwich",
         "embedding_scale": lambda values: values["hidden_size"] ** 0.5,
     },
-    types=periodic_windows,
+    types=alternating_windows,
     names_types=True,
     layer=LLAMA.layer
     | {
@@ -243,6 +247,7 @@ GEMMA3 = GEMMA2._replace(
     model_type="gemma3_text",
     architecture="Gemma3ForCausalLM",
     keys=GEMMA_KEYS,
+    types=periodic_windows,
     defaults={key: value for key, value in GEMMA2.defaults.items() if key != "attn_logit_softcapping"}
     | {
         "vocab_size": 262208,

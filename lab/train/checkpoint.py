@@ -163,7 +163,7 @@ class Checkpoints:
 
     def __init__(self, directory: pathlib.Path, keep: int):
         self.directory = pathlib.Path(directory).absolute()
-        _tell_failures_once()
+        tell_failures_once()
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, cleanup_tmp_directories=True)
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
@@ -242,7 +242,7 @@ class Checkpoints:
             raise DiskFull(self.directory) from error
 
 
-def _tell_failures_once() -> None:
+def tell_failures_once() -> None:
     """Orbax raises what its threads meet. asyncio would besides tell of every write that failed, and TensorStore of
     every one that outlives a save that failed: at any time later, a traceback each."""
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)

@@ -5,7 +5,9 @@ What is written is what `lab.train.checkpoint` reads. Arrays are float32, and th
 
 import asyncio
 import dataclasses
+import errno
 import json
+import os
 import pathlib
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from typing import ClassVar, NamedTuple
@@ -17,7 +19,7 @@ import tensorstore as ts
 
 from lab.errors import UserError
 from lab.storage import sealed
-from lab.train.checkpoint import Position
+from lab.train.checkpoint import Position, is_disk_full, tell_failures_once
 
 Index = tuple[slice, ...]
 
@@ -91,13 +93,19 @@ def write(directory: pathlib.Path, arrays: Mapping[str, Streamed], wrote: Callab
     checkpoints. wrote: is told of the bytes of each piece."""
     directory = pathlib.Path(directory).absolute()
     total, names = Checksum(arrays), {id(array): name for name, array in arrays.items()}
+    refused: list[UserError] = []
+    tell_failures_once()
 
     async def write_pieces(array: Streamed, stored: ts.TensorStore) -> None:
         for index in boxes(array.shape, array.chunk):
-            piece = array.piece(index)
-            total.add(names[id(array)], piece, index, array.shape)
-            await stored[index].write(piece)
-            wrote(piece.nbytes)
+            try:
+                piece = array.piece(index)
+                total.add(names[id(array)], piece, index, array.shape)
+                await stored[index].write(piece)
+                wrote(piece.nbytes)
+            except UserError as error:
+                refused.append(error)
+                raise
 
     of_arrays = jax.Array, ocp.type_handlers.get_type_handler(jax.Array)  # Orbax warns where there is none
     registry = ocp.type_handlers.create_type_handler_registry((Streamed, _Handler(write_pieces)), of_arrays)
@@ -107,9 +115,16 @@ def write(directory: pathlib.Path, arrays: Mapping[str, Streamed], wrote: Callab
     }
     options = ocp.CheckpointManagerOptions(create=True, enable_async_checkpointing=False)
     position = Position(0, 0)._asdict()
-    with ocp.CheckpointManager(directory, options=options, item_handlers=items) as manager:
-        state = ocp.args.PyTreeSave({"model": dict(arrays)})
-        manager.save(0, args=ocp.args.Composite(state=state, position=ocp.args.JsonSave(position)))
+    try:
+        with ocp.CheckpointManager(directory, options=options, item_handlers=items) as manager:
+            state = ocp.args.PyTreeSave({"model": dict(arrays)})
+            manager.save(0, args=ocp.args.Composite(state=state, position=ocp.args.JsonSave(position)))
+    except Exception as error:  # Orbax wraps what its threads raise in many kinds
+        if is_disk_full(error):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(directory)) from error
+        if refused:
+            raise refused[0] from None
+        raise
     # The sum is known when all is written, and Orbax takes what it is given for JSON before.
     file = directory / "0" / "position" / "metadata"
     if not file.is_file():

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 
+from lab import command, convert
 from lab.errors import UserError
 from lab.exchange import importing
 
@@ -189,13 +190,24 @@ def test_tied_weights_that_differ_are_refused(tmp_path):
         importing.Opened(place)
 
 
-def test_a_conversion_that_is_stopped_leaves_nothing(tmp_path):
+@pytest.mark.parametrize(
+    ("met", "raised"),
+    [
+        (KeyboardInterrupt(), KeyboardInterrupt),
+        (UserError("a tensor cannot be read"), UserError),
+        (ValueError("RESOURCE_EXHAUSTED: No space left on device"), OSError),
+    ],
+)
+def test_a_conversion_that_is_stopped_leaves_nothing(met, raised, tmp_path):
     def stop(size):
-        raise KeyboardInterrupt
+        raise met
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(raised):
         importing.from_hf(PLACE / "qwen3", tmp_path / "out", quiet, stop)
     assert not [*tmp_path.iterdir()]
+
+
+def test_nothing_is_written_over(tmp_path):
     (tmp_path / "out").mkdir()
     with pytest.raises(UserError, match="is there already"):
         importing.from_hf(PLACE / "qwen3", tmp_path / "out", quiet, quiet)
@@ -221,3 +233,12 @@ def test_names_are_asked_of_the_hub_and_paths_are_not(tmp_path, monkeypatch):
         with pytest.raises(UserError, match="is no directory"):
             importing.locate(path)
     assert asked == ["some/model", "nobody/nothing"]
+
+
+def test_a_mistake_ends_the_command_with_one_line_and_code_2(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["lab.convert", "from-hf", str(tmp_path), str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as ended:
+        command.run(convert.main)
+    told = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert told.count("\n") == 1 and told.startswith("lab: ") and "has no config.json" in told
