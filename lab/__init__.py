@@ -4,12 +4,13 @@ __all__ = ["load"]
 
 
 def load(path, model=(), base=None):
-    """(model, tokenizer) of a finished or running cell, or of an imported model.
+    """(model, tokenizer) of a finished or running cell, or of a Hugging Face checkpoint.
 
     `path` is the directory of a cell (its first seed is taken), of one of its seeds, or of one checkpoint. The newest
-    checkpoint is read, onto one device; adapters are merged. model: fields that are laid over its config.model on the
-    same weights, such as (("rule", "own_branch"),). base: where the checkpoint lies now that a cell began from, if it
-    trained no weights or a part of them. Raises UserError where there is none.
+    checkpoint is read, onto one device; adapters are merged. A directory of Hugging Face's format is opened too, if
+    lab.exchange has its family. model: fields that are laid over its config.model on the same weights, such as
+    (("rule", "own_branch"),). base: where the checkpoint lies now that a cell began from, if it trained no weights or a
+    part of them. Raises UserError where there is none.
     """
     # Imported here: `import lab` must stay light, and must not touch JAX before lab.runtime has.
     import jax
@@ -18,10 +19,13 @@ def load(path, model=(), base=None):
     from lab.config import restored
     from lab.data import tokenizers
     from lab.evaluate.asks import remodelled
-    from lab.model import build
+    from lab.exchange import importing
+    from lab.model import undrawn
     from lab.train import origin
 
+    if importing.theirs(path):
+        return importing.load(path)
     found = origin.find(path, base)
     config = remodelled(restored(found.stored), ConfigDict({"model": model}), field="load")
-    drawn = build(config.model, jax.random.key(0))
-    return origin.read(found, drawn), tokenizers.load(found.cell, config.data.eos)
+    like = undrawn(config.model, jax.devices()[0])
+    return origin.read(found, like), tokenizers.load(found.cell, config.data.eos)

@@ -56,9 +56,9 @@ class Band:
     """The pairs that `rule` shows, and how they rotate. A pytree of its numbers.
 
     frequencies_3F: radians per unit of index, branch and *mapped* time; None: nothing rotates. q_time, k_time: the time
-    of a query and of a key that rotate, terms of their own coordinates; fractions are whole numbers over frequencies
-    that are divided. amplitude: of the rotated dimensions of both sides (YaRN's attention factor, arXiv 2309.00071);
-    None: 1. growth: of the whole query; None: 1.
+    of a query and of a key that rotate, terms of their own coordinates, over the whole number `over` (what is whole
+    then turns as it would without). amplitude: of the rotated dimensions of both sides (YaRN's attention factor, arXiv
+    2309.00071); None: 1. growth: of the whole query; None: 1.
     """
 
     def __init__(
@@ -69,21 +69,31 @@ class Band:
         k_time: Term | int = rules.k.time,
         amplitude: float | jax.Array | None = None,
         growth: Growth | None = None,
+        over: int = 1,
     ):
+        self.over = over
         self.rule, self.q_time, self.k_time = rule, term(q_time), term(k_time)
         self.frequencies_3F, self.amplitude, self.growth = frequencies_3F, amplitude, growth
         _check_side(self.q_time, "q", "the time of a query")
         _check_side(self.k_time, "k", "the time of a key")
 
-    def turned(self, x_BTHK, coordinates: Coordinates, time: Term):
-        """Queries or keys [B, T, H, K], rotated; time: `q_time` or `k_time`."""
-        if self.frequencies_3F is None:
-            return x_BTHK
+    def mapped(self, coordinates: Coordinates, time: Term) -> Coordinates:
+        """Those whose time is `time`, which is `q_time` or `k_time`, over `over`."""
         mapped = time.values(coordinates, coordinates)
         if not np.ndim(mapped):  # one time for all
             mapped = np.full(coordinates.shape, mapped, np.int32)
-        turns = rotation(dataclasses.replace(coordinates, time=mapped), self.frequencies_3F)
-        return rotate(x_BTHK, turns if self.amplitude is None else tuple(self.amplitude * x for x in turns))
+        if self.over != 1:
+            mapped = jnp.asarray(mapped, jnp.float32) / self.over
+        return dataclasses.replace(coordinates, time=mapped)
+
+    def turns(self, coordinates: Coordinates, time: Term) -> tuple[jax.Array, jax.Array]:
+        """cos and sin of the angles times the amplitude, float32 [B, T, 1, F]."""
+        turns = rotation(self.mapped(coordinates, time), self.frequencies_3F)
+        return turns if self.amplitude is None else tuple(self.amplitude * x for x in turns)
+
+    def turned(self, x_BTHK, coordinates: Coordinates, time: Term):
+        """Queries or keys [B, T, H, K], rotated."""
+        return x_BTHK if self.frequencies_3F is None else rotate(x_BTHK, self.turns(coordinates, time))
 
     def grown(self, q_BTHK, coordinates: Coordinates):
         """Queries, times what they grow by."""
@@ -93,15 +103,16 @@ class Band:
 
     def turns_plainly(self) -> bool:
         """Whether queries rotate by their own coordinates alone, so that `attend` can do it."""
-        return self.amplitude is None and self.q_time.tree == rules.q.time.tree
+        return self.amplitude is None and self.over == 1 and self.q_time.tree == rules.q.time.tree
 
     def tree_flatten(self):
-        return (self.frequencies_3F, self.amplitude, self.growth), (self.rule, self.q_time.tree, self.k_time.tree)
+        said = self.rule, self.q_time.tree, self.k_time.tree, self.over
+        return (self.frequencies_3F, self.amplitude, self.growth), said
 
     @classmethod
     def tree_unflatten(cls, said: tuple, children: tuple) -> "Band":
         made = object.__new__(cls)
-        made.rule, made.q_time, made.k_time = said[0], Term(said[1]), Term(said[2])
+        made.rule, made.q_time, made.k_time, made.over = said[0], Term(said[1]), Term(said[2]), said[3]
         made.frequencies_3F, made.amplitude, made.growth = children
         return made
 

@@ -4,8 +4,8 @@ import jax
 import numpy as np
 
 from lab import kernels
-from lab.kernels import order, rules
-from lab.model import position
+from lab.kernels import order
+from lab.model import position, stretched
 from lab.model.mixers import MIXERS
 from lab.model.relative import Relative
 from lab.model.spec import biased, layer_specs
@@ -20,7 +20,7 @@ class Arrangement:
 
     def __init__(self, model, run, length: int, drops: bool = False):
         specs = layer_specs(model)
-        self._rules = [rules.parse(spec.rule) for spec in specs if position.of(spec).added is not Relative]
+        self._rules = [stretched.rule(spec) for spec in specs if position.of(spec).added is not Relative]
         self._free = not any(MIXERS[spec.mixer.name].in_order for spec in specs)
         sizes = kernels.tile_sizes(run.implementation, length, biased(model), drops)
         self._sizes = sizes if self._rules else None  # relative attention computes every pair

@@ -4,63 +4,21 @@ A mixer says what a token keeps (its cache) and how keys and values are read fro
 Letters as in lab.model.transformer, and V value head width, R rotated dims at the end of a head.
 """
 
-import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import PartitionSpec as P
 
-from lab import kernels
-from lab.coordinates import Coordinates
 from lab.errors import UserError, choose
 from lab.kernels import Bias
-from lab.kernels.dropout import Dropped
 from lab.kernels.rotary import rotate
 from lab.kernels.rules import Rule
-from lab.model import init, mesh, norm, parameter, position, relative, slots
-from lab.model.dropout import Masks
+from lab.model import init, norm, parameter, position, relative, stretched
+from lab.model.attending import View, attend_over_mesh
 from lab.options import Option
 
 Kept = tuple[jax.Array, ...]  # what a token keeps, arrays [B, S, groups, width]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class View:
-    """What every layer of one spec shares in a call: who sees whom, and the rotation of the new tokens."""
-
-    rotation: tuple[jax.Array, jax.Array] | None  # None: nothing rotates
-    frequencies: jax.Array | None  # that it is made of [3, R / 2]; None: queries have rotated already
-    queries: Coordinates
-    keys: Coordinates
-    tiles: Any  # what kernels.plan_tiles gave
-    slots_BT: jax.Array | None  # of the new tokens in the cache, beyond it if they have none; None without a cache
-    implementation: str = dataclasses.field(metadata=dict(static=True))  # of attention
-    masks: Masks | None = None  # of dropout, in training; of one layer where it is that layer's
-    added: Any = None  # to the scores of layers that have it in common, such as a Bias
-
-    def of_rotated(self) -> "View":
-        """The same for queries that have rotated already."""
-        return dataclasses.replace(self, frequencies=None)
-
-    def whole(self) -> "View":
-        """The same with nothing dropped, for queries that have rotated already."""
-        return dataclasses.replace(self, frequencies=None, masks=None)
-
-    def of_layers(self, others: list["View"]) -> "View":
-        """The same for a call whose heads are those of several layers in turn."""
-        masks = None if self.masks is None else self.masks.of_layers([other.masks for other in others])
-        return dataclasses.replace(self, masks=masks)
-
-    def put(self, old_BS, new_BT):
-        """An array of the cache [B, S, ...] that holds what the new tokens have [B, T, ...] too."""
-        return slots.put(old_BS, new_BT, self.slots_BT)
-
-    def take(self, x_BS):
-        """Of an array over all that may be seen [B, S, ...], the part of the new tokens [B, T, ...]."""
-        return x_BS if self.slots_BT is None else slots.take(x_BS, self.slots_BT)
 
 
 class Softmax(nnx.Module):
@@ -93,6 +51,7 @@ class Softmax(nnx.Module):
     rotates_unasked: ClassVar[str] = "qk"  # those that do where mixer.rotate is "auto"
     heads_each: ClassVar[int] = 1  # attention maps for each head of the output
     adds: ClassVar[tuple[type, ...]] = (Bias, relative.Tables)  # what a position may add to its scores
+    stretches: ClassVar[bool] = False  # whether its queries may grow, and its pairs turn by several maps of time
 
     def __init__(self, model, rule: Rule, key: jax.Array):
         q, _, _, o = jax.random.split(key, 4)
@@ -101,7 +60,8 @@ class Softmax(nnx.Module):
         D, H = model.dim, options.heads
         K, V = self.widths(model)
         self.heads, self.kv_heads, self.head_dim, self.v_head_dim = self.heads_each * H, options.kv_heads, K, V
-        self.rotary_dim, self.rotate = position.rotary_dim(model), self.rotated(model)
+        self.rotary_dim = position.rotary_dim(model)
+        self.rotate = "" if stretched.banded(model) else self.rotated(model)  # bands rotate themselves
         q_rank, o_rank = options.q_rank, options.o_rank
         self.q_down = init.matrix(model, "latent", q_down, (D, q_rank), ("embed", "rank")) if q_rank else None
         self.q_latent_norm = self.norm_of_query_latent(model) if q_rank else None
@@ -276,6 +236,7 @@ class Attention(Softmax):
     options: ClassVar[dict[str, Option]] = Softmax.options | {
         "bias": Option("none", "of q, k and v, or of all four projections", choices=("none", "qkv", "all"))
     }
+    stretches = True
 
     def __init__(self, model, rule: Rule, key: jax.Array):
         super().__init__(model, rule, key)
@@ -334,67 +295,3 @@ def heads(x_BTD, weight: nnx.Param | None, bias: nnx.Param | None = None):
     equation = "btd,dnk->btnk" if x_BTD.ndim == 3 else "btnd,dnk->btnk"
     y_BTNK = jnp.einsum(equation, x_BTD, weight[...].astype(x_BTD.dtype))
     return y_BTNK if bias is None else y_BTNK + bias[...].reshape(weight.shape[1:]).astype(y_BTNK.dtype)
-
-
-def attend_over_mesh(q_BTHK, k_BSGK, v_BSGV, view: View, mixer: Softmax, scale: float | None = None):
-    """`kernels.attend` with rows, heads and queries over the mesh; every device gathers the keys of its rows.
-
-    Queries rotate here, or as a kernel that can reads them. Returns (o_BTHV, lse_BTH). A single head is every device's
-    own. scale: None for the mixer's. What a position adds to scores is added here, that of heads where they are.
-    """
-    added = view.added if mixer.added is None else mixer.added()
-    frequencies = view.frequencies if "q" in mixer.rotate else None
-    in_kernel = view.slots_BT is None and kernels.rotates(view.implementation, k_BSGK.shape[1])
-    if frequencies is not None and not in_kernel:
-        q_BTHK, frequencies = rotate(q_BTHK, view.rotation), None
-    tensor = mesh.current().get("tensor", 1)
-    H, G = q_BTHK.shape[2], k_BSGK.shape[2]
-    over_heads = "tensor" if H > 1 else None
-    if over_heads and (H % tensor or (G % tensor and tensor % G)):
-        raise UserError(
-            f"mesh.tensor = {tensor} does not divide {H} query heads over {G} key heads; choose a divisor of both"
-        )
-    if over_heads and G % tensor:  # fewer groups than devices: each device holds the group of its heads
-        k_BSGK, v_BSGV = (jnp.repeat(x, tensor // G, axis=2) for x in (k_BSGK, v_BSGV))
-
-    scale = mixer.scale if scale is None else scale
-
-    def attend(q_BTHK, k_BSGK, v_BSGV, queries, keys, tiles, frequencies_3F, added, dropout):
-        arguments = q_BTHK, k_BSGK, v_BSGV, queries, keys, mixer.rule
-        if isinstance(added, relative.Tables):
-            return relative.attend(*arguments, scale, mixer.softcap, added, dropout)
-        return kernels.attend(
-            *arguments,
-            scale=scale,
-            softcap=mixer.softcap,
-            implementation=view.implementation,
-            tiles=tiles,
-            return_lse=True,
-            frequencies_3F=frequencies_3F,
-            bias=added,
-            dropout=dropout,
-        )
-
-    queries, shared, tokens = (
-        P(mesh.BATCH, "context", over_heads), P(mesh.BATCH, None, over_heads), P(mesh.BATCH, "context")
-    )  # fmt: skip
-    dropout = None if view.masks is None else view.masks.of_attention(H)
-    of_dropout = None if dropout is None else Dropped(P(), P(over_heads), tokens, P(mesh.BATCH))
-    of_added = P(over_heads) if isinstance(added, Bias) else P()
-    specs = (queries, shared, shared, tokens, P(mesh.BATCH), tokens, P(), of_added, of_dropout)
-    return mesh.per_device(attend, specs, (queries, queries))(
-        q_BTHK, k_BSGK, v_BSGV, view.queries, view.keys, view.tiles, frequencies, added, dropout
-    )
-
-
-def plan_tiles_over_mesh(queries: Coordinates, keys: Coordinates, rule: Rule, biased: bool, implementation: str):
-    """`kernels.plan_tiles` where `attend_over_mesh` will use it: each device plans for the queries it holds.
-
-    biased: whether a position adds to scores. Raises UserError for an implementation that does not.
-    """
-
-    def plan(queries, keys):
-        return kernels.plan_tiles(queries, keys, rule, implementation, biased)
-
-    tokens = P(mesh.BATCH, "context")
-    return mesh.per_device(plan, (tokens, P(mesh.BATCH)), tokens)(queries, keys)

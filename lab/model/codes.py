@@ -14,6 +14,7 @@ from flax import nnx
 from lab.coordinates import Coordinates
 from lab.errors import UserError
 from lab.model import parameter, parametrization, slots
+from lab.model.extrapolation import LENGTHS
 from lab.model.parameter import FixedTable
 from lab.options import Option
 
@@ -52,9 +53,7 @@ class SinusoidalCode(FourierCode):
 class LearnedCode(nnx.Module):
     """A vector for each time 0..position.length - 1, drawn like token embeddings; it decays as they do, as in GPT-2."""
 
-    options: ClassVar[dict[str, Option]] = {
-        "length": Option(0, "time steps that have a learned vector, from 0 on", least=1, most=2**24)
-    }
+    options: ClassVar[dict[str, Option]] = {"length": LENGTHS["length"]}
 
     def __init__(self, model, key: jax.Array):
         shape = self.length, _ = model.position.length, model.dim

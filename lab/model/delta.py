@@ -10,7 +10,8 @@ from lab.errors import UserError
 from lab.kernels import rules
 from lab.kernels.rules import Rule
 from lab.model import chains, init, mesh, norm, parameter, position
-from lab.model.attention import Softmax, View, check_rule, further_keys, heads
+from lab.model.attending import View
+from lab.model.attention import Softmax, check_rule, further_keys, heads
 from lab.model.chains import Chains, faded
 
 CHUNK = 64  # tokens that one step of the scan over a row takes
@@ -37,6 +38,7 @@ class GatedDelta(nnx.Module):
     in_order: ClassVar[bool] = True  # a token needs the one before it: a row cannot be cut over mesh.context
     attends: ClassVar[bool] = False
     adds: ClassVar[tuple] = ()
+    stretches: ClassVar[bool] = False
     biased: ClassVar[bool] = False
 
     def __init__(self, model, rule: Rule, key: jax.Array):

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 
 from lab.kernels.rules import Rule
 from lab.model import parameter
-from lab.model.attention import Attention, Kept, Softmax, View, attend_over_mesh, further_keys
+from lab.model.attending import View, attend_over_mesh
+from lab.model.attention import Attention, Kept, Softmax, further_keys
 from lab.options import without
 
 PARTS = 3  # dimensions in which one F rides
@@ -20,6 +21,7 @@ class Forgetting(Attention):
 
     options = without(Softmax.options, "softcap")  # it would cap what is forgotten
     adds = ()  # its scores have a bias of their own
+    stretches = False  # it rides in more dimensions of queries and keys
     rules = ("causal", "all_branches", "own_branch")  # transitive: a window is not
 
     def __init__(self, model, rule: Rule, key: jax.Array):

@@ -7,7 +7,8 @@ from lab.errors import UserError
 from lab.kernels import Bias
 from lab.kernels.rules import Rule
 from lab.model import init, norm
-from lab.model.attention import Kept, Softmax, View, attend_over_mesh, further_keys, heads
+from lab.model.attending import View, attend_over_mesh
+from lab.model.attention import Kept, Softmax, further_keys, heads
 from lab.model.position import rotary_dim
 from lab.options import Option, without
 

@@ -6,7 +6,7 @@ p and p + F form pair p (the rotate-half convention, lab.kernels.rotary).
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +15,14 @@ from flax import nnx
 
 from lab.coordinates import Coordinates
 from lab.errors import UserError, choose
+from lab.kernels.bands import Band, Growth
 from lab.kernels.rotary import rotation
+from lab.kernels.rules import Rule
+from lab.model import extrapolation
 from lab.model.codes import FourierCode, LearnedCode, SinusoidalCode, check_time
+from lab.model.extrapolation import FREQUENCY_MAPS, GROWTH, LENGTHS
 from lab.model.parameter import FixedTable
+from lab.model.position_maps import POSITION_MAPS
 from lab.model.relative import Relative
 from lab.model.scores import Added, Buckets, Slopes
 from lab.options import Option
@@ -27,8 +32,8 @@ class Encoding(NamedTuple):
     """How the position of tokens enters.
 
     frequencies: radians per unit of index, branch and time for each of the rotary pairs of R dimensions, of
-    (R, config.model.position); None: nothing rotates. code: what is added to the embedding. added: what scores are
-    given besides.
+    (R, config.model.position, inverse frequencies of index and time, if a frequency map changes them); None: nothing
+    rotates. code: what is added to the embedding. added: what scores are given besides.
     """
 
     frequencies: Callable[..., dict[str, np.ndarray]] | None
@@ -36,31 +41,48 @@ class Encoding(NamedTuple):
     code: Callable | None = None
     added: type[Added] | None = None
 
+    @property
+    def replaces(self) -> tuple[str, ...]:
+        """Where nothing rotates, no method changes how."""
+        return () if self.frequencies else METHODS
 
-def rope2d_frequencies(R: int, position) -> dict[str, np.ndarray]:
+
+def rope2d_frequencies(R: int, position, inverse=None) -> dict[str, Any]:
     """Radians per unit of index, branch and time for each pair, [F] each: interleaved 2D RoPE.
 
     Of F pairs, the n = round(F * ratio) slowest are selected; among them even ones rotate by stride * branch, odd ones
     by time. The others rotate by the flat index, or by time (position.unselected). inv_p = theta^(-2 p / R), and 0
-    beyond the floor(F * share) fastest (p-RoPE, arXiv 2410.06205).
+    beyond the floor(F * share) fastest (p-RoPE, arXiv 2410.06205). A frequency map leaves branches as they are: longer
+    texts have no more of them.
     """
     F = R // 2
     pair = np.arange(F)
-    inverse = np.where(pair < int(F * position.share), position.theta ** (-2.0 * pair / R), 0.0)
+    plain = extrapolation.default(R, position, 0)[0]
+    rotates = pair < int(F * position.share)
     n = round(F * position.ratio)
     selected = pair >= F - n
     even = (pair - (F - n)) % 2 == 0
+    inverse = plain if inverse is None else inverse
     return {
-        "index": np.where(~selected & (position.unselected == "index"), inverse, 0.0),
-        "branch": np.where(selected & even, position.stride * inverse, 0.0),
-        "time": np.where((selected & ~even) | (~selected & (position.unselected == "time")), inverse, 0.0),
+        "index": (~selected & rotates & (position.unselected == "index")) * inverse,
+        "branch": (selected & rotates & even) * (position.stride * plain),
+        "time": (rotates & ((selected & ~even) | (~selected & (position.unselected == "time")))) * inverse,
     }
 
 
-def time_frequencies(R: int, position) -> dict[str, np.ndarray]:
+def time_frequencies(R: int, position, inverse=None) -> dict[str, Any]:
     """One-dimensional RoPE over time: what Fourier branch codes leave to the rotation."""
-    inverse = position.theta ** (-2.0 * np.arange(R // 2) / R)
+    inverse = extrapolation.default(R, position, 0)[0] if inverse is None else inverse
     return {"index": 0 * inverse, "branch": 0 * inverse, "time": inverse}
+
+
+def _names(field: str, table: Mapping[str, Any]) -> tuple[str, ...]:
+    """What a table of methods has in the config, at position.<field>."""
+    options = dict.fromkeys(name for row in table.values() for name in row.options)
+    return tuple(f"position.{field}.{name}" for name in ("name", *options))
+
+
+METHODS = (*_names("scaling", FREQUENCY_MAPS), *_names("map", POSITION_MAPS))
 
 
 ROTARY = {
@@ -68,7 +90,7 @@ ROTARY = {
     "dim": Option(0, "dimensions at the end of a head that rotate; 0: all", least=0),
     "table": Option("own", "own: frequencies of a head of that many; head: the fastest of the whole head's",
                     choices=("own", "head")),
-}  # fmt: skip
+} | LENGTHS | GROWTH  # fmt: skip
 BRANCHED = {
     "ratio": Option(0.0, "share of the rotary pairs that carry branch and time", least=0, most=1),
     "stride": Option(128, "time steps that a branch is worth", least=1),
@@ -79,7 +101,7 @@ BRANCHED = {
 POSITIONS = {
     "rope2d": Encoding(rope2d_frequencies, ROTARY | BRANCHED),
     "fourier": Encoding(time_frequencies, ROTARY, code=FourierCode),
-    "none": Encoding(None, {}),
+    "none": Encoding(None, {"trained": LENGTHS["trained"]} | GROWTH),
     "sinusoidal": Encoding(None, {}, code=SinusoidalCode),
     "learned": Encoding(None, LearnedCode.options, code=LearnedCode),
     "t5": Encoding(None, Buckets.options, added=Buckets),
@@ -98,18 +120,26 @@ def rotary_dim(model) -> int:
     return (model.position.dim or model.mixer.head_dim) if of(model).frequencies else 0
 
 
-def frequencies(model) -> dict[str, np.ndarray]:
-    """Radians per unit of index, branch and time for each rotated pair, [R / 2] each."""
+def base(model):
+    """Its config.model.position, with the base of the whole head's table where R dimensions have that."""
     R, chosen = rotary_dim(model), model.position.copy_and_resolve_references()
     if chosen.table == "head":  # theta'^(-2p/R) = theta^(-2p/K): the fastest R / 2 pairs of the whole head's table
         chosen.theta **= R / model.mixer.head_dim
-    return POSITIONS[chosen.name].frequencies(R, chosen)
+    return chosen
+
+
+def frequencies(model) -> dict[str, np.ndarray]:
+    """Radians per unit of index, branch and time for each rotated pair, [R / 2] each."""
+    R, chosen = rotary_dim(model), base(model)
+    return of(model).frequencies(R, chosen, extrapolation.frequencies(R, chosen)[0])
 
 
 def check(model) -> None:
     """Refuses what a layer cannot have: rotary dimensions without a place in a head, biases that mean nothing."""
     if of(model).added:
         of(model).added.check(model)
+    if of(model).code is LearnedCode and not model.position.length:
+        raise UserError(f"model.position.length = 0 must be at least 1: {LENGTHS['length'].meaning}")
     if not of(model).frequencies:
         return
     R, field = rotary_dim(model), "model.position.dim" if model.position.dim else "model.mixer.head_dim"
@@ -119,6 +149,19 @@ def check(model) -> None:
         raise UserError(
             f"model.position.dim = {R} is above model.mixer.head_dim = {model.mixer.head_dim}; choose an even number "
             "up to it, or 0 for all"
+        )
+    extrapolation.check(base(model), R)
+    with np.errstate(all="ignore"):
+        turns = frequencies(model)
+    if not all(np.isfinite(x).all() for x in turns.values()):
+        raise UserError(
+            f"model.position.scaling.name = {model.position.scaling.name!r} makes frequencies that are no finite "
+            "numbers; choose a factor or model.position.theta nearer to 1"
+        )
+    if model.position.map.name != "none" and turns["index"].any():
+        raise UserError(
+            f"model.position.map.name = {model.position.map.name!r} maps times, and {np.count_nonzero(turns['index'])} "
+            "rotary pairs turn by the index; choose model.position.unselected = 'time'"
         )
 
 
@@ -193,20 +236,35 @@ def pair_counts(model) -> dict[str, int]:
     return {name: int(np.count_nonzero(found.get(name, 0))) for name in ("branch", "time", "index")}
 
 
+class Turning(NamedTuple):
+    """How the pairs of a layer turn in a call: the fields of `View` of the same names."""
+
+    rotation: tuple[jax.Array, jax.Array] | None = None
+    frequencies: jax.Array | None = None
+    growth: Growth | None = None
+    bands: tuple[Band, ...] | None = None
+    plain: bool = True
+
+    def rules(self, rule: Rule) -> list[Rule]:
+        """Those of its bands, or that of the layer."""
+        return [rule] if self.bands is None else [band.rule for band in self.bands]
+
+
 class Rotary(nnx.Module):
     """angle(token, p) = index w_index[p] + branch w_branch[p] + time w_time[p]: one table, and a leaf of the model."""
 
     def __init__(self, model):
-        found = frequencies(model)
-        self.frequencies = FixedTable(
-            jnp.asarray(np.stack([found[n] for n in ("index", "branch", "time")]), jnp.float32)
-        )
+        self.frequencies = FixedTable(jnp.asarray(stacked(frequencies(model)), jnp.float32))
 
     def __call__(self, coordinates: Coordinates) -> tuple[jax.Array, jax.Array]:
         """cos and sin of the angles, float32 [B, T, 1, R / 2]."""
         return rotation(coordinates, self.frequencies[...])
 
+    def turning(self, queries: Coordinates, rule: Rule) -> Turning:
+        """In a call with these new tokens."""
+        return Turning(self(queries), self.frequencies[...])
 
-def rotary(model) -> Rotary | None:
-    """The angles of a layer; None where nothing rotates."""
-    return Rotary(model) if of(model).frequencies else None
+
+def stacked(found: Mapping[str, np.ndarray]) -> np.ndarray:
+    """What `frequencies` gave as one table [3, F]."""
+    return np.stack([found[name] for name in ("index", "branch", "time")])

@@ -2,8 +2,9 @@
 
 from lab.errors import UserError, choose
 from lab.kernels import rules
-from lab.model import lora, norm, parametrization, position, streams
+from lab.model import lora, norm, parametrization, position, streams, stretched
 from lab.model.branch import BRANCHES
+from lab.model.extrapolation import FREQUENCY_MAPS
 from lab.model.feedforward import FEEDFORWARDS
 from lab.model.init import INITIALISERS
 from lab.model.mixers import MIXERS
@@ -11,6 +12,7 @@ from lab.model.norm import NORMS
 from lab.model.parametrization import PARAMETRIZATIONS
 from lab.model.placement import PLACEMENTS
 from lab.model.position import POSITIONS
+from lab.model.position_maps import POSITION_MAPS
 from lab.model.streams import STREAMS
 from lab.options import Option, Part, Room, leaves, set_field
 
@@ -39,6 +41,8 @@ LAYER = (  # the parts of a layer, which the layers of a pattern may have differ
     _part("placement", PLACEMENTS, "pre", "where norms stand around a sublayer"),
     _part("branch", BRANCHES, "plain", "what outputs of sublayers are multiplied with"),
     _part("position", POSITIONS, "rope2d", "how the position of a token enters"),
+    _part("position.scaling", FREQUENCY_MAPS, "default", "how the rotary frequencies change for longer texts"),
+    _part("position.map", POSITION_MAPS, "none", "how the times that rotate change for longer texts"),
 )
 WHOLE = (  # the parts that it has one of
     _part("stream", STREAMS, "plain", "how the outputs of layers are combined"),
@@ -102,6 +106,7 @@ def check(model) -> None:
         norm.check(spec)
         position.check(spec)
         MIXERS[spec.mixer.name].check(spec)
+        stretched.check(spec, MIXERS)
     position.check_layers(specs, [maps(spec) for spec in specs])
     streams.check(model, specs)
     parametrization.check(model)

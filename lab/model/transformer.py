@@ -19,14 +19,14 @@ from flax import nnx
 from lab import kernels
 from lab.coordinates import Coordinates
 from lab.errors import UserError
-from lab.kernels import rules
-from lab.model import mesh, norm, parameter, parametrization, position, slots
-from lab.model.attention import View, plan_tiles_over_mesh
+from lab.model import mesh, norm, parameter, parametrization, position, slots, stretched
+from lab.model.attending import View, plan_tiles_over_mesh
 from lab.model.dropout import Dropout, Masks
 from lab.model.execution import Execution, rematerialised
 from lab.model.feedforward import FEEDFORWARDS
 from lab.model.mixers import MIXERS
 from lab.model.placement import PLACEMENTS
+from lab.model.position import Turning
 from lab.model.spec import layer_specs, maps
 from lab.model.streams import STREAMS
 
@@ -50,7 +50,7 @@ class Block(nnx.Module):
         drawn, self.branch = parametrization.as_drawn(spec), parametrization.branch(spec)
         stream, placement = STREAMS[spec.stream.name], PLACEMENTS[spec.placement.name]
         self.mixer_placement = placement(spec)
-        self.mixer = MIXERS[spec.mixer.name](drawn, rules.parse(spec.rule), mixer)
+        self.mixer = MIXERS[spec.mixer.name](drawn, stretched.rule(spec), mixer)
         self.feedforward_placement = placement(spec, reads_normed=stream.shares_norm)
         self.feedforward = FEEDFORWARDS[spec.feedforward.name](drawn, feedforward)
         self.stream = stream.of_layer(spec, jax.random.fold_in(key, 2), m)
@@ -103,7 +103,7 @@ class Transformer(nnx.Module):
         shape, gain = (model.vocabulary, model.dim), parametrization.wider(model) ** 0.5
         self.embedding = parameter.embedding(embedding, shape, gain)
         self.code = position.code(specs, key)
-        self.rotary = nnx.List([position.rotary(spec) for spec in specs])
+        self.rotary = nnx.List([stretched.rotary(spec) for spec in specs])
         self.added = position.added_to_all(specs, [maps(spec) for spec in specs], key)
         self.blocks = nnx.List(
             [
@@ -159,11 +159,13 @@ class Transformer(nnx.Module):
         order, a place more than once if asked; None: those of every token, [B, T, C].
 
         Raises UserError for a row with more tokens than free slots, for slots and places that are outside or given
-        twice, and for positions that the stream has no weight for, where these are known. Where they are traced, a
+        twice, and for positions that the stream has no weight for, where these are known; and for frequencies that
+        depend on the length of the whole text, which is unknown (position.length = 0). Where they are traced, a
         token without a slot is not kept and sees the rest of the cache alone, `used` is above the length then, and
         logits of a place outside, and of a row with a position that has no weight, are nan.
         """
         length = cache.coordinates.shape[1]
+        stretched.check_cached(self.rotary)
         slots.check(coordinates, cache.used, length, slots_BT)
         slots_BT, used_B = slots.choose(coordinates, cache.used, length, slots_BT)
         keys = jax.tree.map(lambda old, new: slots.put(old, new, slots_BT), cache.coordinates, coordinates)
@@ -215,14 +217,36 @@ class Transformer(nnx.Module):
         mixers, implementation = [block.mixer for block in self.blocks], self.execution.implementation
         if masks is not None and "attention" in masks.rates:  # of all calls, since they share tile lists
             implementation = kernels.resolve(implementation, keys.shape[1], dropping=True)
-        needed = dict.fromkeys((mixer.rule, mixer.biased) for mixer in mixers if mixer.attends)
+        turnings = [
+            Turning() if rotary is None else rotary.turning(queries, mixer.rule)
+            for rotary, mixer in zip(self.rotary, mixers, strict=True)
+        ]
+        needed = dict.fromkeys(
+            (rule, mixer.biased)
+            for turning, mixer in zip(turnings, mixers, strict=True)
+            for rule in turning.rules(mixer.rule)
+            if mixer.attends
+        )
         tiles = {which: plan_tiles_over_mesh(queries, keys, *which, implementation) for which in needed}
         views = []
-        for rotary, mixer in zip(self.rotary, mixers, strict=True):
-            turning = (None, None) if rotary is None else (rotary(queries), rotary.frequencies[...])
-            of_rule = tiles.get((mixer.rule, mixer.biased))
-            added = self.added() if mixer.biased and mixer.added is None else None
-            views.append(View(*turning, queries, keys, of_rule, slots_BT, implementation, masks, added))
+        for turning, mixer in zip(turnings, mixers, strict=True):
+            of_rules = [tiles.get((rule, mixer.biased)) for rule in turning.rules(mixer.rule)]
+            views.append(
+                View(
+                    turning.rotation,
+                    turning.frequencies,
+                    queries,
+                    keys,
+                    of_rules[0] if turning.bands is None else of_rules,
+                    slots_BT,
+                    implementation,
+                    masks,
+                    added=self.added() if mixer.biased and mixer.added is None else None,
+                    growth=turning.growth,
+                    bands=turning.bands,
+                    plain=turning.plain,
+                )
+            )
         return views
 
     def run_layers(self, x_BTD, views: list[View], caches: tuple | None = None):

@@ -13,7 +13,8 @@ import numpy as np
 from lab.data import Batch
 from lab.kernels import reference, rules
 from lab.model import mesh, parameter
-from lab.model.attention import Softmax, View
+from lab.model.attending import View
+from lab.model.attention import Softmax
 from lab.model.streams.stream import Stream
 from lab.model.transformer import Block, Transformer, unstack
 from lab.options import Option
@@ -112,7 +113,8 @@ def _of_rows(model: Transformer, batch: Batch, names: tuple[str, ...]) -> Measur
     for m in range(model.layers):
         block, view = blocks[m % P][m // P], views[m % P]
         if "logits" in names:
-            scores.append(_attention(block, state, view) if _readable(model.stream, block.mixer) else (jnp.nan,) * 2)
+            readable = view.bands is None and view.growth is None and _readable(model.stream, block.mixer)
+            scores.append(_attention(block, state, view) if readable else (jnp.nan,) * 2)
         state, _ = model.stream.layer(state, block, view, None, m=m)
         x_BTD = model.stream.finish(state)[0]
         rms.append(_rms(x_BTD, real_BT) if isinstance(x_BTD, jax.Array) else jnp.nan)

@@ -7,7 +7,7 @@ import tiny
 import variants
 
 from lab.coordinates import Coordinates
-from lab.model.attention import View
+from lab.model.attending import View
 
 
 def test_forgetting_in_bfloat16_knows_what_it_forgets_to_float32():

@@ -1,6 +1,7 @@
 """The streams by name: what model.stream.name may say."""
 
 from lab.errors import UserError, choose
+from lab.model import stretched
 from lab.model.position import POSITIONS
 from lab.model.streams import v1, v2, v3, v4, v4_tokens
 from lab.model.streams.attnres import AttnRes, BlockAttnRes
@@ -48,6 +49,7 @@ def check(model, specs: list) -> None:
     for spec in specs:
         if stream.mixers is not None:
             choose(f"model.mixer.name under {named}", spec.mixer.name, stream.mixers)
+            stretched.check_stream(spec, named)
         if not stream.adds:
             fitting = [position for position, row in POSITIONS.items() if not row.added]
             choose(f"model.position.name under {named}", spec.position.name, fitting)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from lab.model import parameter
-from lab.model.attention import View, attend_over_mesh
+from lab.model.attending import View, attend_over_mesh
 from lab.model.streams.stream import Stream
 from lab.model.streams.weights import rows, triangle
 

@@ -12,7 +12,7 @@ from lab.coordinates import Coordinates
 from lab.errors import UserError
 from lab.kernels import reference
 from lab.model import norm, parameter, slots
-from lab.model.attention import View
+from lab.model.attending import View
 from lab.model.streams.stream import Stream
 from lab.model.streams.v4 import SummedScores, scaled
 from lab.options import Option

@@ -1,0 +1,159 @@
+"""What config.json of Hugging Face's format says of rotation, as options of config.model.position."""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from lab.errors import UserError, choose, shown
+
+SCALING = "position.scaling."
+ORIGINAL = "original_max_position_embeddings"
+EVERYWHERE = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
+YARN = ("factor", ORIGINAL, "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")
+KEYS = {  # rope_type -> what it reads beside EVERYWHERE, spelled as our options are
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": YARN,
+    "longrope": ("factor", ORIGINAL, "attention_factor", "short_factor", "long_factor"),
+    "llama3": ("factor", ORIGINAL, "low_freq_factor", "high_freq_factor"),
+    "proportional": ("factor",),
+}
+NEEDED = {
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "longrope": ("short_factor", "long_factor"),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+}
+OLDER = {"su": "longrope"}  # as Phi-3 spelled it at first
+DERIVED = ("yarn", "longrope")  # whose missing factor is max_position_embeddings over the original one
+ZERO_IS_ABSENT = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim")
+
+
+def from_rope_parameters(
+    config: Mapping, layer_type: str, theta: float, file: str = "config.json", partial: bool = False
+) -> dict[str, Any]:
+    """{option: value} for the layers of a type, of a config.json with max_position_embeddings and head_dim.
+
+    Reads rope_parameters, flat or for each type of layer, and the older rope_scaling with its "type". theta: the base
+    where config.json has none. partial: whether a part of a head may rotate; `transformers` takes the first dimensions,
+    and we the last. Raises UserError, naming the file, for a type, a key or a value that is not supported.
+    """
+    whole = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    given, nested = of_layer_type(whole, layer_type, file)
+    if given is None:
+        return {"position.name": "none"}
+    given = {key: value for key, value in given.items() if value is not None}
+    kind = rope_type(given, file)
+    check_keys(given, kind, file)
+    of_head, length = config["head_dim"], config["max_position_embeddings"]
+    base = given.get("rope_theta", config.get("rope_theta") or theta)
+    found = {
+        "position.theta": number(base, "rope_theta", file),
+        "position.unselected": "time",
+        "position.trained": length,
+    }
+    share = number(
+        given.get("partial_rotary_factor", config.get("partial_rotary_factor") or 1.0), "partial_rotary_factor", file
+    )
+    if kind == "default":
+        if share != 1:  # as the default type of Llama and most others does
+            logging.warning("%s: partial_rotary_factor = %s is not read by rope_type = 'default'", file, share)
+        return found
+    found[f"{SCALING}name"] = kind
+    if kind == "proportional":
+        found[f"{SCALING}partial_rotary_factor"] = share
+    elif share != 1:
+        found["position.dim"] = rotary_dim(share, of_head, partial, file)
+    if ORIGINAL in KEYS[kind]:
+        if not nested and config.get(ORIGINAL) is not None:  # there it stands above the one beside the type
+            given[ORIGINAL] = config[ORIGINAL]
+        given.setdefault(ORIGINAL, length)
+    if kind in DERIVED:
+        given.setdefault("factor", length / number(given[ORIGINAL], ORIGINAL, file))
+    if kind == "yarn" and nested:
+        given["truncate"] = truncates(given, whole, layer_type, file)
+    return found | scaling(given, kind, file)
+
+
+def of_layer_type(whole: Mapping, layer_type: str, file: str) -> tuple[Mapping | None, bool]:
+    """(what is said of the layers of a type, None if they do not rotate; whether it is said for each type)"""
+    if not isinstance(whole, Mapping):
+        raise UserError(f"{file}: rope parameters {shown(whole)} are no object")
+    if layer_type not in whole and not any(isinstance(value, Mapping) for value in whole.values()):
+        return whole, False
+    choose(f"{file}: a type of layers in rope_parameters", layer_type, [*whole])
+    if whole[layer_type] is not None and not isinstance(whole[layer_type], Mapping):
+        raise UserError(f"{file}: rope parameters of {layer_type} = {shown(whole[layer_type])} are no object")
+    return whole[layer_type], True
+
+
+def rope_type(given: Mapping, file: str) -> str:
+    """Its name among KEYS."""
+    named = {OLDER.get(given[key], given[key]) for key in ("rope_type", "type") if key in given}
+    if len(named) > 1:
+        raise UserError(
+            f"{file}: rope_type = {given['rope_type']!r} beside type = {given['type']!r}; choose one of both"
+        )
+    return choose(f"{file}: rope_type", next(iter(named), "default"), KEYS)
+
+
+def check_keys(given: Mapping, kind: str, file: str) -> None:
+    """Refuses keys that `transformers` would warn of, and the lack of those that it needs."""
+    for key in given:
+        choose(f"{file}: a key of rope parameters of type {kind!r}", key, (*EVERYWHERE, *KEYS[kind]))
+    for key in NEEDED.get(kind, ()):
+        if key not in given:
+            raise UserError(f"{file}: rope parameters of type {kind!r} lack {key}")
+
+
+def rotary_dim(share: float, of_head: int, partial: bool, file: str) -> int:
+    """Of a head of that many."""
+    found = int(of_head * share)
+    if not partial or found < 2 or found % 2:
+        raise UserError(
+            f"{file}: partial_rotary_factor = {share} rotates the first {found} of {of_head} dimensions of a head, "
+            "which is not supported; only 1"
+        )
+    return found
+
+
+def truncates(given: Mapping, whole: Mapping, layer_type: str, file: str) -> bool:
+    """Where types of layers have parameters of their own, `transformers` reads `truncate` beside the types alone."""
+    beside = whole.get("truncate", True)
+    found = given.get("truncate", beside)
+    if found != beside:
+        logging.warning(
+            "%s: truncate = %s of %s is honoured here; `transformers` does not read it there", file, found, layer_type
+        )
+    return found
+
+
+def scaling(given: Mapping, kind: str, file: str) -> dict[str, Any]:
+    """The options of a frequency map."""
+    found = {}
+    for key in KEYS[kind]:
+        value = given.get(key)
+        if value is None or (key in ZERO_IS_ABSENT and value == 0):
+            continue
+        if key == "truncate":
+            if not isinstance(value, bool):
+                raise UserError(f"{file}: truncate = {shown(value)} is no truth value")
+        elif key in ("short_factor", "long_factor"):
+            if not isinstance(value, list | tuple):
+                raise UserError(f"{file}: {key} = {shown(value)} is no list of numbers")
+            value = tuple(number(one, key, file) for one in value)
+        elif key == ORIGINAL:
+            if type(value) is not int or value < 2:
+                raise UserError(f"{file}: {key} = {shown(value)} must be a whole number of at least 2")
+        else:
+            value = number(value, key, file)
+        found[SCALING + key] = value
+    return found
+
+
+def number(value, key: str, file: str) -> float:
+    """A number above 0."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        raise UserError(f"{file}: {key} = {shown(value)} must be a number above 0")
+    return float(value)
