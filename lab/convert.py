@@ -20,7 +20,7 @@ from lab import command
 SILENCE = 10.0  # seconds between lines where there is no terminal
 
 
-class Display:
+class WrittenBytes:
     """Bytes written, of how many: a live bar on a terminal, a line now and then elsewhere."""
 
     def __init__(self, name: str):
@@ -35,7 +35,7 @@ class Display:
         self._name, self._task = name, self._live.add_task(name, total=None)
         self._written, self._total, self._last_line = 0, 0, time.monotonic()
 
-    def __enter__(self) -> "Display":
+    def __enter__(self) -> "WrittenBytes":
         self._live.start()
         return self
 
@@ -81,7 +81,7 @@ def convert(way: str, source: str | Path, out: Path) -> None:
     from lab.exchange import exporting, importing, peft
     from lab.model import parameter
 
-    with Display(f"{way} {source}") as display:
+    with WrittenBytes(f"{way} {source}") as display:
         if way == "from-hf":
             config = importing.from_hf(importing.locate(str(source)), out, display.begin, display.wrote)
             from lab import model as lab_model

@@ -14,6 +14,7 @@ import tiny
 from lab import model as lab_model
 from lab.coordinates import Coordinates
 from lab.errors import UserError
+from lab.evaluate import asks
 from lab.kernels.rotary import rotate
 from lab.model import extrapolation, position, stretched
 from lab.model.attending import View, attend_over_mesh
@@ -154,10 +155,15 @@ def check_dense(model, relative, implementation: str, seed: int, softcap: float 
         np.testing.assert_allclose(one, other, rtol=2e-4, atol=5e-5)
 
 
-@pytest.mark.parametrize("implementation", ["reference", pytest.param("tiled", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", METHODS)
-def test_a_method_is_its_matrix_of_distances_forward_and_backward(name, implementation):
-    check_dense(*METHODS[name], implementation, seed=len(name))
+def test_a_method_is_its_matrix_of_distances_forward_and_backward(name):
+    check_dense(*METHODS[name], "reference", seed=len(name))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dca", "streaming"])
+def test_by_tiles_a_method_is_the_same(name):
+    check_dense(*METHODS[name], "tiled", seed=len(name))
 
 
 @pytest.mark.parametrize("name", ["hybrid", "self-extend"])
@@ -293,7 +299,7 @@ def test_nothing_that_is_not_asked_for_changes_a_program():
 # Whole models.
 
 LAYERS = {
-    "rerope": (("position.map.name", "rerope"), ("position.map.window", 5)),
+    "rerope": (("position.map.name", "rerope"), ("position.map.window", 5), ("mixer.name", "differential")),
     "leaky, dynamic": (
         ("position.map.name", "leaky"), ("position.map.window", 5), ("position.map.leak", 1.5),
         ("position.scaling.name", "dynamic"), ("position.length", 24)
@@ -326,7 +332,7 @@ def whole(pattern) -> object:
     made = tiny.config(
         model__pattern=tuple(pattern), model__layers=len(pattern), model__position__ratio=0.0,
         model__position__unselected="time", model__position__trained=6, model__mixer__qk_norm=True,
-        model__mixer__softcap=4.0, model__rule="own_branch",
+        model__mixer__softcap=4.0, model__rule="own_branch", run__implementation="reference",
     )  # fmt: skip
     return tiny.model(made)
 
@@ -334,7 +340,7 @@ def whole(pattern) -> object:
 @pytest.mark.slow
 def test_decoding_with_a_cache_equals_the_full_pass_under_every_method():
     model, batch = whole(LAYERS.values()), tiny.batch(rows=2, length=24)
-    full = model(batch.tokens, batch.coordinates)
+    full = jax.jit(lambda at: model(batch.tokens, at))(batch.coordinates)
     cache, parts = model.init_cache(2, 32), []
     extend = jax.jit(type(model).extend)
     for start in range(0, 24, 8):
@@ -346,13 +352,13 @@ def test_decoding_with_a_cache_equals_the_full_pass_under_every_method():
 
 
 def test_dropping_the_rotation_is_an_override_on_the_same_weights():
-    """DroPE: position.name = "none" lays no claim to another weight, and other logits come of it."""
-    rotating, still = tiny.model(tiny.config()), tiny.model(tiny.config(model__position__name="none"))
-    of = lambda model: jax.tree.map(jnp.shape, tiny.parameter.split(model)[1])  # noqa: E731
-    assert jax.tree.leaves(of(rotating)) == jax.tree.leaves(of(still))
-    one, other = (model.blocks[0].mixer.q[...] for model in (rotating, still))
-    np.testing.assert_array_equal(one, other)
-    assert len(still.rotary) == 1 and still.rotary[0] is None and rotating.rotary[0] is not None
+    """DroPE: an ask of position.name = "none", in which what a rotation reads has its defaults again."""
+    made, plain = tiny.config(), tiny.config(model__position__name="none").model.position
+    fields = ("name", "theta", "ratio", "stride")
+    dropped = asks.ask(model=tuple((f"position.{field}", plain[field]) for field in fields))
+    rotating, still = (lab_model.abstract(model) for model in (made.model, asks.remodelled(made, dropped).model))
+    shapes = [tiny.parameter.shapes(tiny.parameter.split(model)[1]) for model in (rotating, still)]
+    assert shapes[0] == shapes[1] and still.rotary[0] is None and rotating.rotary[0] is not None
 
 
 @pytest.mark.parametrize(("overrides", "says"), [
