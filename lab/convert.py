@@ -2,6 +2,7 @@
 
     python -m lab.convert from-hf DIR_OR_NAME OUT    # OUT is opened by lab.load, like the directory of a cell
     python -m lab.convert to-hf CKPT OUT             # of a cell, a seed, a checkpoint; OUT is opened by transformers
+    python -m lab.convert to-peft RUN OUT            # of a run that trained adapters; OUT is opened by peft
 
 Llama 2, 3 and 3.1, Qwen2.5, Qwen3, Mistral, Gemma 2 and the text of Gemma 3. Weights are streamed, so that a model may
 be larger than memory; OUT appears whole or not at all.
@@ -63,7 +64,9 @@ def main(argv: list[str]) -> None:
     read.add_argument("source", metavar="DIR_OR_NAME", help="a directory, or a name on the hub")
     write = ways.add_parser("to-hf", help="a checkpoint of the lab, to be opened by transformers")
     write.add_argument("source", metavar="CKPT", type=Path, help="of a cell, one of its seeds, or one checkpoint")
-    for way in (read, write):
+    adapters = ways.add_parser("to-peft", help="the adapters of a run of the lab, to be opened by peft upon its base")
+    adapters.add_argument("source", metavar="RUN", type=Path, help="of a run with model.lora.rank above 0")
+    for way in (read, write, adapters):
         way.add_argument("out", metavar="OUT", type=Path, help="a directory that is not there yet")
     flags = parser.parse_args(argv)
     convert(flags.way, flags.source, flags.out)
@@ -75,7 +78,7 @@ def convert(way: str, source: str | Path, out: Path) -> None:
 
     jax.config.update("jax_platforms", "cpu")  # nothing is computed
 
-    from lab.exchange import exporting, importing
+    from lab.exchange import exporting, importing, peft
     from lab.model import parameter
 
     with WrittenBytes(f"{way} {source}") as display:
@@ -85,6 +88,9 @@ def convert(way: str, source: str | Path, out: Path) -> None:
 
             count = f"{parameter.count(lab_model.abstract(config.model)):,} parameters"
             display.console.print(f'{out}: {count}; lab.load("{out}") opens it')
+        elif way == "to-peft":
+            made = peft.to_peft(source, out)
+            display.console.print(f"{out}: rank {made['r']}, of {', '.join(made['target_modules'])}")
         else:
             made = exporting.to_hf(source, out, display.begin, display.wrote, display.console.print)
             display.console.print(f"{out}: model_type {made['model_type']}, {made['torch_dtype']}")

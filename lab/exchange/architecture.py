@@ -19,7 +19,7 @@ from lab.options import leaves, set_field
 DECLARED = spec.MODEL.declared()
 # What a model was drawn by, and what it is computed in, are no part of what it is.
 APART = ("layers", "pattern", "compute")
-SOURCES = ("init.", "parametrization.base")
+SOURCES = ("init.", "parametrization.base", "lora.")
 
 
 def text_of(config: Mapping, file: Path) -> tuple[Family, dict]:
