@@ -339,8 +339,6 @@ ROWS = {
     "decode/engine.py": [
         ("an ended branch leaves out its last token", "if len(made.texts[r]) > made.time - P]",
          "if len(made.texts[r]) > made.time - P and made.live[r]]"),
-        ("a prompt is filled as it grows", "filling := [made for made in running if made.filled < made.before]",
-         "filling := [made for made in running if made.filled < made.index(made.time, 0)]"),
         ("a row that keeps its slots", "released(at.segment, made.row)", "at.segment"),
         ("every branch seen by a penalty", "(branch_BNS == 0) | (branch_BNS == branch_BN[..., None])",
          "(branch_BNS >= 0) & (branch_BN[..., None] >= 0)"),
