@@ -144,7 +144,8 @@ def packing_order(patch):
 def rotary_table(patch):
     original = position.rope2d_frequencies
     row = position.Encoding(
-        lambda R, p: {k: 2 * v for k, v in original(R, p).items()}, position.ROTARY | position.BRANCHED
+        lambda R, p, *mapped: {k: 2 * v for k, v in original(R, p, *mapped).items()},
+        position.ROTARY | position.BRANCHED,
     )
     patch.setitem(position.POSITIONS, "rope2d", row)
 
