@@ -1,10 +1,10 @@
 """Does a trained model learn to read longer texts, at which base of its rotary frequencies, and are adapters enough?
 
-    python -m lab.main --config=configs/finetune_rope.py --config.checkpoint=DIR    # :cpu, 6 cells, minutes
+    python -m lab.main --config=configs/architecture_ablation.py --cells=1/100        # trains a cell to begin from
+    python -m lab.main --config=configs/finetune_rope.py --config.checkpoint=DIR      # :cpu, 6 cells, minutes
 
-DIR: a trained cell of a study of plain language models under RoPE, or an imported model. The :cpu cells of
-configs/vocabulary_ablation.py are such cells, trained on texts of 128 bytes: that directory in
-runs/vocabulary_ablation/cells whose tokenizer is bytes. The checkpoint's model replaces the one of this file, which is
+DIR: a trained cell of a study of plain language models under RoPE, such as the one in runs/architecture_ablation/cells,
+which knows texts of 128 bytes; or an imported model. The checkpoint's model replaces the one of this file, which is
 planned where no checkpoint is given, and not run.
 
 Every cell goes on from the same weights for 60 steps on texts of 512 bytes: with the base of RoPE's frequencies at 1e4
