@@ -6,7 +6,7 @@ VENV ?= .venv
 CONFIG ?= configs/rope_ablation.py
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: run studies setup test test-slow test-commit test-all test-tpu test-gpu smoke
+.PHONY: run studies setup test test-slow test-commit test-all test-tpu test-gpu test-hf smoke
 
 run: setup
 	$(VENV)/bin/python -m lab.main --config=$(CONFIG)
@@ -34,6 +34,9 @@ test-tpu: $(VENV)/.tests
 test-gpu: $(VENV)/.tests
 	$(VENV)/bin/python -m pytest --matrix=all tests/kernels/test_compile_for_gpu.py
 
+test-hf: $(VENV)/.tests $(VENV)-hf/.ready
+	LAB_HF_PYTHON=$(abspath $(VENV)-hf/bin/python) $(VENV)/bin/python -m pytest -s tests/exchange/test_in_transformers.py
+
 smoke: $(VENV)/.tests
 	$(VENV)/bin/python -m pytest -m smoke -n 2 --dist loadfile
 
@@ -47,4 +50,9 @@ $(VENV)/.runs: requirements.txt
 
 $(VENV)/.tests: $(VENV)/.runs requirements-dev.txt
 	$(PIP) -r requirements-dev.txt
+	@touch $@
+
+$(VENV)-hf/.ready:
+	@$(PYTHON) -m venv $(VENV)-hf
+	$(VENV)-hf/bin/python -m pip install --quiet --disable-pip-version-check torch "transformers>=5.24,<6" tokenizers numpy
 	@touch $@

@@ -1,38 +1,31 @@
 """Transformer ablations: studies of one change at a time, on a laptop, GPUs and TPU pods."""
 
-import pathlib
-
-from lab.errors import UserError
-
 __all__ = ["load"]
 
 
-def load(path):
-    """(model, tokenizer) of a finished or running cell.
+def load(path, model=(), base=None):
+    """(model, tokenizer) of a finished or running cell, or of a Hugging Face checkpoint.
 
     `path` is the directory of a cell (its first seed is taken), of one of its seeds, or of one checkpoint. The newest
-    checkpoint is read, onto one device. Raises UserError where there is none.
+    checkpoint is read, onto one device; adapters are merged. A directory of Hugging Face's format is opened too, if
+    lab.exchange has its family. model: fields that are laid over its config.model on the same weights, such as
+    (("rule", "own_branch"),). base: where the checkpoint lies now that a cell began from, if it trained no weights or a
+    part of them. Raises UserError where there is none.
     """
     # Imported here: `import lab` must stay light, and must not touch JAX before lab.runtime has.
     import jax
+    from ml_collections import ConfigDict
 
     from lab.config import restored
     from lab.data import tokenizers
-    from lab.model import build
-    from lab.storage import read_json
-    from lab.train.checkpoint import read_model
+    from lab.evaluate.asks import remodelled
+    from lab.exchange import importing
+    from lab.model import undrawn
+    from lab.train import origin
 
-    path = pathlib.Path(path)
-    cell = next((p for p in (path, *path.parents) if (p / "config.json").is_file()), None)
-    if cell is None:
-        raise UserError(f"{path} is in no cell: neither it nor a directory above it has a config.json")
-    if path == cell:
-        seeds = [int(seed.name[5:]) for seed in cell.glob("seed-*") if seed.name[5:].isdecimal()]
-        path = cell / f"seed-{min(seeds, default=0)}"
-    step = int(path.name) if path.name.isdecimal() else None
-    directory = path.parent if step is not None else path / "checkpoints"
-    if not directory.is_dir():
-        raise UserError(f"{directory} does not exist: nothing was saved there yet")
-    config = restored(read_json(cell / "config.json"))
-    model = build(config.model, jax.random.key(0))
-    return read_model(directory, model, step), tokenizers.load(cell, config.data.eos)
+    if importing.theirs(path):
+        return importing.load(path)
+    found = origin.find(path, base)
+    config = remodelled(restored(found.stored), ConfigDict({"model": model}), field="load")
+    like = undrawn(config.model, jax.devices()[0])
+    return origin.read(found, like), tokenizers.load(found.cell, config.data.eos)

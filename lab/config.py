@@ -19,6 +19,9 @@ SEEDS = {
     "seed": Option(0, "of the order and layout of texts: batches depend on it and the step alone", least=0),
     "model_seed": Option(0, "of the weights, and of what dropout drops", least=0),
 }
+CHECKPOINT = Option(
+    "", "where weights come from: a cell, a seed or checkpoint of it, or an imported model; empty: they are drawn"
+)
 # How a study runs: nothing of what it computes but the rounding.
 ROUNDING = (
     {f"mesh.{axis}": option for axis, option in mesh.OPTIONS.items()}
@@ -41,6 +44,7 @@ ROOMS = {"study": STUDY, "model": MODEL, "data": DATA, "train": TRAIN, "run": RU
 def base() -> ConfigDict:
     """A plain causal language model on whole rows of text: a fresh, locked config, which refuses unknown fields."""
     config = ConfigDict({name: option.default for name, option in SEEDS.items()})
+    config.checkpoint = CHECKPOINT.default
     for name, room in ROOMS.items():
         config[name] = room.defaults()
     config.evaluate = {LOSS: ask()}

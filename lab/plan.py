@@ -54,7 +54,7 @@ def main(argv: list[str]) -> None:
     from lab.study.open import open
 
     study = open(config, overridden)
-    rows = study.rows
+    config, rows = study.config, study.rows
     added = calibration.cost(config, study.cells, rows)
     if flags.json:
         about = {"study": config.study.name, "question": config.study.question}
@@ -73,6 +73,8 @@ def main(argv: list[str]) -> None:
     console.print(table)
     console.print(over_devices(rows))
     console.print(moved(rows))
+    for line in _trained(rows):
+        console.print(line)
     for line in _matches(rows):
         console.print(line)
     console.print(f"{programs} training program{'s' * (programs > 1)} to compile")
@@ -129,6 +131,16 @@ def _by_cost(title: str, caption: str, columns: Sequence[str], costs: Mapping[st
 def _listed(names: list[str]) -> str:
     more = len(names) - NAMED + 1
     return "\n".join(names if more <= 1 else [*names[: NAMED - 1], f"and {more} more"])
+
+
+def _trained(rows: list[dict]) -> Iterator[str]:
+    """A line for all cells that train the same part of their weights."""
+    alike: dict[tuple, list[str]] = {}
+    for row in rows:
+        if (trained := row["parameters_trained"]) != row["parameters"]:
+            alike.setdefault((trained, row["parameters"]), []).append(row["name"])
+    for (trained, every), names in alike.items():
+        yield f"{', '.join(names)}: {trained:,} of {every:,} parameters are trained ({trained / every:.2%})"
 
 
 def _matches(rows: list[dict]) -> Iterator[str]:

@@ -120,6 +120,19 @@ ROWS = {
         ("branch and time exchanged", "even = (pair - (F - n)) % 2 == 0", "even = (pair - (F - n)) % 2 == 1"),
         ("whole table for a part", "chosen.theta **= R / model.mixer.head_dim", "chosen.theta **= 1"),
     ],
+    "model/extrapolation.py": [
+        ("mscale of all dimensions unread", " / mscale(s, scaling.mscale_all_dim)", ""),
+        ("dynamic counts from the longest", "(s * longest / L - (s - 1))", "(s * longest / L)"),
+    ],
+    "model/position_maps.py": [
+        ("chunks reach twice their size", "minimum(q.time % size + size, c)", "q.time % size + size"),
+        ("groups begin at their own window", "q.time // G + (W - W // G)", "q.time // G + W"),
+        ("hybrid compresses what was trained", "minimum(time, L) * cf.numerator", "minimum(time, L) * cf.denominator"),
+    ],
+    "model/stretched.py": [
+        ("a text one shorter", "tokens_B1 = 1 + jnp.max(", "tokens_B1 = jnp.max("),
+        ("log n of the time", "return q.time + 1, 0.0", "return q.time, 0.0"),
+    ],
     "model/codes.py": [("code of the branch for the time", '    of = "time"', '    of = "branch"')],
     "model/scores.py": [
         ("later keys take buckets", "maximum(q.time - k.time, 0), wide", "maximum(k.time - q.time, 0), wide"),
@@ -137,6 +150,10 @@ ROWS = {
         ("norms decay", 'axes=("channel",), inputs=0, decay=False', 'axes=("channel",), inputs=0, decay=True'),
         ("Muon splits the wrong heads", '"qkv": lambda of_input: not of_input', '"qkv": lambda of_input: of_input'),
         ("embedding by the vocabulary", "gain * shape[1] ** -0.5", "gain * shape[0] ** -0.5"),
+    ],
+    "model/lora.py": [
+        ("adapters unscaled", "weight[...] + scale * product(a, b)", "weight[...] + product(a, b)"),
+        ("rank for alpha", "jnp.float32(alpha / rank)", "jnp.float32(1.0)"),
     ],
     "model/dropout.py": [
         ("every step drops alike", "absorb(self.seed, self.step), token_BT", "absorb(self.seed, 0), token_BT"),
@@ -167,6 +184,9 @@ ROWS = {
     "model/accounting.py": [
         ("backward as dear as forward", "return 3 * 2 * float(forward)", "return 2 * 2 * float(forward)"),
         ("cache of shared groups", "max(1, groups // devices)", "(groups / devices)"),
+    ],
+    "data/skipping.py": [
+        ("a skip beyond the range", "rng.integers(0, within - n + 1)", "rng.integers(0, within + 1)"),
     ],
     "data/packing.py": [
         ("labels cross texts", "labels[ends - 1] = -1", "labels[ends[-1] - 1] = -1"),
@@ -259,6 +279,7 @@ ROWS = {
     "study/define/identity.py": [
         ("other versions are the same", "return SAME if alike else OTHER_VERSIONS", "return SAME"),
         ("seeds of the model forgotten", "config.model_seed - config.seed}", "0}"),
+        ("weights of a checkpoint forgotten", "parts = {*asked, WEIGHTS}", "parts = {*asked} - {WEIGHTS}"),
     ],
     "study/judge/statistics.py": [
         ("Bonferroni for Holm", "(len(known) - rank) * p", "len(known) * p"),

@@ -14,6 +14,8 @@ from lab import model as lab_model
 from lab.errors import UserError
 from lab.evaluate import asks
 from lab.model import spec
+from lab.model.extrapolation import FREQUENCY_MAPS
+from lab.model.position_maps import POSITION_MAPS
 from lab.options import Option, Part, Room, fits, leaves, numbers_in, set_field, spelled
 from lab.study.define import plan, resolve
 from lab.study.define.cells import chain, named, vary
@@ -39,7 +41,7 @@ def readers(room: Room, name: str) -> list[dict]:
 
 
 # The options that have no default that works: where they are read, they must be chosen.
-TO_CHOOSE = {"mixer.latent", "position.length", "stream.length", "stream.copies", "stream.rank", "stream.blocks"}
+TO_CHOOSE = {"mixer.latent", "stream.length", "stream.copies", "stream.rank", "stream.blocks"}
 
 
 @pytest.mark.parametrize(("room", "name"), DECLARED)
@@ -111,14 +113,15 @@ def test_every_number_has_a_bound_is_finite_and_stays_what_it_is_as_it_is_comput
     low = option.above if option.least is None else option.least
     assert low is not None, f"{name} has no range: give it least or above"
     whole = int in numbers_in(option)
-    option.check(name, holding(option.kind or type(option.default), max(1, option.least or 0) if whole else 0.5))
+    option.check(name, holding(option.kind or type(option.default), max(1 if whole else 0.5, option.least or 0)))
     for value in [2**31, 10**400, 10**5000, low - 1] if whole else [math.nan, math.inf, -math.inf, 1e39, low - 1]:
         if not (option.infinite and value > 1e38):
             made = holding(option.kind or type(option.default), value)
             assert refused(lambda v=made: option.check(name, v)).startswith(f"{name} = ")
     for bound, towards in ((option.above, math.inf), (option.below, -math.inf)):
         if bound is not None:  # so near to it that float32 has no number between
-            assert "in float32" in refused(lambda b=bound, t=towards: option.check(name, math.nextafter(b, t)))
+            near = holding(option.kind or type(option.default), math.nextafter(bound, towards))
+            assert "in float32" in refused(lambda n=near: option.check(name, n))
 
 
 TREES = tuple[tuple[str, tuple[int, ...]], ...]
@@ -334,9 +337,20 @@ VALUES = {  # another than the default, by type, where the declaration names no 
     "mixer.softcap": 2.0, "mixer.latent": 6, "feedforward.width": 20, "norm.eps": 0.1, "position.theta": 7.0,
     "position.dim": 6, "position.ratio": 0.3, "position.stride": 2, "position.share": 0.5, "position.length": 40,
     "mixer.qk_norm_over": "heads", "position.buckets": 16, "position.distance": 200, "position.clip": 3,
-    "branch.start": 0.2,
+    "branch.start": 0.2, "position.trained": 8, "position.temperature": 0.5, "position.temperature_step": 4,
+    "position.scaling.factor": 3.0, "position.scaling.attention_factor": 1.5, "position.scaling.beta_fast": 20.0,
+    "position.scaling.original_max_position_embeddings": 4, "position.scaling.beta_slow": 2.0,
+    "position.scaling.mscale": 0.7, "position.scaling.mscale_all_dim": 0.4, "position.scaling.low_freq_factor": 2.0,
+    "position.scaling.short_factor": (2.0,) * 4, "position.scaling.long_factor": (3.0,) * 4,
+    "position.scaling.high_freq_factor": 8.0, "position.scaling.partial_rotary_factor": 0.5, "position.map.window": 16,
+    "position.map.sinks": 2, "position.map.cf": 1.5, "position.map.leak": 4.0, "position.map.group": 4,
+    "position.map.chunk": 5, "position.map.local": 2,
 }  # fmt: skip
-ALREADY = {"mixer.latent_norm": False, "position.shared": False}
+ALREADY = {"mixer.latent_norm": False, "position.shared": False, "position.scaling.truncate": False}
+OF_METHODS = {"position.scaling": FREQUENCY_MAPS, "position.map": POSITION_MAPS}
+STRETCHED = {  # what some method needs beside its own option
+    "position.unselected": "time", "position.ratio": 0.0, "position.trained": 16, "position.length": 32,
+}  # fmt: skip
 
 
 def reading(field: str) -> dict:
@@ -345,6 +359,15 @@ def reading(field: str) -> dict:
         return variants.mixer("mla")
     if field == "position.clip":
         return dict(model__position__name="shaw")
+    if field.startswith(tuple(OF_METHODS)) or field == "position.log_n":
+        made = {f"model.{name}": value for name, value in STRETCHED.items()}
+        for place, table in OF_METHODS.items():
+            entry = [name for name, row in table.items() if field.removeprefix(f"{place}.") in row.options]
+            if entry:
+                made[f"model.{place}.name"] = entry[0]
+            if entry and entry[0] == "longrope":
+                made |= {f"model.{place}.{one}_factor": (1.5,) * 4 for one in ("short", "long")}
+        return {name.replace(".", "__"): value for name, value in made.items()}
     if field == "mixer.qk_norm_over":
         return dict(model__mixer__qk_norm=True)
     if field in ("position.buckets", "position.distance", "position.shared"):

@@ -11,7 +11,7 @@ import sys
 import commands
 import pytest
 
-from lab import command, report
+from lab import command, convert, report
 
 REPOSITORY = commands.REPOSITORY
 SOURCES = sorted((REPOSITORY / "lab").rglob("*.py"))
@@ -31,6 +31,7 @@ BELOW = {
     "train": {"coordinates", "errors", "options", "storage", "kernels", "model", "data"},
     "evaluate": {"coordinates", "errors", "options", "kernels", "model", "data", "train"},
     "config": {"errors", "options", "model", "data", "train", "evaluate", "study"},  # of the study its settings alone
+    "exchange": {"errors", "options", "storage", "config", "model", "data", "train"},
     "study": {
         "coordinates",
         "errors",
@@ -213,6 +214,7 @@ def test_documented_commands_parse(name, line, monkeypatch):
 
     monkeypatch.setattr(command, "parse", stop_there)
     monkeypatch.setattr(report, "rebuild", understood_directory)
+    monkeypatch.setattr(convert, "convert", lambda way, source, out: understood_directory("runs/"))
     monkeypatch.setattr(report, "compare", lambda directories, output: understood_directory(directories[-1]))
     monkeypatch.chdir(REPOSITORY)
     with pytest.raises(Parsed):

@@ -18,16 +18,16 @@ from lab import model
 from lab.config import base
 
 for field, value in (
-    ("norm", "tanh"), ("mixer", "tempered"), ("rule", "causal & (window(8) | sinks(4))"), ("position", "interpolated")
+    ("norm", "tanh"), ("mixer", "tempered"), ("rule", "causal & (window(8) | sinks(4))"), ("scaling", "resonance")
 ):
     config = base()
     config.model.layers = 1
     if field == "rule":
         config.model.rule = value
+    elif field == "scaling":
+        config.model.position.scaling.name = value
     else:
         config.model[field].name = value
-    if field == "position":
-        config.model.position.factor = 4.0
     made = model.build(config.model, jax.random.key(0))
     gradient = jax.grad(lambda made: made(np.arange(24)[None]).std(), allow_int=True)(made)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(gradient) if x.dtype != jax.dtypes.float0), field

@@ -1,5 +1,8 @@
 """A model, a config and texts small enough that compiling is all they cost."""
 
+import json
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,11 +13,14 @@ from ml_collections import ConfigDict
 import lab.config
 from lab import model as lab_model
 from lab.coordinates import Coordinates
-from lab.data import Batch
+from lab.data import Batch, tokenizers
 from lab.model import mesh as lab_mesh
 from lab.model import parameter
 from lab.model.spec import MODEL, read_by_layers
 from lab.options import leaves, set_field
+from lab.storage import write_json
+from lab.train import step
+from lab.train.checkpoint import Checkpoints, Position
 from lab.train.optimizer import TRAIN
 
 VOCABULARY = 29
@@ -50,6 +56,16 @@ def model(made: ConfigDict, seed: int = 0):
     tables = jax.jit(lambda: parameter.split(lab_model.build(made.model, jax.random.key(0), made.run))[2])()
     weights = jax.tree.map(lambda w: jnp.asarray(w, jnp.float32), drawn(trainable, seed))
     return nnx.merge(structure, weights, tables)
+
+
+def saved(cell: pathlib.Path, model, made: ConfigDict) -> pathlib.Path:
+    """The directory of a cell with one run of two steps, which has these weights and a tokenizer of bytes."""
+    write_json(cell / "config.json", json.loads(made.to_json_best_effort()))
+    tokenizers.Bytes().save(cell)
+    checkpoints = Checkpoints(cell / "seed-0" / "checkpoints", keep=1)
+    checkpoints.save(Position(2, 0), step.initial_state(model, step.Program("adamw", "declared")))
+    checkpoints.close()
+    return cell
 
 
 def drawn(trainable, seed: int):

@@ -32,6 +32,12 @@ OWN_AND_LEARNED = (  # biases of each layer; a mixer that splits its heads, with
 DENSE_AND_SHARED = ((), (("position.name", "t5"), ("position.buckets", 8), ("position.distance", 20)))
 ROTATING = [name for name, row in POSITIONS.items() if row.frequencies]
 
+STRETCHED = (  # two maps of time, keys that rotate when they are read; and one, in a cache of rotated keys
+    (("position.map.name", "self-extend"), ("position.map.window", 4), ("position.map.group", 2),
+     ("position.log_n", True)),
+    (("position.map.name", "hybrid"), ("position.scaling.name", "yarn"), ("position.scaling.factor", 2.0)),
+)  # fmt: skip
+
 HYBRID = ((("mixer.name", "delta"), ("rule", "causal")), (("rule", "causal"), ("mixer.sink", True)))
 
 
@@ -81,6 +87,9 @@ VARIANTS = {
     "mla with a query latent": mixer("mla", model__mixer__q_rank=10, model__mixer__kv_heads=1),
     "low rank, everything rotates": dict(model__mixer__q_rank=10, model__mixer__o_rank=9, model__mixer__rotate="qkvo"),
     "values of another width": dict(model__mixer__v_head_dim=12, model__position__dim=4, model__position__table="head"),
+    "self-extend : hybrid": dict(
+        model__pattern=STRETCHED, model__position__unselected="time", model__position__trained=5
+    ),
     "delta : attention": dict(model__pattern=HYBRID, model__layers=3),
     **{f"position {name}": dict(model__position__name=name) for name in ROTATING},
     "t5 : learned": dict(model__position__name="t5", model__pattern=OWN_AND_LEARNED),

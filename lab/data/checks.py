@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
-from lab.data import bytewise, tokenizers
-from lab.data.packing import LARGEST_BATCH, LONGEST_ROW, parse_draw, texts_of_draw
+from lab.data import bytewise, skipping, tokenizers
+from lab.data.packing import LARGEST_BATCH, LONGEST_ROW, parse_draw, texts_of_draw, times_of_text
 from lab.errors import UserError
 
 
@@ -15,6 +15,7 @@ def check_training(config: ConfigDict) -> None:
     tokenizers.check(config.data.tokenizer, config.data.eos)
     _check_text_bytes(config.data)
     _check_draw(config.data)
+    skipping.check(config.data, times_of_text(config.data))
 
 
 def check_branches(config: ConfigDict, ask: ConfigDict, field: str, branch_counts: Sequence[int]) -> None:

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import numpy as np
 
 from lab.coordinates import Coordinates
+from lab.data import skipping
+from lab.data.skipping import skipped
 from lab.errors import UserError
 from lab.options import Option
 
@@ -18,16 +20,23 @@ OF_ROWS = {  # of every kind of data
     "text_length": Option(128, "tokens of a text at most; of a probe, of a row", least=2, most=LONGEST_ROW),
     "rows": Option(8, "of a training step, over all devices and hosts", least=1),
 }
-OPTIONS = OF_ROWS | {
-    "texts_per_row": Option(
-        1, "of a training row: a multiple of N for draw = fixedN, of LOW + HIGH for LOW-HIGH", least=1, most=LONGEST_ROW
-    ),
-    "draw": Option("fixed1", "branches of a group: fixedN, or LOW-HIGH, each number of them equally often"),
-    "stagger": Option(False, "each branch starts later by a random offset"),
-    "align": Option("left", "which ends of the branches of a group stand together", choices=ALIGNMENTS),
-    "slots": Option(0, "0: branches take the numbers 1, 2, ...; S: a random subset of 1..S", least=0, most=2**16),
-    "prompt": Option("none", "first: the first text of a group is its shared prompt", choices=PROMPTS),
-}
+OPTIONS = (
+    OF_ROWS
+    | {
+        "texts_per_row": Option(
+            1,
+            "of a training row: a multiple of N for draw = fixedN, of LOW + HIGH for LOW-HIGH",
+            least=1,
+            most=LONGEST_ROW,
+        ),
+        "draw": Option("fixed1", "branches of a group: fixedN, or LOW-HIGH, each number of them equally often"),
+        "stagger": Option(False, "each branch starts later by a random offset"),
+        "align": Option("left", "which ends of the branches of a group stand together", choices=ALIGNMENTS),
+        "slots": Option(0, "0: branches take the numbers 1, 2, ...; S: a random subset of 1..S", least=0, most=2**16),
+        "prompt": Option("none", "first: the first text of a group is its shared prompt", choices=PROMPTS),
+    }
+    | skipping.OPTIONS
+)
 
 
 class Row(NamedTuple):
@@ -53,13 +62,16 @@ class Layout:
     align: str
     slots: int
     prompt: str
+    positions: str = "whole"
+    positions_within: int = 0
 
     def row(self, texts: Sequence[np.ndarray], rng: np.random.Generator) -> Row:
-        """Draws groups, slots and offsets from `rng` and packs the texts."""
+        """Draws groups, slots, offsets and times from `rng` and packs the texts."""
         prompts = prompts_of_group(self.prompt)
         groups = draw_groups(self.texts, self.low + prompts, self.high + prompts, rng)
         options = dict(stagger=self.stagger, align=self.align, slots=self.slots, prompt=self.prompt)
-        return pack_row(texts, groups, self.length, rng, **options)
+        row = pack_row(texts, groups, self.length, rng, **options)
+        return row._replace(coordinates=skipped(row.coordinates, self.positions, self.positions_within, rng))
 
 
 def prompts_of_group(prompt: str) -> int:
@@ -69,7 +81,12 @@ def prompts_of_group(prompt: str) -> int:
 
 def most_times(data) -> int:
     """Time steps from the first to the last at which a text of config.data may have a token: after a prompt, and later
-    by as much as it is long."""
+    by as much as it is long; or those that its times are drawn from."""
+    return data.positions_within or times_of_text(data)
+
+
+def times_of_text(data) -> int:
+    """The same before any are drawn."""
     return data.text_length * (1 + prompts_of_group(data.prompt) + data.stagger)
 
 

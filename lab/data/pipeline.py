@@ -115,13 +115,16 @@ def training_layout(config: ConfigDict) -> Layout:
         align=data.align,
         slots=data.slots,
         prompt=data.prompt,
+        positions=data.positions,
+        positions_within=data.positions_within,
     )
 
 
 def evaluation_layout(config: ConfigDict, ask: ConfigDict, branches: int) -> Layout:
-    """The layout of an evaluation row: a fixed number of branches, in the first slots, without staggering."""
+    """The layout of an evaluation row: a fixed number of branches, in the first slots, without staggering or skips."""
     length = ask.texts_per_row * config.data.text_length
     fixed = dict(texts=ask.texts_per_row, length=length, low=branches, high=branches, stagger=False, slots=0)
+    fixed |= dict(positions="whole", positions_within=0)
     return dataclasses.replace(training_layout(config), **fixed)
 
 

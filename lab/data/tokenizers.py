@@ -253,6 +253,14 @@ def load(directory: Path, eos: str = "") -> Tokenizer:
         raise UserError(f"{path} is damaged: {error}") from error
 
 
+def name_of(directory: Path) -> str | None:
+    """The data.tokenizer that is the one which `save` wrote there; None for that of a probe, which no text has."""
+    saved = load(directory)
+    if isinstance(saved, Symbols):
+        return None
+    return saved.name if isinstance(saved, Bytes) else str((Path(directory) / FILE).absolute())
+
+
 def _bpe_size(name: str) -> int | None:
     match = re.fullmatch(r"bpe:0*([0-9]+)", name)
     return int(match[1][:20]) if match else None  # more digits say nothing more

@@ -13,8 +13,8 @@ from lab.data.packing import LONGEST_ROW
 from lab.data.probes import PROBES
 from lab.errors import UserError, choose
 from lab.evaluate import long, retrieval
-from lab.model import abstract, parameter, spec, streams
-from lab.options import Option, Part, Room, leaves, nested, set_field
+from lab.model import abstract, lora, parameter, spec, streams
+from lab.options import Option, Part, Room, leaves, nested, set_field, without
 
 
 class AskKind(NamedTuple):
@@ -151,7 +151,8 @@ def remodelled(config: ConfigDict, asked: ConfigDict, field: str = "an ask") -> 
     """
     if not asked.model:
         return config
-    changed, known = config.copy_and_resolve_references(), leaves(config.model)
+    changed = config.copy_and_resolve_references()
+    known = without(leaves(config.model), *lora.OPTIONS)  # what is asked is a whole model, whatever was trained of it
     for name, value in asked.model:
         choose(f"a field of {field}.model", name, known)
         try:

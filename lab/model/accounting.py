@@ -17,8 +17,12 @@ def parameters(model: Transformer) -> dict[str, int]:
     return {"parameters": total, "parameters_non_embedding": total - outer}
 
 
-def train_flops_per_token(model: Transformer, visible_keys: list[float]) -> float:
+def train_flops_per_token(model: Transformer, visible_keys: list[float], without_gradient: int = 0) -> float:
     """FLOPs of one token in a training step: forward and twice that backward; recomputation is not counted.
+
+    without_gradient: numbers of matrices that are not trained, for which the backward pass makes half as much. What
+    adapters are multiplied by is done once a step, and not counted; nor is it counted off that nothing needs a
+    gradient before the first layer that is trained.
 
     Each weight matrix does one multiply and one add per number; attention, per visible key (`visible_keys`: the mean
     for each entry of the layer pattern); the stream, what it says. Norms, activations, the softmax and weighted sums
@@ -29,7 +33,7 @@ def train_flops_per_token(model: Transformer, visible_keys: list[float]) -> floa
     forward = np.prod(head.shape) + model.stream.work_per_token(blocks, visible)
     for block, keys in zip(blocks, visible, strict=True):
         forward += parameter.in_matrices(block) + keys * block.mixer.work_per_key + block.mixer.work_per_token
-    return 3 * 2 * float(forward)
+    return 3 * 2 * float(forward) - 2 * without_gradient
 
 
 def attention_work(model: Transformer) -> int | float:

@@ -233,11 +233,10 @@ class Attention(Softmax):
     keys and values before they are normed and rotate ("qkv"), and also to the output ("all").
     """
 
-    stretches = True
-
     options: ClassVar[dict[str, Option]] = Softmax.options | {
         "bias": Option("none", "of q, k and v, or of all four projections", choices=("none", "qkv", "all"))
     }
+    stretches = True
 
     def __init__(self, model, rule: Rule, key: jax.Array):
         super().__init__(model, rule, key)

@@ -1,6 +1,7 @@
 """A parameter is declared once, with what else derives from: its axes, which of them are inputs, whether it decays."""
 
 import math
+from collections.abc import Callable, Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,8 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from optax.contrib import MuonDimensionNumbers
+
+from lab.errors import choose
 
 # Logical axis -> mesh axis. A dimension that the mesh axis does not divide stays whole.
 MESH_AXES = {"embed": "fsdp", "heads": "tensor", "kv_heads": "tensor", "ffn": "tensor", "vocabulary": "tensor"}
@@ -20,6 +23,10 @@ PER_HEAD = {"none": lambda of_input: False, "qkv": lambda of_input: not of_input
 
 class FixedTable(nnx.Variable):
     """A value the model reads but does not train: rebuilt from the config, never checkpointed."""
+
+
+class Frozen(nnx.Variable):
+    """A weight that a run does not train: it is the one that training began from, and lies in that checkpoint alone."""
 
 
 def matrix(key: jax.Array, shape: tuple[int, ...], axes: tuple[str, ...], inputs: int = 1, gain: float = 1.0):
@@ -66,9 +73,52 @@ def mixing_matrix(key: jax.Array, shape: tuple[int, int], spread: float = 0.02) 
     return nnx.Param(spread * jax.random.normal(key, shape), axes=("mixing",) * 2, inputs=0, decay=False)
 
 
+def low_rank(key: jax.Array, weight: nnx.Variable, rank: int) -> tuple[nnx.Param, nnx.Param]:
+    """A [inputs, rank] and B [rank, outputs] for a weight (arXiv 2106.09685, section 4.1), float32: A drawn from
+    N(0, 1 / fan_in), B zero. They lie over the mesh, are stacked and decay as the weight does."""
+    declared, shape = weight.get_metadata(), weight.get_raw_value().shape
+    axes, inputs, stacked = declared["axes"], declared["inputs"], len(shape) - len(declared["axes"])
+    into, out = shape[stacked : stacked + inputs], shape[stacked + inputs :]
+    drawn = math.prod(into) ** -0.5 * jax.random.normal(key, (*shape[:stacked], *into, rank))
+    zero, decay = jnp.zeros((*shape[:stacked], rank, *out), jnp.float32), declared["decay"]
+    return (
+        nnx.Param(drawn, axes=(*axes[:inputs], "rank"), inputs=inputs, decay=decay),
+        nnx.Param(zero, axes=("rank", *axes[inputs:]), inputs=1, decay=decay),
+    )
+
+
 def split(model) -> tuple:
     """(structure, trainable, rest) of a model; nnx.merge puts them together again."""
     return nnx.split(model, nnx.Param, ...)
+
+
+def tables(model) -> nnx.State:
+    """Of a model, what is neither trained nor frozen."""
+    return nnx.split(model, nnx.Param, Frozen, ...)[3]
+
+
+def frozen(model) -> nnx.State:
+    """Of a model, the weights that are not trained."""
+    return nnx.split(model, nnx.Param, Frozen, ...)[2]
+
+
+def freeze(model, chosen: Callable[[tuple[str, ...], nnx.Param], bool] = lambda path, weight: True):
+    """A model whose weights are Frozen where `chosen(path, weight)`: by default all."""
+
+    def frozen(path, leaf):
+        taken = isinstance(leaf, nnx.Param) and chosen(parts(path), leaf)
+        return Frozen(leaf.get_raw_value(), **leaf.get_metadata()) if taken else leaf
+
+    return jax.tree_util.tree_map_with_path(frozen, model, is_leaf=_is_variable)
+
+
+def thaw(model):
+    """A model whose Frozen weights are parameters again."""
+
+    def thawed(leaf):
+        return nnx.Param(leaf.get_raw_value(), **leaf.get_metadata()) if isinstance(leaf, Frozen) else leaf
+
+    return jax.tree.map(thawed, model, is_leaf=_is_variable)
 
 
 def _is_variable(x) -> bool:
@@ -110,6 +160,26 @@ def factors(trainable) -> tuple[dict[str, tuple[float, float]], object]:
 def _name(path) -> str:
     """What a parameter is called: the last part of its path."""
     return jax.tree_util.keystr(path[-1:], simple=True)
+
+
+def parts(path) -> tuple[str, ...]:
+    """A path by the names on it: those of modules, places in a list, and last what the parameter is called."""
+    return tuple(jax.tree_util.keystr((part,), simple=True) for part in path)
+
+
+def by_parts(model) -> dict[tuple[str, ...], nnx.Variable]:
+    """Every variable of a model by `parts` of the path to it."""
+    return {parts(path): v for path, v in jax.tree_util.tree_leaves_with_path(model, is_leaf=_is_variable)}
+
+
+def chosen(what: str, names: Sequence[str], among: Iterable[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """The paths on which one of the names lies, in their order. Raises UserError, calling a name `what`, for one that
+    lies on none."""
+    among = list(among)
+    known = sorted({part for path in among for part in path if not part.isdecimal()})
+    for name in names:
+        choose(what, name, known)
+    return [path for path in among if {*names} & {*path}]
 
 
 def names(trainable, matrices: bool = False) -> list[str]:

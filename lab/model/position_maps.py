@@ -28,7 +28,7 @@ CHUNKS = {
 }
 
 
-class Piece(NamedTuple):
+class Turns(NamedTuple):
     """Pairs that turn alike: who they are (None: all), the times of query and key, over a whole number."""
 
     inside: Rule | None
@@ -42,7 +42,7 @@ class PositionMap(NamedTuple):
     one past the longest distance at which a row of N tokens turns. seen: the pairs that it does not hide; None: all.
     trained: whether it needs position.trained. window: whether it needs a window, or position.trained instead."""
 
-    pieces: Callable[..., list[Piece]]
+    pieces: Callable[..., list[Turns]]
     options: Mapping[str, Option] = {}
     reach: Callable[..., float] = lambda position, N: N
     seen: Callable[..., Rule] | None = None
@@ -60,9 +60,9 @@ def farther(w: int) -> Rule:
     return q.time - k.time >= w
 
 
-def no_map(position) -> list[Piece]:
+def no_map(position) -> list[Turns]:
     """True times."""
-    return [Piece(None, q.time, k.time)]
+    return [Turns(None, q.time, k.time)]
 
 
 def ratio(field: str, value: float) -> Fraction:
@@ -75,9 +75,9 @@ def ratio(field: str, value: float) -> Fraction:
     return found
 
 
-def hybrid(position) -> list[Piece]:
+def hybrid(position) -> list[Turns]:
     """g(p) = p up to L, then L + (p - L) / cf: interpolation of what lies beyond the trained length alone."""
-    return [Piece(None, *(compressed(time, position) for time in (q.time, k.time)), over_of(position))]
+    return [Turns(None, *(compressed(time, position) for time in (q.time, k.time)), over_of(position))]
 
 
 def over_of(position) -> int:
@@ -107,27 +107,27 @@ def window_of(position) -> int:
     return position.map.window or position.trained
 
 
-def rerope(position) -> list[Piece]:
+def rerope(position) -> list[Turns]:
     """Distances min(i - j, w) (kexue.fm/archives/9708): exact below w."""
     return clamped(window_of(position))
 
 
-def clamped(w: int) -> list[Piece]:
+def clamped(w: int) -> list[Turns]:
     """Distances min(i - j, w)."""
-    return [Piece(nearer(w), q.time, k.time), Piece(farther(w), term(w), term(0))]
+    return [Turns(nearer(w), q.time, k.time), Turns(farther(w), term(w), term(0))]
 
 
-def leaky(position) -> list[Piece]:
+def leaky(position) -> list[Turns]:
     """Leaky ReRoPE: distances beyond w are w + (i - j - w) / leak."""
     leak, w = ratio("leak", position.map.leak), window_of(position)
     a, b = leak.numerator, leak.denominator
-    return [Piece(nearer(w), q.time, k.time), Piece(farther(w), q.time * b + w * (a - b), k.time * b, a)]
+    return [Turns(nearer(w), q.time, k.time), Turns(farther(w), q.time * b + w * (a - b), k.time * b, a)]
 
 
-def self_extend(position) -> list[Piece]:
+def self_extend(position) -> list[Turns]:
     """Distances from W on are i // G - j // G + W - W // G (arXiv 2401.01325, equation 4)."""
     W, G = window_of(position), position.map.group
-    return [Piece(nearer(W), q.time, k.time), Piece(farther(W), q.time // G + (W - W // G), k.time // G)]
+    return [Turns(nearer(W), q.time, k.time), Turns(farther(W), q.time // G + (W - W // G), k.time // G)]
 
 
 def chunks_of(position) -> tuple[int, int]:
@@ -136,15 +136,15 @@ def chunks_of(position) -> tuple[int, int]:
     return c, c - (position.map.local or position.trained // 16)
 
 
-def dca(position) -> list[Piece]:
+def dca(position) -> list[Turns]:
     """Dual chunk attention (arXiv 2402.17463): in chunks of l, keys turn by j mod l; queries of the same chunk by
     i mod l, of the next one by min(i mod l + l, c), of later ones by min(2l - 1, c)."""
     c, size = chunks_of(position)
     later, key = q.time // size - k.time // size, k.time % size
     return [
-        Piece(later == 0, q.time % size, key),
-        Piece(later == 1, minimum(q.time % size + size, c), key),
-        Piece((later < 0) | (later > 1), term(min(2 * size - 1, c)), key),
+        Turns(later == 0, q.time % size, key),
+        Turns(later == 1, minimum(q.time % size + size, c), key),
+        Turns((later < 0) | (later > 1), term(min(2 * size - 1, c)), key),
     ]
 
 
@@ -153,12 +153,12 @@ def sinks_and_window(position) -> Rule:
     return nearer(window_of(position)) | (k.time < position.map.sinks)
 
 
-def lm_infinite(position) -> list[Piece]:
+def lm_infinite(position) -> list[Turns]:
     """The same tokens at distances min(i - j, L) (arXiv 2308.16137)."""
     return clamped(position.trained)
 
 
-def streaming(position) -> list[Piece]:
+def streaming(position) -> list[Turns]:
     """The same tokens as if they lay in a cache one after another, and turned by their places there.
 
     The window keeps its distances, and no query is farther from the first token than sinks + window - 1 (arXiv
@@ -166,8 +166,8 @@ def streaming(position) -> list[Piece]:
     """
     sinks, w = position.map.sinks, window_of(position)
     return [
-        Piece(nearer(w), q.time, k.time),
-        Piece(farther(w), minimum(q.time, sinks + w - 1), k.time),
+        Turns(nearer(w), q.time, k.time),
+        Turns(farther(w), minimum(q.time, sinks + w - 1), k.time),
     ]
 
 

@@ -2,7 +2,7 @@
 
 from lab.errors import UserError, choose
 from lab.kernels import rules
-from lab.model import norm, parametrization, position, streams, stretched
+from lab.model import lora, norm, parametrization, position, streams, stretched
 from lab.model.branch import BRANCHES
 from lab.model.extrapolation import FREQUENCY_MAPS
 from lab.model.feedforward import FEEDFORWARDS
@@ -49,7 +49,7 @@ WHOLE = (  # the parts that it has one of
     _part("init", INITIALISERS, "scaled", "how matrices of sublayers are drawn"),
     _part("parametrization", PARAMETRIZATIONS, "standard", "how numbers change with the size of the model"),
 )
-MODEL = Room(OWN, (*LAYER, *WHOLE))
+MODEL = Room(OWN | lora.OPTIONS, (*LAYER, *WHOLE))
 OF_LAYERS = ("rule", *Room({}, LAYER).declared())  # what an entry of the pattern may set
 
 
@@ -70,7 +70,7 @@ def layer_specs(model) -> list:
 
 def read_by_layers(model) -> list[set[str]]:
     """The options that each entry of the pattern reads, those of the whole model among them."""
-    return [MODEL.read(leaves(spec), "model.") for spec in layer_specs(model)]
+    return [MODEL.read(leaves(spec), "model.") - lora.unread(model) for spec in layer_specs(model)]
 
 
 def maps(spec) -> int:
@@ -91,6 +91,7 @@ def check(model) -> None:
         raise UserError(
             f"model.pattern has {len(specs)} entries for model.layers = {model.layers}; choose 1 to that many"
         )
+    lora.check(model)
     declared, values, read = MODEL.declared(), [leaves(spec) for spec in specs], read_by_layers(model)
     for field, value in leaves(model).items():
         if value != declared[field].default and not any(field in of_layer for of_layer in read):

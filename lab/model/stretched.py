@@ -5,6 +5,7 @@ holds keys that have rotated. Where there are several maps, each is a band of it
 keys that have not rotated, and they rotate as they are read.
 """
 
+import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -22,11 +23,11 @@ from lab.kernels.rules import Rule
 from lab.model import extrapolation, position, position_maps
 from lab.model.parameter import FixedTable
 from lab.model.position import Rotary, Turning
-from lab.model.position_maps import POSITION_MAPS, Piece
+from lab.model.position_maps import POSITION_MAPS, Turns
 from lab.options import leaves, nested
 
 
-def pieces(model) -> list[Piece]:
+def pieces(model) -> list[Turns]:
     """The sets of pairs of a layer that turn alike; none where nothing rotates."""
     return POSITION_MAPS[model.position.map.name].pieces(model.position) if position.of(model).frequencies else []
 
@@ -39,6 +40,13 @@ def banded(model) -> bool:
 def grows(model) -> bool:
     """Whether a layer's queries are multiplied by something of their position."""
     return "log_n" in position.of(model).options and bool(model.position.log_n or model.position.temperature)
+
+
+def growth(chosen) -> tuple[Term, float, float]:
+    """(n, start, rate) of what queries grow by, of config.model.position."""
+    if chosen.log_n:
+        return q.time + 1, 0.0, 1 / math.log(chosen.trained)
+    return (q.time + 1) // chosen.temperature_step + 1, 1.0, chosen.temperature
 
 
 def amplitude(model) -> float:
@@ -75,11 +83,8 @@ class Stretched(nnx.Module):
         self.of_call, self.rotary_dim = None, position.rotary_dim(model)
         if rotates and extrapolation.by_call(chosen):
             self.of_call = tuple(sorted(leaves(position.base(model)).items()))  # constants of the program
-        self.n, self.growth = None, None
-        if grows(model) and chosen.log_n:
-            self.n, self.growth = (q.time + 1).tree, table([0.0, 1 / math.log(chosen.trained)])
-        elif grows(model):
-            self.n, self.growth = ((q.time + 1) // chosen.temperature_step + 1).tree, table([1.0, chosen.temperature])
+        n, *numbers = growth(chosen) if grows(model) else (None,)
+        self.n, self.growth = None if n is None else n.tree, table(numbers) if numbers else None
 
     def bands(self, rule: Rule, frequencies_3F) -> tuple[Band, ...]:
         """Of the pairs that a rule shows."""
@@ -104,8 +109,9 @@ class Stretched(nnx.Module):
     def frequencies_of(self, queries: Coordinates, band: Band) -> jax.Array:
         """For rows of the lengths that these tokens make, [3, B, 1, 1, F]."""
         chosen = nested(dict(self.of_call))
-        time_BT = jnp.asarray(band.mapped(queries, band.q_time).time, jnp.float32)
-        length_B = jnp.max(jnp.where(jnp.asarray(queries.segment) >= 0, time_BT, 0), axis=1) + 1
+        tokens_B1 = 1 + jnp.max(jnp.where(jnp.asarray(queries.segment) >= 0, queries.time, 0), axis=1, keepdims=True)
+        ends = dataclasses.replace(queries.map(lambda x: x[:, :1]), time=tokens_B1)
+        length_B = jnp.asarray(band.mapped(ends, band.q_time).time[:, 0], jnp.float32)
         inverse_BF, _ = extrapolation.frequencies(self.rotary_dim, chosen, length_B)
         found = position.POSITIONS[chosen.name].frequencies(self.rotary_dim, chosen, inverse_BF)
         rows = [
@@ -140,6 +146,11 @@ def check(model, mixers: dict) -> None:
         raise UserError(f"model.mixer.name = {model.mixer.name!r} does not take {asked}; choose among: {able}")
     if mixers[model.mixer.name].attends and (banded(model) or amplitude(model) != 1):
         _check_rotated(model, mixers[model.mixer.name].rotated(model))
+    if banded(model) and extrapolation.by_call(model.position):
+        raise UserError(
+            f"model.position.scaling.name = {model.position.scaling.name!r} depends on the length of the text, and "
+            f"beside {asked} it is to be known; choose model.position.length"
+        )
     if banded(model):
         _check_bands(model)
 

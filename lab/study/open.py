@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from lab import config as lab_config
 from lab.options import leaves
-from lab.study.define import calibration, plan, tuning
+from lab.study.define import calibration, plan, start, tuning
 from lab.study.define.cell import Cell, labels
 from lab.study.define.resolve import resolve
 from lab.study.report import sections
@@ -83,6 +83,7 @@ def open(
     """The study of a config whose fields `overridden` were set by the command; its files go to `workdir`, or to
     runs/<study>. Reads no data. Raises UserError for whatever cannot run or be reported."""
     lab_config.ROOMS["study"].check(leaves(config.study), "study.")
+    config = start.laid(config, overridden)
     cells = resolve(config, overridden)
     sections.parts(config.study.sections, [label for _, label in labels(config.study)])
     rows = plan.table(config, cells)

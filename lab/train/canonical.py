@@ -14,7 +14,7 @@ from lab import model as lab_model
 from lab.coordinates import Coordinates
 from lab.data import Batch
 from lab.model import parameter
-from lab.train import dropout, optimizer, step
+from lab.train import dropout, optimizer, partition, step
 from lab.train.digest import digest
 from lab.train.step import Program, State
 
@@ -67,7 +67,7 @@ def initial_state(config: ConfigDict) -> str:
 
 def tables(config: ConfigDict) -> str:
     """Of the values that the model reads and does not train: to their program they are constants, known by bytes."""
-    made = lambda: parameter.split(_initial_state(canonical(config), jax.random.key(0)).model)[2]  # noqa: E731
+    made = lambda: parameter.tables(_initial_state(canonical(config), jax.random.key(0)).model)  # noqa: E731
     return digest(jax.make_jaxpr(made)())
 
 
@@ -90,4 +90,5 @@ def batch_of(rows: int, length: int) -> Batch:
 
 
 def _initial_state(config: ConfigDict, key: jax.Array) -> State:
-    return step.initial_state(lab_model.build(config.model, key, config.run), Program.of(config))
+    model = lab_model.build(config.model, key, config.run)
+    return step.initial_state(partition.parted(model, partition.Partition.of(config), key), Program.of(config))

@@ -78,30 +78,79 @@ def _with_weights(model, named: dict):
     return nnx.merge(structure, _unnamed(named, trainable), rest)
 
 
+def _sum_of_frozen(model) -> int | None:
+    """Of the weights of a model that are not saved with it; None where there are none."""
+    frozen = _named(parameter.frozen(model))
+    return int(_checksum(frozen)) if frozen else None
+
+
 CHANGED = "its numbers are not those that were saved"
+OTHER_BASE = "it is a part of a model, and was trained upon other weights than those of its base"
 SET_ASIDE = "set_aside"  # beside the directory of checkpoints
 MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)  # what a damaged checkpoint gives; any other error may pass
 PASSING = ("PERMISSION_DENIED", "UNAVAILABLE", "DEADLINE_EXCEEDED")  # as TensorStore spells such errors
 
 
-def read_model(directory: pathlib.Path, model, step: int | None = None):
-    """`model` with the weights of a checkpoint, the newest by default. Raises UserError where there is none or it is
-    damaged, and Unreadable where it cannot be read for now."""
-    directory = pathlib.Path(directory).absolute()
-    manager = ocp.CheckpointManager(directory)
+def locate(path: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path, int | None]:
+    """(the directory of the cell, that of the checkpoints, a step; None: the newest) of a cell, of one of its seeds or
+    of one checkpoint; of a cell the first seed is taken. Raises UserError where there is none."""
+    path = pathlib.Path(path)
+    cell = next((p for p in (path, *path.parents) if (p / "config.json").is_file()), None)
+    if cell is None:
+        raise UserError(f"{path} is in no cell: neither it nor a directory above it has a config.json")
+    if path == cell:
+        seeds = [int(seed.name[5:]) for seed in cell.glob("seed-*") if seed.name[5:].isdecimal()]
+        path = cell / f"seed-{min(seeds, default=0)}"
+    step = int(path.name) if path.name.isdecimal() else None
+    directory = path.parent if step is not None else path / "checkpoints"
+    if not directory.is_dir():
+        raise UserError(f"{directory} does not exist: nothing was saved there yet")
+    return cell, directory, step
+
+
+def _step_of(manager: ocp.CheckpointManager, directory: pathlib.Path, step: int | None) -> int:
+    """The step that is asked for, the newest by default. Raises UserError where there is none."""
     steps = manager.all_steps()
     if not steps or (step is not None and step not in steps):
         raise UserError(
             f"{directory} has no checkpoint{'' if step is None else f' {step}'}; there are: {sorted(steps)}"
         )
-    step = max(steps) if step is None else step
+    return max(steps) if step is None else step
+
+
+def newest(directory: pathlib.Path, step: int | None = None) -> tuple[int, dict]:
+    """(step, what stands beside the numbers) of a checkpoint, the newest by default. Raises UserError as `read_model`
+    does."""
+    directory = pathlib.Path(directory).absolute()
+    manager = ocp.CheckpointManager(directory)
+    step = _step_of(manager, directory, step)
+    try:
+        return step, unsealed(
+            manager.restore(step, args=ocp.args.Composite(position=ocp.args.JsonRestore()))["position"]
+        )
+    except Exception as error:  # Orbax raises many kinds for a damaged one, and a bare Exception among them
+        place = directory / str(step)
+        damaged = UserError(f"checkpoint {place} cannot be read ({_reason(error)})")
+        raise passing_error(place, error) or damaged from error
+
+
+def read_model(directory: pathlib.Path, model, step: int | None = None):
+    """`model` with the weights of a checkpoint in the place of its trainable ones, the newest by default. Raises
+    UserError where there is none, where it is damaged, and where the model's frozen weights are not those that it was
+    saved beside; Unreadable where it cannot be read for now."""
+    directory = pathlib.Path(directory).absolute()
+    manager = ocp.CheckpointManager(directory)
+    step = _step_of(manager, directory, step)
     target = {"model": _restorable(_named(parameter.split(model)[1]))}
     arguments = ocp.checkpoint_utils.construct_restore_args(target)
     only_model = ocp.args.PyTreeRestore(target, restore_args=arguments, partial_restore=True)
     try:
         found = manager.restore(step, args=ocp.args.Composite(state=only_model, position=ocp.args.JsonRestore()))
-        if unsealed(found["position"])["weights"] != int(_checksum(found["state"]["model"])):
+        about = unsealed(found["position"])
+        if about["weights"] != int(_checksum(found["state"]["model"])):
             raise ValueError(CHANGED)
+        if about.get("frozen") != _sum_of_frozen(model):
+            raise ValueError(OTHER_BASE)
         return _with_weights(model, found["state"]["model"])
     except Exception as error:  # Orbax raises many kinds for a damaged one, and a bare Exception among them
         place = directory / str(step)
@@ -124,6 +173,8 @@ class Checkpoints:
             return
         saved = _saved(state)
         sums = {"numbers": int(_checksum(saved)), "weights": int(_checksum(saved["model"]))}
+        if (frozen := _sum_of_frozen(state.model)) is not None:
+            sums["frozen"] = frozen
         about = ocp.args.JsonSave(sealed(position._asdict() | sums))
         items = ocp.args.Composite(state=ocp.args.StandardSave(saved), position=about)
         self._named_if_full(lambda: self._manager.save(position.step, args=items))

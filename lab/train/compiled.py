@@ -10,8 +10,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from lab import model as lab_model
 from lab.model import mesh as lab_mesh
 from lab.model import parameter
-from lab.train import instruments, step
+from lab.train import instruments, origin, step
 from lab.train import optimizer as lab_optimizer
+from lab.train.partition import Partition, parted
 from lab.train.step import Program, State
 
 _train = jax.jit(step.train_step, donate_argnums=0, static_argnames="program")
@@ -26,10 +27,13 @@ OPTIONS = {"gpu": {"xla_gpu_enable_dynamic_slice_fusion": False}}
 
 
 def initial_state(config, program: Program, mesh: Mesh) -> State:
-    """A fresh state, every array laid over the mesh as its declaration says.
+    """A fresh state, every array laid over the mesh as its declaration says; its weights are those of
+    config.checkpoint, if there is one.
 
     Weights and tables are made apart: cells that differ in tables share the program that draws their weights.
     """
+    if config.checkpoint:
+        return _begun(config, program, mesh)
 
     def parts(key):
         state = step.initial_state(lab_model.build(config.model, key, config.run), program)
@@ -46,6 +50,19 @@ def initial_state(config, program: Program, mesh: Mesh) -> State:
     with jax.set_mesh(mesh):
         trainable, optimizer = made(1)
         return State(nnx.merge(jax.eval_shape(parts, key)[0], trainable, made(2)), optimizer)
+
+
+def _begun(config, program: Program, mesh: Mesh) -> State:
+    """A fresh state that goes on from the weights of a checkpoint: adapters are drawn, the rest is read."""
+    model = origin.read(origin.find(config.checkpoint), described(config, mesh), mesh)
+
+    def state(model, key):
+        return step.initial_state(parted(model, Partition.of(config), key), program)
+
+    key = jax.random.key(config.model_seed)
+    with jax.set_mesh(mesh):
+        laid_out = parameter.shardings(jax.eval_shape(state, model, key), mesh)
+        return jax.jit(state, out_shardings=laid_out, donate_argnums=0)(model, key)
 
 
 def described(config, mesh: Mesh):

@@ -18,7 +18,7 @@ from lab.model.attention import Softmax
 from lab.model.streams.stream import Stream
 from lab.model.transformer import Block, Transformer, unstack
 from lab.options import Option
-from lab.train import step
+from lab.train import partition, step
 from lab.train.optimizer import Numbers
 from lab.train.step import Program, State
 
@@ -56,14 +56,14 @@ def measure(state: State, numbers: Numbers, batch: Batch, program: Program, name
     """
     found = {}
     if {*names} & {*OF_ROWS}:
-        found |= _of_rows(state.model, _first_rows(batch), names)
+        found |= _of_rows(partition.whole(state.model), _first_rows(batch), names)
     if {*names} & {*OF_UPDATE}:
         _, grads, updates, _ = step.update(state, numbers, batch, program)
-        weights, layers = parameter.split(state.model)[1], state.model.layers
+        weights, shape = parameter.split(state.model)[1], (state.model.layers, len(state.model.blocks))
         if "gradients" in names:
-            found["gradient"] = norms(grads, layers)
+            found["gradient"] = norms(grads, *shape)
         if "updates" in names:
-            found["update"] = norms(updates, layers) / norms(weights, layers)
+            found["update"] = norms(updates, *shape) / norms(weights, *shape)
     return found
 
 
@@ -82,17 +82,18 @@ def told(measured: Measured, member: int, stacked: bool) -> dict[str, float | li
     return {name: np.where(np.isfinite(x), x.astype(object), None).tolist() for name, x in own.items()}
 
 
-def norms(tree, layers: int) -> jax.Array:
-    """The norm of each layer's share of a tree like the trainable part of a model, float32 [L].
+def norms(tree, layers: int, entries: int | None = None) -> jax.Array:
+    """The norm of each layer's share of a tree like the trainable part of a model, float32 [L]; 0 where it has none.
 
-    Layers are stacked: layer m is place m // P of entry m % P of the pattern.
+    Layers are stacked: layer m is place m // P of entry m % P of the pattern, of P = `entries` (None: as many as the
+    tree has).
     """
-    entries, squares_L = tree["blocks"], jnp.zeros(layers)
-    for p in range(len(entries)):
-        of_entry = [
-            jnp.sum(jnp.square(w.astype(jnp.float32)), axis=range(1, w.ndim)) for w in jax.tree.leaves(entries[p])
-        ]
-        squares_L = squares_L.at[p :: len(entries)].set(sum(of_entry))
+    blocks, squares_L = tree.get("blocks", {}), jnp.zeros(layers)
+    entries = len(blocks) if entries is None else entries
+    for p in range(entries):
+        leaves = jax.tree.leaves(blocks[p]) if p in blocks else []
+        of_entry = [jnp.sum(jnp.square(w.astype(jnp.float32)), axis=range(1, w.ndim)) for w in leaves]
+        squares_L = squares_L.at[p::entries].set(sum(of_entry))
     return jnp.sqrt(squares_L)
 
 
@@ -112,7 +113,7 @@ def _of_rows(model: Transformer, batch: Batch, names: tuple[str, ...]) -> Measur
     for m in range(model.layers):
         block, view = blocks[m % P][m // P], views[m % P]
         if "logits" in names:
-            readable = _readable(model.stream, block.mixer, view)
+            readable = view.bands is None and view.growth is None and _readable(model.stream, block.mixer)
             scores.append(_attention(block, state, view) if readable else (jnp.nan,) * 2)
         state, _ = model.stream.layer(state, block, view, None, m=m)
         x_BTD = model.stream.finish(state)[0]
@@ -133,10 +134,9 @@ def _rms(x_BTD: jax.Array, real_BT: jax.Array) -> jax.Array:
     return jnp.sqrt(jnp.mean(jnp.square(x_BTD.astype(jnp.float32)), where=real_BT[..., None]))
 
 
-def _readable(stream: Stream, mixer, view: View) -> bool:
+def _readable(stream: Stream, mixer) -> bool:
     """Whether a layer's scores are those of its own queries and keys alone, read from the stream as it is."""
     own = isinstance(mixer, Softmax) and type(mixer).remember is Softmax.remember
-    own = own and view.bands is None and view.growth is None
     return own and type(stream).layer is Stream.layer and not mixer.biased  # by a position
 
 

@@ -11,7 +11,7 @@ from lab import model as lab_model
 from lab.errors import UserError
 from lab.model import parameter
 from lab.options import Option, Part, Room, leaves
-from lab.train import dropout, others
+from lab.train import dropout, others, partition
 from lab.train import muon as lab_muon
 
 Numbers = dict  # {dotted name below config.train: float32}: what a study may vary without another program
@@ -159,6 +159,7 @@ OWN = {
     "clip": Option(1.0, "of the global gradient norm; inf: none", above=0, infinite=True),
     "z_loss": Option(0.0, "weight of log^2 Z in the objective", least=0),
     **dropout.OPTIONS,
+    "freeze": partition.FREEZE,
 }
 TRAIN = Room(
     OWN,
@@ -208,8 +209,10 @@ def numbers_by_step(train) -> Callable[[int], Numbers]:
     return lambda step: fixed | {"learning_rate": rates[step]}
 
 
-def check(train) -> None:
-    """Refuses training settings that mean nothing."""
+def check(train, begun: bool = False) -> None:
+    """Refuses training settings that mean nothing. begun: from weights that are there, so that no step is a choice."""
+    if begun and train.steps == 0:
+        return TRAIN.check(leaves(train) | {"steps": 1}, "train.")
     TRAIN.check(leaves(train), "train.")
     if train.warmup > train.steps:
         raise UserError(f"train.warmup = {train.warmup} must lie in 0..train.steps = {train.steps}")

@@ -12,7 +12,7 @@ from lab.coordinates import Coordinates
 from lab.data import Batch
 from lab.model import mesh, parameter
 from lab.model.dropout import Dropout
-from lab.train import dropout, optimizer
+from lab.train import dropout, optimizer, partition
 from lab.train.optimizer import Numbers
 
 
@@ -86,7 +86,7 @@ def accumulated_gradient(model, batch: Batch, z_loss, microbatches: int, noise: 
     tokens = jnp.maximum(jnp.sum(batch.labels >= 0), 1)
 
     def objective(trainable, part: Batch):
-        ce, z, _ = summed_losses(nnx.merge(structure, trainable, rest), part, noise)
+        ce, z, _ = summed_losses(partition.whole(nnx.merge(structure, trainable, rest)), part, noise)
         return (ce + z_loss * z) / tokens, ce / tokens
 
     gradient = jax.grad(objective, has_aux=True)

@@ -21,6 +21,11 @@ def check(config: ConfigDict, cells: list[Cell]) -> None:
         choose("study.calibrate_cell", study.calibrate_cell, [cell.name for cell in cells])
     if not study.calibrate:
         return
+    if config.checkpoint:
+        raise UserError(
+            f"study.calibrate = {study.calibrate} beside config.checkpoint: repeats differ in the initial values that "
+            "are drawn, and these are read; choose 0"
+        )
     if study.seeds < 2:
         raise UserError(
             f"study.calibrate = {study.calibrate} beside study.seeds = {study.seeds}: one seed has no verdict that "

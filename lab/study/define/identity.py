@@ -2,7 +2,8 @@
 
 A record holds (a) the fields of model, data and train that are read, (b) the training data, (c) digests of the training
 step and of the program that draws the initial state, each in one canonical form, and (d) digests of the tables, a few
-batches and the learning rates. How a cell runs is not in it, nor what is asked of it, nor how its code is written.
+batches and the learning rates; and a digest of the weights where they are not drawn but read. How a cell runs is not in
+it, nor what is asked of it, nor how its code is written.
 """
 
 import functools
@@ -22,13 +23,16 @@ from lab import data as lab_data
 from lab.model.spec import read_by_layers
 from lab.options import leaves
 from lab.storage import cache_directory, find_json, write_json
+from lab.study.define import start
 from lab.train import canonical, optimizer
+from lab.train.partition import Partition
 from lab.train.step import Program
 
 FILE = "identity.json"
 # The texts and their tokenizer are in the data's fingerprint, wherever they lie and whatever was left out.
 ELSEWHERE = ("data.path", "data.missing", "data.lossy", "data.eos")
 PARTS = {"fields", "data", "program", "initial", "tables", "batches", "schedule", "versions"}
+WEIGHTS = "weights"  # a part of cells whose weights are read, not drawn
 TRACED = ("program", "initial")  # compare under equal versions only
 SAMPLED_SEED = 0  # of the batches that are looked at: a cell has many seeds
 SAME, OTHER_VERSIONS = "same", "other versions"
@@ -46,7 +50,7 @@ def record(config: ConfigDict, data: lab_data.Data) -> Identity:
         # Six digits: devices and versions of XLA round a cosine otherwise in the last.
         "schedule": _digest([f"{rate:.6g}" for rate in optimizer.schedule(config.train).tolist()]),
         "versions": versions(),
-    }
+    } | ({WEIGHTS: weights} if (weights := start.digest(config)) else {})
 
 
 def fields(config: ConfigDict) -> dict[str, Any]:
@@ -54,8 +58,8 @@ def fields(config: ConfigDict) -> dict[str, Any]:
     read = {f"model.{name}" for name in set().union(*read_by_layers(config.model))}
     for name in ("data", "train"):
         read |= {f"{name}.{field}" for field in lab_config.ROOMS[name].read(leaves(config[name]))}
-    values = leaves(config)
-    found = {name: values[name] for name in sorted(read - {*ELSEWHERE})}
+    values, elsewhere = leaves(config), {*ELSEWHERE, *["data.tokenizer"] * bool(config.checkpoint)}
+    found = {name: values[name] for name in sorted(read - elsewhere)}
     return json.loads(json.dumps(found)) | {"model_seed - seed": config.model_seed - config.seed}
 
 
@@ -80,8 +84,8 @@ def compare(asked: Identity, found: Identity) -> str | None:
     if any(value(asked, name) != value(found, name) for name in names):
         return None
     alike = found["versions"] == asked["versions"]
-    others = [name for name in asked if name not in ("fields", "versions") and (alike or name not in TRACED)]
-    if any(asked[name] != found.get(name) for name in others):
+    parts = {*asked, WEIGHTS} - {"fields", "versions"}
+    if any(asked.get(name) != found.get(name) for name in parts if alike or name not in TRACED):
         return None
     return SAME if alike else OTHER_VERSIONS
 
@@ -138,7 +142,8 @@ def _traced(config: ConfigDict) -> dict[str, str]:
     """(c) and the tables of (d). Tracing takes seconds: what the same code has traced before is kept."""
     read = {name: value for name, value in fields(config).items() if name.startswith("model.")}
     shape = config.data.rows, config.data.texts_per_row * config.data.text_length
-    key = _digest([_sources(), versions(), read, shape, repr(Program.of(config))])
+    made = repr((Program.of(config), Partition.of(config)))
+    key = _digest([_sources(), versions(), read, shape, made])
     path = cache_directory() / "programs" / f"{key}.json"
     if {*(kept := find_json(path) or {})} == {*TRACED, "tables"}:
         return kept
@@ -161,7 +166,7 @@ def _batches(config: ConfigDict, data: lab_data.Data) -> str:
     key = data.fingerprint, sampled.data.to_json_best_effort(), config.train.steps
     if key not in _packed:
         state = hashlib.blake2b(digest_size=16)
-        for step in sorted({0, config.train.steps - 1}):
+        for step in sorted({0, config.train.steps - 1}) if config.train.steps else ():
             batches = lab_data.train_batches(sampled, data.train, start=step)
             batch, _ = next(batches)
             batches.close()

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from lab.errors import UserError, choose
 from lab.model import abstract, accounting
 from lab.options import Option, leaves, set_field
+from lab.study.define import start
 from lab.study.define.cell import Cell
 from lab.study.define.cells import MATCH, PSEUDO, RUNG, Override
 from lab.study.define.plan import nominal_tokens, visible_keys
@@ -51,7 +52,7 @@ def train_flops(config: ConfigDict) -> float:
     """FLOPs of one token in a training step."""
     model = abstract(config.model)
     visible = [visible_keys(block.mixer.rule, config) for block in model.blocks]
-    return accounting.train_flops_per_token(model, visible)
+    return accounting.train_flops_per_token(model, visible, start.trained(config, model)[1])
 
 
 def cache(config: ConfigDict) -> float:
@@ -243,6 +244,8 @@ def _lengths(study, cells: Sequence[Cell], overrides, configs: list[ConfigDict])
         raise UserError(f"study.length = {study.length!r} decides how long cells train, and a cell sets train.steps")
     to = [find(cells, i, "study.baseline", study.baseline) if study.baseline else 0 for i in range(len(cells))]
     amounts = [amount(config) for config in configs]
+    if not all(amounts):
+        raise UserError(f"study.length = {study.length!r} decides how long cells train, and train.steps = 0")
     rows = []
     for config, before, other in zip(configs, amounts, to, strict=True):
         config.train.steps = max(1, round(amounts[other] / before * config.train.steps))

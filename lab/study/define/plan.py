@@ -18,11 +18,11 @@ from lab.model import abstract, accounting, intensity, position, streams
 from lab.model import spec as lab_spec
 from lab.model.mixers import MIXERS
 from lab.options import leaves
-from lab.study.define import contrasts, identity
+from lab.study.define import contrasts, identity, start
 from lab.study.define.cell import Cell
 from lab.study.define.cell import labels as cell_labels
 from lab.study.results import COLUMNS, published
-from lab.train import dropout, optimizer, step
+from lab.train import dropout, optimizer, partition, step
 from lab.train.workload import Record
 
 DEVICES = (1, 2, 4, 8)  # over which tensor parallelism would lay a cache
@@ -39,13 +39,14 @@ def check(cell: Cell) -> None:
         raise UserError(f"the cell {cell.name!r} has a control character in its name; choose another label or value")
     lab_config.check_seeds(config)
     lab_spec.check(config.model)
-    optimizer.check(config.train)
+    optimizer.check(config.train, begun=bool(config.checkpoint))
     optimizer.check_parameters(config.train, config.model)
     lab_data.check(config)
     asks.check(config)
     check_rules(config)
     check_run(config)
     dropout.check(config)
+    start.check(config, cell.name)
     tokens = config.data.texts_per_row * config.data.text_length
     streams.check_rows(config.model, "data.texts_per_row x data.text_length", tokens)
     data = config.data
@@ -174,19 +175,21 @@ def describe(cell: Cell) -> dict:
     config = cell.config
     model = abstract(config.model, config.run)
     visible = [visible_keys(block.mixer.rule, config) for block in model.blocks]
+    trained, without_gradient = start.trained(config, model)
     rotary = {f"pairs_{name}": count for name, count in rotary_pairs(config.model).items()}
     return {
         "name": cell.name,
         "labels": cell.labels,
         **accounting.parameters(model),
-        "train_flops_per_token": accounting.train_flops_per_token(model, visible),
+        "parameters_trained": trained,
+        "train_flops_per_token": accounting.train_flops_per_token(model, visible, without_gradient),
         "attention_work": accounting.attention_work(model),
         "cache_per_token_per_layer": accounting.cache_per_token_per_layer(model),
         **over_devices(model),
         "state_per_layer": accounting.state_per_layer(model),
         **moved(config, model),
         "tokens": nominal_tokens(config),
-        "executable": executable(config, model),
+        "executable": program(config),
         "head_dim": config.model.mixer.head_dim,
         **rotary,
         "fields": fields(config),
@@ -264,7 +267,7 @@ def visible_keys(rule: rules.Rule, config) -> float:
 
 def program(config) -> str:
     """`executable` of a config."""
-    return executable(config, abstract(config.model, config.run))
+    return executable(config, partition.abstract(config))
 
 
 def executable(config, model) -> str:

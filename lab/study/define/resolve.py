@@ -32,6 +32,8 @@ def resolve(config: ConfigDict, overridden: tuple[str, ...] = ()) -> list[cell.C
             raise UserError(
                 f"--config.{field}: the study {config.study.name!r} varies it; leave it out, or edit the study's cells"
             )
+    if config.checkpoint and "data.tokenizer" in varied:
+        raise UserError("the study varies data.tokenizer, and config.checkpoint has one of its own; leave one out")
     configs = [_changed(config, override) for override in overrides]
     _forget_unread(config, overrides, configs)
     cells = [cell.make(config.study, *pair) for pair in zip(overrides, configs, strict=True)]
@@ -69,6 +71,11 @@ def _changed(config: ConfigDict, override: Override) -> ConfigDict:
     for field, value in override:
         if field not in PSEUDO:
             choose("a field of study.cells", field, fields)
+            if field == "checkpoint":
+                raise UserError(
+                    "the study varies checkpoint, whose model is that of all cells; run it once on each, with "
+                    "--config.checkpoint=DIR and a --workdir of its own, and compare with python -m lab.report A B"
+                )
             if field.split(".")[0] in ASIDE:
                 raise UserError(
                     f"the study varies {field}: how a cell runs and what it is asked are no part of what it is, so two "

@@ -142,6 +142,7 @@ def _headline_figure(sections: list[Section]) -> tuple[list[Chart], list[Section
 def _cells(study: Results) -> list[Piece]:
     planned = {
         "parameters": lambda cell: f"{cell['parameters']:,}",
+        "parameters trained": lambda cell: f"{cell.get('parameters_trained', cell['parameters']):,}",
         "parameters besides embeddings": lambda cell: f"{cell['parameters_non_embedding']:,}",
         "FLOPs/token": lambda cell: short(cell["train_flops_per_token"]),
         "cache per token and layer": lambda cell: whole(cell["cache_per_token_per_layer"]),
@@ -152,6 +153,8 @@ def _cells(study: Results) -> list[Piece]:
     cells = study.plan["cells"]
     if not any(cell.get("state_per_layer") for cell in cells):
         del planned["state per row and layer"]
+    if all(cell.get("parameters_trained", cell["parameters"]) == cell["parameters"] for cell in cells):
+        del planned["parameters trained"]
     common = {name: show(cells[0]) for name, show in planned.items() if len({show(cell) for cell in cells}) == 1}
     differing = {name: show for name, show in planned.items() if name not in common}
     measured, training = ("train s", "tokens/s", "outside the step", "peak MiB"), _training_costs(study)

@@ -17,8 +17,9 @@ from lab.study.run import log
 from lab.study.run.hosts import agreed
 from lab.study.run.progress import Display
 from lab.study.run.runs import Run
-from lab.train import compiled, loop, memory
+from lab.train import compiled, loop, memory, origin
 from lab.train.checkpoint import Unreadable, read_model
+from lab.train.partition import Partition
 
 
 class NoCheckpoint(Exception):
@@ -47,7 +48,7 @@ def ask(run: Run, display: Display, stop: Callable[[int], bool], trained=None) -
         for one in conditions.evaluate(config, name, model, run.data.validation, mesh, **options):
             if not math.isfinite(one.loss):
                 raise loop.NonFinite(f"ask {name}, {column} {one.value}: loss {one.loss}", member=0)
-            display.condition(column, one.value, one.loss)
+            display.condition(column if one.documents is None else f"{name}, {column}", one.value, one.loss)
             _keep(run, config, found, one, mesh)
         if name == asks.LOSS and jax.process_index() == 0:
             log.compare(run, column, found["conditions"])
@@ -61,8 +62,13 @@ def complete(run: Run) -> bool:
 
 
 def _from_checkpoint(run: Run, config: ConfigDict, mesh):
+    model, directory = compiled.described(config, mesh), run.directory / "checkpoints"
+    if not config.train.steps:
+        return origin.read(origin.of_run(config, directory), model, mesh)
     try:
-        return read_model(run.directory / "checkpoints", compiled.described(config, mesh), config.train.steps)
+        if Partition.of(config).partial:
+            return origin.read(origin.of_run(config, directory), model, mesh)
+        return read_model(directory, model, config.train.steps)
     except Unreadable:
         raise
     except UserError as error:

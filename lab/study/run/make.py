@@ -10,6 +10,7 @@ from collections.abc import Callable
 import jax
 from ml_collections import ConfigDict
 
+from lab import model as lab_model
 from lab import runtime
 from lab.errors import UserError
 from lab.model import mesh as lab_mesh
@@ -23,7 +24,7 @@ from lab.study.run.hosts import agreed
 from lab.study.run.log import Log, Meter
 from lab.study.run.progress import Display
 from lab.study.run.runs import Run, Unit
-from lab.train import compiled, loop, memory
+from lab.train import compiled, loop, memory, partition
 from lab.train.checkpoint import Checkpoints, Position
 from lab.train.step import State
 from lab.train.workload import Member, Record, Workload
@@ -33,6 +34,8 @@ def train(unit: Unit, display: Display, stop: Callable[[int], bool]) -> tuple[st
     """Trains the runs of a unit; returns a line about it, and the model where it is that of one run (else None)."""
     configs = [run.cell.seeded(run.seed) for run in unit]
     config, mesh = configs[0], lab_mesh.make(configs[0].run.mesh)
+    if not config.train.steps:
+        return _untrained(unit, configs, mesh)
     writes = jax.process_index() == 0
     logs = [Log(run, writes) for run in unit]
     meter = Meter(display, unit, config.run.log.every)
@@ -72,13 +75,25 @@ def train(unit: Unit, display: Display, stop: Callable[[int], bool]) -> tuple[st
         if writes:
             for i, (run, log) in enumerate(zip(unit, logs, strict=True)):
                 log.finish(weights[i])
-                write_json(run.directory / "result.json", _result(run, configs[i], mesh, trained, len(unit)))
+                write_json(run.directory / "result.json", _result(run, configs[i], mesh, trained))
     if workload.vmapped and writes:
         shutil.rmtree(_checkpoint_directory(unit))
         with contextlib.suppress(OSError):  # another stack is there, or what was set aside
             for directory in _checkpoint_directory(unit).parents[:2]:
                 directory.rmdir()
-    return _told(trained), None if workload.vmapped else trained.state.model
+    if workload.vmapped:
+        return _told(trained), None
+    return _told(trained), partition.whole(compiled.laid(trained.state.model, mesh))
+
+
+def _untrained(unit: Unit, configs: list[ConfigDict], mesh) -> tuple[str, None]:
+    """The results of runs that take no step: they are asked with the weights that they begin from."""
+    for run, config in zip(unit, configs, strict=True) if jax.process_index() == 0 else ():
+        _checkpoint_directory((run,)).mkdir(exist_ok=True)  # there, and empty
+        segments.begin(run.directory, 0, segments.way(config, mesh, len(unit)))
+        nothing = loop.Trained(None, 0, 0.0, 0.0, 0, None)
+        write_json(run.directory / "result.json", _result(run, config, mesh, nothing))
+    return "", None
 
 
 class LostLines(UserError):
@@ -120,7 +135,7 @@ def _told(trained: loop.Trained) -> str:
     )
 
 
-def _result(run: Run, config: ConfigDict, mesh, trained: loop.Trained, members: int) -> dict:
+def _result(run: Run, config: ConfigDict, mesh, trained: loop.Trained) -> dict:
     lines, logged = results.metrics(run.directory), results.steps_logged(run.directory)
     if logged < config.train.steps:
         raise LostLines(run, logged)
@@ -130,7 +145,7 @@ def _result(run: Run, config: ConfigDict, mesh, trained: loop.Trained, members: 
         "identity": identity.name_of(run.identity),
         "seed": run.seed,
         "labels": run.cell.labels,
-        "parameters": parameter.count(trained.state.model) // members,
+        "parameters": parameter.count(lab_model.abstract(config.model, config.run)),
         "tokens": sum(line["tokens"] for line in lines),
         "timings": [_train_timing(trained)],
         "environment": runtime.environment(mesh),

@@ -23,7 +23,7 @@ from lab.study import measure, results
 from lab.study.define import asked, contrasts, identity, plan
 from lab.study.define.cell import Cell, labels
 from lab.study.run import places, segments
-from lab.train import dropout
+from lab.train import dropout, partition
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -78,6 +78,8 @@ def runs_of(cells: list[Cell], seeds: Sequence[int], workdir: pathlib.Path, rema
 
     remake: cells that were made under other versions of the libraries are made again.
     """
+    for cell in cells:
+        partition.check_begun(cell.config)
     opened = _open_data(cells)
     filled = [asks.filled(cell.config, data.validation) for cell, data in zip(cells, opened, strict=True)]
     cells = [dataclasses.replace(cell, config=config) for cell, config in zip(cells, filled, strict=True)]

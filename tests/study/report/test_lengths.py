@@ -190,3 +190,12 @@ def test_the_section_has_short_texts_and_retrieval_beside_the_gain(tmp_path):
     header, first, *_ = (directory / "results" / "yarn.csv").read_text().splitlines()
     assert header.split(",")[:7] == ["variant", "seed", "length", "loss", "accuracy", "tokens", "ppl"]
     assert {"within", "beyond", "nats_0_128", "sliding_ppl"} <= {*header.split(",")} and first.startswith("only,0,128,")
+
+
+def test_what_is_done_is_told_before_the_plain_model_is(tmp_path):
+    directory = built(tmp_path)
+    for path in directory.glob("cells/*/seed-0/evaluations/plain-*.json"):
+        path.unlink()
+    report.rebuild(directory)
+    section = (directory / "report.md").read_text().split("\n## Lengths")[1].split("\n## ")[0]
+    assert "| only | yarn |" in section and "| only | plain |" not in section

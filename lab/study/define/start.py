@@ -1,0 +1,90 @@
+"""Where the cells of a study begin from: config.checkpoint, whose model and tokenizer are theirs."""
+
+import pathlib
+
+from ml_collections import ConfigDict
+
+from lab import config as lab_config
+from lab import model as lab_model
+from lab.data import tokenizers
+from lab.data.corpora import CORPORA
+from lab.errors import UserError
+from lab.model import lora, parameter
+from lab.options import leaves, set_field
+from lab.train import origin, partition
+
+TOKENIZER = ("data.tokenizer", "data.eos")  # which a checkpoint brings
+
+
+def laid(config: ConfigDict, overridden: tuple[str, ...] = ()) -> ConfigDict:
+    """A study's config on its checkpoint; the config itself where it has none.
+
+    The model is the checkpoint's, whatever the study's own is, but for adapters and for the fields that the command
+    set (`overridden`); the study's cells are laid over that. So is the tokenizer. Raises UserError for a directory that
+    holds no weights, or no tokenizer.
+    """
+    lab_config.CHECKPOINT.check("checkpoint", config.checkpoint)
+    if not config.checkpoint:
+        return config
+    try:
+        found = origin.find(config.checkpoint)
+        brought = _brought(lab_config.restored(found.stored), found.cell, config.data.corpus, overridden)
+    except UserError as error:
+        raise UserError(f"config.checkpoint = {config.checkpoint!r}: {error}") from None
+    changed = config.copy_and_resolve_references()
+    changed.checkpoint = str(pathlib.Path(config.checkpoint).expanduser().absolute())
+    for name, value in brought.items():
+        if name not in overridden:
+            set_field(changed, name, value)
+    if changed.study.untrained and "train.steps" not in overridden:
+        changed.train.steps = 0
+    return changed
+
+
+def _brought(stored: ConfigDict, cell: pathlib.Path, corpus: str, overridden: tuple[str, ...]) -> dict[str, object]:
+    """{field: value} of what a checkpoint's cell says of its model and its tokenizer."""
+    fields = {f"model.{name}": v for name, v in leaves(stored.model).items() if name not in lora.OPTIONS}
+    if corpus not in CORPORA or "data.tokenizer" in overridden:  # a probe has one of its own
+        return fields
+    name = tokenizers.name_of(cell)
+    if name is None:
+        raise UserError(f"it was trained on a probe, data.corpus = {stored.data.corpus!r}, and can read no text")
+    return fields | dict(zip(TOKENIZER, (name, stored.data.eos), strict=True))
+
+
+def check(config: ConfigDict, name: str) -> None:
+    """Refuses a cell `name` that cannot begin from the study's checkpoint, or that needs one and has none."""
+    partition.check(config)
+    if not config.checkpoint:
+        return
+    stored = lab_config.restored(origin.find(config.checkpoint).stored)
+    there, here = (_shapes(lab_model.abstract(each.model)) for each in (stored, config))
+    for weight in sorted({*there, *here}):
+        if there.get(weight) != here.get(weight):
+            theirs, ours = (of.get(weight, "none") for of in (there, here))
+            raise UserError(
+                f"the cell {name!r} would have other weights than config.checkpoint = {config.checkpoint!r}: {weight} "
+                f"is {theirs} there and {ours} here; change fields that leave the shapes of weights as they are"
+            )
+
+
+def _shapes(model) -> dict[str, tuple[int, ...]]:
+    """Of the weights of a model, by the dotted path to each."""
+    weights = parameter.split(model)[1]
+    return {".".join(path): weight.get_raw_value().shape for path, weight in parameter.by_parts(weights).items()}
+
+
+def digest(config: ConfigDict) -> str | None:
+    """Of the weights that a cell begins from; None where they are drawn."""
+    return origin.digest(origin.find(config.checkpoint)) if config.checkpoint else None
+
+
+def trained(config: ConfigDict, model) -> tuple[int, int]:
+    """(numbers that are trained, numbers of matrices that get no gradient) of a cell whose whole, abstract model is
+    given."""
+    if not config.train.steps:
+        return 0, 0
+    if not partition.Partition.of(config).partial:
+        return parameter.count(model), 0
+    parted = partition.abstract(config)
+    return parameter.count(parted), partition.without_gradient(parted)

@@ -1,0 +1,80 @@
+"""Which models are written as which family, and which are refused; and what is written beside weights."""
+
+import pytest
+
+import lab.config
+from lab.data import tokenizers
+from lab.errors import UserError
+from lab.exchange import architecture, companions, exporting
+from lab.model import presets
+from lab.options import set_field
+
+
+def sized(preset: str | None = None, **fields) -> lab.config.ConfigDict:
+    config = lab.config.base()
+    if preset:
+        presets.apply(config.model, preset)
+    for name, value in fields.items():
+        set_field(config.model, name.replace("__", "."), value)
+    return config
+
+
+@pytest.mark.parametrize(
+    ("preset", "fields", "family", "key", "value"),
+    [
+        (None, {}, "llama", "num_key_value_heads", 1),
+        ("llama", {"position__theta": 5e5}, "llama", "rope_theta", 5e5),
+        ("llama", {"rule": "window(9) & causal"}, "mistral", "sliding_window", 9),
+        ("llama", {"mixer__bias": "all"}, "llama", "attention_bias", True),
+        ("qwen2", {}, "qwen2", "use_sliding_window", False),
+        ("qwen3", {"mixer__head_dim": 40}, "qwen3", "head_dim", 40),
+        ("gemma2", {"mixer__softmax_scale": 1 / 12}, "gemma2", "query_pre_attn_scalar", 144),
+    ],
+)
+def test_a_model_of_a_family_is_written_as_that(preset, fields, family, key, value):
+    found, made = exporting.expressed(sized(preset, **fields), {})
+    assert (found.model_type, made[key]) == (family, value)
+
+
+@pytest.mark.parametrize(
+    ("preset", "field", "value"),
+    [
+        ("llama", "stream.name", "parallel"),
+        ("llama", "rule", "own_branch"),
+        ("llama", "feedforward.name", "gelu"),
+        ("llama", "mixer.name", "mla"),
+        ("llama", "mixer.sink", True),
+        ("llama", "position.ratio", 0.5),
+        ("llama", "position.name", "none"),
+        ("qwen3", "mixer.bias", "qkv"),
+        ("gemma2", "norm.bias", True),
+        ("gemma2", "embedding_scale", 3.0),
+        ("qwen2", "logit_softcap", 5.0),
+        ("llama", "pattern", ((("position.theta", 3.0),), ())),
+    ],
+)
+def test_a_model_of_no_family_is_refused_by_its_option(preset, field, value):
+    config = sized(preset, layers=2)
+    set_field(config.model, field, value)
+    named = "position.theta" if field == "pattern" else field
+    with pytest.raises(UserError, match=rf"no family .*model\.{named.replace('.', '[.]')}"):
+        exporting.expressed(config, {})
+
+
+@pytest.mark.parametrize(
+    "entries", [[1], [1, 1, 1], [1, 2, 1, 2], [1, 2, 1], [1, 1, 2, 1, 1, 2, 1, 1], [1, 2, 3], [2, 1, 1, 1]]
+)
+def test_a_pattern_is_as_short_as_it_repeats(entries):
+    found = architecture.shortest_period(entries)
+    assert [found[m % len(found)] for m in range(len(entries))] == entries
+    shorter = [entries[:n] for n in range(1, len(found))]
+    assert all([one[m % len(one)] for m in range(len(entries))] != entries for one in shorter)
+
+
+def test_bytes_are_written_as_a_tokenizer_of_bytes(tmp_path):
+    assert companions.write(tmp_path, tmp_path, tokenizers.Bytes()) is None
+    found = tokenizers.load(tmp_path)
+    for text in ("plain words, twice  spaced\n\n\ttabs", "Grüße 東京 🙂 \x00\x7f", "<|endoftext|>"):
+        assert found.encode(text).tolist() == tokenizers.Bytes().encode(text).tolist()
+        assert found.decode(found.encode(text)) == text
+    assert (found.eos, found.size) == (tokenizers.Bytes.eos, tokenizers.Bytes.size)
