@@ -2,6 +2,7 @@
 
     python -m lab.convert from-hf DIR_OR_NAME OUT    # OUT is opened by lab.load, like the directory of a cell
     python -m lab.convert to-hf CKPT OUT             # of a cell, a seed, a checkpoint; OUT is opened by transformers
+    python -m lab.convert to-peft RUN OUT            # of a run that trained adapters; OUT is opened by peft
 
 Llama 2, 3 and 3.1, Qwen2.5, Qwen3, Mistral, Gemma 2 and the text of Gemma 3. Weights are streamed, so that a model may
 be larger than memory; OUT appears whole or not at all.
@@ -19,7 +20,7 @@ from lab import command
 SILENCE = 10.0  # seconds between lines where there is no terminal
 
 
-class Display:
+class WrittenBytes:
     """Bytes written, of how many: a live bar on a terminal, a line now and then elsewhere."""
 
     def __init__(self, name: str):
@@ -34,7 +35,7 @@ class Display:
         self._name, self._task = name, self._live.add_task(name, total=None)
         self._written, self._total, self._last_line = 0, 0, time.monotonic()
 
-    def __enter__(self) -> "Display":
+    def __enter__(self) -> "WrittenBytes":
         self._live.start()
         return self
 
@@ -63,7 +64,9 @@ def main(argv: list[str]) -> None:
     read.add_argument("source", metavar="DIR_OR_NAME", help="a directory, or a name on the hub")
     write = ways.add_parser("to-hf", help="a checkpoint of the lab, to be opened by transformers")
     write.add_argument("source", metavar="CKPT", type=Path, help="of a cell, one of its seeds, or one checkpoint")
-    for way in (read, write):
+    adapters = ways.add_parser("to-peft", help="the adapters of a run of the lab, to be opened by peft upon its base")
+    adapters.add_argument("source", metavar="RUN", type=Path, help="of a run with model.lora.rank above 0")
+    for way in (read, write, adapters):
         way.add_argument("out", metavar="OUT", type=Path, help="a directory that is not there yet")
     flags = parser.parse_args(argv)
     convert(flags.way, flags.source, flags.out)
@@ -75,16 +78,19 @@ def convert(way: str, source: str | Path, out: Path) -> None:
 
     jax.config.update("jax_platforms", "cpu")  # nothing is computed
 
-    from lab.exchange import exporting, importing
+    from lab.exchange import exporting, importing, peft
     from lab.model import parameter
 
-    with Display(f"{way} {source}") as display:
+    with WrittenBytes(f"{way} {source}") as display:
         if way == "from-hf":
             config = importing.from_hf(importing.locate(str(source)), out, display.begin, display.wrote)
             from lab import model as lab_model
 
             count = f"{parameter.count(lab_model.abstract(config.model)):,} parameters"
             display.console.print(f'{out}: {count}; lab.load("{out}") opens it')
+        elif way == "to-peft":
+            made = peft.to_peft(source, out)
+            display.console.print(f"{out}: rank {made['r']}, of {', '.join(made['target_modules'])}")
         else:
             made = exporting.to_hf(source, out, display.begin, display.wrote, display.console.print)
             display.console.print(f"{out}: model_type {made['model_type']}, {made['torch_dtype']}")

@@ -3,6 +3,7 @@
 import json
 import os
 import struct
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -20,8 +21,8 @@ from lab.exchange.families import FAMILIES, Family
 from lab.exchange.importing import whole_or_nothing
 from lab.exchange.source import CONFIG, DTYPES, INDEX, WEIGHTS
 from lab.exchange.tensors import Parameter, by_tensor, parameters
-from lab.storage import read_json
 from lab.train import checkpoint, streamed
+from lab.train.origin import find
 
 SHARD = 5 * 10**9  # bytes of a file, unless one tensor is larger
 KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "use_cache")  # of an original config.json
@@ -41,8 +42,15 @@ class Slot(NamedTuple):
 def to_hf(path: Path, out: Path, begun: Callable[[int], None], wrote: Callable[[int], None], say=print) -> dict:
     """Writes `out` from a checkpoint, a seed or a cell, as `lab.load` takes it; returns its config.json. Raises
     UserError where no family is that model, naming the option; then nothing is written."""
-    cell, directory, step = checkpoint.locate(path)
-    config = restored(read_json(cell / "config.json"))
+    begins = find(path)
+    if begins.base is not None:  # a part of the weights is elsewhere
+        with tempfile.TemporaryDirectory(dir=out.absolute().parent) as merged:
+            from lab.exchange import peft  # which writes what this one writes of its config
+
+            peft.merge(begins, Path(merged))
+            return to_hf(Path(merged), out, begun, wrote, say)
+    cell, directory, step = begins.cell, begins.directory, begins.step
+    config = restored(begins.stored)
     origin = companions.origin(cell)
     family, made = expressed(config, origin)
     found = parameters(lab_model.abstract(config.model), family)

@@ -16,7 +16,7 @@ def as_it_is(value):
     return value
 
 
-class Key(NamedTuple):
+class Field(NamedTuple):
     """The option of config.model that a key of config.json becomes.
 
     read, write: from its value to the option's, and back. choices: the only values that are supported, and the
@@ -40,7 +40,7 @@ class Family(NamedTuple):
 
     model_type: str
     architecture: str
-    keys: Mapping[str, Key]
+    keys: Mapping[str, Field]
     defaults: Values
     always: Mapping[str, object]
     types: Callable[[Values], list[str]]
@@ -92,24 +92,24 @@ def _scalar(scale):
 
 
 GATES = {"silu": "swiglu", "gelu_pytorch_tanh": "geglu-tanh", "gelu": "geglu", "relu": "reglu", "sigmoid": "glu"}
-BIASES = Key("mixer.bias", lambda biased: "all" if biased else "none", lambda bias: bias == "all")
+BIASES = Field("mixer.bias", lambda biased: "all" if biased else "none", lambda bias: bias == "all")
 
 KEYS = {
-    "hidden_size": Key("dim"),
-    "num_hidden_layers": Key("layers"),
-    "vocab_size": Key("vocabulary"),
-    "intermediate_size": Key("feedforward.width"),
-    "num_attention_heads": Key("mixer.heads"),
-    "num_key_value_heads": Key("mixer.kv_heads"),
-    "head_dim": Key("mixer.head_dim"),
-    "rms_norm_eps": Key("norm.eps"),
-    "tie_word_embeddings": Key("tied"),
-    "hidden_act": Key("feedforward.name", choices=GATES),
+    "hidden_size": Field("dim"),
+    "num_hidden_layers": Field("layers"),
+    "vocab_size": Field("vocabulary"),
+    "intermediate_size": Field("feedforward.width"),
+    "num_attention_heads": Field("mixer.heads"),
+    "num_key_value_heads": Field("mixer.kv_heads"),
+    "head_dim": Field("mixer.head_dim"),
+    "rms_norm_eps": Field("norm.eps"),
+    "tie_word_embeddings": Field("tied"),
+    "hidden_act": Field("feedforward.name", choices=GATES),
 }
 LLAMA = Family(
     model_type="llama",
     architecture="LlamaForCausalLM",
-    keys=KEYS | {"attention_bias": BIASES, "mlp_bias": Key("feedforward.bias")},
+    keys=KEYS | {"attention_bias": BIASES, "mlp_bias": Field("feedforward.bias")},
     defaults={
         "hidden_size": 4096,
         "num_hidden_layers": 32,
@@ -192,17 +192,17 @@ MISTRAL = LLAMA._replace(
     types=all_windows,
 )
 GEMMA_KEYS = {key: row for key, row in KEYS.items() if key != "hidden_act"} | {
-    "hidden_activation": Key("feedforward.name", choices=GATES),
+    "hidden_activation": Field("feedforward.name", choices=GATES),
     "attention_bias": BIASES,
-    "query_pre_attn_scalar": Key("mixer.softmax_scale", _scale, _scalar),
-    "final_logit_softcapping": Key("logit_softcap", _cap, _no_cap),
+    "query_pre_attn_scalar": Field("mixer.softmax_scale", _scale, _scalar),
+    "final_logit_softcapping": Field("logit_softcap", _cap, _no_cap),
 }
 # `transformers` multiplies embeddings by sqrt(hidden_size) rounded to the type of the weights: in float32 by what is
 # used here, in bfloat16 by its nearest number.
 GEMMA2 = LLAMA._replace(
     model_type="gemma2",
     architecture="Gemma2ForCausalLM",
-    keys=GEMMA_KEYS | {"attn_logit_softcapping": Key("mixer.softcap", _cap, _no_cap)},
+    keys=GEMMA_KEYS | {"attn_logit_softcapping": Field("mixer.softcap", _cap, _no_cap)},
     defaults={
         "hidden_size": 2304,
         "num_hidden_layers": 26,

@@ -23,7 +23,7 @@ from lab.config import base
 from lab.data import tokenizers
 from lab.errors import UserError
 from lab.exchange import architecture, companions
-from lab.exchange.source import CONFIG, DTYPES, Source, find_json
+from lab.exchange.source import CONFIG, DTYPES, Original, find_json
 from lab.exchange.tensors import Parameter, parameters
 from lab.model import mesh as lab_mesh
 from lab.model import parameter
@@ -37,7 +37,7 @@ class Opened:
     """A source whose config.json and tensors were found to be a model. Raises UserError where they are not."""
 
     def __init__(self, directory: Path):
-        self.source = Source(directory)
+        self.source = Original(directory)
         self.family, text = architecture.text_of(self.source.config, self.source.config_file)
         whole = {key: value for key, value in self.source.config.items() if key.endswith("_token_id")}
         self.text = whole | text
@@ -107,7 +107,7 @@ def whole_or_nothing(out: Path) -> Iterator[Path]:
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def _streamed(source: Source, one: Parameter) -> streamed.Streamed:
+def _streamed(source: Original, one: Parameter) -> streamed.Streamed:
     """A parameter whose pieces are rows of a tensor."""
 
     def piece(index: streamed.Index) -> np.ndarray:
@@ -144,7 +144,7 @@ def onto_mesh(opened: Opened, mesh: Mesh) -> nnx.Module:
     return nnx.merge(structure, jax.tree.unflatten(treedef, filled), tables)
 
 
-def _placed(source: Source, one: Parameter, like: jax.ShapeDtypeStruct) -> jax.Array:
+def _placed(source: Original, one: Parameter, like: jax.ShapeDtypeStruct) -> jax.Array:
     """A parameter over the mesh. What is stacked is filled layer by layer, in place."""
     mesh, spec = like.sharding.mesh, like.sharding.spec
     of_layer = NamedSharding(mesh, PartitionSpec(*spec[1:])) if one.stacked else like.sharding

@@ -29,7 +29,7 @@ class Tensor(NamedTuple):
     shape: tuple[int, ...]
 
 
-class Source:
+class Original:
     """The files are open as long as this is. Raises UserError for files that are not what they should be."""
 
     def __init__(self, directory: Path):

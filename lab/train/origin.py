@@ -87,9 +87,14 @@ def read(origin: Origin, like, mesh: Mesh | None = None):
     """
     if origin.base is None:
         return checkpoint.read_model(origin.directory, like, origin.step)
+    return _laid(whole(read_parted(origin, like, mesh)), mesh)
+
+
+def read_parted(origin: Origin, like, mesh: Mesh | None = None):
+    """The model of a partial run as it is trained: upon its base, and not put together with it."""
     under = read(origin.base, like, mesh)
     begun = _laid(parted(under, origin.partition, jax.random.key(0)), mesh)
-    return _laid(whole(checkpoint.read_model(origin.directory, begun, origin.step)), mesh)
+    return checkpoint.read_model(origin.directory, begun, origin.step)
 
 
 def _laid(model, mesh: Mesh | None):

@@ -1,5 +1,7 @@
 """Which models are written as which family, and which are refused; and what is written beside weights."""
 
+import pathlib
+
 import pytest
 
 import lab.config
@@ -78,3 +80,35 @@ def test_bytes_are_written_as_a_tokenizer_of_bytes(tmp_path):
         assert found.encode(text).tolist() == tokenizers.Bytes().encode(text).tolist()
         assert found.decode(found.encode(text)) == text
     assert (found.eos, found.size) == (tokenizers.Bytes.eos, tokenizers.Bytes.size)
+
+
+def spelled(model_type: str, **values) -> lab.config.ConfigDict:
+    """config.model of a config.json that says no more than this."""
+    family, text = architecture.text_of({"model_type": model_type} | values, pathlib.Path("config.json"))
+    return architecture.read(family, text, pathlib.Path("config.json"))
+
+
+def test_what_config_json_lacks_is_what_transformers_takes():
+    """As the published files of these models leave it out."""
+    assert (
+        spelled("mistral").rule == "causal & window(4096)" and spelled("mistral", sliding_window=None).rule == "causal"
+    )
+    llama = spelled("llama", hidden_size=2048, num_attention_heads=16)
+    assert (llama.mixer.kv_heads, llama.mixer.head_dim, llama.position.theta, llama.tied) == (16, 128, 1e4, False)
+    qwen = spelled("qwen2", sliding_window=131072, max_window_layers=21, use_sliding_window=False, rope_theta=1e6)
+    assert (qwen.rule, qwen.pattern, qwen.mixer.bias, qwen.position.theta) == ("causal", ((),), "qkv", 1e6)
+    assert qwen.position.trained == 32768 and spelled("qwen3").mixer.head_dim == 128
+    last = spelled("qwen2", num_hidden_layers=3, max_window_layers=2, use_sliding_window=True, sliding_window=9)
+    assert last.pattern == ((), (), (("rule", "causal & window(9)"),))
+    gemma2 = spelled("gemma2", query_pre_attn_scalar=144)
+    assert gemma2.pattern == ((("rule", "causal & window(4096)"),), ())
+    assert (gemma2.mixer.softmax_scale, gemma2.mixer.softcap, gemma2.logit_softcap) == (1 / 12, 50.0, 30.0)
+    assert gemma2.embedding_scale == 2304**0.5 and gemma2.tied
+    text = {"sliding_window": 1024, "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "num_hidden_layers": 34}
+    gemma3 = spelled("gemma3", text_config=text)
+    local = dict(gemma3.pattern[0])
+    assert gemma3.pattern == (*[gemma3.pattern[0]] * 5, ())
+    assert (local["rule"], local["position.theta"]) == ("causal & window(1024)", 1e4)
+    assert local["position.scaling.name"] == "default"
+    assert (gemma3.position.theta, gemma3.position.scaling.name, gemma3.position.scaling.factor) == (1e6, "linear", 8.0)
+    assert (gemma3.rule, gemma3.mixer.qk_norm, gemma3.mixer.softcap) == ("causal", True, 0.0)

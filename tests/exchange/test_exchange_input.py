@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 
+from lab import command, convert
 from lab.errors import UserError
 from lab.exchange import importing
 
@@ -221,3 +222,12 @@ def test_names_are_asked_of_the_hub_and_paths_are_not(tmp_path, monkeypatch):
         with pytest.raises(UserError, match="is no directory"):
             importing.locate(path)
     assert asked == ["some/model", "nobody/nothing"]
+
+
+def test_a_mistake_ends_the_command_with_one_line_and_code_2(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["lab.convert", "from-hf", str(tmp_path), str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as ended:
+        command.run(convert.main)
+    told = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert told.count("\n") == 1 and told.startswith("lab: ") and "has no config.json" in told
