@@ -1,5 +1,7 @@
 """One pass over rows, in chunks behind a cache: memory grows with the cache, and logits are never those of a row."""
 
+import contextlib
+import ctypes
 import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -68,8 +70,11 @@ def score_all(model, of: LongRows, how: Pass, mesh, stop: Callable[[], None]) ->
 
 
 def executable(model, how: Pass, mesh):
-    """The program of a chunk."""
+    """The program of a chunk. What the compiler has freed goes back to the system: it would stand beside the cache."""
     local = rows_of_process("rows of an ask", how.rows, jax.process_index(), jax.process_count())
     nothing = lab_mesh.place_rows(np.full((len(local), how.chunk), -1, np.int32), mesh)
     cache = compiled.described_cache(model, how.rows, how.slots, mesh)
-    return compiled.score_chunk(model, cache, nothing, nothing, np.int32(0), mesh)
+    program = compiled.score_chunk(model, cache, nothing, nothing, np.int32(0), mesh)
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    return program

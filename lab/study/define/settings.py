@@ -34,6 +34,7 @@ STUDY = Room({
     "calibrate": Option(0, "times that one cell is run again at every seed, from other initial values: what the "
                         "verdicts make of runs between which nothing differs", least=0, most=100),
     "calibrate_cell": Option("", "the name of that cell; empty: the first that is a baseline, else the first"),
+    "untrained": Option(False, "a checkpoint is asked as it is: none is trained unless the command sets train.steps"),
     "vmap": Option("none", "runs of one program that are trained as one vmapped program",
                    choices=("none", "seeds", "numbers")),
 })  # fmt: skip

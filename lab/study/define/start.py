@@ -36,6 +36,8 @@ def laid(config: ConfigDict, overridden: tuple[str, ...] = ()) -> ConfigDict:
     for name, value in brought.items():
         if name not in overridden:
             set_field(changed, name, value)
+    if changed.study.untrained and "train.steps" not in overridden:
+        changed.train.steps = 0
     return changed
 
 

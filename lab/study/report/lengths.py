@@ -51,7 +51,7 @@ def answer(study: Results) -> list[Piece]:
     cell = study.plan["cells"][0]["name"]
     last = {one.name: documents.rows(study, cell, one.name).get(max(one.lengths), {}) for one in every}
     last = {name: row["loss"] for name, row in last.items() if row}
-    if len(last) < 2:
+    if len(last) < 2 or every[0].name not in last:
         return []
     best, plain, longest = min(last, key=last.get), every[0].name, max(every[0].lengths)
     if best == plain:

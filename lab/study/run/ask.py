@@ -48,7 +48,7 @@ def ask(run: Run, display: Display, stop: Callable[[int], bool], trained=None) -
         for one in conditions.evaluate(config, name, model, run.data.validation, mesh, **options):
             if not math.isfinite(one.loss):
                 raise loop.NonFinite(f"ask {name}, {column} {one.value}: loss {one.loss}", member=0)
-            display.condition(column, one.value, one.loss)
+            display.condition(column if one.documents is None else f"{name}, {column}", one.value, one.loss)
             _keep(run, config, found, one, mesh)
         if name == asks.LOSS and jax.process_index() == 0:
             log.compare(run, column, found["conditions"])

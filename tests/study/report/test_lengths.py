@@ -86,7 +86,7 @@ def built(directory, change=lambda name, row, kept: None, seeds=1):
                 change(name, row, kept)
             rows, kept = zip(*found, strict=True)
             evaluation = evaluations.begun(name, "length", ASKED["loss"]) | {"complete": True, "documents": kept}
-            slow = 2.0 if name == "cf_4" else 1.0
+            slow = {"plain": 1.0, "cf_4": 2.0}.get(name, 1.5)
             times = [{"length": row["length"], "seconds": slow, "tokens_per_second": 100, "peak_bytes": 2**20}
                      for row in rows]  # fmt: skip
             place = directory / cell["directory"] / f"seed-{seed}"
@@ -162,7 +162,7 @@ def test_claims_are_judged_as_they_were_published(study):
     grows = found["the best cf grows with the stretch"]
     assert grows.outcome == "supported" and grows.told.endswith("256: 1.5, 512: 4")
     assert found["no harm within L"].outcome == "supported"
-    assert found["no overhead"].outcome == "contradicted" and "+100.0%" in found["no overhead"].told
+    assert found["no overhead"].outcome == "contradicted" and "+50.0% to +100.0%" in found["no overhead"].told
 
 
 def test_the_section_has_short_texts_and_retrieval_beside_the_gain(tmp_path):
@@ -190,3 +190,12 @@ def test_the_section_has_short_texts_and_retrieval_beside_the_gain(tmp_path):
     header, first, *_ = (directory / "results" / "yarn.csv").read_text().splitlines()
     assert header.split(",")[:7] == ["variant", "seed", "length", "loss", "accuracy", "tokens", "ppl"]
     assert {"within", "beyond", "nats_0_128", "sliding_ppl"} <= {*header.split(",")} and first.startswith("only,0,128,")
+
+
+def test_what_is_done_is_told_before_the_plain_model_is(tmp_path):
+    directory = built(tmp_path)
+    for path in directory.glob("cells/*/seed-0/evaluations/plain-*.json"):
+        path.unlink()
+    report.rebuild(directory)
+    section = (directory / "report.md").read_text().split("\n## Lengths")[1].split("\n## ")[0]
+    assert "| only | yarn |" in section and "| only | plain |" not in section
