@@ -25,9 +25,9 @@ def load(path, model=(), base=None):
     from lab.model import undrawn
     from lab.train import origin
 
-    over = ConfigDict({"model": model})
+    path, over = pathlib.Path(path).expanduser(), ConfigDict({"model": model})
     if importing.theirs(path):
-        opened = importing.Opened(pathlib.Path(path))
+        opened = importing.Opened(path)
         opened.model = remodelled(opened.config(), over, field="load").model
         return importing.load(opened)
     found = origin.find(path, base)

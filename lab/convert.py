@@ -9,6 +9,8 @@ be larger than memory; OUT appears whole or not at all.
 """
 
 import argparse
+import signal
+import sys
 import time
 from pathlib import Path
 
@@ -97,4 +99,5 @@ def convert(way: str, source: str | Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # drafts are removed on the way out
     command.run(main)

@@ -142,6 +142,9 @@ def main(argv: list[str]) -> int | None:
     from lab.decode.text import transcribed
 
     asks = [request(one, tokenizer) for one in given]
+    for one, ask in zip(given, asks, strict=True):
+        with at(one.place):
+            within(ask)
     engine = fitting(model, asks)
     for one, ask in zip(given, asks, strict=True):
         with at(one.place):
@@ -176,7 +179,7 @@ def request(one: Asked, tokenizer) -> dict:
         if "" in own["stop"]:
             raise UserError("stop = '' would end a text at once; choose another string")
         return {
-            "prompt": tokens(one.prompt, tokenizer),
+            "prompt": ([] if tokenizer.bos is None else [tokenizer.bos]) + tokens(one.prompt, tokenizer),
             "branches": own["branches"] or len(texts),
             "texts": texts or None,
             "sampling": Sampling(**{name: own[name] for name in DRAWN}),
@@ -192,18 +195,30 @@ def tokens(text: str, tokenizer) -> list[int]:
         raise UserError(f"the tokenizer {tokenizer.name!r} cannot read the prompt: {error}") from None
 
 
+def slots(ask: dict) -> int:
+    """How many a request takes of a row of the cache."""
+    longest = max(map(len, ask["texts"] or [[]])) + ask["most_tokens"]
+    return len(ask["prompt"]) + max(ask["branches"], 1) * longest
+
+
+def within(ask: dict) -> None:
+    """Raises UserError for a request over what one may have: before a cache is made that has room for it."""
+    if not 0 <= ask["branches"] <= MOST_BRANCHES:
+        raise UserError(f"branches = {ask['branches']} is not within the budget; choose 0 to {MOST_BRANCHES}")
+    if (needed := slots(ask)) > LONGEST:
+        raise UserError(
+            f"a prompt of {len(ask['prompt'])} tokens and {max(ask['branches'], 1)} x {ask['most_tokens']} to generate "
+            f"need {needed} slots, over {LONGEST}; choose fewer tokens or branches"
+        )
+
+
 def fitting(model, asks: Sequence[dict]):
-    """An engine for these requests, if they are within what a request may have."""
+    """An engine for these requests."""
     from lab.decode.engine import Engine
     from lab.decode.generate import padded
 
-    def slots(ask: dict) -> int:
-        longest = max(map(len, ask["texts"] or [[]])) + ask["most_tokens"]
-        return len(ask["prompt"]) + max(ask["branches"], 1) * longest
-
     branches = max(1, *(ask["branches"] for ask in asks))
-    length = padded(min(max(1, *map(slots, asks)), LONGEST))
-    return Engine(model, rows=min(ROWS, len(asks)), length=length, branches=min(branches, MOST_BRANCHES))
+    return Engine(model, rows=min(ROWS, len(asks)), length=padded(max(1, *map(slots, asks))), branches=branches)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,8 @@ _SPACE = "▁"  # what SentencePiece writes for one
 
 
 class Tokenizer(Protocol):
-    """Ids are 0..size-1; eos is the id that ends a text, None if the tokenizer has none; name is for messages.
+    """Ids are 0..size-1; eos is the id that ends a text, bos the one that its maker put before each, None if the
+    tokenizer has none; name is for messages.
 
     bytes_of_ids: int64 [size], how many bytes of UTF-8 text each id stands for, 0 of special ones; None of a tokenizer
     whose ids stand for no number of bytes by themselves.
@@ -43,11 +44,12 @@ class Tokenizer(Protocol):
     name: str
     size: int
     eos: int | None
+    bos: int | None
     fingerprint: str
     bytes_of_ids: np.ndarray | None
 
     def encode(self, text: str) -> np.ndarray:
-        """int32 ids [n], without eos."""
+        """int32 ids [n], without bos and eos."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The ids of each text; may use all cores."""
@@ -68,6 +70,7 @@ class Bytes:
     name = "bytes"
     size = 258
     eos = 256
+    bos = None
     fingerprint = "bytes"
     bytes_of_ids = (np.arange(size) < 256).astype(np.int64)
 
@@ -92,6 +95,7 @@ class Symbols:
 
     name = "symbols"
     eos = None
+    bos = None
     fingerprint = "symbols"
     bytes_of_ids = None
 
@@ -140,6 +144,7 @@ class Json:
                 + (f"its special tokens are: {', '.join(special[:SHOWN])}" if special else "it has no special tokens")
             )
         self.eos = vocabulary.get(eos or usual)
+        self.bos = _first(self._tokenizer)
         self._unknown = _unknown(json.loads(text)["model"], vocabulary)
         self.fingerprint = cache.digest(text) if eos in ("", usual) else cache.digest(text, eos)
 
@@ -235,6 +240,15 @@ def end_unknown(tokenizer: Tokenizer) -> str:
         f"data.tokenizer = {tokenizer.name!r} has none of {', '.join(_EOS_NAMES)}: nothing ends a text; "
         "if another token of it does, set data.eos to that"
     )
+
+
+def _first(tokenizer: tokenizers.Tokenizer) -> int | None:
+    """The id that its post-processor puts before a text; None where there is none."""
+    try:
+        plain, processed = (tokenizer.encode("a", add_special_tokens=special).ids for special in (False, True))
+    except Exception:  # the library raises plain Exceptions; of a tokenizer that cannot write an a
+        return None
+    return processed[0] if processed and processed[:1] != plain[:1] else None
 
 
 def load(directory: Path, eos: str = "") -> Tokenizer:

@@ -194,6 +194,8 @@ class Engine:
             raise UserError(
                 f"branch {made.branches[-1]} is over the budget of {self.branches} branches; choose numbers within it"
             )
+        if not 0 <= made.stream < 2**32:
+            raise UserError(f"stream = {made.stream} is none; choose a whole number from 0 to 2**32 - 1")
         if made.time < 0:
             raise UserError("the prompt is empty: there is nothing to continue; give at least one token")
         if made.most_tokens < 1:

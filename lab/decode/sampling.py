@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from lab.errors import UserError
 
@@ -25,11 +24,11 @@ class Sampling(NamedTuple):
 
 
 RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
-    "temperature": ("a finite number of at least 0; 0 is greedy", lambda x: 0 <= x < np.inf),
+    "temperature": ("0, which is greedy, or a number from 1e-4 to 1e4", lambda x: x == 0 or 1e-4 <= x <= 1e4),
     "top_k": ("a whole number of at least 0; 0 keeps all tokens", lambda x: 0 <= x < 2**31),
     "top_p": ("a number above 0 and at most 1", lambda x: 0 < x <= 1),
     "min_p": ("a number from 0 to 1", lambda x: 0 <= x <= 1),
-    "repetition_penalty": ("a finite number above 0; 1 changes nothing", lambda x: 0 < x < np.inf),
+    "repetition_penalty": ("a number from 1e-4 to 1e4; 1 changes nothing", lambda x: 1e-4 <= x <= 1e4),
     "seed": ("a whole number from 0 to 2**32 - 1", lambda x: 0 <= x < 2**32),
 }
 FILTERS = ("top_k", "top_p", "min_p")

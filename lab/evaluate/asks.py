@@ -187,22 +187,16 @@ def _weights(config: ConfigDict):
 
 def filled(config: ConfigDict, texts: Sequence | None) -> ConfigDict:
     """The config in which asks of all validation texts (texts = 0) name how many of these they read: as many as fill
-    whole calls, and so every condition."""
+    whole calls, and so every condition; all, where texts are joined."""
     every = [name for name, asked in config.evaluate.items() if not asked.texts]
     if not every:
         return config
     changed = config.copy_and_resolve_references()
     for name in every:
-        call = config.evaluate[name].texts_per_row * config.evaluate[name].rows
+        asked = config.evaluate[name]
+        call = 1 if ASKS[asked.kind].rows else asked.texts_per_row * asked.rows  # long documents join all texts
         changed.evaluate[name].texts = len(texts) // call * call
     return changed
-
-
-def call(config: ConfigDict, asked: ConfigDict) -> tuple[int, int]:
-    """Rows and tokens of each that a model is called with: whole rows, or a chunk of them."""
-    if ASKS[asked.kind].rows:
-        return asked.rows, asked.chunk
-    return asked.rows, asked.texts_per_row * config.data.text_length
 
 
 def resolved(asked: ConfigDict) -> dict:

@@ -39,7 +39,8 @@ def exact(changed: ConfigDict, plain: ConfigDict) -> int:
     """How many tokens from the start the method promises to leave as they are in the plain model; 0: none. A frequency
     map promises nothing. changed, plain: config.model with and without it."""
     differing = {name for name in plain.position if plain.position[name] != changed.position[name]}
-    if differing - LEFT:
+    others = any(plain[name] != changed[name] for name in plain if name != "position")
+    if others or differing - LEFT:
         return 0
     promised = EXACT[changed.position.map.name](changed.position) if "map" in differing else 2**31 - 1
     if "log_n" in differing:
@@ -55,6 +56,8 @@ def check(name: str, plain: ConfigDict, changed: ConfigDict, models, of: LongRow
     first call of which is read, to a chunk beyond L."""
     asked = plain.evaluate[name]
     L = long.trained(plain, asked)
+    if (of.tokens >= 0).sum(1).max() <= L:
+        return  # nothing that is read lies beyond L
     tokens, _ = next(passes.calls(of, how))
     end = min(-(-(L + 1) // how.chunk) + 1, tokens.shape[1] // how.chunk) * how.chunk
     tokens = tokens[:, :end]

@@ -75,10 +75,11 @@ def frequent(rng: np.random.Generator, asked: int = 3) -> Content:
     def filler(count: int) -> list[str]:
         shares = np.arange(1.0, len(words) + 1) ** -2
         counts = np.floor(count * shares / shares.sum()).astype(int)
-        counts[:asked] += np.arange(asked)[::-1]  # no two of the commonest are equally common
-        rest = max(count - counts.sum(), 0)
-        listed = np.concatenate([np.repeat(words, counts), words[asked + np.arange(rest) % (len(words) - asked)]])
-        return np.random.default_rng(drawing).permutation(listed)[:count].tolist()
+        counts[:asked] += 1 + np.arange(asked)[::-1]  # no two of the commonest are equally common
+        listed = np.repeat(words, counts)
+        rare = words[len(words) // 2 :]
+        rest = rare[np.arange(max(count - len(listed), 0)) % len(rare)]
+        return np.random.default_rng(drawing).permutation(np.concatenate([listed, rest])).tolist()
 
     question = f"Which {asked} words are the commonest? They are"
     return Content([], np.zeros(0), question, f" {' '.join(words[:asked])}.", filler)
@@ -107,28 +108,30 @@ def check(config: ConfigDict, ask: ConfigDict, field: str) -> None:
 
 
 def document(tokenizer, task: str, number: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """tokens, int32 [n] with n as near to `length` as whole sentences come, and those of them that are the answer.
+    """A text in tokens, int32, and its answer: together as near to `length` as whole sentences come.
 
-    Raises UserError where not even the least document fits.
+    The answer is written behind its text, never by itself: tokenizers may join the two otherwise. Raises UserError
+    where not even the least document fits.
     """
     chosen = TASKS[choose("the task of a retrieval", task, TASKS)]
     content = chosen.content(np.random.default_rng((_SEED, list(TASKS).index(task), number)))
-    answer = tokenizer.encode(content.answer)
-    encoded = lambda count: tokenizer.encode(_text(chosen.intro, content, count))  # noqa: E731
-    room = length - len(answer)
-    least = len(encoded(0))
-    if least > room:
+    text = lambda count: _text(chosen.intro, content, count)  # noqa: E731
+    encoded = lambda count: tokenizer.encode(text(count) + content.answer)  # noqa: E731
+    if (least := len(encoded(0))) > length:
         raise UserError(
-            f"a document of the task {task} has at least {least + len(answer)} tokens, over a length of {length}; ask "
-            "of longer ones, or of other tasks"
+            f"a document of the task {task} has at least {least} tokens, over a length of {length}; ask of longer "
+            "ones, or of other tasks"
         )
     fits, above = 0, 1  # sentences that fit, and that do not
-    while len(encoded(above)) <= room:
+    while len(encoded(above)) <= length:
         fits, above = above, 2 * above
     while above - fits > 1:
         middle = (fits + above) // 2
-        fits, above = (middle, above) if len(encoded(middle)) <= room else (fits, middle)
-    return encoded(fits).astype(np.int32), answer.astype(np.int32)
+        fits, above = (middle, above) if len(encoded(middle)) <= length else (fits, middle)
+    whole, before = encoded(fits).astype(np.int32), tokenizer.encode(text(fits))
+    n = min(len(whole) - 1, len(before))
+    alike = int(np.cumprod(whole[:n] == before[:n]).sum())  # where a text ends, some write it otherwise
+    return whole[:alike], whole[alike:]
 
 
 def rows(config: ConfigDict, ask: ConfigDict, texts, tokenizer, length: int) -> LongRows:

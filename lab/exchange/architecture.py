@@ -132,7 +132,10 @@ def _rotation(family: Family, config: Mapping, values: Values, kind: str, file: 
     if len(set(family.thetas.values())) > 1:  # older keys of the whole are those of one type of layer alone
         older = {FULL: ("rope_theta", said.get("rope_scaling")), SLIDING: ("rope_local_base_freq", None)}
         theta, scaling = older[kind]
-        of_kind = {**((said.get("rope_parameters") or {}).get(kind) or {}), **(scaling or {})}
+        by_kind = said.get("rope_parameters") or {}
+        for name in by_kind:
+            choose(f"{file}: a key of rope_parameters", name, older)
+        of_kind = {**(by_kind.get(kind) or {}), **(scaling or {})}
         of_kind.setdefault("rope_theta", said.get(theta) or family.thetas[kind])
         said |= {"rope_scaling": None, "rope_parameters": {kind: of_kind}}
     return rope.from_rope_parameters(said, kind, family.thetas[kind], str(file))

@@ -18,7 +18,7 @@ from lab.data import tokenizers
 from lab.errors import UserError, shown
 from lab.exchange import architecture, companions
 from lab.exchange.families import FAMILIES, Family
-from lab.exchange.importing import whole_or_nothing
+from lab.exchange.importing import free, whole_or_nothing
 from lab.exchange.source import CONFIG, DTYPES, INDEX, WEIGHTS
 from lab.exchange.tensors import Parameter, by_tensor, parameters
 from lab.train import checkpoint, streamed
@@ -44,7 +44,9 @@ def to_hf(path: Path, out: Path, begun: Callable[[int], None], wrote: Callable[[
     UserError where no family is that model, naming the option; then nothing is written."""
     begins = find(path)
     if begins.base is not None:  # a part of the weights is elsewhere
-        with tempfile.TemporaryDirectory(dir=out.absolute().parent) as merged:
+        beside = free(out).absolute().parent
+        beside.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", suffix=".partial", dir=beside) as merged:
             from lab.exchange import peft  # which writes what this one writes of its config
 
             peft.merge(begins, Path(merged))

@@ -17,11 +17,13 @@ SETTINGS = tuple(name for name in Sampling._fields if name != "temperature")
 
 @register_model("lab")
 class Lab(TemplateLM):
-    """The model and tokenizer of a checkpoint. A text is conditioned on the token that ends texts.
+    """The model and tokenizer of a checkpoint. A text without a context is conditioned on the token that begins texts,
+    or else on the one that ends them.
 
-    checkpoint: what `lab.load` opens. batch_size: rows of a batch, and requests that are decoded at once. max_length:
-    tokens that the model is given at most; of longer contexts the end is kept. max_gen_toks: tokens that a request
-    generates at most, where its task does not say.
+    checkpoint: what `lab.load` opens. add_bos_token: begins every context with the token that begins texts, if there is
+    one; off, as in the harness's own models. batch_size: rows of a batch, and requests that are decoded at once.
+    max_length: tokens that the model is given at most; of longer contexts the end is kept. max_gen_toks: tokens that a
+    request generates at most, where its task does not say.
     """
 
     def __init__(
@@ -30,6 +32,7 @@ class Lab(TemplateLM):
         batch_size: int | str = 8,
         max_length: int = 2048,
         max_gen_toks: int = 256,
+        add_bos_token: bool | str = False,
         max_batch_size=None,  # what the harness hands every model
         device=None,
     ):
@@ -39,11 +42,16 @@ class Lab(TemplateLM):
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise UserError(f"batch_size = {batch_size!r} is no number of rows; choose a whole one from 1 on")
         self.model, self.tokens = lab.load(checkpoint)
+        self.first = self.tokens.bos if str(add_bos_token).lower() == "true" else None
         self.batch_size, self.max_length, self.max_gen_toks = int(batch_size), int(max_length), int(max_gen_toks)
 
     @property
     def tokenizer_name(self) -> str:
         return self.tokens.name
+
+    @property
+    def prefix_token_id(self) -> int:
+        return self.eot_token_id if self.tokens.bos is None else self.tokens.bos
 
     @property
     def eot_token_id(self) -> int:
@@ -54,7 +62,11 @@ class Lab(TemplateLM):
         return self.tokens.eos
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
-        return self.tokens.encode(string).tolist()
+        first = [] if self.first is None or add_special_tokens is False else [self.first]
+        return first + self.tokens.encode(string).tolist()
+
+    def apply_chat_template(self, chat_history, add_generation_prompt: bool = True) -> str:
+        raise UserError("chat templates are not applied: leave --apply_chat_template out")
 
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         pairs = [self.cut(context, continuation) for _, context, continuation in requests]
@@ -110,10 +122,11 @@ class Lab(TemplateLM):
         draws, temperature = settings.pop("do_sample"), float(settings.pop("temperature", 0.0) or 0.0)
         for name in settings:
             choose("a setting of generate_until", name, SETTINGS)
+        penalty = {name: value for name, value in settings.items() if name == "repetition_penalty"}  # greedy heeds it
         prompt = self.tok_encode(context)[-(self.max_length - most) :] or [self.prefix_token_id]
         return {
             "prompt": prompt,
-            "sampling": Sampling(temperature if draws else 0.0, **(settings if draws else {})),
+            "sampling": Sampling(temperature, **settings) if draws else Sampling(**penalty),
             "stop": () if self.tokens.eos is None else (self.tokens.eos,),
             "most_tokens": most,
             "until": [stop for stop in until if stop],

@@ -9,6 +9,7 @@ import json
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -30,7 +31,10 @@ from lab.model import parameter
 from lab.storage import write_json
 from lab.train import compiled, streamed
 
-READ = ("*.json", "*.jinja", "*.safetensors")  # of a repository of the hub
+READ = (  # of a repository of the hub
+    CONFIG, "tokenizer*.json", "special_tokens_map.json", "generation_config.json", "*.jinja",
+    "model*.safetensors", "model.safetensors.index.json",
+)  # fmt: skip
 
 
 class Opened:
@@ -96,20 +100,37 @@ def from_hf(directory: Path, out: Path, begun: Callable[[int], None], wrote: Cal
     return config
 
 
+def free(out: Path) -> Path:
+    """A place where nothing is yet. Raises UserError where something is."""
+    if Path(out).exists():
+        raise UserError(f"{out} is there already; choose another place, or remove it")
+    return Path(out)
+
+
 @contextlib.contextmanager
 def whole_or_nothing(out: Path) -> Iterator[Path]:
     """A directory beside `out` that becomes it at the end, and is gone if anything fails. Raises UserError where there
     is something already."""
-    out = Path(out)
-    if out.exists():
-        raise UserError(f"{out} is there already; choose another place, or remove it")
+    out = free(out)
     draft = out.with_name(f".{out.name}.{secrets.token_hex(4)}.partial")
     draft.mkdir(parents=True)
     try:
         yield draft
         os.rename(draft, out)
-    finally:
+    except BaseException:
+        _remove(draft)
+        raise
+
+
+def _remove(draft: Path) -> None:
+    """Removes a draft for good: threads that were writing it go on for a moment, and make it anew."""
+    gone = 0
+    for _ in range(100):
+        gone = 0 if draft.exists() else gone + 1
+        if gone == 5:
+            return
         shutil.rmtree(draft, ignore_errors=True)
+        time.sleep(0.1)
 
 
 def _streamed(source: Original, one: Parameter) -> streamed.Streamed:

@@ -21,10 +21,12 @@ def main(arguments: list[str]) -> None:
         from lm_eval.__main__ import cli_evaluate
 
         from lab.exchange import harness  # noqa: F401  names the model
-    except ModuleNotFoundError as error:
-        if error.name.partition(".")[0] != "lm_eval":
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] != "lm_eval":
             raise
-        raise UserError("lm_eval is not installed: pip install -r requirements-lm-eval.txt") from None
+        raise UserError(
+            f"lm_eval is not installed, or too old ({error}): pip install -r requirements-lm-eval.txt"
+        ) from None
     runtime.start_alone()
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--checkpoint")

@@ -41,7 +41,7 @@ def to_peft(path: Path, out: Path) -> dict:
     made = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": str(found.base.cell),
+        "base_model_name_or_path": None,  # what peft loads it upon, its caller says
         "r": found.partition.rank,
         "lora_alpha": found.partition.alpha,
         "lora_dropout": 0.0,

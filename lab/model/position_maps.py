@@ -12,6 +12,8 @@ from lab.errors import UserError
 from lab.kernels.expressions import Rule, Term, k, maximum, minimum, q, term
 from lab.options import Option
 
+EXACT = 2**24  # whole numbers up to it are exact in float32
+
 LONGEST = 2**24  # tokens, which float32 still counts one by one
 
 WINDOW = {"window": Option(0, "time steps within which distances are true; 0: position.trained", least=0, most=LONGEST)}
@@ -215,6 +217,12 @@ def check(position) -> None:
                 "local that is between 1 and it"
             )
     row.pieces(position)  # refuses numbers that are no ratios
+    if name == "hybrid" and position.trained * ratio("cf", chosen.cf).numerator * 2 > EXACT:
+        raise UserError(
+            f"model.position.map.cf = {chosen.cf} is {ratio('cf', chosen.cf)}, and positions of "
+            f"model.position.trained = {position.trained} times that are no exact numbers; choose a ratio of smaller "
+            "whole numbers"
+        )
 
 
 def untrained(position, named: str) -> UserError:

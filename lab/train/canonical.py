@@ -55,6 +55,19 @@ def evaluation_step(config: ConfigDict, rows: int, length: int) -> str:
     return _digests[key]
 
 
+def score_chunk(config: ConfigDict, rows: int, chunk: int, slots: int) -> str:
+    """Of the step that scores so many tokens of each row behind a cache. Weights, tables and the cache are inputs."""
+    config = canonical(config)
+    model, tokens = lab_model.abstract(config.model, config.run), jax.ShapeDtypeStruct((rows, chunk), np.int32)
+    cache = jax.eval_shape(lambda: model.init_cache(rows, slots))
+    inputs = model, cache, tokens, tokens, jax.ShapeDtypeStruct((), np.int32)
+    leaves, structure = jax.tree.flatten(inputs)
+    key = structure, tuple((x.shape, str(x.dtype)) for x in leaves)
+    if key not in _digests:
+        _digests[key] = digest(jax.make_jaxpr(step.score_chunk)(*inputs), [*range(len(leaves))])
+    return _digests[key]
+
+
 def initial_state(config: ConfigDict) -> str:
     """Of how weights are drawn from a key, and of the optimizer's state when training starts."""
 

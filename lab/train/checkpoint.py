@@ -22,7 +22,7 @@ from jax.experimental import multihost_utils
 
 from lab.errors import UserError
 from lab.model import parameter
-from lab.storage import sealed, unsealed
+from lab.storage import find_json, sealed, unsealed
 from lab.train.step import State
 
 
@@ -98,6 +98,10 @@ def locate(path: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path, int | None]:
     cell = next((p for p in (path, *path.parents) if (p / "config.json").is_file()), None)
     if cell is None:
         raise UserError(f"{path} is in no cell: neither it nor a directory above it has a config.json")
+    if "model_type" in (find_json(cell / "config.json") or {}):
+        raise UserError(
+            f"{cell} is of Hugging Face's format; convert it first: python -m lab.convert from-hf {cell} OUT"
+        )
     if path == cell:
         seeds = [int(seed.name[5:]) for seed in cell.glob("seed-*") if seed.name[5:].isdecimal()]
         path = cell / f"seed-{min(seeds, default=0)}"

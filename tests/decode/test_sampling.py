@@ -109,7 +109,7 @@ def test_seed_request_branch_and_step_each_draw_anew():
 
 
 @pytest.mark.parametrize(("asked", "says"), [
-    (dict(temperature=-1.0), "temperature = -1.0 is not valid; choose a finite number of at least 0"),
+    (dict(temperature=-1.0), "temperature = -1.0 is not valid; choose 0, which is greedy, or a number"),
     (dict(temperature=float("nan")), "temperature = nan is not valid"),
     (dict(temperature=1.0, top_k=2.5), "top_k = 2.5 is not valid; choose a whole number of at least 0"),
     (dict(temperature=1.0, top_p=0), "top_p = 0 is not valid; choose a number above 0 and at most 1"),

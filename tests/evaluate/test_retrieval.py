@@ -1,6 +1,7 @@
 """Documents of retrieval are sized in tokens, and their answers follow from their text; exact means greedy."""
 
 import re
+import string
 from collections import Counter
 
 import jax
@@ -8,9 +9,11 @@ import numpy as np
 import pytest
 import test_long
 import tiny
+import tokenizers
+from tokenizers import models, normalizers
 
 import lab.config
-from lab.data.tokenizers import Bytes
+from lab.data.tokenizers import Bytes, Json
 from lab.errors import UserError
 from lab.evaluate import asks, conditions, passes, retrieval
 from lab.evaluate.long import LongRows
@@ -77,6 +80,23 @@ def test_answers_follow_from_the_text_which_fills_its_tokens(task, tokenizer):
             assert length - longest - 1 <= len(tokens) + len(answer) <= length
             seen.add((number, wanted))
     assert len(seen) == 3, "a document of one number says the same at every length, those of others something else"
+
+
+@pytest.mark.parametrize("count", [*range(60), 85, 400, 3000])
+def test_the_commonest_words_are_the_commonest_however_few_there_are(count):
+    content = retrieval.frequent(np.random.default_rng(count))
+    ranked = [*Counter(content.filler(count)).most_common(4), ("", 0)]
+    assert [word for word, _ in ranked[:3]] == content.answer.strip(" .").split()
+    assert ranked[0][1] > ranked[1][1] > ranked[2][1] > ranked[3][1]
+
+
+def test_an_answer_is_written_behind_its_text():
+    """A tokenizer that marks the beginning of what it is given, as that of Llama 2, would mark an answer by itself."""
+    made = tokenizers.Tokenizer(models.BPE({letter: i for i, letter in enumerate("▁" + string.printable)}, []))
+    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    text, answer = document(Json(made.to_str()), "passkey", 0, 700)
+    assert made.encode(TASKS["passkey"].intro).ids[0] == text[0] == 0
+    assert "".join(made.id_to_token(i) for i in answer).count("▁") == 1
 
 
 def test_garbage_alone_grows_with_the_length():

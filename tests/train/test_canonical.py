@@ -9,7 +9,7 @@ import jax
 import pytest
 import tiny
 
-from lab.model import attention, feedforward, norm, parameter
+from lab.model import attention, feedforward, norm, parameter, slots
 from lab.train import canonical, optimizer, step
 
 
@@ -123,3 +123,17 @@ def test_another_process_gives_the_same():
     environment = {**os.environ, "PYTHONHASHSEED": "12345", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
     assert tuple(told.stdout.split()) == digests()
+
+
+def test_scoring_behind_a_cache_is_a_program_of_its_own(monkeypatch):
+    of = lambda **overrides: canonical.score_chunk(small(**overrides), 2, 4, 8)  # noqa: E731
+    assert of() == of(run__implementation="tiled", model__position__ratio=1.0)
+    assert of() != of(model__mixer__softcap=1.0) and of() != canonical.score_chunk(small(), 2, 4, 12)
+    before, put, real = of(), slots.put, step.score_chunk
+    monkeypatch.setattr(canonical, "_digests", {})
+    monkeypatch.setattr(step, "score_chunk", lambda *inputs: real(*inputs))  # traced anew
+    assert of() == before
+    monkeypatch.setattr(canonical, "_digests", {})
+    monkeypatch.setattr(step, "score_chunk", lambda *inputs: real(*inputs))
+    monkeypatch.setattr(slots, "put", lambda old, new, at: put(old, new, at[:, ::-1]))
+    assert of() != before

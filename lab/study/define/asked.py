@@ -4,8 +4,9 @@ from ml_collections import ConfigDict
 
 from lab import data as lab_data
 from lab.evaluate import asks
+from lab.evaluate.passes import Pass
 from lab.study.define.identity import versions
-from lab.train import canonical
+from lab.train import canonical, origin
 
 _programs: dict[tuple, list[str]] = {}  # a study looks at each of its runs many times
 _tables_of: dict[tuple, str] = {}  # and asks several things under the same overrides
@@ -23,6 +24,8 @@ def wanted(config: ConfigDict, data: lab_data.Data) -> dict[str, dict]:
             "version": asks.ASKS[asked.kind].version,
             "program": _program(config, asked),
         }
+        if evaluator := parts["ask"].get("evaluator"):  # another one may lie at the same place later
+            parts["evaluator"] = origin.digest(origin.find(evaluator))
         found[name] = {"parts": parts, "versions": versions()}
     return found
 
@@ -32,7 +35,10 @@ def _program(config: ConfigDict, asked: ConfigDict) -> list[str]:
     key = config.model.to_json_best_effort(), asked.to_json_best_effort(), config.data.text_length
     if key not in _programs:
         changed = asks.remodelled(config, asked)
-        step = canonical.evaluation_step(changed, *asks.call(config, asked))
+        if asks.ASKS[asked.kind].rows:
+            step = canonical.score_chunk(changed, *Pass.of(asked))
+        else:
+            step = canonical.evaluation_step(changed, asked.rows, asked.texts_per_row * config.data.text_length)
         _programs[key] = [step, _tables(changed)] if asked.model else [step]
     return _programs[key]
 

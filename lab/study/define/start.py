@@ -19,9 +19,9 @@ TOKENIZER = ("data.tokenizer", "data.eos")  # which a checkpoint brings
 def laid(config: ConfigDict, overridden: tuple[str, ...] = ()) -> ConfigDict:
     """A study's config on its checkpoint; the config itself where it has none.
 
-    The model is the checkpoint's, whatever the study's own is, but for adapters and for the fields that the command
-    set (`overridden`); the study's cells are laid over that. So is the tokenizer. Raises UserError for a directory that
-    holds no weights, or no tokenizer.
+    The model is the checkpoint's, whatever the study's own is, but for adapters, for a type that the study computes in
+    and for the fields that the command set (`overridden`). The study's cells are laid over that. So is the tokenizer.
+    Raises UserError for a directory that holds no weights, or no tokenizer.
     """
     lab_config.CHECKPOINT.check("checkpoint", config.checkpoint)
     if not config.checkpoint:
@@ -33,8 +33,9 @@ def laid(config: ConfigDict, overridden: tuple[str, ...] = ()) -> ConfigDict:
         raise UserError(f"config.checkpoint = {config.checkpoint!r}: {error}") from None
     changed = config.copy_and_resolve_references()
     changed.checkpoint = str(pathlib.Path(config.checkpoint).expanduser().absolute())
+    own = {"model.compute"} if config.model.compute != lab_config.base().model.compute else set()  # no part of weights
     for name, value in brought.items():
-        if name not in overridden:
+        if name not in {*overridden, *own}:
             set_field(changed, name, value)
     if changed.study.untrained and "train.steps" not in overridden:
         changed.train.steps = 0

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from lab.study.judge.documents import Paired, best_cf, between, cf, hybrids
 from lab.study.judge.evidence import UNKNOWN, overall
-from lab.study.judge.statistics import holm
+from lab.study.judge.statistics import LEVEL, holm
 from lab.study.results import Results
 
 OVERHEAD = 0.05  # share of the seconds from which there is one
@@ -35,8 +35,8 @@ def _two_is_best(study: Results, cell: str, beyond: list[int]) -> Claim:
     for length in beyond if two else ():
         tests = [between(study, (cell, two.name), (cell, one.name), length, "all") for one in others]
         ps = holm([one.estimate.p for one in tests])
-        wins = [p is not None and p < 0.05 and one.estimate.mean < 0 for one, p in zip(tests, ps, strict=True)]
-        loses = [p is not None and p < 0.05 and one.estimate.mean > 0 for one, p in zip(tests, ps, strict=True)]
+        wins = [p is not None and p < LEVEL and one.estimate.mean < 0 for one, p in zip(tests, ps, strict=True)]
+        loses = [p is not None and p < LEVEL and one.estimate.mean > 0 for one, p in zip(tests, ps, strict=True)]
         outcomes.append("supported" if all(wins) else "contradicted" if any(loses) else UNKNOWN)
         better = [f"{cf(one):g}" for one, lost in zip(others, loses, strict=True) if lost]
         told.append(f"{length}: {'better than 2: cf ' + ', '.join(better) if better else 'none is better than 2'}")
@@ -50,7 +50,8 @@ def _grows(study: Results, cell: str, beyond: list[int]) -> Claim:
     if len(best) > 1:
         first, last, longest = best[min(best)], best[max(best)], max(best)
         one = between(study, (cell, last.name), (cell, first.name), longest, "all")
-        if one.estimate.p is not None and one.estimate.p < 0.05 and one.estimate.mean < 0:
+        chosen = len(hybrids(study)) - 1  # the best of so many, on the documents that judge it
+        if one.estimate.p is not None and one.estimate.p * chosen < LEVEL and one.estimate.mean < 0:
             outcome = "supported" if cf(last) > cf(first) else "contradicted"
     return Claim(claim, outcome, f"best cf by length: {told}" if told else "")
 

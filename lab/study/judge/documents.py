@@ -18,7 +18,7 @@ from lab.study.results import Results
 PARTS = ("all", "within", "beyond", "sliding", "exact")
 HYBRID = {"position.map.name", "position.map.cf"}  # what a plain hybrid overrides, besides its rounding
 BESIDE = {"trained", "length", "unselected"}  # fields of a position that are no method
-SAME = 1e-4  # nats: what no document moves by is the same
+SAME = 1e-4  # nats per token: a mean difference up to that is none
 
 Arm = tuple[str, str]  # (name of a cell, name of a method)
 
@@ -55,10 +55,9 @@ class Paired:
     @property
     def verdict(self) -> str:
         """better | worse | same | cannot tell."""
-        if self.adjusted is None:
-            still = self.estimate.n > 1 and abs(self.estimate.mean) <= SAME
-            return "same" if still and self.part != "exact" else UNKNOWN
-        if self.adjusted >= LEVEL:
+        if self.part != "exact" and self.estimate.n > 1 and abs(self.estimate.mean) <= SAME:
+            return "same"
+        if self.adjusted is None or self.adjusted >= LEVEL:
             return UNKNOWN
         return "better" if (self.estimate.mean < 0) == (self.part != "exact") else "worse"
 

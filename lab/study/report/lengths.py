@@ -49,11 +49,12 @@ def answer(study: Results) -> list[Piece]:
     """In a sentence: which method loses least at the longest length, and whether that is more than chance."""
     every, paired = documents.methods(study), documents.compare(study)
     cell = study.plan["cells"][0]["name"]
-    last = {one.name: documents.rows(study, cell, one.name).get(max(one.lengths), {}) for one in every}
+    plain, longest = every[0].name, max(every[0].lengths)
+    last = {one.name: documents.rows(study, cell, one.name).get(longest, {}) for one in every}
     last = {name: row["loss"] for name, row in last.items() if row}
-    if len(last) < 2 or every[0].name not in last:
+    if len(last) < 2 or plain not in last:
         return []
-    best, plain, longest = min(last, key=last.get), every[0].name, max(every[0].lengths)
+    best = min(last, key=last.get)
     if best == plain:
         return [
             Text(f"**No method has a lower loss than {plain}** at {longest} tokens ({last[plain]:.4f}).", strong=True)
@@ -62,7 +63,9 @@ def answer(study: Results) -> list[Piece]:
     told = (
         f"**{best} has the lowest loss at {longest} tokens**, {last[best]:.4f} nats per token against {last[plain]:.4f}"
     )
-    told += f" of {plain}: beyond L {_verdict(of['beyond'])}, within L {_verdict(of['within'])}."
+    told += (
+        f" of {plain}: {', '.join(f'{part} L {_verdict(of[part])}' for part in ('beyond', 'within') if part in of)}."
+    )
     return [Text(told, strong=True)]
 
 
@@ -176,11 +179,11 @@ def family(method: Method) -> str:
 
 def _positions(study: Results, every: Sequence[Method], found: ByArm, L: int) -> list[Piece]:
     """Loss by bucket of positions at the longest length: a panel for each family of methods, the plain model in all."""
-    cell = study.plan["cells"][0]["name"]
+    cell, longest = study.plan["cells"][0]["name"], max(every[0].lengths)
     curves = {
-        one.name: _buckets(found[cell, one.name][max(one.lengths)])
+        one.name: _buckets(found[cell, one.name][longest])
         for one in every
-        if max(one.lengths) in found.get((cell, one.name), {})
+        if longest in found.get((cell, one.name), {})
     }
     plain, panels = every[0].name, {}
     if plain not in curves or len(curves[plain]) < 2:
@@ -191,7 +194,7 @@ def _positions(study: Results, every: Sequence[Method], found: ByArm, L: int) ->
     panels = panels or {"": {plain: curves[plain]}}
     drawn = panel_rows(panels), {}, "tokens read, up to", dict.fromkeys(panels, (L, L)), study.measure
     caption = (
-        f"Loss by the position of the token that is read, in documents of {max(every[0].lengths)} tokens: the mean of "
+        f"Loss by the position of the token that is read, in documents of {longest} tokens: the mean of "
         f"0 to L, L to 2 L, 2 L to 4 L and so on, at the end of each. Grey: L = {L}, which the model was trained to."
     )
     return [Chart("loss_by_position", figures.png(figures.by_condition(*drawn)), caption, live.by_condition(*drawn))]
