@@ -33,7 +33,7 @@ STUDIES = (
     "architecture_ablation:cpu-heads", "architecture_ablation:cpu-masks", "architecture_ablation:cpu-named",
     "hyperparameter_ablation:cpu", "hyperparameter_ablation:cpu-heads", "hyperparameter_ablation:cpu-aspect",
     "hyperparameter_ablation:cpu-regularisation", "hyperparameter_ablation:cpu-repeated",
-    "hyperparameter_ablation:cpu-batch", "hyperparameter_ablation:cpu-recall",
+    "hyperparameter_ablation:cpu-batch", "hyperparameter_ablation:cpu-recall", "length_extrapolation:cpu",
 )  # fmt: skip
 FLAGS = {  # of a study that is asked more than its config says
     "rope_ablation:cpu": (

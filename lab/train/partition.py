@@ -74,7 +74,7 @@ def abstract(config: ConfigDict):
     def made(key):
         return parted(lab_model.build(config.model, key, config.run), Partition.of(config), key)
 
-    return jax.eval_shape(made, jax.random.key(0))
+    return jax.eval_shape(made, jax.eval_shape(lambda: jax.random.key(0)))  # no device is asked
 
 
 def without_gradient(model) -> int:
