@@ -228,7 +228,7 @@ def meaning(model: ConfigDict) -> list[dict]:
 
 def _meant(values: Mapping, read: set[str]) -> dict:
     """The options of a layer, those spelled alike that mean the same."""
-    found = {name: values[name] for name in read if name not in APART and not name.startswith(SOURCES)}
+    found = {name: values[name] for name in sorted(read) if name not in APART and not name.startswith(SOURCES)}
     if n := window(values["rule"]):
         found["rule"] = f"causal & window({n})"
     elif values["rule"].strip(" ()") == "causal":
@@ -238,6 +238,9 @@ def _meant(values: Mapping, read: set[str]) -> dict:
         found["mixer.v_head_dim"] = values["mixer.v_head_dim"] or values["mixer.head_dim"]
     if found.get("mixer.rotate") == "qk":
         found["mixer.rotate"] = "auto"
+    original = "position.scaling.original_max_position_embeddings"
+    if original in found and rope.ORIGINAL in rope.KEYS.get(values["position.scaling.name"], ()):
+        found[original] = found[original] or values["position.trained"]
     if "position.dim" in found:
         found["position.dim"] = values["position.dim"] or values["mixer.head_dim"]
     if found.get("position.ratio") == 0:  # then nothing says branches apart, and a text's index is its time

@@ -38,6 +38,16 @@ def test_a_model_of_a_family_is_written_as_that(preset, fields, family, key, val
     assert (found.model_type, made[key]) == (family, value)
 
 
+@pytest.mark.parametrize("kind", ["linear", "dynamic", "yarn", "llama3"])
+def test_a_rotary_change_made_here_is_written_too(kind):
+    """The length that it was trained to stands where `transformers` looks for it."""
+    fields = {"position__unselected": "time", "position__trained": 512, "position__scaling__factor": 4.0}
+    _, made = exporting.expressed(sized("llama", **fields, position__scaling__name=kind), {})
+    said = made.get("rope_parameters") or made["rope_scaling"]
+    assert (said["rope_type"], said["factor"]) == (kind, 4.0)
+    assert said.get("original_max_position_embeddings") == (512 if kind in ("yarn", "llama3") else None)
+
+
 @pytest.mark.parametrize(
     ("preset", "field", "value"),
     [
