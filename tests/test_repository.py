@@ -57,6 +57,7 @@ BELOW = {
         "data",
         "train",
         "evaluate",
+        "exchange",
     },
 }
 

@@ -21,8 +21,8 @@ ORIGIN = "huggingface.json"  # {"config": that config.json, "dtypes": {name of a
 
 
 def copy(source: Path, target: Path) -> None:
-    """The tokenizer and the other files."""
-    for name in (tokenizers.FILE, *COMPANIONS):
+    """The tokenizer and the other files, of an imported directory also what it was made from."""
+    for name in (tokenizers.FILE, *COMPANIONS, ORIGIN):
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
 

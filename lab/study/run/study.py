@@ -9,6 +9,7 @@ from typing import NamedTuple
 import filelock
 import jax
 
+from lab.exchange import companions
 from lab.storage import write_json
 from lab.study import evaluations, results
 from lab.study.define import identity
@@ -16,7 +17,7 @@ from lab.study.run import ask, make
 from lab.study.run.hosts import agreed
 from lab.study.run.progress import Display
 from lab.study.run.runs import Run, Unit
-from lab.train import loop
+from lab.train import loop, origin
 
 WAITING, FINISHED, FAILED = range(3)
 POLL = 1.0  # seconds between looks at runs that other processes make
@@ -84,6 +85,8 @@ def _make(unit: Unit, display: Display, stop: Callable[[int], bool]) -> None:
             if not _trained(run):
                 write_json(run.directory.parent / "config.json", run.cell.described())
                 identity.keep(run.directory.parent, run.identity)
+                if run.cell.config.checkpoint:  # so that the cell is exported as what it began from was imported
+                    companions.copy(origin.find(run.cell.config.checkpoint).cell, run.directory.parent)
                 run.data.tokenizer.save(run.directory.parent)
                 with contextlib.suppress(FileNotFoundError):
                     shutil.rmtree(run.directory / evaluations.DIRECTORY)  # of other weights

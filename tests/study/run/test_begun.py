@@ -13,6 +13,7 @@ import lab
 from lab import data as lab_data
 from lab.data import Data, tokenizers
 from lab.errors import UserError
+from lab.exchange import companions
 from lab.study.define import cell, identity, plan, resolve, start
 from lab.study.run import runs
 from lab.train import loop, step
@@ -61,7 +62,10 @@ def lines(directory) -> list[dict]:
 def test_without_a_step_a_run_is_asked_with_the_weights_of_its_checkpoint(trained, tmp_path, monkeypatch):
     study = Study(tmp_path, monkeypatch)
     made = on(trained, steps=0)
+    for name in (companions.TEMPLATE, companions.ORIGIN):
+        (trained / name).write_text("{}")
     assert study.make(made) == (DONE, 0, 3)
+    assert all((study.directory.parent / name).is_file() for name in (companions.TEMPLATE, companions.ORIGIN))
     assert asked(study.directory) == asked(trained / "seed-0")
     assert study.make(made) == NOTHING
     result = json.loads((study.directory / "result.json").read_text())
