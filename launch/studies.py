@@ -68,8 +68,11 @@ def run(study: str) -> int:
     return subprocess.run([sys.executable, "-m", "lab.main", *flags], cwd=ROOT).returncode
 
 
-def write_page(study: str) -> str | None:
-    """Writes the page of a study that was begun, with its figures; returns its line of the index."""
+def write_page(study: str, before: str | None) -> str:
+    """Writes the page of a study that was begun, with its figures; returns its line of the index.
+
+    A page whose runs are not on this machine stays as it is, and so does its line, `before`.
+    """
     from lab import report
     from lab.study.judge import evidence
     from lab.study.report import headline
@@ -78,6 +81,8 @@ def write_page(study: str) -> str | None:
     by_hand = PAGES / "notes" / f"{name}.md"
     notes = f"\n## Notes\n\n{by_hand.read_text()}" if by_hand.exists() else ""
     if not (work / "plan.json").exists():
+        if before and "| | not run" not in before:
+            return before
         not_run = f"not run: `python launch/studies.py {study}`"
         if not notes:
             return f"| `{study}` | | {not_run} |"
@@ -100,8 +105,11 @@ def write_page(study: str) -> str | None:
 def write_pages() -> None:
     """All pages, and the index."""
     PAGES.mkdir(parents=True, exist_ok=True)
-    lines = [write_page(study) for study in STUDIES]
-    (PAGES / "README.md").write_text(HEADER + "\n".join(lines) + "\n")
+    index = PAGES / "README.md"
+    text = index.read_text() if index.exists() else ""
+    before = {study: line for line in text.splitlines() for study in re.findall(r"^\| (?:\[|`)([\w:-]+)[\]`]", line)}
+    lines = [write_page(study, before.get(study)) for study in STUDIES]
+    index.write_text(HEADER + "\n".join(lines) + "\n")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import shutil
 
 import commands
 import pytest
@@ -38,6 +39,15 @@ def test_a_page_stands_alone_and_the_index_has_all(place):
     assert all("not run: `python launch/studies.py" in line for line in lines[1:])
     assert page.endswith("## Notes\n\nBy hand of rope_ablation-cpu.\n")
     assert "not run" in (not_run := (place / "docs" / "probes-cpu.md").read_text()) and "By hand of probes" in not_run
+
+
+def test_a_page_whose_runs_are_elsewhere_stays(place):
+    assert studies.main(["--pages"]) == 0
+    page, index = (place / "docs" / "rope_ablation-cpu.md").read_text(), (place / "docs" / "README.md").read_text()
+    shutil.rmtree(place / "runs")
+    assert studies.main(["--pages"]) == 0
+    assert (place / "docs" / "rope_ablation-cpu.md").read_text() == page
+    assert (place / "docs" / "README.md").read_text() == index
 
 
 @pytest.mark.parametrize(("codes", "code", "begun"), [([0, 1], 0, 2), ([75], 75, 1), ([2], 2, 1)])
