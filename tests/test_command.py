@@ -275,6 +275,7 @@ def test_the_plan_as_a_table_shows_every_cell(told, study):
     assert "1 training program to compile" in out
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_exit_code_1(told, tmp_path, study, monkeypatch):
     """Injected where Orbax would raise it; the slow tests fill a real disk."""
 

@@ -45,7 +45,7 @@ def planned(name: str, scale: str):
 @pytest.mark.matrix("path")
 @pytest.mark.parametrize(
     ("path", "scale"),
-    [pytest.param(*x, marks=[] if x[1] == "cpu" else pytest.mark.slow) for x in SCALES],
+    [pytest.param(*x, marks=[] if x[1] == "cpu" and "hyper" not in x[0].stem else pytest.mark.slow) for x in SCALES],
     ids=lambda value: getattr(value, "stem", value),
 )
 def test_every_scale_plans(path, scale):
@@ -116,6 +116,7 @@ def test_rope_ablation_on_a_gpu_gives_the_published_rows():
     assert len({row["executable"] for row in rows}) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("scale", "millions"), [("gpu", 25.8), ("paper", 272.4)])
 def test_head_dim_cells_have_the_published_size_whatever_their_heads(scale, millions):
     _, cells, rows = planned("head_dim_ablation", scale)
@@ -124,6 +125,7 @@ def test_head_dim_cells_have_the_published_size_whatever_their_heads(scale, mill
     assert round(rows[0]["parameters"] / 1e6, 1) == millions
 
 
+@pytest.mark.slow
 def test_a_billion_parameters_with_heads_of_128():
     rows = planned("head_dim_ablation", "1b")[2]
     assert {row["head_dim"] for row in rows} == {128, 64, 32}
@@ -214,6 +216,7 @@ def published_losses() -> dict[str, float]:
     return {row["method"]: float(row["loss"]) for row in csv.DictReader(text.splitlines())}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", ["cpu", *LARGER])
 def test_parts_of_the_residual_study_are_every_stream_and_match_on_steps_and_batch(scale):
     found = set()

@@ -2,6 +2,7 @@ import itertools
 import random
 
 import matrix
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -9,6 +10,7 @@ TESTS = [(f"{contract}[{row}]", contract, row) for contract, row in itertools.pr
 TESTS += [(f"few[{row}]", "few", row) for row in ("one", "two")]
 
 
+@pytest.mark.slow
 @settings(max_examples=20)
 @given(seed=st.integers(0, 2**32 - 1))
 def test_a_sample_has_some_of_every_contract_and_every_row(seed):

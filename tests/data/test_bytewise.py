@@ -27,6 +27,7 @@ def as_json(bpe, change) -> tokenizers.Json:
     return tokenizers.Json(made.to_str())
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(TEXT)
 def test_bytes_of_ids_add_up_to_those_of_the_text(bpe, text):

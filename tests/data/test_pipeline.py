@@ -51,6 +51,7 @@ def test_hosts_together_hold_the_batch_of_one(config, texts, processes, options)
     assert all(len({info for _, info in step}) == 1 for step in zip(*parts, strict=True))
 
 
+@pytest.mark.slow
 def test_worker_processes_change_nothing(config, texts):
     here = list(pipeline.train_batches(config, texts, start=1))
     config.run.workers = 2

@@ -145,6 +145,7 @@ def test_hosts_together_hold_the_batch_of_one(probe):
     assert_same(joined, steps_of(probe))
 
 
+@pytest.mark.slow
 def test_worker_processes_change_nothing():
     probe = small("state")
     here = steps_of(probe)

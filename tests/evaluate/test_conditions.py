@@ -42,6 +42,7 @@ def config():
     return config
 
 
+@pytest.mark.slow
 def test_conditions_are_weighted_by_tokens_over_all_batches(config):
     net = model.build(config.model, jax.random.key(0), config.run)
     sizes = np.random.default_rng(0).integers(0, 9, 40)  # bytes that each id stands for

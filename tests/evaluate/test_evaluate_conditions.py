@@ -28,6 +28,7 @@ def one_by_one(model, texts) -> list[np.ndarray]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["all_branches", "own_branch"])
 def test_the_loss_at_one_branch_is_that_of_each_text_alone_weighted_by_tokens(rule):
     config = tiny.config(model__rule=rule, evaluate__loss__branches=(1,))

@@ -69,6 +69,25 @@ WIDTHS = ((128, 128), (192, 128), (192, 192), (256, 256), (576, 512))
 HERE = [name for name, row in kernels.IMPLEMENTATIONS.items() if row.platform is None or row.interpretable]
 OTHERS = [name for name in HERE if name != "reference"]
 MARKED = [*CASES] + [pytest.param(name, marks=pytest.mark.slow) for name in SLOW_CASES]
+
+
+def interpreted(implementation: str) -> bool:
+    """Whether the kernel is of a machine that is not here."""
+    return kernels.IMPLEMENTATIONS[implementation].platform is not None
+
+
+def slowly(names, slow=interpreted) -> list:
+    """The names, those marked that take long: an interpreter takes a second for what takes a millisecond there."""
+    return [pytest.param(name, marks=pytest.mark.slow) if slow(name) else name for name in names]
+
+
+def each(cases, implementations) -> list:
+    """Every case with every implementation: fast are those that are compiled for here, and one case of each other."""
+    fast = lambda name, which: name in CASES and (name == "all_branches" or not interpreted(which))  # noqa: E731
+    pairs = [(name, which) for name in cases for which in implementations]
+    return [pytest.param(*pair, marks=[] if fast(*pair) else pytest.mark.slow) for pair in pairs]
+
+
 BATCH = 2
 
 
@@ -138,7 +157,7 @@ def check_close(got, expected, tolerance: float = 1e-5) -> None:
 
 
 @pytest.mark.matrix("K")
-@pytest.mark.parametrize("implementation", OTHERS)
+@pytest.mark.parametrize("implementation", slowly(OTHERS))
 @pytest.mark.parametrize(
     ("K", "V"), [pytest.param(*x, marks=[pytest.mark.slow] * (x not in WIDTHS[1:2])) for x in WIDTHS]
 )
@@ -164,8 +183,7 @@ def test_reference_against_a_loop(name, seed, pack):
 
 
 @pytest.mark.matrix("name")
-@pytest.mark.parametrize("implementation", OTHERS)
-@pytest.mark.parametrize("name", MARKED)
+@pytest.mark.parametrize(("name", "implementation"), each(CASES | SLOW_CASES, OTHERS))
 @settings(max_examples=8)
 @given(seed=seeds, pack=st.sampled_from(sorted(packs.PACKS)))
 def test_every_implementation_equals_the_reference_forward_and_backward(name, implementation, seed, pack):
@@ -184,7 +202,7 @@ def test_every_implementation_equals_the_reference_for_any_rule(implementation, 
     check_close(compiled(case, implementation)(*inputs), compiled(case, "reference")(*inputs))
 
 
-@pytest.mark.parametrize("implementation", OTHERS)
+@pytest.mark.parametrize("implementation", slowly(OTHERS))
 @settings(max_examples=5)
 @given(seed=seeds, pack=st.sampled_from(sorted(packs.PACKS)))
 def test_bfloat16_is_near_the_exact_result_of_the_same_inputs(implementation, seed, pack):
@@ -198,8 +216,7 @@ def test_bfloat16_is_near_the_exact_result_of_the_same_inputs(implementation, se
     check_close((outputs, gradients), expected, tolerance=0.01)
 
 
-@pytest.mark.parametrize("implementation", HERE)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "implementation"), each(CASES, HERE))
 def test_queries_that_see_nothing_give_zeros_and_no_gradient(name, implementation):
     case = case_of(name)
     arrays, (queries, keys), cotangents = draw(case, 0)
@@ -237,8 +254,7 @@ def test_large_scores_do_not_overflow(implementation):
     assert all(np.isfinite(x).all() for x in got[1])
 
 
-@pytest.mark.parametrize("implementation", OTHERS)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "implementation"), each(CASES, OTHERS))
 def test_two_calls_are_identical_to_the_bit(name, implementation):
     inputs = draw(case_of(name), 3, "interleaved")
     first, second = (jax.device_get(compiled(case_of(name), implementation)(*inputs)) for _ in range(2))
@@ -263,7 +279,8 @@ def test_the_order_of_queries_and_keys_is_free(implementation, seed):
     check_close(run(*moved), ((o[:, t], lse[:, t]), (dq[:, t], dk[:, s], dv[:, s])))
 
 
-@pytest.mark.parametrize("implementation", [OTHERS[0], *(pytest.param(n, marks=pytest.mark.slow) for n in OTHERS[1:])])
+@pytest.mark.slow
+@pytest.mark.parametrize("implementation", OTHERS)
 @pytest.mark.parametrize("coordinates_too", [False, True])
 def test_vmap_equals_a_loop(coordinates_too, implementation):
     case = Case(rule=rules.own_branch, H=2, G=1)
@@ -284,7 +301,7 @@ def test_vmap_equals_a_loop(coordinates_too, implementation):
     check_close(jax.tree.map(lambda x: x.reshape(6, *x.shape[2:]), twice), expected)
 
 
-@pytest.mark.parametrize("implementation", OTHERS)
+@pytest.mark.parametrize("implementation", slowly(OTHERS))
 def test_tiles_made_before_change_nothing(implementation):
     case, which = CASES["all_branches"], dict(implementation=implementation)
     arrays, coordinates, _ = draw(case, 4, "interleaved")
@@ -301,6 +318,7 @@ def test_defaults_are_the_scale_of_the_key_width_no_cap_and_no_lse():
     check_close(o, by_loop(case, arrays, coordinates)[0])
 
 
+@pytest.mark.slow
 def test_rows_whose_lists_are_long_go_a_few_at_a_time(monkeypatch):
     case = Case(rule=rules.own_branch)
     inputs = draw(case, 6, "interleaved")
@@ -334,6 +352,7 @@ def rotating(implementation: str, inside: bool):
     return jax.jit(run)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", HERE)
 @pytest.mark.parametrize("pairs", [4, 3])  # all of a head, and its last six dimensions
 @settings(max_examples=5)

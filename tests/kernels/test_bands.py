@@ -146,7 +146,7 @@ def drawn_numbers(seed: int):
     return jnp.asarray(frequencies, jnp.float32), 1.25, 0.2, 0.5
 
 
-@pytest.mark.parametrize("implementation", ["reference", "tiled"])
+@pytest.mark.parametrize("implementation", ["reference", pytest.param("tiled", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", made(None, 1, 0, 1))
 @settings(max_examples=3)
 @given(seed=seeds, pack=st.sampled_from(sorted(packs.PACKS)))
@@ -180,6 +180,7 @@ def test_gradients_of_the_numbers_of_bands():
     np.testing.assert_allclose(slope, (by_matrices(h) - by_matrices(-h)) / (2 * h), rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_bias_is_added_in_every_band():
     arrays, coordinates, cotangents = draw(CASE, 5, "interleaved")
     numbers, slopes = drawn_numbers(5), np.array([0.1, -0.2, 0.3, 0.05])
@@ -208,6 +209,7 @@ def test_one_plain_band_is_the_program_of_ordinary_rope(implementation):
     assert by_band == by_hand
 
 
+@pytest.mark.slow
 def test_tiles_made_before_change_nothing():
     arrays, coordinates, _ = draw(CASE, 7, "interleaved")
     of = made(*drawn_numbers(7))["self-extend"][0]

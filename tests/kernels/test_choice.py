@@ -134,6 +134,7 @@ def test_what_differs_in_batches_alone_is_compared_once(monkeypatch):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changed", [{}, {"training": False}, {"frequencies": 3}, {"of_lse": False}])
 def test_tiled_passes_every_kind_of_problem(changed):
     lines = list(trial.tried([problem(**changed)], "tiled"))

@@ -23,6 +23,7 @@ def temporaries(implementation: str, T: int) -> int:
     return compiled(case, implementation).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.slow
 def test_memory_of_tiled_grows_with_the_length_not_its_square():
     tiled, dense = ([temporaries(which, T) for T in (1024, 2048)] for which in ("tiled", "reference"))
     assert tiled[1] < 2.2 * tiled[0]

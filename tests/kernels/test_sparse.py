@@ -22,6 +22,7 @@ def dense(q, k, v, weight, seen):
     return p @ v, (ds @ k, ds.T @ q, p.T @ weight)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["causal & strided(16)", "causal & (summary(16, 2) | every(16))"])
 def test_attention_over_patches_is_that_over_all_pairs(monkeypatch, text):
     monkeypatch.setattr(tiled, "tile_sizes", lambda T, S: (SIDE, SIDE))

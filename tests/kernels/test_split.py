@@ -9,7 +9,7 @@ import packs
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_attend import OTHERS, Case, check_close, compiled, draw
+from test_attend import OTHERS, Case, check_close, compiled, draw, slowly
 from test_memory import inner_programs
 
 from lab import kernels
@@ -89,6 +89,7 @@ def grids(jaxpr):
 STEPPERS = {"tiled": tiled, "pallas_tpu": pallas_tpu, "pallas_triton": pallas_triton}  # whose step pallas_gpu takes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("heads", [1, 4])
 @pytest.mark.parametrize(
     ("implementation", "prefix", "branches", "own"),
@@ -109,7 +110,7 @@ def test_a_step_reads_the_shared_prefix_once(implementation, prefix, branches, o
 
 
 @pytest.mark.matrix("H")
-@pytest.mark.parametrize("implementation", OTHERS)
+@pytest.mark.parametrize("implementation", slowly(OTHERS))
 @pytest.mark.parametrize(
     ("H", "G"),  # of which a program of pallas_tpu has 8, 2 and 1
     [(32, 16), *(pytest.param(*x, marks=pytest.mark.slow) for x in ((4, 2), (3, 1)))],

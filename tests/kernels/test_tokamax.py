@@ -42,6 +42,7 @@ def check(case: Case, seed: int, pack: str) -> None:
     check_close(got, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 @settings(max_examples=3)
 @given(seed=seeds, pack=st.sampled_from(sorted(packs.PACKS)))

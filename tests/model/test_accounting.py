@@ -41,6 +41,7 @@ def test_parameters_of_the_published_models(name, tied):
 WIDE = dict(model__dim=64, model__mixer__head_dim=16, model__feedforward__width=160, run__implementation="reference")
 
 
+@pytest.mark.slow
 @pytest.mark.matrix("variant")
 @pytest.mark.parametrize(
     "variant",

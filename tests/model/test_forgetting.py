@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import tiny
 import variants
 
@@ -10,6 +11,7 @@ from lab.coordinates import Coordinates
 from lab.model.attending import View
 
 
+@pytest.mark.slow
 def test_forgetting_in_bfloat16_knows_what_it_forgets_to_float32():
     """Scores of F_i - F_j alone, over F of up to 150: one number of bfloat16 would be off by half a nat."""
     config = variants.config("mixer forgetting", model__compute="bfloat16")

@@ -42,7 +42,7 @@ def closed_form(a: np.ndarray, b: np.ndarray, layers: int, shape: tuple[int, ...
     return ALPHA / RANK * np.stack([of @ by for of, by in zip(a, b, strict=True)]).reshape(shape)
 
 
-@pytest.fixture(scope="module", params=SHAPES)
+@pytest.fixture(scope="module", params=variants.marked(SHAPES, fast=("default",)))
 def model(request):
     return tiny.model(variants.config(request.param))
 

@@ -257,7 +257,7 @@ def test_s2_does_not_feel_where_it_is_thanks_to_the_inverse_rotation(dtype, most
     assert absolute > 100 * max(relative, most / 100)
 
 
-@pytest.mark.parametrize("latent_norm", [True, False])
+@pytest.mark.parametrize("latent_norm", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_s3_with_the_absorbed_weights_of_an_mla_is_that_mla(latent_norm):
     shape = dict(model__mixer__kv_heads=1, model__position__dim=4, model__mixer__latent_norm=latent_norm)
     mla = tiny.model(tiny.config(model__mixer__name="mla", model__mixer__latent=12, **shape))
@@ -310,6 +310,7 @@ def test_what_is_cached_is_what_the_mixer_says(variant):
     assert numbers == 5 * (7 * accounting.cache_per_token_per_layer(model) + mixer.state_numbers)
 
 
+@pytest.mark.slow
 @pytest.mark.matrix("variant")
 @pytest.mark.parametrize("variant", variants.marked(variants.VARIANTS | variants.ON_STREAMS))
 def test_no_two_weights_are_drawn_from_the_same_numbers(variant):

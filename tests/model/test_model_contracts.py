@@ -63,6 +63,7 @@ def few() -> list:
     return variants.marked(variants.SCANNED, fast=("default",))
 
 
+@pytest.mark.slow
 @pytest.mark.matrix("variant")
 @pytest.mark.parametrize(("variant", "scan", "policy"), rematerialised())
 def test_rematerialised_equals_kept(variant, scan, policy):
@@ -99,7 +100,14 @@ def test_attention_is_made_once_where_its_outputs_are_kept(implementation, scan)
 
 
 @pytest.mark.matrix("variant")
-@pytest.mark.parametrize("implementation", [name for name in variants.IMPLEMENTATIONS if name != "reference"])
+@pytest.mark.parametrize(
+    "implementation",
+    [
+        pytest.param(n, marks=[] if n == "tiled" else pytest.mark.slow)
+        for n in variants.IMPLEMENTATIONS
+        if n != "reference"
+    ],
+)
 @pytest.mark.parametrize("variant", [*variants.marked(fast=("default",)), *variants.marked(variants.ON_RULES, ())])
 def test_implementations_equal_the_reference(variant, implementation):
     if biased(variants.config(variant).model) and not kernels.IMPLEMENTATIONS[implementation].biases:

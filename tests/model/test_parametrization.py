@@ -113,6 +113,7 @@ def test_a_scale_of_scores_that_is_set_stands():
     assert lab_model.abstract(made.model).blocks[0].mixer.scale == 0.7
 
 
+@pytest.mark.slow
 def test_weights_are_drawn_as_at_the_base():
     """Embeddings and the head with its width, output projections with its layers; the others by their own inputs."""
     sizes = dict(model__dim=64, model__feedforward__width=96, model__mixer__heads=8, model__mixer__kv_heads=8)
@@ -131,6 +132,7 @@ def test_a_table_of_biases_learns_alike_whether_layers_share_it():
         assert table.get_metadata()["factors"] == pytest.approx((DEEPER**-0.5, 1))
 
 
+@pytest.mark.slow
 def test_codes_of_positions_are_as_large_as_token_embeddings():
     """At the base and beyond it: a fixed code by its mean square, a learned one by its draw."""
     sizes = dict(model__dim=64, model__vocabulary=500, model__position__length=500)

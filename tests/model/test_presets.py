@@ -16,6 +16,7 @@ from lab.model import presets
 
 WHOLE = np.load(pathlib.Path(__file__).with_name("reference_models.npz"))
 D, H, HD, F, C, L = 16, 4, 4, 24, 24, 2
+FAST = ("gpt2", "llama")
 FAMILIES = sorted({name.split("/")[0] for name in WHOLE.files})
 SIZES = {  # what the tiny models have beside the sizes of all
     "gpt2": {"mixer.kv_heads": H, "position.length": 32},
@@ -154,7 +155,9 @@ def loaded(family: str):
     return model, w
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [pytest.param(one, marks=[] if one in FAST else pytest.mark.slow) for one in FAMILIES]
+)
 def test_a_preset_gives_the_logits_of_the_model_that_it_is_named_after(family):
     model, w = loaded(family)
     if family == "gpt2":

@@ -257,6 +257,7 @@ def test_sinkhorn_makes_a_matrix_doubly_stochastic():
     assert (M > 0).all() and M.std() > 0.05
 
 
+@pytest.mark.slow
 def test_mixing_weights_are_reported():
     start = {name: lab_model.build(config(name).model, jax.random.key(0)).stream.mixing() for name in FORMULAS}
     lower = np.tril(np.ones((L, L), bool))

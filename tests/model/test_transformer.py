@@ -86,6 +86,7 @@ def test_bfloat16_computes_near_float32_from_the_same_float32_weights():
     assert 0 < difference.max() < 0.15 * np.abs(expected).max()
 
 
+@pytest.mark.slow
 def test_weights_are_drawn_with_the_declared_spread():
     config = tiny.config(model__dim=64, model__mixer__head_dim=32, model__feedforward__width=256, model__layers=3)
     model = lab_model.build(config.model, jax.random.key(3))

@@ -118,6 +118,7 @@ def test_how_weights_are_drawn_is_in_the_initial_state(monkeypatch):
     assert digests(train__optimizer="muon")[1] != before[1]  # it keeps another state
 
 
+@pytest.mark.slow
 def test_another_process_gives_the_same():
     code = "import test_canonical; print(*test_canonical.digests())"
     environment = {**os.environ, "PYTHONHASHSEED": "12345", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}

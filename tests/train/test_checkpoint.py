@@ -63,7 +63,9 @@ def restore(directory: pathlib.Path, like: State):
         checkpoints.close()
 
 
-@pytest.mark.parametrize("onto", [BIG, HALF, ONE], ids=["8 devices", "4 devices", "1 device"])
+@pytest.mark.parametrize(
+    "onto", [pytest.param(BIG, marks=pytest.mark.slow), HALF, ONE], ids=["8 devices", "4 devices", "1 device"]
+)
 def test_round_trip_to_the_bit_onto_another_mesh(tmp_path, onto):
     saved, like = state_of(1, BIG), state_of(2, onto)
     save(tmp_path, saved)
@@ -145,6 +147,7 @@ def check_falls_back(directory: pathlib.Path, caplog) -> None:
     assert (directory.parent / checkpoint.SET_ASIDE / "2-1").is_dir()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["state", "position", "state/d", "state/ocdbt.process_0"])
 def test_a_checkpoint_without_a_part_falls_back_and_says_so(two_checkpoints, tmp_path, caplog, part):
     newest = damaged(two_checkpoints, tmp_path / "run")
@@ -160,6 +163,7 @@ def test_a_checkpoint_with_all_files_damaged_falls_back_and_says_so(two_checkpoi
     check_falls_back(tmp_path / "run", caplog)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32"])
 def test_any_one_bit_and_any_exchange_change_the_checksum(dtype):
     rng = np.random.default_rng(0)
@@ -177,6 +181,7 @@ def test_any_one_bit_and_any_exchange_change_the_checksum(dtype):
     assert int(checkpoint._checksum([*tree[:2], exchanged, tree[3]])) != stood
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_is_harmless_or_noticed(two_checkpoints, tmp_path, caplog):
     """In the files that hold the arrays, which are not checked by those who read them."""
     chance, fallen = np.random.default_rng(0), 0
@@ -192,6 +197,7 @@ def test_a_flipped_bit_is_harmless_or_noticed(two_checkpoints, tmp_path, caplog)
     assert fallen > 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [pytest.param(d, marks=[pytest.mark.slow] * (d != "truncated")) for d in DAMAGES])
 def test_any_damaged_file_is_harmless_or_noticed(two_checkpoints, tmp_path, caplog, damage):
     files = sorted(p.relative_to(two_checkpoints / "2") for p in (two_checkpoints / "2").rglob("*") if p.is_file())
@@ -234,6 +240,7 @@ PASSING = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", PASSING)
 @pytest.mark.parametrize("read", ["restore", "read_model"])
 def test_what_may_pass_stops_and_loses_nothing(two_checkpoints, tmp_path, monkeypatch, kind, read):

@@ -63,6 +63,7 @@ def check(got: list, expected: list) -> None:
     np.testing.assert_allclose(got, expected, rtol=2e-4)
 
 
+@pytest.mark.slow
 def test_activations_are_root_mean_squares_after_each_layer(looked):
     expected = [np.sqrt(np.mean(x_TD[looked.real] ** 2)) for x_TD in looked.x_TD[1:]]
     check(looked.measured["activation"], expected)
@@ -177,6 +178,7 @@ def undisturbed(tmp_path_factory):
         return file_of(tmp_path_factory.mktemp("run"), tiny.config(**EVERY))
 
 
+@pytest.mark.slow
 def test_losses_and_weights_are_the_same_to_the_bit_with_and_without(tmp_path, undisturbed):
     records, trained, file = undisturbed
     plain, without, lines = file_of(tmp_path, tiny.config(**SELDOM))

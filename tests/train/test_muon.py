@@ -137,6 +137,7 @@ def in_float64(tree):
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), tree)
 
 
+@pytest.mark.slow
 @pytest.mark.matrix("per_head")
 @pytest.mark.parametrize("layers", [pytest.param(0, marks=pytest.mark.slow), 2], ids=["one layer", "stacked"])
 @pytest.mark.parametrize("per_head", parameter.PER_HEAD)
@@ -160,7 +161,7 @@ def test_the_tables_are_those_of_the_reference():
     assert {*parameter.PER_HEAD} == {"none", "qkv", "all"}
 
 
-@pytest.mark.parametrize("per_head", ["none", "all"])
+@pytest.mark.parametrize("per_head", [pytest.param("none", marks=pytest.mark.slow), "all"])
 def test_singular_values_come_near_one(per_head):
     """About 0.7 to 1.2 after five steps, less where they were next to nothing; at one after the 8 + 2."""
     momentum_only = NUMBERS | {"learning_rate": 1.0, "weight_decay": 0.0}
@@ -173,6 +174,7 @@ def test_singular_values_come_near_one(per_head):
             assert (values > low).all() and (values < high).all(), (name, steps, values.min(), values.max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("on", [(), ("q", "down")], ids=["every matrix", "q and down"])
 def test_the_rest_follows_adamw_with_its_own_rate_and_decay(on):
     trainable = parameters(2)
@@ -187,6 +189,7 @@ def test_the_rest_follows_adamw_with_its_own_rate_and_decay(on):
         assert close == (name in rest), name
 
 
+@pytest.mark.slow
 def test_heads_apart_are_not_the_whole():
     trainable = parameters(2)
     gradients = drawn(trainable, steps=1)
@@ -220,6 +223,7 @@ def by_name(tree) -> dict[str, np.ndarray]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("per_head", ["qkv", *(pytest.param(one, marks=pytest.mark.slow) for one in ("none", "all"))])
 def test_a_training_step_moves_every_matrix_of_a_model_as_in_numpy(per_head):
     """The compiled step, in float32, on layers stacked two and one deep."""
@@ -259,6 +263,7 @@ def after_a_step(config, mesh):
     return by_name(parameter.split(state.model)[1]), by_name(state.optimizer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("per_head", ["all", pytest.param("none", marks=pytest.mark.slow)])
 def test_a_step_is_the_same_on_a_mesh(per_head):
     config = muon_config(train__muon__per_head=per_head)
@@ -269,6 +274,7 @@ def test_a_step_is_the_same_on_a_mesh(per_head):
             np.testing.assert_allclose(got[name], wanted[name], rtol=1e-3, atol=5e-5, err_msg=name)
 
 
+@pytest.mark.slow
 def test_momentum_lies_over_the_mesh_as_its_weight():
     config = muon_config()
     mesh = tiny.mesh(data=2, fsdp=2, tensor=2)
@@ -280,6 +286,7 @@ def test_momentum_lies_over_the_mesh_as_its_weight():
         assert len(found) == moments and all(m.sharding == weight.sharding for m in found)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_brings_back_the_state_on_another_mesh(tmp_path):
     config = muon_config(train__muon__steps="8+2")
     saved, like = (placed_state(config, tiny.mesh(**mesh)) for mesh in (dict(fsdp=2, tensor=2), {}))

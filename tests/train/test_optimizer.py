@@ -178,6 +178,7 @@ def test_a_rate_that_falls_by_a_factor_does_not_fall_to_nothing(final):
         optimizer.check(train)
 
 
+@pytest.mark.slow
 @given(st.integers(1, 200), st.floats(0, 1), st.floats(0, 1))
 def test_what_cools_down_ends_a_step_short_of_its_last_rate_or_is_refused(steps, warmup, cooldown):
     train = tiny.config(train__schedule="wsd", train__cooldown=cooldown).train

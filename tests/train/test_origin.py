@@ -122,6 +122,7 @@ def trained(place):
     return before, state
 
 
+@pytest.mark.slow
 def test_steps_change_adapters_alone(trained):
     before, state = trained
     jax.tree.map(np.testing.assert_array_equal, parameter.frozen(state.model), parameter.frozen(before))

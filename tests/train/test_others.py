@@ -213,6 +213,7 @@ def newest(directory, like):
     return state
 
 
+@pytest.mark.slow
 def test_a_schedule_free_run_ends_at_its_mean_and_goes_on_as_if_undisturbed(tmp_path):
     config = tiny.config(train__optimizer="schedule_free_adamw", train__schedule="constant", model__layers=1)
     config.run.checkpoint.every = 4

@@ -24,7 +24,7 @@ def dlogits(logits, batch, z_loss: float):
     return np.where(labelled[..., None], d, 0) / labelled.sum(), -np.log((softmax * onehot).sum(-1))[labelled].mean()
 
 
-@pytest.mark.parametrize("z_loss", [0.0, 0.3])
+@pytest.mark.parametrize("z_loss", [pytest.param(0.0, marks=pytest.mark.slow), 0.3])
 def test_loss_and_gradient_against_the_derivative_by_hand(z_loss):
     model, batch = tiny.model(tiny.config()), tiny.batch(rows=3)
     logits, pull = jax.vjp(jax.jit(lambda m: m(batch.tokens, batch.coordinates)), model)
@@ -35,6 +35,7 @@ def test_loss_and_gradient_against_the_derivative_by_hand(z_loss):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("microbatches", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_microbatches_weigh_tokens_not_parts(microbatches):
     model, batch = tiny.model(tiny.config()), tiny.batch(rows=8)
@@ -83,6 +84,7 @@ def test_the_reported_norm_is_that_of_the_whole_gradient_before_clipping():
     assert float(metrics.grad_norm) == pytest.approx(norm, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_evaluation_sums_what_training_means():
     model, batch = tiny.model(tiny.config()), tiny.batch(rows=3)
     nats, right, tokens = jax.jit(step.evaluation_step)(model, batch)

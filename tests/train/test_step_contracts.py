@@ -53,15 +53,21 @@ def test_a_step_is_finite_and_every_weight_of_every_layer_has_a_gradient(variant
         assert all(np.any(layer) for layer in layers), name
 
 
+FAST_OPTIMIZERS = ("adamw", "muon")
+
+
 def optimizers_in_turn() -> list:
     """(variant, optimizer): the default with each, the others with the next one each."""
     names = [*optimizer.OPTIMIZERS]
+    default = [
+        pytest.param("default", name, marks=[] if name in FAST_OPTIMIZERS else pytest.mark.slow) for name in names
+    ]
     others = [
         pytest.param(variant, names[place % len(names)], marks=pytest.mark.slow)
         for place, variant in enumerate(variants.VARIANTS)
         if variant != "default"
     ]
-    return [("default", name) for name in names] + others
+    return default + others
 
 
 @pytest.mark.matrix("variant")
@@ -91,7 +97,7 @@ MESHES = {
     "four devices": dict(data=2, context=2),
     "all but fsdp": dict(data=2, tensor=2, context=2),
 }
-FAST_MESHES = ("data fsdp tensor", "tensor over fewer groups, context")
+FAST_MESHES = ("data fsdp tensor",)
 
 
 def check_same(got, expected) -> None:
@@ -147,6 +153,7 @@ def test_microbatches_are_the_same_on_a_mesh(mesh):
     check_same(many, one)
 
 
+@pytest.mark.slow
 def test_evaluation_is_the_same_on_a_mesh():
     config, batch = tiny.config(), tiny.batch(rows=8, length=32)
     results = []

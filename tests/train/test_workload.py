@@ -44,6 +44,7 @@ def together(tmp_path_factory):
     return trained(tmp_path_factory.mktemp("together"), [tiny.config(**o) for o in VARIED])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("member", range(len(VARIED)))
 def test_a_member_is_what_it_would_be_alone(tmp_path, together, member):
     alone, (records,) = trained(tmp_path, [tiny.config(**VARIED[member])])
@@ -96,6 +97,7 @@ def test_batches_are_laid_out_for_the_model_and_tell_their_share_of_tiles(monkey
     assert moved
 
 
+@pytest.mark.slow
 def test_batches_are_arranged_where_they_are_made_by_processes_that_ask_jax_for_no_device(monkeypatch):
     configs = [tiny.config(model__rule="own_branch", data__draw="fixed4", run__workers=n) for n in (0, 2)]
     threads, processes = (Workload([Member(config, tiny.texts())]) for config in configs)

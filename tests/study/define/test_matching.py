@@ -161,6 +161,7 @@ def test_a_field_that_stops_growing_ends_the_search():
     assert matching.nearest_multiple(lambda value: -value, 100, 1) is None
 
 
+@pytest.mark.slow
 def test_parameters_are_hit_within_a_thousandth():
     """At the size of the published models, where one unit of the feed-forward width is 0.05% of the parameters."""
     fields = {
@@ -186,6 +187,7 @@ def test_parameters_are_hit_within_a_thousandth():
         assert abs(cell.matches[0]["residual"]) < 1e-3 and not matching.missed(cell.matches[0])
 
 
+@pytest.mark.slow
 def test_flops_and_cache_are_those_of_the_plan():
     cells = chain(
         named("base"),
@@ -264,6 +266,7 @@ def test_pairs_find_the_cell_that_is_the_same_otherwise():
 TWO_GROUPS = named("both", ("model.mixer.kv_heads", 2))
 
 
+@pytest.mark.slow
 def test_targets_are_solved_first_and_matches_in_the_order_written():
     both = matched(
         matched(TWO_GROUPS, to="base", on="cache", by="model.mixer.head_dim", multiple=2),

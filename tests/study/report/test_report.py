@@ -131,6 +131,7 @@ def test_recommendation_is_a_config_of_the_best_cells(finished):
     assert "Provisional" not in text
 
 
+@pytest.mark.slow
 def test_recommended_config_changes_all_that_the_cell_changes(tmp_path):
     text, _ = built(
         tmp_path, values=HEADS, loss=lambda labels, count: plausible(labels, count) - (labels["head"] == "h16")
@@ -293,6 +294,7 @@ def test_sections_that_cannot_be_made_are_refused_in_one_line(entry, told):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_a_section_reads_the_labels_that_it_is_given(tmp_path):
     """Under other labels the same losses make the same tables."""
     renamed = {"rope_ratio": "share", "train_branch": "drawn"}

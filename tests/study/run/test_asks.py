@@ -122,6 +122,7 @@ def test_what_is_asked_later_trains_nothing_and_repeats_nothing(study):
     assert "conditions" not in json.loads(result) and len(list(study.directory.glob("evaluations/*"))) == 4
 
 
+@pytest.mark.slow
 def test_whatever_a_row_depends_on_asks_anew(study, monkeypatch):
     study.make(config())
     fewer = config()
@@ -137,6 +138,7 @@ def test_whatever_a_row_depends_on_asks_anew(study, monkeypatch):
     assert study.make(fewer) == NOTHING
 
 
+@pytest.mark.slow
 def test_other_versions_take_a_complete_answer_whatever_its_program(study, monkeypatch):
     first = config()
     study.make(first)

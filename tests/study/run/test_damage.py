@@ -115,6 +115,7 @@ def test_a_damaged_log_beside_good_checkpoints_is_made_again(
     assert len(said) == len(list((study.directory / checkpoint.SET_ASIDE).glob("*"))) == trained / 2
 
 
+@pytest.mark.slow
 def test_a_log_that_is_lost_while_it_trains_is_one_line(tmp_path, monkeypatch):
     study = Study(tmp_path, monkeypatch)
 

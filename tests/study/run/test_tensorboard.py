@@ -133,6 +133,7 @@ def test_config_and_its_differences_are_text(tmp_path):
     assert points(tmp_path, "cell") == {10: 1.0}
 
 
+@pytest.mark.slow
 def test_figures_of_the_report_are_images_and_the_newest_replace_the_others(tmp_path):
     write_study(tmp_path, counts=(1, 16), seeds=2, skip={("rope_ratio=1.0,train_branch=1-15", 1)})
     report.rebuild(tmp_path)
