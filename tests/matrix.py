@@ -12,7 +12,7 @@ import subprocess
 
 import pytest
 
-ONE_IN = 18  # of a contract's slow tests
+ONE_IN = 24  # of a contract's slow tests
 FEWEST = 2
 
 

@@ -64,6 +64,7 @@ def off(model, name: str) -> float:
     return np.abs(np.asarray(found) - expected).max() / np.abs(expected).max()
 
 
+@pytest.mark.matrix("name")
 @pytest.mark.parametrize("name", [pytest.param(one, marks=() if one == FAST else pytest.mark.slow) for one in WHOLE])
 def test_logits_and_round_trip(name, tmp_path, monkeypatch):
     """What is imported gives the logits, and what is exported is byte for byte what was imported."""
@@ -83,6 +84,7 @@ def test_logits_and_round_trip(name, tmp_path, monkeypatch):
         assert (tmp_path / "out" / file).read_bytes() == (PLACE / name / file).read_bytes()
 
 
+@pytest.mark.matrix("name")
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted({*NAMES} - {*WHOLE}))
 def test_logits_and_config(name):

@@ -192,6 +192,7 @@ def test_every_implementation_equals_the_reference_forward_and_backward(name, im
     check_close(got, expected)
 
 
+@pytest.mark.matrix("implementation")
 @pytest.mark.slow
 @pytest.mark.parametrize("implementation", OTHERS)
 @settings(max_examples=6)
@@ -202,6 +203,7 @@ def test_every_implementation_equals_the_reference_for_any_rule(implementation, 
     check_close(compiled(case, implementation)(*inputs), compiled(case, "reference")(*inputs))
 
 
+@pytest.mark.matrix("implementation")
 @pytest.mark.parametrize("implementation", slowly(OTHERS))
 @settings(max_examples=5)
 @given(seed=seeds, pack=st.sampled_from(sorted(packs.PACKS)))
@@ -216,6 +218,7 @@ def test_bfloat16_is_near_the_exact_result_of_the_same_inputs(implementation, se
     check_close((outputs, gradients), expected, tolerance=0.01)
 
 
+@pytest.mark.matrix("name")
 @pytest.mark.parametrize(("name", "implementation"), each(CASES, HERE))
 def test_queries_that_see_nothing_give_zeros_and_no_gradient(name, implementation):
     case = case_of(name)
@@ -254,6 +257,7 @@ def test_large_scores_do_not_overflow(implementation):
     assert all(np.isfinite(x).all() for x in got[1])
 
 
+@pytest.mark.matrix("name")
 @pytest.mark.parametrize(("name", "implementation"), each(CASES, OTHERS))
 def test_two_calls_are_identical_to_the_bit(name, implementation):
     inputs = draw(case_of(name), 3, "interleaved")
@@ -279,6 +283,7 @@ def test_the_order_of_queries_and_keys_is_free(implementation, seed):
     check_close(run(*moved), ((o[:, t], lse[:, t]), (dq[:, t], dk[:, s], dv[:, s])))
 
 
+@pytest.mark.matrix("implementation")
 @pytest.mark.slow
 @pytest.mark.parametrize("implementation", OTHERS)
 @pytest.mark.parametrize("coordinates_too", [False, True])
@@ -301,6 +306,7 @@ def test_vmap_equals_a_loop(coordinates_too, implementation):
     check_close(jax.tree.map(lambda x: x.reshape(6, *x.shape[2:]), twice), expected)
 
 
+@pytest.mark.matrix("implementation")
 @pytest.mark.parametrize("implementation", slowly(OTHERS))
 def test_tiles_made_before_change_nothing(implementation):
     case, which = CASES["all_branches"], dict(implementation=implementation)
@@ -352,6 +358,7 @@ def rotating(implementation: str, inside: bool):
     return jax.jit(run)
 
 
+@pytest.mark.matrix("implementation")
 @pytest.mark.slow
 @pytest.mark.parametrize("implementation", HERE)
 @pytest.mark.parametrize("pairs", [4, 3])  # all of a head, and its last six dimensions

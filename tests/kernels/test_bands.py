@@ -146,6 +146,7 @@ def drawn_numbers(seed: int):
     return jnp.asarray(frequencies, jnp.float32), 1.25, 0.2, 0.5
 
 
+@pytest.mark.matrix("name")
 @pytest.mark.parametrize("implementation", ["reference", pytest.param("tiled", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", made(None, 1, 0, 1))
 @settings(max_examples=3)

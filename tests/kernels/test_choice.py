@@ -49,6 +49,7 @@ FAILING = {
 }
 
 
+@pytest.mark.matrix("name")
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAILING)
 def test_what_fails_is_refused_and_says_why(tried, name):
@@ -134,6 +135,7 @@ def test_what_differs_in_batches_alone_is_compared_once(monkeypatch):
     )
 
 
+@pytest.mark.matrix("changed")
 @pytest.mark.slow
 @pytest.mark.parametrize("changed", [{}, {"training": False}, {"frequencies": 3}, {"of_lse": False}])
 def test_tiled_passes_every_kind_of_problem(changed):

@@ -38,6 +38,7 @@ def outputs_and_gradients(attend, case, arrays, coordinates, do, **options):
     return (o, lse), pull(do)
 
 
+@pytest.mark.matrix("name")
 @pytest.mark.parametrize("row_by_row", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("name", slowly(CASES, lambda name: name != "unequal"))
 @settings(max_examples=3)

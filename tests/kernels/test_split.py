@@ -89,6 +89,7 @@ def grids(jaxpr):
 STEPPERS = {"tiled": tiled, "pallas_tpu": pallas_tpu, "pallas_triton": pallas_triton}  # whose step pallas_gpu takes
 
 
+@pytest.mark.matrix("implementation")
 @pytest.mark.slow
 @pytest.mark.parametrize("heads", [1, 4])
 @pytest.mark.parametrize(

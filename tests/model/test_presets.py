@@ -155,6 +155,7 @@ def loaded(family: str):
     return model, w
 
 
+@pytest.mark.matrix("family")
 @pytest.mark.parametrize(
     "family", [pytest.param(one, marks=[] if one in FAST else pytest.mark.slow) for one in FAMILIES]
 )

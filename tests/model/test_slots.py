@@ -73,6 +73,7 @@ def part_of(batch, places: np.ndarray):
     return at_places(batch.tokens, places, 3), Coordinates(*fields)
 
 
+@pytest.mark.matrix("variant")
 @pytest.mark.parametrize(("variant", "scattered"), KEEPERS)
 def test_rows_of_different_fill_decode_as_the_full_pass(variant, scattered):
     """In each row's next free slots, or in slots drawn at random; padding names slots that hold tokens."""

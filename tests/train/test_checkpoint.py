@@ -240,6 +240,7 @@ PASSING = {
 }
 
 
+@pytest.mark.matrix("kind")
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", PASSING)
 @pytest.mark.parametrize("read", ["restore", "read_model"])

@@ -53,6 +53,7 @@ def check_same(got, expected):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6), got, expected)
 
 
+@pytest.mark.matrix("run")
 @pytest.mark.slow
 @pytest.mark.parametrize("run", [
     dict(run__implementation="reference", run__scan=True, run__remat="full", run__microbatches=2),

@@ -103,6 +103,7 @@ def test_the_same_differences_give_the_same_bootstrap(values):
     assert statistics.estimate(values).bootstrap_interval == statistics.estimate(values).bootstrap_interval
 
 
+@pytest.mark.matrix("n")
 @pytest.mark.slow
 @pytest.mark.parametrize("effects", [0, 3], ids=["null", "mixed"])
 @pytest.mark.parametrize("n", [3, 5, 10])
