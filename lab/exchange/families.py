@@ -108,13 +108,13 @@ KEYS = {
     "num_key_value_heads": Field("mixer.kv_heads"),
     "head_dim": Field("mixer.head_dim"),
     "rms_norm_eps": Field("norm.eps"),
-    "tie_word_embeddings": Field("tied"),
+    "tie_word_embeddings": Field("tied", bool),
     "hidden_act": Field("feedforward.name", choices=GATES),
 }
 LLAMA = Family(
     model_type="llama",
     architecture="LlamaForCausalLM",
-    keys=KEYS | {"attention_bias": BIASES, "mlp_bias": Field("feedforward.bias")},
+    keys=KEYS | {"attention_bias": BIASES, "mlp_bias": Field("feedforward.bias", bool)},
     defaults={
         "hidden_size": 4096,
         "num_hidden_layers": 32,
