@@ -202,8 +202,6 @@ GEMMA_KEYS = {key: row for key, row in KEYS.items() if key != "hidden_act"} | {
     "query_pre_attn_scalar": Field("mixer.softmax_scale", _scale, _scalar),
     "final_logit_softcapping": Field("logit_softcap", _cap, _no_cap),
 }
-# `transformers` multiplies embeddings by sqrt(hidden_size) rounded to the type of the weights: in float32 by what is
-# used here, in bfloat16 by its nearest number.
 GEMMA2 = LLAMA._replace(
     model_type="gemma2",
     architecture="Gemma2ForCausalLM",

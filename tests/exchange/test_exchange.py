@@ -8,11 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors
+import tiny
 from flax import nnx
 
 import lab
 import lab.config
 from lab import model as lab_model
+from lab.coordinates import Coordinates
 from lab.data import tokenizers
 from lab.exchange import architecture, companions, exporting, importing, tensors
 from lab.exchange.families import FAMILIES
@@ -103,6 +105,19 @@ def test_every_family_and_every_difference_has_a_checkpoint():
     windows = [config["sliding_window"] for config in configs if config.get("sliding_window")]
     assert min(windows) * 3 <= 24 < max(windows)
     assert sum(path.stat().st_size for path in PLACE.rglob("*")) < 2**20
+
+
+@pytest.mark.parametrize(("compute", "scale"), [("float32", np.float32(3072**0.5)), ("bfloat16", np.float32(55.5))])
+def test_embeddings_are_scaled_by_a_number_of_the_type_of_activations(compute, scale):
+    """As transformers 5.24 does: sqrt(3072) = 55.43 is 55.5 in bfloat16, whose products are rounded once."""
+    made = tiny.config(model__layers=1, model__embedding_scale=3072**0.5, model__compute=compute)
+    model = tiny.model(made)
+    weights = np.asarray(model.embedding[...].astype(jnp.bfloat16), np.float32)  # as a file of bfloat16 has them
+    model.embedding = model.embedding.replace(jnp.asarray(weights))
+    tokens = np.random.default_rng(0).integers(0, tiny.VOCABULARY, (2, 7))
+    found = model.embed(jnp.asarray(tokens), Coordinates.single(2, 7))
+    expected = (weights[tokens] * scale).astype(jnp.dtype(compute)).astype(np.float32)
+    np.testing.assert_array_equal(np.asarray(found, np.float32), expected)
 
 
 @pytest.mark.slow
