@@ -203,8 +203,8 @@ def _rotation_written(family: Family, layers: Sequence[Mapping]) -> dict:
 def _parameters(layer: Mapping) -> dict:
     """Of a layer, as `transformers` spells rope_parameters: theta and, if there is one, a frequency map."""
     found = {"rope_theta": layer.get("position.theta", 1e4)}
-    if layer.get("position.scaling.name", "default") == "default":
-        return found
+    if layer.get("position.scaling.name", "default") not in {*rope.KEYS} - {"default"}:
+        return found  # and what is read back of another one is another model
     prefix = "position.scaling."
     for option, value in layer.items():
         if option.startswith(prefix) and (value or DECLARED[option].default):  # what is 0 follows from others
@@ -223,7 +223,7 @@ def window(rule: str) -> int | None:
 def meaning(model: ConfigDict) -> list[dict]:
     """What every layer is, {option: value}: two models of one meaning compute the same."""
     specs, read = spec.layer_specs(model), spec.read_by_layers(model)
-    of_entries = [_meant(leaves(one), fields) for one, fields in zip(specs, read, strict=True)]
+    of_entries = [_meant(leaves(one) | rope.meant(one), fields) for one, fields in zip(specs, read, strict=True)]
     return [of_entries[m % len(specs)] for m in range(model.layers)]
 
 
@@ -239,8 +239,10 @@ def _meant(values: Mapping, read: set[str]) -> dict:
         found["mixer.v_head_dim"] = values["mixer.v_head_dim"] or values["mixer.head_dim"]
     if found.get("mixer.rotate") == "qk":
         found["mixer.rotate"] = "auto"
-    original = "position.scaling.original_max_position_embeddings"
-    if original in found and rope.ORIGINAL in rope.KEYS.get(values["position.scaling.name"], ()):
+    kind, original = values["position.scaling.name"], rope.SCALING + rope.ORIGINAL
+    if kind == "default":
+        found = {name: x for name, x in found.items() if not name.startswith(rope.SCALING) or name.endswith(".name")}
+    if original in found and rope.ORIGINAL in rope.KEYS.get(kind, ()):
         found[original] = found[original] or values["position.trained"]
     if "position.dim" in found:
         found["position.dim"] = values["position.dim"] or values["mixer.head_dim"]

@@ -1,4 +1,6 @@
-"""What config.json of Hugging Face's format says of rotation, as options of config.model.position."""
+"""What config.json of Hugging Face's format says of rotation, as options of config.model.position; and which of these
+options say the same.
+"""
 
 import logging
 from collections.abc import Mapping
@@ -6,6 +8,7 @@ from typing import Any
 
 from lab.errors import UserError, choose
 from lab.exchange import kinds
+from lab.model import extrapolation, position
 
 SCALING = "position.scaling."
 ORIGINAL = "original_max_position_embeddings"
@@ -140,3 +143,24 @@ def scaling(given: Mapping, kind: str) -> dict[str, Any]:
             value = float(value)
         found[SCALING + key] = value
     return found
+
+
+def meant(layer) -> dict[str, Any]:
+    """{option: value} of the rotation of a layer whose frequency map or length is spelled otherwise than config.json
+    can spell it, and means the same: a factor that follows from the length, frequencies of another base, lists."""
+    R, chosen = position.rotary_dim(layer), layer.position
+    name = chosen.scaling.name if R and chosen.map.name == "none" and chosen.table == "own" else "default"
+    if name == "default":
+        return {}
+    found: dict[str, Any] = {"position.length": 0}
+    if name == "ntk" or (name == "dynamic" and chosen.length):  # frequencies b^(-2i/R) of another b
+        inverse, _ = extrapolation.frequencies(R, chosen)
+        return found | {f"{SCALING}name": "default", "position.theta": float(inverse[1]) ** (-R / 2)}
+    if name == "longrope" and chosen.length:
+        which = "long" if chosen.length > extrapolation.original(chosen) else "short"
+        found |= {f"{SCALING}{one}_factor": chosen.scaling[f"{which}_factor"] for one in ("short", "long")}
+    if name == "linear":
+        found[SCALING + ORIGINAL] = 0  # a factor says it
+    derives = extrapolation.FREQUENCY_MAPS[name].derives
+    s = extrapolation.stretch(chosen, chosen.length) if derives else chosen.scaling.factor or 1.0
+    return found | {f"{SCALING}factor": float(s)}
