@@ -270,6 +270,8 @@ ROWS = {
     "study/judge/documents.py": [
         ("other documents are paired", " and ours[0] == theirs[0]", ""),
         ("seeds are documents", "np.mean(found, axis=0)", "np.concatenate(found)"),
+        ("a test counts wherever it stands", "if one is other or _same_test(one, other)", "if one is other"),
+        ("three documents are judged", "LEAST = 10", "LEAST = 1"),
     ],
     "study/define/cells.py": [
         ("first group fastest", "itertools.product(*groups))", "itertools.product(*groups[::-1]))"),
