@@ -127,6 +127,8 @@ ROWS = {
     "model/position_maps.py": [
         ("chunks reach twice their size", "minimum(q.time % size + size, c)", "q.time % size + size"),
         ("groups begin at their own window", "q.time // G + (W - W // G)", "q.time // G + W"),
+        ("times beyond float32", "if largest_time(position, times) <= EXACT:", "if True:"),
+        ("groups reach a window more", "* position.map.group + W\n", "* position.map.group + 2 * W\n"),
         ("hybrid compresses what was trained", "minimum(time, L) * cf.numerator", "minimum(time, L) * cf.denominator"),
     ],
     "model/stretched.py": [
@@ -257,7 +259,9 @@ ROWS = {
         ("buckets one token late", "nats_nN[:, low:high].sum(1) for", "nats_nN[:, low + 1 : high + 1].sum(1) for"),
         ("windows count old tokens", "np.where(at < before, -1, following)", "following"),
         ("the last window left out", ", D - W})", "} or {0})"),
+        ("a document is enough text", "needed = ask.documents * (longest - first)", "needed = longest - first"),
     ],
+    "evaluate/ready.py": [("nothing is looked at", "ready := asks.ASKS[asked.kind].ready", "not asked")],
     "evaluate/passes.py": [("every chunk at time 0", "np.int32(start)", "np.int32(0)")],
     "evaluate/reached.py": [
         ("a method that does nothing", "if not beyond > tolerance:", "if False:"),
@@ -270,6 +274,8 @@ ROWS = {
     "study/judge/documents.py": [
         ("other documents are paired", " and ours[0] == theirs[0]", ""),
         ("seeds are documents", "np.mean(found, axis=0)", "np.concatenate(found)"),
+        ("a test counts wherever it stands", "if one is other or _same_test(one, other)", "if one is other"),
+        ("three documents are judged", "LEAST = 10", "LEAST = 1"),
     ],
     "study/define/cells.py": [
         ("first group fastest", "itertools.product(*groups))", "itertools.product(*groups[::-1]))"),

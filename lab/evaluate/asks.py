@@ -23,8 +23,9 @@ class AskKind(NamedTuple):
     column: what results call its axis. corpora: the data that it asks about. conditions: the field with the values of
     the axis. check(config, ask, its field); batches(config, ask, texts, condition, process_index=, process_count=).
     version: of what is done with the outputs on the host; a change asks anew. Long documents have no batches but
-    rows(config, ask, texts, tokenizer, condition), lab.evaluate.long.LongRows that are scored in chunks, and a
-    summary(config, ask, condition, rows, nats, right) of what was found.
+    rows(config, ask, texts, tokenizer, condition), lab.evaluate.long.LongRows that are scored in chunks, a
+    summary(config, ask, condition, rows, nats, right) of what was found, and ready(ask, its field, texts, tokenizer),
+    which raises UserError where there is too little to read.
     """
 
     column: str
@@ -36,6 +37,7 @@ class AskKind(NamedTuple):
     version: int = 1
     rows: Callable[..., long.LongRows] | None = None
     summary: Callable[..., long.LongSummary] | None = None
+    ready: Callable[..., None] | None = None
 
 
 SIZES = {
@@ -77,6 +79,7 @@ ASKS = {
         batches=None,
         rows=long.rows,
         summary=long.summary,
+        ready=long.check_texts,
     ),
     "retrieval": AskKind(
         "length",
@@ -87,6 +90,7 @@ ASKS = {
         batches=None,
         rows=retrieval.rows,
         summary=retrieval.summary,
+        ready=retrieval.check_documents,
     ),
 }
 ASK = Room(
@@ -131,6 +135,7 @@ def check(config: ConfigDict) -> None:
         kind.check(config, asked, field)
         model = remodelled(config, asked, field).model
         if kind.rows:
+            long.check_reach(model, asked, field)
             streams.check_rows(model, f"{field}.lengths: the longest,", max(asked.lengths))
             continue
         tokens = asked.texts_per_row * config.data.text_length

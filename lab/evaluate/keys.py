@@ -10,11 +10,13 @@ import numpy as np
 from ml_collections import ConfigDict
 
 import lab
+from lab.data import tokenizers
 from lab.errors import UserError
 from lab.evaluate import passes
 from lab.evaluate.long import LongRows
 from lab.evaluate.passes import Pass
-from lab.train import compiled
+from lab.options import leaves
+from lab.train import checkpoint, compiled, origin
 
 GAIN, SURE = 2.0, 2.0  # nats: what the long context saves of a key token at least, and what it costs then at most
 _found: dict[tuple, np.ndarray] = {}  # of the documents of one ask: every method is scored on the same
@@ -26,6 +28,34 @@ def evaluator(path: str):
     return lab.load(path)
 
 
+def check(ask: ConfigDict, field: str, tokenizer) -> None:
+    """Raises UserError for an evaluator that is not there, has other tokens, or no vector for so late a one; nothing of
+    its weights is read."""
+    if not ask.evaluator:
+        return
+    told, longest = f"{field}.evaluator = {ask.evaluator!r}", max(ask.lengths)
+    try:
+        found = origin.find(ask.evaluator)
+        stored = leaves(found.stored)
+        _check_tokens(ask.evaluator, tokenizers.load(found.cell, stored.get("data.eos", "")), tokenizer)
+        checkpoint.newest(found.directory, found.step)
+    except UserError as error:
+        raise UserError(f"{told}: {error}") from None
+    if stored.get("model.position.name") == "learned" and stored["model.position.length"] < longest:
+        raise UserError(
+            f"{told} has a vector for {stored['model.position.length']} positions, and is to read {longest}; choose "
+            "another, or shorter lengths"
+        )
+
+
+def _check_tokens(evaluator: str, own, tokenizer) -> None:
+    if own.fingerprint != tokenizer.fingerprint:
+        raise UserError(
+            f"the evaluator {evaluator} has another tokenizer ({own.name}) than what is asked ({tokenizer.name}); "
+            "choose one that has the same tokens"
+        )
+
+
 def of_rows(ask: ConfigDict, of: LongRows, digest: str, tokenizer, mesh, stop) -> np.ndarray:
     """bool [R, N]: whether the label of a token is a key; of whole documents alone.
 
@@ -34,11 +64,7 @@ def of_rows(ask: ConfigDict, of: LongRows, digest: str, tokenizer, mesh, stop) -
     key = ask.evaluator, ask.short, ask.block, ask.bos, digest
     if key not in _found:
         model, own = evaluator(ask.evaluator)
-        if own.fingerprint != tokenizer.fingerprint:
-            raise UserError(
-                f"the evaluator {ask.evaluator} has another tokenizer ({own.name}) than what is asked "
-                f"({tokenizer.name}); choose one that has the same tokens"
-            )
+        _check_tokens(ask.evaluator, own, tokenizer)
         _found[key] = find(compiled.laid(model, mesh), ask, of, mesh, stop)
     return _found[key]
 

@@ -29,7 +29,7 @@ LENGTHS = {
     "bos": Option(-1, "id of a token that every document and window begins with; -1: none", least=-1),
 }  # fmt: skip
 OF_TEXT = LENGTHS | {
-    "documents": Option(16, "of the longest length at most, spread over the validation texts", least=1),
+    "documents": Option(16, "of the longest length, spread over the validation texts", least=1),
     "evaluator": Option("", "directory of the model that chooses key tokens, for LongPPL; empty: it is not asked"),
     "short": Option(
         4096, "tokens of context that a block of tokens has to be judged as keys", least=1, most=LONGEST_ROW
@@ -82,7 +82,6 @@ def check_lengths(config: ConfigDict, ask: ConfigDict, field: str) -> None:
     if not ask.lengths:
         raise UserError(f"{field}.lengths is empty; choose at least one length, as (128, 256)")
     checks.at_most_once(f"{field}.lengths", ask.lengths)
-    position.check_times(spec.layer_specs(config.model), f"{field}.lengths: {max(ask.lengths)}", max(ask.lengths))
     if ask.evaluator and min(ask.lengths) <= ask.short:
         raise UserError(
             f"{field}.short = {ask.short} leaves no key tokens in documents of {min(ask.lengths)}; choose fewer"
@@ -104,6 +103,13 @@ def check_lengths(config: ConfigDict, ask: ConfigDict, field: str) -> None:
         )
 
 
+def check_reach(model: ConfigDict, ask: ConfigDict, field: str) -> None:
+    """Raises UserError for lengths that a model, with what the ask lays over it, cannot read."""
+    longest, specs = max(ask.lengths), spec.layer_specs(model)
+    position.check_times(specs, f"{field}.lengths: {longest}", longest)
+    position.check_reach(specs, f"{field}.lengths: {longest}", longest)
+
+
 def check(config: ConfigDict, ask: ConfigDict, field: str) -> None:
     """The same of lengths of text."""
     check_lengths(config, ask, field)
@@ -114,19 +120,31 @@ def check(config: ConfigDict, ask: ConfigDict, field: str) -> None:
         )
 
 
+def check_texts(ask: ConfigDict, field: str, texts: Sequence[np.ndarray], tokenizer=None) -> None:
+    """Raises UserError for too little text, naming what there is and what it would be enough for. tokenizer: not
+    read."""
+    longest, first, there = max(ask.lengths), int(ask.bos >= 0), 0
+    needed = ask.documents * (longest - first)
+    for i in range(min(ask.texts or len(texts), len(texts))):
+        there += len(texts[i])
+        if there >= needed:
+            return
+    whole, fits = there // (longest - first), there // ask.documents + first
+    enough = f"ask of {field}.documents = {whole}, or " if whole else ""
+    enough += f"of lengths up to {fits}, or " if fits >= 2 else ""
+    raise UserError(
+        f"{field}: {ask.documents} documents of {longest} tokens take {needed} of them, and the validation texts have "
+        f"{there}; {enough}bring more text, as with data.corpus = 'files' and data.path"
+    )
+
+
 def documents(ask: ConfigDict, texts: Sequence[np.ndarray]) -> np.ndarray:
     """Documents [n, D] of the validation texts joined in their order, of the longest length less its bos, as far
     apart as they fit. Raises UserError for too little text."""
-    joined = np.concatenate([texts[i] for i in range(min(ask.texts, len(texts)))] or [np.zeros(0, np.int32)])
+    check_texts(ask, "an ask", texts)
+    joined = np.concatenate([texts[i] for i in range(min(ask.texts, len(texts)))])
     longest = max(ask.lengths) - (ask.bos >= 0)
-    there = len(joined) // longest
-    if not there:
-        raise UserError(
-            f"the validation texts have {len(joined)} tokens, fewer than a document of {longest}; bring more text, or "
-            "ask of shorter lengths"
-        )
-    n = min(there, ask.documents)
-    first = np.arange(n) * there // n
+    first = np.arange(ask.documents) * (len(joined) // longest) // ask.documents
     return np.stack([joined[i * longest : (i + 1) * longest] for i in first])
 
 

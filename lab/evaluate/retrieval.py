@@ -107,6 +107,23 @@ def check(config: ConfigDict, ask: ConfigDict, field: str) -> None:
     at_most_once(f"{field}.tasks", ask.tasks)
 
 
+def check_documents(ask: ConfigDict, field: str, texts, tokenizer) -> None:
+    """Raises UserError for lengths that a document does not fit into, however little garbage it has. texts: not
+    read."""
+    least = {}
+    for task in ask.tasks:
+        for number in range(ask.texts):
+            content = _content(task, number)
+            size = len(tokenizer.encode(_text(TASKS[task].intro, content, 0) + content.answer)) + (ask.bos >= 0)
+            least[task] = max(least.get(task, 0), size)
+    if least and max(least.values()) > min(ask.lengths):
+        told = ", ".join(f"{task} {size}" for task, size in least.items() if size > min(ask.lengths))
+        raise UserError(
+            f"{field}.lengths: {min(ask.lengths)} tokens are fewer than the least documents have, in this tokenizer "
+            f"({told}); choose at least {max(least.values())}, or other tasks"
+        )
+
+
 def document(tokenizer, task: str, number: int, length: int) -> tuple[np.ndarray, np.ndarray]:
     """A text in tokens, int32, and its answer: together as near to `length` as whole sentences come.
 
@@ -114,7 +131,7 @@ def document(tokenizer, task: str, number: int, length: int) -> tuple[np.ndarray
     where not even the least document fits.
     """
     chosen = TASKS[choose("the task of a retrieval", task, TASKS)]
-    content = chosen.content(np.random.default_rng((_SEED, list(TASKS).index(task), number)))
+    content = _content(task, number)
     text = lambda count: _text(chosen.intro, content, count)  # noqa: E731
     encoded = lambda count: tokenizer.encode(text(count) + content.answer)  # noqa: E731
     if (least := len(encoded(0))) > length:
@@ -166,6 +183,10 @@ def summary(config: ConfigDict, ask: ConfigDict, length: int, of: LongRows, nats
     kept |= {"tokens": tokens.astype(int).tolist()}
     labels, right = of.labels[labelled_RN], float((right_RN & labelled_RN).sum())
     return LongSummary(labels, float(nats.sum()), right, further | {"texts": digest(of)}, kept)
+
+
+def _content(task: str, number: int) -> Content:
+    return TASKS[task].content(np.random.default_rng((_SEED, list(TASKS).index(task), number)))
 
 
 def _text(intro: str, content: Content, count: int) -> str:

@@ -18,7 +18,7 @@ from lab.errors import UserError, choose
 from lab.kernels.bands import Band, Growth
 from lab.kernels.rotary import rotation
 from lab.kernels.rules import Rule
-from lab.model import extrapolation
+from lab.model import extrapolation, position_maps
 from lab.model.codes import FourierCode, LearnedCode, SinusoidalCode, check_time
 from lab.model.extrapolation import FREQUENCY_MAPS, GROWTH, LENGTHS
 from lab.model.parameter import FixedTable
@@ -199,10 +199,24 @@ def check_layers(specs: Sequence, maps: Sequence[int]) -> None:
 
 
 def check_times(specs: Sequence, made: str, times: int) -> None:
-    """Refuses so many time steps where fewer have a learned vector. made: the fields that make them as many."""
+    """Refuses so many time steps where fewer have a learned vector, or mapped times that are no exact numbers. made:
+    the fields that make them as many."""
     for spec in specs:
         if spec.position.name == "learned":
             check_time(f"{made}: a token may be", times - 1, spec.position.length)
+        position_maps.check_times(spec.position, made, times)
+
+
+def check_reach(specs: Sequence, made: str, tokens: int) -> None:
+    """Refuses rows of so many tokens where a method of a layer is made for fewer. made: the field that asks them."""
+    for spec in specs:
+        length = spec.position.length if spec.position.name != "learned" else 0
+        if length and tokens > length:
+            raise UserError(
+                f"{made}: model.position.length = {length} makes frequencies for no longer texts; choose at least "
+                f"{tokens} for it, or ask of at most {length}"
+            )
+        position_maps.check_reach(spec.position, made, tokens)
 
 
 def shares(model) -> bool:

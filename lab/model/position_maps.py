@@ -4,12 +4,14 @@ i is the time of a query, j that of a key; L is position.trained, and N the toke
 config.model.position to pieces: disjoint sets of pairs, and the times by which each turns.
 """
 
+import bisect
 from collections.abc import Callable, Mapping
 from fractions import Fraction
 from typing import NamedTuple
 
+from lab.coordinates import Coordinates
 from lab.errors import UserError
-from lab.kernels.expressions import Rule, Term, k, maximum, minimum, q, term
+from lab.kernels.expressions import Range, Rule, Term, k, maximum, minimum, q, term
 from lab.options import Option
 
 EXACT = 2**24  # whole numbers up to it are exact in float32
@@ -42,7 +44,9 @@ class Turns(NamedTuple):
 class PositionMap(NamedTuple):
     """pieces: of config.model.position, which pairs turn by which times; they are disjoint. reach: of (position, N),
     one past the longest distance at which a row of N tokens turns. seen: the pairs that it does not hide; None: all.
-    trained: whether it needs position.trained. window: whether it needs a window, or position.trained instead."""
+    trained: whether it needs position.trained. window: whether it needs a window, or position.trained instead. most:
+    the tokens of the longest row that turns at trained distances alone, of a map that is made to; None: it has no end,
+    or was not to."""
 
     pieces: Callable[..., list[Turns]]
     options: Mapping[str, Option] = {}
@@ -50,6 +54,7 @@ class PositionMap(NamedTuple):
     seen: Callable[..., Rule] | None = None
     trained: bool = False
     window: bool = False
+    most: Callable[..., int] | None = None
 
 
 def nearer(w: int) -> Rule:
@@ -132,6 +137,12 @@ def self_extend(position) -> list[Turns]:
     return [Turns(nearer(W), q.time, k.time), Turns(farther(W), q.time // G + (W - W // G), k.time // G)]
 
 
+def self_extend_most(position) -> int:
+    """(L - W) G + W."""
+    W = window_of(position)
+    return (position.trained - W) * position.map.group + W
+
+
 def chunks_of(position) -> tuple[int, int]:
     """(c, tokens of a chunk)"""
     c = position.map.chunk or 3 * position.trained // 4
@@ -183,7 +194,8 @@ POSITION_MAPS = {
     ),
     "self-extend": PositionMap(
         self_extend, WINDOW | GROUPS,
-        lambda position, N: min(N, w := window_of(position)) + max(N - w, 0) / position.map.group, window=True
+        lambda position, N: min(N, w := window_of(position)) + max(N - w, 0) / position.map.group, window=True,
+        most=self_extend_most,
     ),
     "dca": PositionMap(dca, CHUNKS, lambda position, N: min(N, chunks_of(position)[0] + 1), trained=True),
     "lm-infinite": PositionMap(
@@ -222,6 +234,37 @@ def check(position) -> None:
             f"model.position.map.cf = {chosen.cf} is {ratio('cf', chosen.cf)}, and positions of "
             f"model.position.trained = {position.trained} times that are no exact numbers; choose a ratio of smaller "
             "whole numbers"
+        )
+
+
+def check_times(position, made: str, times: int) -> None:
+    """Refuses so many time steps that mapped times are no whole numbers of float32, let alone of int32. made: the
+    fields that make them as many."""
+    if largest_time(position, times) <= EXACT:
+        return
+    fits = bisect.bisect_left(range(1, times), True, key=lambda n: largest_time(position, n) > EXACT)
+    raise UserError(
+        f"{made}: model.position.map.name = {position.map.name!r} makes of {times} time steps numbers up to "
+        f"{largest_time(position, times)}, above {EXACT}, to which float32 counts; choose at most {fits} of them, or "
+        f"ratios of smaller whole numbers for: {', '.join(sorted(POSITION_MAPS[position.map.name].options))}"
+    )
+
+
+def largest_time(position, times: int) -> int:
+    """The largest whole number, in size, among the mapped times of `times` time steps, before they are divided."""
+    at = Coordinates(*[Range(0, times - 1)] * 4)
+    sides = [time for turns in POSITION_MAPS[position.map.name].pieces(position) for time in turns[1:3]]
+    return max(abs(int(end)) for time in sides for end in time.value_range(at, at))
+
+
+def check_reach(position, made: str, tokens: int) -> None:
+    """Refuses rows of so many tokens where the map reaches no further than fewer."""
+    row = POSITION_MAPS[position.map.name]
+    most = row.most(position) if row.most and position.trained else tokens
+    if tokens > most:
+        raise UserError(
+            f"{made}: model.position.map.name = {position.map.name!r} reaches {most} tokens of model.position.trained "
+            f"= {position.trained}; ask of no more, or choose a larger group or a smaller window"
         )
 
 

@@ -104,6 +104,17 @@ def test_buckets_of_positions_double_and_the_first_is_within_L(model, nats):
     assert "sliding" not in one.further and "sliding" not in one.documents
 
 
+def test_what_is_one_test_has_the_same_numbers(model):
+    """What the family of tests takes for one: within L at every longer length, all of a text of at most L tokens, and
+    one window over the longest documents."""
+    found = {n: one.documents for n, one in found_of(config_of(), model, texts()).items()}
+    nats = {n: np.array(kept["nats"]) for n, kept in found.items()}
+    np.testing.assert_allclose(nats[11][:, 0], nats[LONGEST][:, 0], rtol=1e-6)
+    assert found[11]["tokens"][0] == found[LONGEST]["tokens"][0] == L and nats[5].shape[1] == 1
+    np.testing.assert_allclose(found[LONGEST]["sliding"], nats[LONGEST].sum(1), rtol=1e-6)
+    assert found[LONGEST]["sliding_tokens"] == sum(found[LONGEST]["tokens"])
+
+
 def test_L_is_that_of_the_ask_else_of_the_model_else_of_the_texts():
     config = config_of()
     assert long.trained(config, config.evaluate.long) == L
@@ -173,8 +184,19 @@ def test_what_cannot_be_asked_is_refused(fields, told):
 
 
 def test_too_little_text_is_told(model):
-    with pytest.raises(UserError, match="fewer than a document of 17; bring more text"):
-        found_of(config_of(), model, [np.arange(5, dtype=np.int32)])
+    """By how much, and for what there is enough: of 60 tokens, three documents of 17, or four of 15."""
+    config, given = config_of(), [np.arange(5, dtype=np.int32)] * 12
+    told = "4 documents of 17 tokens take 68 of them, and the validation texts have 60; ask of "
+    with pytest.raises(UserError, match=f"an ask: {told}.*bring more text, as with data.corpus = 'files'"):
+        found_of(config, model, given)
+    enough = "ask of evaluate.long.documents = 3, or of lengths up to 15, or bring more text"
+    with pytest.raises(UserError, match=f"evaluate.long: .*have 60; {enough}"):
+        long.check_texts(config.evaluate.long, "evaluate.long", given)
+    for fields in (dict(documents=3), dict(lengths=(5, 15)), dict(lengths=(5, 16), bos=7)):
+        long.check_texts(config_of(**fields).evaluate.long, "evaluate.long", given)
+    config.evaluate.long.update(lengths=(5, 16))
+    with pytest.raises(UserError, match="lengths up to 15"):
+        long.check_texts(config.evaluate.long, "evaluate.long", given)
 
 
 def test_a_learned_position_without_a_vector_is_refused():

@@ -35,6 +35,7 @@ STUDY = Room({
                         "verdicts make of runs between which nothing differs", least=0, most=100),
     "calibrate_cell": Option("", "the name of that cell; empty: the first that is a baseline, else the first"),
     "untrained": Option(False, "a checkpoint is asked as it is: none is trained unless the command sets train.steps"),
+    "brings": Option("", "the model that a checkpoint is to be of; without one the study is planned, and not run"),
     "vmap": Option("none", "runs of one program that are trained as one vmapped program",
                    choices=("none", "seeds", "numbers")),
 })  # fmt: skip

@@ -6,9 +6,10 @@ from ml_collections import ConfigDict
 
 from lab import config as lab_config
 from lab import model as lab_model
-from lab.data import tokenizers
+from lab.data import packing, tokenizers
 from lab.data.corpora import CORPORA
 from lab.errors import UserError
+from lab.evaluate import asks, long
 from lab.model import lora, parameter
 from lab.options import leaves, set_field
 from lab.train import origin, partition
@@ -32,7 +33,8 @@ def laid(config: ConfigDict, overridden: tuple[str, ...] = ()) -> ConfigDict:
         found = origin.find(pinned)
         brought = _brought(lab_config.restored(found.stored), found.cell, config.data.corpus, overridden)
     except UserError as error:
-        raise UserError(f"config.checkpoint = {config.checkpoint!r}: {error}") from None
+        brings = f"; bring {config.study.brings}" if config.study.brings else ""
+        raise UserError(f"config.checkpoint = {config.checkpoint!r}: {error}{brings}") from None
     changed = config.copy_and_resolve_references()
     changed.checkpoint = str(pinned)
     own = {"model.compute"} if config.model.compute != lab_config.base().model.compute else set()  # no part of weights
@@ -55,12 +57,35 @@ def _brought(stored: ConfigDict, cell: pathlib.Path, corpus: str, overridden: tu
     return fields | dict(zip(TOKENIZER, (name, stored.data.eos), strict=True))
 
 
+def check_brought(config: ConfigDict) -> None:
+    """Refuses to run a study that is of a checkpoint, and has none: what it would cost can be planned."""
+    if config.study.brings and not config.checkpoint:
+        raise UserError(
+            f"config.checkpoint is empty: this study is of {config.study.brings}; convert it, python -m lab.convert "
+            "from-hf DIR OUT, and give --config.checkpoint=OUT, or the directory of a cell of the lab"
+        )
+
+
+def _check_lengths(config: ConfigDict, stored: ConfigDict) -> None:
+    """Refuses asks of long documents by another L than that of the texts on which a checkpoint was trained here."""
+    if stored.model.position.trained or not stored.train.steps or stored.data.corpus not in CORPORA:
+        return
+    times = packing.most_times(stored.data)
+    for name, asked in config.evaluate.items():
+        if asks.ASKS[asked.kind].rows and (L := long.trained(config, asked)) != times:
+            raise UserError(
+                f"evaluate.{name}.trained = {L}, and config.checkpoint = {config.checkpoint!r} was trained on texts of "
+                f"{times} tokens; choose that, of configs/length_extrapolation.py the scale :{times}"
+            )
+
+
 def check(config: ConfigDict, name: str) -> None:
     """Refuses a cell `name` that cannot begin from the study's checkpoint, or that needs one and has none."""
     partition.check(config)
     if not config.checkpoint:
         return
     stored = lab_config.restored(origin.find(config.checkpoint).stored)
+    _check_lengths(config, stored)
     there, here = (_shapes(lab_model.abstract(each.model)) for each in (stored, config))
     for weight in sorted({*there, *here}):
         if there.get(weight) != here.get(weight):

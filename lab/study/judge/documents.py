@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from lab.options import tuples
+from lab.study.evaluations import LOSS
 from lab.study.judge.evidence import UNKNOWN
 from lab.study.judge.statistics import LEVEL, Estimate, estimate, holm, resolution
 from lab.study.results import Results
@@ -19,6 +20,8 @@ PARTS = ("all", "within", "beyond", "sliding", "exact")
 HYBRID = {"position.map.name", "position.map.cf"}  # what a plain hybrid overrides, besides its rounding
 BESIDE = {"trained", "length", "unselected"}  # fields of a position that are no method
 SAME = 1e-4  # nats per token: a mean difference up to that is none
+ROUNDING = 1e-6  # of the nats per token of one and the same text, summed in another order
+LEAST = 10  # documents that say anything: with fewer there is a mean, and no interval, test or verdict
 
 Arm = tuple[str, str]  # (name of a cell, name of a method)
 
@@ -54,8 +57,10 @@ class Paired:
 
     @property
     def verdict(self) -> str:
-        """better | worse | same | cannot tell."""
-        if self.part != "exact" and self.estimate.n > 1 and abs(self.estimate.mean) <= SAME:
+        """better | worse | same | cannot tell, and of too few documents how many there are."""
+        if 0 < self.estimate.n < LEAST:
+            return f"{UNKNOWN} ({self.estimate.n} document{'s' * (self.estimate.n > 1)})"
+        if self.part != "exact" and self.estimate.n and abs(self.estimate.mean) <= SAME:
             return "same"
         if self.adjusted is None or self.adjusted >= LEVEL:
             return UNKNOWN
@@ -116,17 +121,39 @@ def compare(study: Results) -> list[Paired]:
                     asks = [one.retrieval if part == "exact" else one.name for one in (method, plain)]
                     if (cell, method.name) != (cells[0], plain.name) and all(asks):
                         found.append(between(study, (cell, asks[0]), (cells[0], asks[1]), length, part, method.name))
-    adjusted = holm([one.estimate.p for one in found])
-    return [dataclasses.replace(one, adjusted=p) for one, p in zip(found, adjusted, strict=True)]
+    return corrected(found)
+
+
+def corrected(found: list[Paired]) -> list[Paired]:
+    """As one family, in which each test counts once, however often it stands there.
+
+    A text of at most L tokens lies within L; what is within L saw nothing of how long its text is; and one window over
+    the longest documents is their one pass.
+    """
+    first = [next(i for i, other in enumerate(found) if one is other or _same_test(one, other)) for one in found]
+    once = list(dict.fromkeys(first))
+    adjusted = dict(zip(once, holm([found[i].estimate.p for i in once]), strict=True))
+    return [dataclasses.replace(one, adjusted=adjusted[i]) for one, i in zip(found, first, strict=True)]
+
+
+def _same_test(one: Paired, other: Paired) -> bool:
+    """Whether both are of the same losses of one arm. Answers of two lengths may be alike and are of two texts."""
+    ours, theirs = one.estimate.values, other.estimate.values
+    if one.arm != other.arm or "exact" in (one.part, other.part) or not ours or len(ours) != len(theirs):
+        return False
+    return bool(np.allclose(ours, theirs, rtol=0, atol=ROUNDING))
 
 
 def between(study: Results, arm: Arm, other: Arm, length: int, part: str, name: str = "") -> Paired:
-    """One arm less another, before correction; without a number where they read other documents."""
+    """One arm less another, before correction; without a number where they read other documents, and with a mean alone
+    where these are too few."""
     ours, theirs = (by_document(study, *one, length, part) for one in (arm, other))
     paired = ours is not None and theirs is not None and ours[0] == theirs[0]
     differences = ours[1] - theirs[1] if paired else []
     step = resolution(float(np.mean(ours[1]))) if paired and part != "exact" else 0.0
-    return Paired((arm[0], name or arm[1]), length, part, estimate(differences, step))
+    few = 0 < len(differences) < LEAST
+    found = Estimate(len(differences), float(np.mean(differences))) if few else estimate(differences, step)
+    return Paired((arm[0], name or arm[1]), length, part, found)
 
 
 def best_cf(study: Results, cell: str, length: int) -> Method | None:
@@ -147,6 +174,11 @@ def hybrids(study: Results) -> list[Method]:
 def cf(method: Method) -> float:
     """Of a plain model 1."""
     return 1.0 if method.cf is None else method.cf
+
+
+def phase(name: str) -> str:
+    """What timings.csv calls an ask."""
+    return "eval" if name == LOSS else name
 
 
 def _numbers(kept: Mapping, part: str) -> np.ndarray | None:

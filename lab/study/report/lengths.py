@@ -29,7 +29,7 @@ def section(study: Results) -> list[Piece]:
         return [Text("No length has been asked yet.")]
     paired, L = documents.compare(study), trained(study)
     lengths = sorted({length for by_length in found.values() for length in by_length})
-    blocks = [Text(_measured(study, every, L)), _perplexities(study, found, paired, lengths)]
+    blocks = [*_few(found), Text(_measured(study, every, L)), _perplexities(study, found, paired, lengths)]
     blocks += _positions(study, every, found, L)
     beyond = [length for length in lengths if length > L]
     for length in reversed(beyond or lengths):
@@ -98,8 +98,18 @@ def _measured(study: Results, every: Sequence[Method], L: int) -> str:
         "at every length, to its first so many tokens. Within and beyond L: by the position of the token that is read. "
         f"{sliding} Exact: every token of the answer is the likeliest given the true text before it, as greedy "
         "decoding would find. Differences are from the plain model, paired by document; intervals are by resampling "
-        "documents (95%, studentised bootstrap), verdicts by paired t-tests, corrected over all of them (Holm)."
+        "documents (95%, studentised bootstrap), verdicts by paired t-tests, corrected over all of them (Holm), "
+        "one that stands in several places counting once."
     )
+
+
+def _few(found: ByArm) -> list[Piece]:
+    """That there are too few documents to judge by."""
+    counts = {row["documents"] for by_length in found.values() for row in by_length.values() if "documents" in row}
+    if not counts or min(counts) >= documents.LEAST:
+        return []
+    told = f"**Too few documents: {min(counts):g}.** Below {documents.LEAST} no interval and no verdict is given"
+    return [Text(f"{told}; bring more text, or ask of shorter lengths, for as many as that.", strong=True)]
 
 
 def _labelled(study: Results, arm: tuple[str, str]) -> list[str]:
@@ -256,7 +266,8 @@ def _claims(study: Results, L: int, paired: list[Paired]) -> list[Piece]:
 def _costs(study: Results, every: Sequence[Method], found: ByArm, length: int) -> list[Piece]:
     frame, rows = study.timings, []
     for arm in found:
-        of = frame[(frame["cell"] == arm[0]) & (frame["phase"] == _phase(arm[1])) & (frame[study.condition] == length)]
+        of = frame[(frame["cell"] == arm[0]) & (frame["phase"] == documents.phase(arm[1]))]
+        of = of[of[study.condition] == length]
         if of.empty:
             continue
         seconds, speed, peak = of[["seconds", "tokens_per_second", "peak_bytes"]].astype(float).mean()
@@ -268,8 +279,3 @@ def _costs(study: Results, every: Sequence[Method], found: ByArm, length: int) -
         "compiling), and the memory of the program that reads them."
     )
     return [Table(columns, rows, caption, sortable=True)] if rows else []
-
-
-def _phase(name: str) -> str:
-    """What timings.csv calls an ask."""
-    return "eval" if name == "loss" else name

@@ -16,11 +16,11 @@ from ml_collections import ConfigDict
 from lab import data as lab_data
 from lab import kernels
 from lab.errors import UserError
-from lab.evaluate import asks
+from lab.evaluate import asks, ready
 from lab.model import mesh as lab_mesh
 from lab.storage import find_json, write_json
 from lab.study import measure, results
-from lab.study.define import asked, contrasts, identity, plan
+from lab.study.define import asked, contrasts, identity, plan, start
 from lab.study.define.cell import Cell, labels
 from lab.study.run import places, segments
 from lab.train import dropout, partition
@@ -76,13 +76,17 @@ def _sizes_of_asks(config: ConfigDict) -> tuple:
 def runs_of(cells: list[Cell], seeds: Sequence[int], workdir: pathlib.Path, remake: bool = False) -> list[Run]:
     """Every cell with every seed, in the order of the cells, each where its files lie or will lie.
 
-    remake: cells that were made under other versions of the libraries are made again.
+    remake: cells that were made under other versions of the libraries are made again. Raises UserError for what shows
+    once the data is read.
     """
     for cell in cells:
+        start.check_brought(cell.config)
         partition.check_begun(cell.config)
     opened = _open_data(cells)
     filled = [asks.filled(cell.config, data.validation) for cell, data in zip(cells, opened, strict=True)]
     cells = [dataclasses.replace(cell, config=config) for cell, config in zip(cells, filled, strict=True)]
+    for cell, data in zip(cells, opened, strict=True):
+        ready.check(cell.config, data)
     by_name = {cell.name: cell for cell in cells}
     pairs = contrasts.settings(cells[0].config.study).baseline if cells else ()
     against = contrasts.baselines({name: cell.labels for name, cell in by_name.items()}, pairs)
