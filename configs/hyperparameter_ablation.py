@@ -22,6 +22,7 @@ from lab.study.define.cells import chain, matched, named, product, vary
 RATIOS = (1, 2, 8 / 3, 4, 8, 16, 32, 64)  # of a gated feed-forward to the model
 HEADS = (0.5, 1, 2, 4, 8, 16)  # of all query heads to the model
 DECAYS = (0.0, 0.1, 1.0)
+KAPLAN = "(arXiv 2001.08361, figure 5)"
 GATED = 8 / 3
 BASELINE = "baseline"
 ONCE = 3_840  # texts of 512 tokens that the smallest standard library has
@@ -67,9 +68,22 @@ def sweep(config, name: str, **values) -> tuple:
     return chain(named(BASELINE), alike(chain(*others)))
 
 
+def expect(study, *claims: tuple[str, tuple, tuple, str]) -> None:
+    """Hypotheses (claim, better, worse, what was published of it and where) of sides (label, value), ..."""
+    study.contrasts = tuple((claim, better, worse) for claim, better, worse, _ in claims)
+    study.hypotheses = tuple((claim, (("single", claim, -1),), published) for claim, *_, published in claims)
+
+
 def part_ffn(config) -> None:
-    config.study.question = "How wide a feed-forward, at equal parameters?"
-    config.study.cells = sweep(config, "d_ff / d", ffn=[r for r in RATIOS if r != GATED])
+    study = config.study
+    study.question = "How wide a feed-forward, at equal parameters?"
+    study.cells = sweep(config, "d_ff / d", ffn=[r for r in RATIOS if r != GATED])
+    best = (("variant", BASELINE),)
+    expect(
+        study,
+        ("d_ff / d of 8 is too wide", best, (("variant", "d_ff / d 8"),), f"1.8% {KAPLAN}"),
+        ("d_ff / d of 64 is too wide", best, (("variant", "d_ff / d 64"),), f"8% near 50 {KAPLAN}"),
+    )
 
 
 def part_heads(config) -> None:
@@ -85,13 +99,20 @@ def part_aspect(config) -> None:
 
 
 def part_regularisation(config) -> None:
-    """Weight decay under three schedules: they share one program."""
+    """Weight decay under three schedules: they share one program. The section on stability has the weights' norms."""
     study = config.study
     study.question = "Does weight decay help by itself, or by way of the schedule?"
     study.labels = (("train.schedule", "schedule"), ("train.weight_decay", "decay"))
     config.train.final_learning_rate = config.train.learning_rate / 100
     study.cells = product(vary("train.schedule", ("constant", "cosine", FAST)), vary("train.weight_decay", DECAYS))
     study.baseline = (("decay", 0.0),)
+    study.sections = ("stability", "curves")
+    config.run.log.instruments = ("weights", "updates")
+    cosine = lambda decay: (("schedule", "cosine"), ("decay", decay))  # noqa: E731
+    expect(
+        study,
+        ("Some decay helps where the rate falls", cosine(0.1), cosine(0.0), "training loss too (arXiv 2310.04415)"),
+    )
 
 
 def part_repeated(config) -> None:
@@ -111,6 +132,13 @@ def part_repeated(config) -> None:
         ),
     )
     study.baseline = (("regularised", "no"),)
+    arm = lambda texts, name: (("texts", texts), ("regularised", name))  # noqa: E731
+    once, often = ((arm(n, "dropout 0.1"), arm(n, "no")) for n in (texts, texts // 10))
+    expect(
+        study,
+        ("Dropout helps where texts are read ten times", *often, "over several epochs (arXiv 2305.13230)"),
+        ("Dropout hurts where they are read once", *once[::-1], "over one epoch (arXiv 2505.24788)"),
+    )
 
 
 def part_batch(config) -> None:

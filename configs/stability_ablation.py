@@ -10,9 +10,10 @@ per second, which is what a remedy costs.
 
 Published: in post-norm models the gradient at the start grows with the layer, in pre-norm ones it does not, and
 post-norm without warm-up is the worst (arXiv 2002.04745); QK-norm trains at higher rates (arXiv 2302.05442), 10.84
-perplexity against 11.19; a z-loss of 1e-4 keeps log Z near 0 (PaLM, arXiv 2204.02311). On biases sources contradict
-each other: that they steady training, and that leaving them out does. Here output projections start (2 layers)^-1/2
-times as large, which flattens that gradient: it falls with the layer before norms, and is level behind them.
+perplexity against 11.19 (arXiv 2410.16682); a z-loss of 1e-4 keeps log Z near 0 (PaLM, arXiv 2204.02311). On biases
+sources contradict each other: that they steady training, and that leaving them out does. Here output projections start
+(2 layers)^-1/2 times as large, which flattens that gradient: it falls with the layer before norms, and is level behind
+them.
 """
 
 from lab.config import base
@@ -24,6 +25,12 @@ PRE = "pre"
 Z_LOSS, QK_NORM = ("train.z_loss", 1e-4), ("model.mixer.qk_norm", True)
 POST, LAYER_NORM = ("model.placement.name", "post"), ("model.norm.name", "layer")
 BIASES = ("model.mixer.bias", "all"), ("model.feedforward.bias", True)
+CLAIMS = (  # better, worse, what was published of it and where
+    ("Post-norm needs a warm-up", "post, warm-up", "post", "without one it does not train (arXiv 2002.04745)"),
+    ("Pre-norm needs no warm-up, post-norm does", PRE, "post", "arXiv 2002.04745"),
+    ("QK-norm trains at higher rates", "pre, QK-norm", PRE, "arXiv 2302.05442; 10.84 against 11.19 (arXiv 2410.16682)"),
+    ("A z-loss steadies training", "pre, z-loss", PRE, "arXiv 2204.02311"),
+)
 
 
 def get_config(scale: str = "cpu"):
@@ -34,6 +41,11 @@ def get_config(scale: str = "cpu"):
     study.labels = (("name", "variant"),)
     study.sections = ("stability", "curves")
     study.baseline = (("variant", PRE),)
+    pairs = {f"{better} - {worse}": (better, worse) for _, better, worse, _ in CLAIMS}
+    study.contrasts = tuple((name, *((("variant", side),) for side in sides)) for name, sides in pairs.items())
+    study.hypotheses = tuple(
+        (claim, (("single", f"{better} - {worse}", -1),), where) for claim, better, worse, where in CLAIMS
+    )
     config.run.log.instruments = INSTRUMENTS
     config.train.update(dict(warmup=0, clip=float("inf"), final_learning_rate=0.0))
     SCALES[choose("the scale of configs/stability_ablation.py", scale, SCALES)](config)

@@ -24,8 +24,9 @@ from lab.train.step import Program, State
 
 OF_ROWS = ("activations", "logits", "log_z")  # of the first row of a batch, or of one for each device along rows
 OF_UPDATE = ("gradients", "updates")
+OF_WEIGHTS = ("weights",)
 ON_HOST = ("spikes",)  # counted where a run is logged: see lab.study.judge.spikes
-INSTRUMENTS = (*OF_ROWS, *OF_UPDATE, *ON_HOST)
+INSTRUMENTS = (*OF_ROWS, *OF_UPDATE, *OF_WEIGHTS, *ON_HOST)
 OPTION = Option((), "what is measured beside the loss, of the first step and every log.every-th",
                 kind=tuple[str, ...], choices=INSTRUMENTS)  # fmt: skip
 
@@ -39,7 +40,7 @@ def due(at: int, every: int) -> bool:
 
 def programmed(names: Sequence[str]) -> tuple[str, ...]:
     """Those that need a program, in one order, so that it is compiled once."""
-    return tuple(name for name in (*OF_ROWS, *OF_UPDATE) if name in names)
+    return tuple(name for name in (*OF_ROWS, *OF_UPDATE, *OF_WEIGHTS) if name in names)
 
 
 def measure(state: State, numbers: Numbers, batch: Batch, program: Program, names: tuple[str, ...]) -> Measured:
@@ -53,17 +54,20 @@ def measure(state: State, numbers: Numbers, batch: Batch, program: Program, name
     log_z: log_z_mean and log_z_max, of the head's log normaliser.
     gradients: gradient, the norm over the parameters of each layer, before clipping.
     updates: update, the norm of each layer's update divided by that of its weights.
+    weights: weight, that norm, before the step.
     """
     found = {}
+    weights, shape = parameter.split(state.model)[1], (state.model.layers, len(state.model.blocks))
     if {*names} & {*OF_ROWS}:
         found |= _of_rows(partition.whole(state.model), _first_rows(batch), names)
     if {*names} & {*OF_UPDATE}:
         _, grads, updates, _ = step.update(state, numbers, batch, program)
-        weights, shape = parameter.split(state.model)[1], (state.model.layers, len(state.model.blocks))
         if "gradients" in names:
             found["gradient"] = norms(grads, *shape)
         if "updates" in names:
             found["update"] = norms(updates, *shape) / norms(weights, *shape)
+    if "weights" in names:
+        found["weight"] = norms(weights, *shape)
     return found
 
 

@@ -116,6 +116,7 @@ def test_updates_are_those_of_adamw_by_hand_beside_the_weights(looked):
         ]
         expected.append(norm(updates) / norm(weight))
     check(looked.measured["update"], expected)
+    check(looked.measured["weight"], [norm(weight) for weight in layers_of(trainable)])
     assert clipped < 0.9 and rate > 0
 
 

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from lab.errors import UserError, choose
-from lab.study.define.settings import STUDY, Pairs
+from lab.study.define.settings import STUDY, Expected, Pairs
 
 LAYERS = ("single", "crossed", "aligned")  # one factor changed; several at once; one changed at equal parameters
 SIGNS = {2: (1, -1), 4: (1, -1, -1, 1)}  # of the sides of a contrast: a - b, and (a - b) - (c - d)
@@ -22,10 +22,12 @@ class Contrast:
 
 @dataclasses.dataclass(frozen=True)
 class Hypothesis:
-    """A claim in words, and what it expects: (layer, name of a contrast, sign of that contrast)."""
+    """A claim in words, and what it expects: (layer, name of a contrast, sign of that contrast); `published`: what was
+    found elsewhere, and where, "" of a claim of the study's own."""
 
     claim: str
-    expected: tuple[tuple[str, str, int], ...]
+    expected: Expected
+    published: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

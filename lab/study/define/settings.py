@@ -2,6 +2,7 @@
 
 from lab.options import Option, Room
 
+Expected = tuple[tuple[str, str, int], ...]  # (layer, name of a contrast, its sign)
 Pairs = tuple[tuple[str, object], ...]  # (label, value or values): selects the cells that have them all; or fields
 
 STUDY = Room({
@@ -26,8 +27,9 @@ STUDY = Room({
                        kind=Pairs),
     "contrasts": Option((), "(name, plus, minus) or (name, a, b, c, d), each side (label, value or values), ...",
                         kind=tuple[tuple[str, Pairs, Pairs] | tuple[str, Pairs, Pairs, Pairs, Pairs], ...]),
-    "hypotheses": Option((), "(claim, ((single | crossed | aligned, name of a contrast, -1 | 1), ...)), ...",
-                         kind=tuple[tuple[str, tuple[tuple[str, str, int], ...]], ...], least=-1, most=1),
+    "hypotheses": Option((), "(claim, ((single | crossed | aligned, name of a contrast, -1 | 1), ...)), ..., and last "
+                         "what was published of it and where, if it was",
+                         kind=tuple[tuple[str, Expected] | tuple[str, Expected, str], ...], least=-1, most=1),
     "tune": Option((), "(field, values), ...: each cell is tuned on this grid first",
                    kind=tuple[tuple[str, tuple[object, ...]], ...]),
     "tune_seed": Option(1000, "of the trials; cells are judged on seed, seed + 1, ...", least=0),

@@ -55,6 +55,7 @@ class Evidence:
     layer: str
     comparison: Comparison
     sign: int
+    published: str = ""  # of the claim: what was found elsewhere, and where
 
     @property
     def told_layer(self) -> str:
@@ -97,7 +98,7 @@ def find(study: Results) -> Findings | None:
     comparisons = corrected(found)
     named = {comparison.name: comparison for comparison in comparisons if comparison.kind == "contrast"}
     evidence = [
-        Evidence(hypothesis.claim, layer, named[name], sign)
+        Evidence(hypothesis.claim, layer, named[name], sign, hypothesis.published)
         for hypothesis in asked.hypotheses
         for layer, name, sign in hypothesis.expected
     ]

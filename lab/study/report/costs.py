@@ -56,22 +56,42 @@ def overview(study: Results) -> list[Piece]:
 
 def moved(study: Results) -> list[Piece]:
     """What memory has to carry by the plan: bytes of the cache, and operations for each number moved; none of a plan
-    that does not say."""
+    that does not say. Beside it how fast was decoded, where an ask reads its texts one token at a time."""
     cells = [cell for cell in study.plan["cells"] if "intensity_decoding" in cell]
     if not cells:
         return []
-    decoded = list(cells[0]["intensity_decoding"])
+    decoded, measured = list(cells[0]["intensity_decoding"]), _decoded(study)
     rows = []
     for cell in cells:
         found = cell["intensity_training"], *(cell["intensity_decoding"][count] for count in decoded)
-        rows.append([*map(str, study.key(cell)), whole(cell["cache_bytes_per_token"]), *(number(x, 1) for x in found)])
-    columns = "cache bytes per token", "intensity of training", *(f"of decoding {count}" for count in decoded)
+        speeds = (number(by_cell.get(cell["name"]), 0) for by_cell in measured.values())
+        shown = whole(cell["cache_bytes_per_token"]), *(number(x, 1) for x in found), *speeds
+        rows.append([*map(str, study.key(cell)), *shown])
+    columns = (
+        "cache bytes per token",
+        "intensity of training",
+        *(f"of decoding {count}" for count in decoded),
+        *measured,
+    )
     caption = (
         "What memory carries. Bytes: of all layers. Arithmetic intensity: operations of attention for each number read "
         "or written, in orders of growth, of training on the study's batch and of decoding so many rows to the length "
         "of a training row (—: a layer keeps a state)."
     )
+    if measured:
+        caption += " Decoded: texts through the cache, one token of each row at a time, medians over seeds."
     return [Table([*study.labels, *columns], rows, caption, folded=True)]
+
+
+def _decoded(study: Results) -> dict[str, dict[str, float]]:
+    """{column: {cell: tokens per second, the median over its runs}} of the asks that score one token at a time."""
+    asked, frame, found = study.plan["config"].get("evaluate", {}), study.timings, {}
+    for name in study.further_asks:
+        timed = frame[frame["phase"] == name]
+        if asked.get(name, {}).get("chunk") == 1 and not timed.empty:
+            speeds = timed["tokens_per_second"].astype(float).groupby(timed["cell"]).median()
+            found[f"decoded tokens/s, {asked[name]['rows']} rows"] = speeds.to_dict()
+    return found
 
 
 def _cost(title: str, points: Mapping[str, tuple[float, float]], name: str) -> str:

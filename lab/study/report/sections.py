@@ -120,6 +120,7 @@ def make(study: Results, findings: Findings | None) -> list[Section]:
         found = [
             Section("Verdicts", verdicts.verdicts(study, findings)),
             Section("Evidence", verdicts.evidence(findings) if findings.evidence else []),
+            Section("Published directions", verdicts.directions(findings)),
             by_condition,
             Section("Loss by cost", costs.pareto(study, findings)),
             *named,

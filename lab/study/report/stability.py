@@ -6,7 +6,9 @@ from statistics import fmean
 
 import numpy as np
 
+from lab.study.define.contrasts import baselines, settings
 from lab.study.judge import spikes
+from lab.study.judge.residuals import percent, throughput
 from lab.study.numbers import number
 from lab.study.report import figures, live
 from lab.study.report.layout import cell_label, few, lowest, run_label
@@ -18,8 +20,10 @@ CAPTION = (
     f"Over all measured steps and layers, and over seeds, unless it is said otherwise. A spike is a step whose loss is "
     f"more than {spikes.TIMES:g} spreads (1.4826 median absolute deviations) above the median of the "
     f"{spikes.WINDOW} before it; all steps count, and the number is of one run. A run fails at the first step whose "
-    "loss or gradient is not finite. —: not measured."
+    "loss or gradient is not finite. Step time: by how much a step of training takes longer than the baseline's, with "
+    "what is measured beside the loss, medians of runs. —: not measured."
 )
+SLOWER = "step time against the baseline"
 
 
 def section(study: Results) -> list[Piece]:
@@ -29,10 +33,12 @@ def section(study: Results) -> list[Piece]:
     shown = [cell for cell in study.plan["cells"] if begun[cell["name"]]]
     if not shown:
         return [Text("No step has been logged yet.")]
-    rows = [[*map(str, study.key(cell)), *(show(begun[cell["name"]]) for show in COLUMNS.values())] for cell in shown]
-    kept = [place for place, name in enumerate(COLUMNS, len(study.labels)) if any(row[place] != "—" for row in rows)]
-    kept = [*range(len(study.labels)), *kept]
-    names = [*study.labels, *COLUMNS]
+    slower, rows = _slower(study), []
+    for cell in shown:
+        found = (show(begun[cell["name"]]) for show in COLUMNS.values())
+        rows.append([*map(str, study.key(cell)), *found, slower[cell["name"]]])
+    names = [*study.labels, *COLUMNS, SLOWER]
+    kept = [i for i in range(len(names)) if i < len(study.labels) or any(row[i] != "—" for row in rows)]
     table = Table([names[i] for i in kept], [[row[i] for i in kept] for row in rows], CAPTION, sortable=True)
     return [*_failed_first(study), table, *_gradients(study, begun)]
 
@@ -94,9 +100,17 @@ COLUMNS = {
     "largest activation": _largest("activation", 1),
     "gradient, last / first layer at the start": _rise,
     "largest update / weights": _largest("update", 4),
+    "norm of a layer's weights at the end": _at_the_end("weight", 2),
     "spikes": _spikes,
     "failed": _failed,
 }
+
+
+def _slower(study: Results) -> dict[str, str]:
+    """{cell: by how much its steps take longer than those of its baseline}; dashes where there is none, or no time."""
+    cells, speeds = {cell["name"]: cell["labels"] for cell in study.plan["cells"]}, throughput(study)
+    against = baselines(cells, settings(study.plan["config"].get("study", {})).baseline)
+    return {name: percent(speeds[against[name]] / speeds[name] - 1) if name in against else "—" for name in cells}
 
 
 def _failed_first(study: Results) -> list[Piece]:

@@ -16,6 +16,7 @@ from lab.study.results import Results
 JUDGED = ["verdict", "difference", "95% interval", "noise", "detectable", "tokens/s"]
 DETAILS = ["p (Holm)", "bootstrap 95%", "differs in"]  # last, so that costs are seen without scrolling
 OF_CONTRAST = ["contrast", "expected", "difference", "95% interval", *COSTS]
+AGREES = {"supported": "agrees", "contradicted": "disagrees"}  # with what was published
 NONE = ["—"] * len(OF_CONTRAST)  # where a row is about several contrasts
 MOST_TRENDS, MOST_EFFECTS = 24, 40  # in a figure
 EXPLAINED = (
@@ -111,6 +112,25 @@ def evidence(findings: Findings) -> list[Piece]:
         f"contradicts it and none supports it. {BETWEEN}"
     )
     return [Table(["claim", "evidence", "layer", *OF_CONTRAST], rows, caption)]
+
+
+def directions(findings: Findings) -> list[Piece]:
+    """What was published of a comparison beside our difference: agrees | disagrees | cannot tell; none of a study whose
+    claims are its own."""
+    rows = []
+    for one in (one for one in findings.evidence if one.published):
+        there, known = "lower" if one.sign < 0 else "higher", one.comparison.estimate
+        ours = signed(known.mean), interval(known.t_interval), number(known.detectable, 4)
+        says = AGREES.get(one.outcome, one.comparison.verdict)
+        costs = relative(one.comparison.residuals)
+        rows.append([one.claim, one.published, one.comparison.name, there, *ours, f"**{says}**", *costs])
+    columns = ["published", "how large, and where", "compares", "loss there", "ours", "95% interval", "detectable"]
+    caption = (
+        "The direction that was published beside our difference: of larger models and more data, mostly one run each: "
+        "only the sign compares. Agrees: ours has that sign, and a Holm-corrected p below 0.05; disagrees: it has "
+        f"the other; else these seeds cannot tell: a difference of `detectable` they find 4 times in 5. {BETWEEN}"
+    )
+    return [Table([*columns, "ours says", *COSTS], rows, caption)] if rows else []
 
 
 def through_training(study: Results, findings: Findings) -> list[Piece]:

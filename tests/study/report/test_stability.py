@@ -6,7 +6,7 @@ import types
 
 import numpy as np
 import pytest
-from studies import write, write_study
+from studies import write, write_run, write_study
 from test_live import checked
 from test_report import rows_of
 
@@ -30,6 +30,7 @@ def measured(place: int, seed: int, step: int) -> dict:
         "log_z_max": 3.0,
         "gradient": [1.0, 10.0 ** (place + seed)] if step == 0 else [2.0, 4.0],
         "update": [0.01, 0.02],
+        "weight": [3.0, 4.0 + place + (step == 79)],
         "spikes": 0,
     }
 
@@ -67,6 +68,8 @@ def test_a_row_has_the_largest_the_last_and_what_failed(study):
     assert (pre["attention entropy at the end"], post["attention entropy at the end"]) == ("1.500", "2.500")
     assert pre["largest activation"] == "3.0" and pre["largest update / weights"] == "0.0200"
     assert pre["gradient, last / first layer at the start"] == "5.50"  # of 1 and 10
+    assert pre["norm of a layer's weights at the end"] == "4.00"  # of 3 and 5
+    assert post["norm of a layer's weights at the end"] == "4.50" and stability.SLOWER not in pre
     assert (pre["spikes"], post["spikes"]) == ("0.0", "1.0") and spikes.spikes([2.0] * 30 + [9.0]) == [30]
     assert (pre["failed"], broken["failed"], later["failed"]) == (
         "none", "1 of 2, first at step 30", "1 of 2, first at step 50"
@@ -94,6 +97,17 @@ def test_the_gradient_of_each_layer_is_drawn_at_both_ends(study, monkeypatch):
 def test_a_study_that_measured_nothing_has_its_spikes_and_failures(tmp_path):
     write_study(tmp_path, {"variant": ["a"]}, lambda labels, count: 2.0, (1,), sections=("stability",))
     assert rows(tmp_path) == {"a": {"variant": "a", "spikes": "0", "failed": "no"}}
+
+
+def test_a_step_that_takes_longer_than_the_baselines_says_by_how_much(tmp_path):
+    of = {"variant": ["pre", "post", "pending"]}
+    study = {"baseline": (("variant", "pre"),)}
+    write_study(tmp_path, of, lambda labels, count: 2.0, (1,), sections=("stability",), study=study,
+                skip={("variant=pending", 0)})  # fmt: skip
+    write_run(tmp_path, results.collect(tmp_path).plan["cells"][1], 0, lambda labels, count: 2.0, (1,), speed=36000.0)
+    found = rows(tmp_path)
+    assert found["post"][stability.SLOWER] == "+25.0%" and found["pre"][stability.SLOWER] == "—"  # 45,000 and 36,000
+    assert "pending" not in found
 
 
 def test_before_the_first_step_there_is_nothing_to_say(tmp_path):

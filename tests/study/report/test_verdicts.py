@@ -102,6 +102,28 @@ def test_evidence_is_by_claim_and_layer(finished):
     ]
 
 
+def test_published_directions_agree_disagree_or_cannot_be_told(tmp_path):
+    """Ratio 1 has the lower loss by 0.2, ratio 0.5 one that noise hides; the last claim was not published."""
+    half = ("half or nothing", (("rope_ratio", 0.5),), (("rope_ratio", 0.0),))
+    claims = (
+        ("more is better", (("single", "all or nothing", -1),), "0.3 (one paper)"),
+        ("more is worse", (("single", "all or nothing", 1),), "another paper"),
+        ("half is better", (("single", "half or nothing", -1),), "a third"),
+        ("half is worse", (("single", "half or nothing", 1),)),
+    )
+    text, _, _ = built(tmp_path, study=STUDY | {"contrasts": (CONTRAST, half), "hypotheses": claims})
+    rows = table(text, "published")
+    said = [(row["published"], row["how large, and where"], row["loss there"], row["ours says"]) for row in rows]
+    assert said == [
+        ("more is better", "0.3 (one paper)", "lower", "**agrees**"),
+        ("more is worse", "another paper", "higher", "**disagrees**"),
+        ("half is better", "a third", "lower", "**cannot tell**"),
+    ]
+    low, high = (float(bound) for bound in rows[0]["95% interval"].strip("[]").split(", "))
+    assert low < float(rows[0]["ours"]) < high < 0 and rows[0]["compares"] == "all or nothing"
+    assert {rows[0][cost] for cost in ("parameters", "training FLOPs", "cache", "attention work")} == {"+0.0%"}
+
+
 def test_published_losses_stand_beside_ours(finished):
     rows = table(finished[0], "rope_ratio | train_branch | source")
     theirs = [row["1"] for row in rows if row["source"] == "published"]
