@@ -76,7 +76,7 @@ def transcribed(engine: Engine, tokenizer: Tokenizer, stops: Sequence[Sequence[s
     """
     transcripts: dict[tuple[int, int], Transcript] = {}
     while engine.busy:
-        for request, branch, token, ended in engine.step():
+        for request, branch, token, ended, *_ in engine.step():
             transcript = transcripts.setdefault((request, branch), Transcript(tokenizer, stops[request]))
             if transcript.stopped:  # its cancellation is told
                 continue
