@@ -23,8 +23,8 @@ from serving import asked
 
 from lab import generate, runtime
 from lab.errors import UserError
-from lab.serve import server
-from lab.serve.app import app
+from lab.serve import protocol, server
+from lab.serve.app import app, streamed
 
 
 @pytest.fixture(scope="module")
@@ -170,12 +170,49 @@ def test_a_client_that_stops_reading_frees_its_slots():
             if len(sent) > 1:
                 await asyncio.Event().wait()
 
-        await application(scope("/v1/completions"), came.get, send)
+        await asyncio.wait_for(application(scope("/v1/completions"), came.get, send), serving.DEADLINE)
 
     asyncio.run(exchange())
     assert sent == ["http.response.start", "http.response.body"]
     assert serving.Running(worker, None, 0).idle() and cancelled == [(0,)]
     worker.stop()
+
+
+def test_what_is_told_before_a_stream_begins_is_in_it():
+    """That a request was taken in, and what it generates, may be heard at once."""
+    body, worker, sent = dict(prompt="ab", max_tokens=5, temperature=0), serving.worker(), []
+    served = serving.served(worker)
+    asked = protocol.read(json.dumps(body).encode(), served)
+
+    async def send(message):
+        sent.append(message.get("body", b""))
+
+    async def exchange():
+        answer = worker.open(asked.asks)
+        worker.obey(wait=True)  # in this thread
+        while worker.busy:
+            worker.step()
+        await asyncio.wait_for(streamed(protocol.Reply(asked, served), answer, send), serving.DEADLINE)
+
+    asyncio.run(exchange())
+    *chunks, done = b"".join(sent).decode().removesuffix("\n\n").split("\n\n")
+    texts = [json.loads(chunk.removeprefix("data: "))["choices"][0]["text"] for chunk in chunks]
+    assert ["".join(texts)] == [choice["text"] for choice in serving.alone(body)] and done == "data: [DONE]"
+
+
+def test_of_what_is_refused_in_part_nothing_goes_on():
+    worker = serving.worker()
+    asked = protocol.read(json.dumps(dict(prompt=["a", ""])).encode(), serving.served(worker))
+
+    async def exchange():
+        answer = worker.open(asked.asks)
+        worker.obey(wait=True)
+        worker.step()  # tells of the end of the first
+        assert not worker.busy and not worker.going
+        with pytest.raises(UserError, match="the prompt is empty"):
+            await asyncio.wait_for(answer.take(), serving.DEADLINE)
+
+    asyncio.run(exchange())
 
 
 def scope(path: str) -> dict:
