@@ -57,7 +57,7 @@ $(VENV)-lm-eval/.lm-eval: requirements-lm-eval.txt
 	$(VENV)-lm-eval/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-lm-eval.txt
 	@touch $@
 
-$(VENV)/.tests: $(VENV)/.runs requirements-dev.txt
+$(VENV)/.tests: $(VENV)/.runs requirements-dev.txt requirements-serve.txt
 	$(PIP) -r requirements-dev.txt
 	@touch $@
 

@@ -5,6 +5,10 @@ python -m lab.generate runs/rope_ablation/cells/NAME-IDENTITY --prompt "def " --
 
 Prompts come from --prompt, from a file, or from standard input: text, which is one prompt, or JSON lines, objects with
 "prompt" and maybe "id" and settings under their own names: {"prompt": "def ", "branches": 4, "stop": ["\\n"]}.
+
+python -m lab.generate runs/rope_ablation/cells/NAME-IDENTITY --serve 8000
+
+serves OpenAI's completions protocol; --serve 8000 --help lists the flags that it takes.
 """
 
 import argparse
@@ -34,6 +38,11 @@ OTHERS = {
     "branches": (int, 0, "branches that continue the prompt, as branches 1, 2, ... of it; 0: it is one text with it"),
     "max_tokens": (int, 128, "tokens of a branch at most"),
 }
+SERVED = {
+    "rows": (int, ROWS, "requests that are decoded at once"),
+    "length": (int, 2048, "tokens of a request, its prompt and all of its branches together"),
+    "branches": (int, 16, "of a request at most"),
+}
 TEXTS = {"stop": "a string that ends a branch", "begin": "what one branch begins with after the prompt"}
 
 
@@ -52,24 +61,30 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def parser() -> Parser:
+def parser(description: str, settings: dict) -> Parser:
+    """What both ways of calling the command have."""
     made = Parser(
         prog="python -m lab.generate",
-        description=__doc__,
+        description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     made.add_argument("checkpoint", help="the directory of a cell, of one of its seeds, or of one checkpoint")
+    made.add_argument("--rule", help="who sees whom, in place of the checkpoint's own, such as own_branch")
+    for name, (kind, default, says) in settings.items():
+        made.add_argument(flag(name), type=kind, default=default, metavar=kind.__name__.upper(), help=says)
+    return made
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    made = parser(__doc__, OTHERS | DRAWN)
     made.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be given more than once")
     made.add_argument("--file", metavar="FILE", help="prompts; JSON lines if it is called *.jsonl; -: standard input")
     made.add_argument("--jsonl", action="store_true", help="the file or standard input has JSON lines")
     made.add_argument("--json", action="store_true", help="write a line of JSON for each prompt")
-    made.add_argument("--rule", help="who sees whom, in place of the checkpoint's own, such as own_branch")
-    for name, (kind, default, says) in (OTHERS | DRAWN).items():
-        made.add_argument(flag(name), type=kind, default=default, metavar=kind.__name__.upper(), help=says)
     for name, says in TEXTS.items():
         made.add_argument(flag(name), action="append", default=[], metavar="TEXT", help=f"{says}; more than once")
-    return made
+    return made.parse_args(argv)
 
 
 def flag(name: str) -> str:
@@ -132,12 +147,14 @@ def checked(name: str, value):
 
 
 def main(argv: list[str]) -> int | None:
-    flags = parser().parse_args(argv)
+    if any(word.partition("=")[0] == "--serve" for word in argv):
+        return serve(argv)
+    flags = parse(argv)
     given = list(prompts(flags))
     if not given:
         raise UserError("there is no prompt; give one with --prompt, in a file or on standard input")
     runtime.start_alone()
-    model, tokenizer = lab.load(flags.checkpoint, model=(("rule", flags.rule),) if flags.rule else ())
+    model, tokenizer = loaded(flags)
     from lab.decode.show import Answers, show
     from lab.decode.text import transcribed
 
@@ -156,6 +173,29 @@ def main(argv: list[str]) -> int | None:
     except KeyboardInterrupt:
         print(f"\nlab: interrupted: {answers.finished} of {len(given)} prompts were finished", file=sys.stderr)
         return 128 + signal.SIGINT
+
+
+def loaded(flags: argparse.Namespace):
+    """(model, tokenizer)."""
+    return lab.load(flags.checkpoint, model=(("rule", flags.rule),) if flags.rule else ())
+
+
+def serve(argv: list[str]) -> None:
+    """Serves the model until a signal ends it."""
+    made = parser("Serves OpenAI's completions protocol: POST /v1/completions, GET /v1/models, GET /health.", SERVED)
+    made.add_argument("--serve", type=int, metavar="PORT", help="0: any that is free")
+    made.add_argument("--host", default="127.0.0.1", help="the address to serve at; whoever reaches it is answered")
+    flags = made.parse_args(argv)
+    runtime.start_alone()
+    try:
+        from lab.serve import server
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] not in ("starlette", "uvicorn"):
+            raise
+        raise UserError(f"--serve needs {error.name}: pip install -r requirements-serve.txt") from None
+    place = server.bound(flags.host, flags.serve)
+    name, shape = Path(flags.checkpoint).resolve().name, {name: getattr(flags, name) for name in SERVED}
+    server.serve(*loaded(flags), name, place, **shape)
 
 
 @contextlib.contextmanager

@@ -359,6 +359,23 @@ ROWS = {
         ("half a stop string shown", "return self.show(len(self.text) - self.waiting)",
          "return self.show(len(self.text))"),
     ],
+    "serve/worker.py": [
+        ("who leaves goes on", "                    self.engine.cancel(number)\n", "                    pass\n"),
+        ("places of ended requests kept", "            going.left -= bool(passage.ended)\n", ""),
+        ("one request more than may wait", "+ len(answer.asks) > self.room:", "+ len(answer.asks) > self.room + 1:"),
+        ("half of what is refused begins", "others go on\n            self.abandon(answer)\n", "others go on\n"),
+        ("an answer loses what comes before its error", "if not told and self.error:", "if self.error:"),
+    ],
+    "serve/protocol.py": [
+        ("tokens of a stop string told", "if whole or held[1] < len(self.text)]", "if whole or held]"),
+        ("all prompts draw alike", "stream=i, **wanted", "stream=0, **wanted"),
+        ("filters refused where nothing is drawn", "return made if made.temperature else", "return made if True else"),
+    ],
+    "serve/app.py": [
+        ("a stream begins after its first tokens", "passages = await news(answer)  # it",
+         "passages = (await news(answer))[:0]  # it"),
+        ("nobody hears who leaves", "asyncio.ensure_future(receive())", "asyncio.ensure_future(asyncio.sleep(99))"),
+    ],
     "study/report/cell_page.py": [
         ("the command of the cell before", 'enumerate(study.plan["cells"], 1)', 'enumerate(study.plan["cells"], 0)'),
         ("flags of the study's own share", 'own and "=" not in word', "False"),

@@ -13,6 +13,7 @@ import pytest
 
 import lab
 from lab import command, convert, report, runtime
+from lab.serve import server
 
 REPOSITORY = commands.REPOSITORY
 SOURCES = sorted((REPOSITORY / "lab").rglob("*.py"))
@@ -32,6 +33,7 @@ BELOW = {
     "train": {"coordinates", "errors", "options", "storage", "kernels", "model", "data"},
     "evaluate": {"coordinates", "errors", "options", "kernels", "model", "data", "train"},
     "decode": {"coordinates", "errors", "model", "data"},
+    "serve": {"errors", "data", "decode"},
     "exchange": {  # the last two: of what runs as a command
         "errors",
         "options",
@@ -230,6 +232,7 @@ def test_documented_commands_parse(name, line, monkeypatch):
     monkeypatch.setattr(report, "rebuild", understood_directory)
     monkeypatch.setattr(convert, "convert", lambda way, source, out: understood_directory("runs/"))
     monkeypatch.setattr(runtime, "start_alone", lambda: None)
+    monkeypatch.setattr(server, "bound", lambda host, port: None)
     monkeypatch.setattr(lab, "load", lambda directory, **_: understood_directory(directory))
     monkeypatch.setattr(report, "compare", lambda directories, output: understood_directory(directories[-1]))
     monkeypatch.chdir(REPOSITORY)

@@ -11,6 +11,7 @@ others go on: their rule may show it to them.
 
 import collections
 import functools
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -27,13 +28,17 @@ from lab.model import slots
 
 
 class Event(NamedTuple):
-    """What a branch of a request has generated: a token, or none where it ends without. `ended` is "" while it goes on,
-    "stop" at a token that it stops at, "length" at its most tokens, "cancelled"."""
+    """What a branch of a request has generated: a token, or none where it ends without.
 
-    request: int
-    branch: int
+    Log probabilities are in nats, of the softmax of the model's own logits: before penalty, temperature and filters.
+    """
+
+    request: int  # its number, as `submit` gave it
+    branch: int  # its number within the request
     token: int | None
-    ended: str
+    ended: str  # "" while it goes on; "stop" at a token that it stops at, "length" at its most tokens, or "cancelled"
+    log_p: float | None = None  # of the token; None where there is none
+    likeliest: tuple[tuple[int, float], ...] = ()  # (token, log_p) of those that the request asked for, largest first
 
 
 @dataclass(eq=False)
@@ -48,6 +53,7 @@ class Request:
     stop: frozenset[int]
     most_tokens: int
     stream: int  # the number that its random numbers are drawn by
+    alternatives: int  # how many of the likeliest tokens it is told of
     given: list[int] = field(init=False)  # tokens that each branch began with
     live: list[bool] = field(init=False)
     row: int = -1
@@ -69,15 +75,20 @@ class Request:
         """How many tokens a branch has generated before the next; below 0 where that is given."""
         return self.time + 1 - len(self.prompt) - self.given[rank]
 
-    def take(self, rank: int, token: int) -> Event:
-        """A branch goes on with a token, or stops at it."""
+    def take(self, rank: int, found: sampling.Found) -> Event:
+        """A branch goes on with the token that was found for it, or stops at it."""
+        token = int(found.token)
         stopped = token in self.stop
         if not stopped:
             self.texts[rank].append(token)
         full = len(self.texts[rank]) - self.given[rank] == self.most_tokens
         ended = "stop" if stopped else "length" if full else ""
         self.live[rank] = not ended
-        return Event(self.id, self.branches[rank], None if stopped else token, ended)
+        if stopped:
+            return Event(self.id, self.branches[rank], None, ended)
+        likeliest = zip(found.likeliest.tolist(), found.log_p_of_likeliest.tolist(), strict=True)
+        told = tuple(itertools.islice(likeliest, self.alternatives))
+        return Event(self.id, self.branches[rank], token, ended, float(found.log_p), told)
 
     @property
     def slots(self) -> int:
@@ -114,19 +125,29 @@ class Engine:
 
     length: slots of a row, prompt and branches together; best a multiple of 512, as kernels pad others each time.
     chunk: tokens of a prompt that one program takes at once. A request's chunks begin at its own first token.
+    alternatives: of the likeliest tokens, how many a request may be told of beside the one that is drawn.
+
+    `submit` gives a request its number, counted from 0, and refuses with a UserError what cannot be served: nothing of
+    it is kept then. `step` gives what is new as a list of `Event`s: of a branch the events come in the order of its
+    text, exactly one of them, the last, has `ended`, and nothing follows it. `cancel` ends a request or a branch at any
+    time; the next step tells so. While `busy`, there is something to step for. The object is of one thread.
 
     What a request generates does not depend on the others: its random numbers are those of (seed, stream, branch,
     step), and its logits are computed by programs of one shape.
     """
 
-    def __init__(self, model, *, rows: int = 8, length: int = 2048, branches: int = 1, chunk: int = 64):
+    def __init__(
+        self, model, *, rows: int = 8, length: int = 2048, branches: int = 1, chunk: int = 64, alternatives: int = 0
+    ):
         for name, value in dict(rows=rows, length=length, branches=branches, chunk=chunk).items():
             if value < 1:
                 raise UserError(f"an engine of {name} = {value} holds nothing; choose at least 1")
         if branches > length:
             raise UserError(f"a row of {length} slots has no room for {branches} branches; choose a longer one")
+        if not 0 <= alternatives <= (C := model.embedding.shape[0]):
+            raise UserError(f"alternatives = {alternatives} is not valid; choose 0 to {C}, which are all tokens")
         self.model, self.rows, self.length, self.branches = model, rows, length, branches
-        self.chunk = min(chunk, length)
+        self.chunk, self.alternatives = min(chunk, length), alternatives
         self.cache = empty(model, rows, length, branches)
         self.tokens_BS = jnp.zeros((rows, length), jnp.int32)  # in the slots of the cache
         self.waiting: collections.deque[Request] = collections.deque()
@@ -144,13 +165,15 @@ class Engine:
         stop: Iterable[int] = (),
         most_tokens: int = 128,
         stream: int | None = None,
+        alternatives: int = 0,
     ) -> int:
         """The number of a new request: events bear it.
 
         branches: that continue the prompt, a count n for the numbers 1 to n, or numbers; 0: none, the prompt is the
         beginning of a single text, of branch 1, as `model(tokens)` takes it. texts: what each branch begins with after
         the prompt, which may then be empty. stop: tokens that end a branch, and are no part of it. stream: the number
-        that its random numbers depend on beside the seed; None: that of the request.
+        that its random numbers depend on beside the seed; None: that of the request. alternatives: of the likeliest
+        tokens, how many each event tells of, at most those of the engine.
         Raises UserError for what does not fit into the engine or the model.
         """
         if isinstance(branches, int) and not 0 <= branches <= self.branches:
@@ -168,6 +191,7 @@ class Engine:
             stop=frozenset(stop),
             most_tokens=most_tokens,
             stream=self.submitted if stream is None else stream,
+            alternatives=alternatives,
         )
         self.check(made)
         self.waiting.append(made)
@@ -196,6 +220,8 @@ class Engine:
             )
         if not 0 <= made.stream < 2**32:
             raise UserError(f"stream = {made.stream} is none; choose a whole number from 0 to 2**32 - 1")
+        if not 0 <= made.alternatives <= self.alternatives:
+            raise UserError(f"alternatives = {made.alternatives} is not valid; choose 0 to {self.alternatives}")
         if made.time < 0:
             raise UserError("the prompt is empty: there is nothing to continue; give at least one token")
         if made.most_tokens < 1:
@@ -270,10 +296,12 @@ class Engine:
         """One time step of these requests: the next token of every branch, given or drawn."""
         places, shape = Places(self.rows, self.branches), (self.rows, self.branches)
         wanted_BN, branch_BN, step_BN = (np.zeros(shape, np.int32) for _ in range(3))
-        stream_B, settings = np.zeros(self.rows, np.uint32), [Sampling()] * self.rows
+        stream_B, told_B = np.zeros(self.rows, np.uint32), np.zeros(self.rows, bool)
+        settings = [Sampling()] * self.rows
         for made in ready:
             row, n, P = made.row, len(made.texts), len(made.prompt)
             settings[row], stream_B[row], branch_BN[row, :n] = made.sampling, made.stream, made.branches
+            told_B[row] = made.alternatives > 0
             step_BN[row, :n] = np.maximum([made.step(rank) for rank in range(n)], 0)
             if made.time < P:  # its last token, which every branch goes on from
                 places.put(made, slice(1), np.array([P - 1]))
@@ -282,14 +310,14 @@ class Engine:
                 places.put(made, ranks, made.index(made.time, ranks))
                 wanted_BN[row, :n] = np.arange(n)
         asked = stacked(settings), stream_B, branch_BN, step_BN
-        tokens_BN, self.tokens_BS, self.cache = decode(
-            self.model, self.cache, self.tokens_BS, *places.arrays, wanted_BN, *asked
+        found, self.tokens_BS, self.cache = decode(
+            self.model, self.cache, self.tokens_BS, *places.arrays, wanted_BN, *asked, told_B, self.alternatives
         )
-        tokens_BN, events = np.asarray(tokens_BN), []
+        found, events = jax.device_get(found), []
         for made in ready:
             for rank, live in enumerate(made.live):
                 if live and made.step(rank) >= 0:
-                    events.append(made.take(rank, int(tokens_BN[made.row, rank])))
+                    events.append(made.take(rank, sampling.Found(*(x[made.row, rank] for x in found))))
             made.time += 1
             self.leave(made)
         return events
@@ -314,9 +342,21 @@ def prefill(model, cache, tokens_BS, tokens_BT, at: Coordinates, slots_BT):
     return tokens_BS, model.extend(tokens_BT, at, cache, slots_BT=slots_BT)[1]
 
 
-@functools.partial(jax.jit, donate_argnames=("cache", "tokens_BS"))
+@functools.partial(jax.jit, donate_argnames=("cache", "tokens_BS"), static_argnames="alternatives")
 def decode(
-    model, cache, tokens_BS, tokens_BT, at: Coordinates, slots_BT, wanted_BN, settings, stream_B, branch_BN, step_BN
+    model,
+    cache,
+    tokens_BS,
+    tokens_BT,
+    at: Coordinates,
+    slots_BT,
+    wanted_BN,
+    settings,
+    stream_B,
+    branch_BN,
+    step_BN,
+    told_B,
+    alternatives: int,
 ):
     """The next token of each branch, drawn from the logits of its place in `wanted_BN`; the cache and its tokens."""
     tokens_BS = kept(cache, tokens_BS, tokens_BT, at, slots_BT)
@@ -332,7 +372,8 @@ def decode(
         mark = lambda ids_S: jnp.zeros(z_BNC.shape[-1], bool).at[ids_S].set(True, mode="drop")  # noqa: E731
         return jax.vmap(jax.vmap(mark))(jnp.where(own_BNS, ids_BNS, z_BNC.shape[-1]))
 
-    return sampling.next_tokens(z_BNC, seen_BNC, settings, stream_B, branch_BN, step_BN), tokens_BS, cache
+    next_BN = sampling.next_tokens(z_BNC, seen_BNC, settings, stream_B, branch_BN, step_BN)
+    return sampling.likelihoods(z_BNC, next_BN, alternatives, told_B), tokens_BS, cache
 
 
 def kept(cache, tokens_BS, tokens_BT, at: Coordinates, slots_BT):

@@ -23,6 +23,15 @@ class Sampling(NamedTuple):
     seed: int = 0  # of the random numbers
 
 
+class Found(NamedTuple):
+    """A token and how likely it was, in nats; for several, arrays [B, N], and [B, N, n] of the n likeliest tokens."""
+
+    token: int
+    log_p: float
+    likeliest: jax.Array
+    log_p_of_likeliest: jax.Array
+
+
 RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
     "temperature": ("0, which is greedy, or a number from 1e-4 to 1e4", lambda x: x == 0 or 1e-4 <= x <= 1e4),
     "top_k": ("a whole number of at least 0; 0 keeps all tokens", lambda x: 0 <= x < 2**31),
@@ -101,3 +110,12 @@ def next_tokens(z_BNC, seen_BNC: Callable[[], jax.Array], sampling: Sampling, re
     filtered_B = (sampling.top_k > 0) | (sampling.top_p < 1) | (sampling.min_p > 0)
     z_BNC = where(filtered_B, lambda z_BNC: likely(z_BNC, *filters), z_BNC)
     return jnp.argmax(where(draws_B, disturbed, z_BNC), axis=-1).astype(jnp.int32)
+
+
+def likelihoods(z_BNC, token_BN, n: int, asked_B) -> Found:
+    """How likely the softmax of logits finds the tokens, and its n likeliest: found where a row asks, else nothing."""
+    log_sum_BN = jax.nn.logsumexp(z_BNC, axis=-1)
+    log_p_BN = jnp.take_along_axis(z_BNC, token_BN[..., None], axis=-1)[..., 0] - log_sum_BN
+    nothing = lambda z_BNC: (jnp.zeros((*token_BN.shape, n), z_BNC.dtype), jnp.zeros((*token_BN.shape, n), jnp.int32))  # noqa: E731
+    top_BNn, likeliest_BNn = jax.lax.cond(asked_B.any(), lambda z_BNC: tuple(jax.lax.top_k(z_BNC, n)), nothing, z_BNC)
+    return Found(token_BN, log_p_BN, likeliest_BNn, top_BNn - log_sum_BN[..., None])

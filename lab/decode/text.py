@@ -1,10 +1,10 @@
 """The text of what is generated, as it comes: whole letters, up to a stop string."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from lab.data.tokenizers import Tokenizer
-from lab.decode.engine import Engine
+from lab.decode.engine import Engine, Event
 
 LONGEST_LETTER = 4  # bytes of UTF-8, so tokens at most
 BROKEN = "�"  # what a tokenizer decodes bytes to that are no letter, or not yet
@@ -17,6 +17,8 @@ class Passage(NamedTuple):
     branch: int
     text: str
     ended: str
+    event: Event | None = None  # of the engine, whose token the text may be waiting for
+    begins: int = 0  # letters of the branch's text, shown or not, before that token
 
 
 class Transcript:
@@ -69,19 +71,40 @@ class Transcript:
         return piece
 
 
+class Transcripts:
+    """The texts of an engine's requests as they come. `stops`: the stop strings of each request, by its number."""
+
+    def __init__(
+        self, engine: Engine, tokenizer: Tokenizer, stops: Mapping[int, Sequence[str]] | Sequence[Sequence[str]]
+    ):
+        self.engine, self.tokenizer, self.stops = engine, tokenizer, stops
+        self.going: dict[tuple[int, int], Transcript] = {}
+
+    def step(self) -> Iterator[Passage]:
+        """Steps the engine, and ends a branch that writes a stop string. Of a branch the last passage has `ended`."""
+        for event in self.engine.step():
+            request, branch, token, ended = event[:4]
+            place = request, branch
+            if place not in self.going:
+                self.going[place] = Transcript(self.tokenizer, self.stops[request])
+            transcript = self.going[place]
+            if ended:
+                del self.going[place]
+            if transcript.stopped:  # its cancellation is told
+                continue
+            begins = len(transcript.text)
+            piece = "" if token is None else transcript.add(token)
+            piece += transcript.finish() if ended and not transcript.stopped else ""
+            if transcript.stopped and not ended:
+                self.engine.cancel(request, branch)
+            yield Passage(request, branch, piece, "stop" if transcript.stopped else ended, event, begins)
+
+
 def transcribed(engine: Engine, tokenizer: Tokenizer, stops: Sequence[Sequence[str]]) -> Iterator[Passage]:
     """Steps the engine until nothing is left to do, and gives the text of its requests piece by piece.
 
     stops: the stop strings of each request. A branch that writes one is ended.
     """
-    transcripts: dict[tuple[int, int], Transcript] = {}
+    transcripts = Transcripts(engine, tokenizer, stops)
     while engine.busy:
-        for request, branch, token, ended in engine.step():
-            transcript = transcripts.setdefault((request, branch), Transcript(tokenizer, stops[request]))
-            if transcript.stopped:  # its cancellation is told
-                continue
-            piece = "" if token is None else transcript.add(token)
-            piece += transcript.finish() if ended and not transcript.stopped else ""
-            if transcript.stopped and not ended:
-                engine.cancel(request, branch)
-            yield Passage(request, branch, piece, "stop" if transcript.stopped else ended)
+        yield from transcripts.step()

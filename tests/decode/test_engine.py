@@ -182,6 +182,31 @@ def test_no_two_rows_of_a_sampled_request_are_alike():
     assert len({*map(tuple, decoding.run(engine).values())}) == 6
 
 
+def test_log_probabilities_are_those_of_the_full_pass_and_change_no_token():
+    """Of the model's own logits, whatever is done to them before a token is drawn."""
+    rng, model = np.random.default_rng(5), decoding.built("default", **decoding.ALONE)
+    prompt, drawn = decoding.tokens(rng, 7), LIKELY._replace(seed=5)
+    engine = lab_engine.Engine(model, **decoding.SHAPE, alternatives=4)
+    silent = decoding.engine(model)
+    for each, told in ((engine, dict(alternatives=3)), (silent, {})):
+        each.submit(prompt, branches=2, sampling=drawn, most_tokens=6, **told)
+        each.submit(prompt, most_tokens=4)
+    events, others = all_events(engine), all_events(silent)
+    assert [e._replace(likeliest=()) for e in events] == others and not any(e.likeliest for e in events if e.request)
+    texts = {branch: [e.token for e in events if e[:2] == (0, branch)] for branch in (1, 2)}
+    held, at = decoding.row(prompt, texts, decoding.SHAPE["length"])
+    z = np.asarray(decoding.full_pass()(model, held, at))[0].astype(np.float64)
+    log_p = z - np.log(np.exp(z).sum(-1, keepdims=True))
+    for branch, text in texts.items():
+        for i, event in enumerate(e for e in events if e[:2] == (0, branch)):
+            inside = (at.segment[0] == 0) & (at.branch[0] == (branch if i else 0)) & (at.time[0] == len(prompt) + i - 1)
+            (place,) = np.flatnonzero(inside)
+            np.testing.assert_allclose(event.log_p, log_p[place, text[i]], atol=CLOSE)
+            np.testing.assert_allclose([p for _, p in event.likeliest], np.sort(log_p[place])[:-4:-1], atol=CLOSE)
+            np.testing.assert_allclose([log_p[place, t] for t, _ in event.likeliest], np.sort(log_p[place])[:-4:-1],
+                                       atol=CLOSE)  # fmt: skip
+
+
 @pytest.mark.parametrize(("prompt", "options", "says"), [
     ([], {}, "the prompt is empty"),
     ([1], dict(branches=(2, 4)), "branch 4 is over the budget of 3 branches"),
@@ -194,6 +219,7 @@ def test_no_two_rows_of_a_sampled_request_are_alike():
     ([1] * 60, dict(most_tokens=6), "a prompt of 60 tokens and 1 x 6 to generate need 65 slots, and a row of the cache "
                                     "has 64"),
     ([1], dict(sampling=Sampling(top_k=-1)), "top_k = -1 is not valid"),
+    ([1], dict(alternatives=1), "alternatives = 1 is not valid; choose 0 to 0"),
 ])  # fmt: skip
 def test_requests_that_cannot_be_served_are_refused(prompt, options, says):
     engine = decoding.engine(decoding.built("default", **decoding.ALONE))
@@ -204,6 +230,7 @@ def test_requests_that_cannot_be_served_are_refused(prompt, options, says):
 
 @pytest.mark.parametrize(("shape", "says"), [
     (dict(rows=0), "an engine of rows = 0 holds nothing"),
+    (dict(alternatives=30), "alternatives = 30 is not valid; choose 0 to 29"),
     (dict(length=2, branches=3), "a row of 2 slots has no room for 3 branches"),
 ])  # fmt: skip
 def test_engines_that_hold_nothing_are_refused(shape, says):
