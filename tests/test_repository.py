@@ -31,7 +31,7 @@ BELOW = {
     "model": {"coordinates", "errors", "options", "kernels"},
     "train": {"coordinates", "errors", "options", "storage", "kernels", "model", "data"},
     "evaluate": {"coordinates", "errors", "options", "kernels", "model", "data", "train"},
-    "decode": {"coordinates", "errors", "model", "data"},
+    "decode": {"coordinates", "errors", "kernels", "model", "data"},
     "exchange": {  # the last two: of what runs as a command
         "errors",
         "options",
