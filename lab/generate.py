@@ -237,8 +237,10 @@ def tokens(text: str, tokenizer) -> list[int]:
 
 def slots(ask: dict) -> int:
     """How many a request takes of a row of the cache."""
-    longest = max(map(len, ask["texts"] or [[]])) + ask["most_tokens"]
-    return len(ask["prompt"]) + max(ask["branches"], 1) * longest
+    from lab.decode.forest import needed_for
+
+    texts = ask["texts"] or [[]] * ask["branches"]
+    return needed_for(len(ask["prompt"]), [len(text) for text in texts], ask["most_tokens"])
 
 
 def within(ask: dict) -> None:
@@ -255,10 +257,9 @@ def within(ask: dict) -> None:
 def fitting(model, asks: Sequence[dict]):
     """An engine for these requests."""
     from lab.decode.engine import Engine
-    from lab.decode.generate import padded
 
     branches = max(1, *(ask["branches"] for ask in asks))
-    return Engine(model, rows=min(ROWS, len(asks)), length=padded(max(1, *map(slots, asks))), branches=branches)
+    return Engine(model, rows=min(ROWS, len(asks)), length=max(map(slots, asks)), branches=branches)
 
 
 if __name__ == "__main__":
