@@ -94,6 +94,7 @@ TASKS = {
     "frequent": Task("Some words of this list are common. Count them.", frequent),
 }
 OPTIONS = LENGTHS | {
+    "chat": Option(False, "each document is a message in the tokenizer's chat template, where one came with it"),
     "tasks": Option(tuple(TASKS), "of retrieval", choices=tuple(TASKS), kind=tuple[str, ...]),
 }
 
@@ -110,11 +111,11 @@ def check(config: ConfigDict, ask: ConfigDict, field: str) -> None:
 def check_documents(ask: ConfigDict, field: str, texts, tokenizer) -> None:
     """Raises UserError for lengths that a document does not fit into, however little garbage it has. texts: not
     read."""
-    least = {}
+    least, chat = {}, in_template(ask, tokenizer)
     for task in ask.tasks:
         for number in range(ask.texts):
-            content = _content(task, number)
-            size = len(tokenizer.encode(_text(TASKS[task].intro, content, 0) + content.answer)) + (ask.bos >= 0)
+            answer, text, encode = _written(tokenizer, task, number, chat)
+            size = len(encode(text(0) + answer)) + (ask.bos >= 0 and not chat)
             least[task] = max(least.get(task, 0), size)
     if least and max(least.values()) > min(ask.lengths):
         told = ", ".join(f"{task} {size}" for task, size in least.items() if size > min(ask.lengths))
@@ -124,16 +125,16 @@ def check_documents(ask: ConfigDict, field: str, texts, tokenizer) -> None:
         )
 
 
-def document(tokenizer, task: str, number: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """A text in tokens, int32, and its answer: together as near to `length` as whole sentences come.
+def document(tokenizer, task: str, number: int, length: int, chat: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """A text in tokens, int32, and its answer: together as near to `length` as whole sentences come. chat: in the
+    template of the tokenizer, up to the question; what begins the answer is the model's own.
 
     The answer is written behind its text, never by itself: tokenizers may join the two otherwise. Raises UserError
     where not even the least document fits.
     """
-    chosen = TASKS[choose("the task of a retrieval", task, TASKS)]
-    content = _content(task, number)
-    text = lambda count: _text(chosen.intro, content, count)  # noqa: E731
-    encoded = lambda count: tokenizer.encode(text(count) + content.answer)  # noqa: E731
+    choose("the task of a retrieval", task, TASKS)
+    answer, text, encode = _written(tokenizer, task, number, chat)
+    encoded = lambda count: encode(text(count) + answer)  # noqa: E731
     if (least := len(encoded(0))) > length:
         raise UserError(
             f"a document of the task {task} has at least {least} tokens, over a length of {length}; ask of longer "
@@ -145,7 +146,7 @@ def document(tokenizer, task: str, number: int, length: int) -> tuple[np.ndarray
     while above - fits > 1:
         middle = (fits + above) // 2
         fits, above = (middle, above) if len(encoded(middle)) <= length else (fits, middle)
-    whole, before = encoded(fits).astype(np.int32), tokenizer.encode(text(fits))
+    whole, before = encoded(fits).astype(np.int32), encode(text(fits))
     n = min(len(whole) - 1, len(before))
     alike = int(np.cumprod(whole[:n] == before[:n]).sum())  # where a text ends, some write it otherwise
     return whole[:alike], whole[alike:]
@@ -159,9 +160,11 @@ def rows(config: ConfigDict, ask: ConfigDict, texts, tokenizer, length: int) -> 
     """
     tokens, labels = (np.full((len(ask.tasks) * ask.texts, length), -1, np.int32) for _ in range(2))
     pairs = [(part, number) for part in range(len(ask.tasks)) for number in range(ask.texts)]
+    chat = in_template(ask, tokenizer)
+    first = [ask.bos] * (ask.bos >= 0 and not chat)  # what begins a message, its template says
     for row, (part, number) in enumerate(pairs):
-        before, answer = document(tokenizer, ask.tasks[part], number, length - (ask.bos >= 0))
-        before = np.concatenate([np.full(int(ask.bos >= 0), ask.bos, np.int32), before])
+        before, answer = document(tokenizer, ask.tasks[part], number, length - len(first), chat)
+        before = np.concatenate([np.array(first, np.int32), before])
         whole = np.concatenate([before, answer])
         tokens[row, : len(whole)] = whole
         labels[row, len(before) - 1 : len(whole) - 1] = answer
@@ -185,8 +188,22 @@ def summary(config: ConfigDict, ask: ConfigDict, length: int, of: LongRows, nats
     return LongSummary(labels, float(nats.sum()), right, further | {"texts": digest(of)}, kept)
 
 
-def _content(task: str, number: int) -> Content:
-    return TASKS[task].content(np.random.default_rng((_SEED, list(TASKS).index(task), number)))
+def in_template(ask: ConfigDict, tokenizer) -> bool:
+    """Whether documents stand in the chat template of the tokenizer."""
+    return ask.chat and tokenizer.chat is not None
+
+
+def _written(tokenizer, task: str, number: int, chat: bool) -> tuple[str, Callable[[int], str], Callable]:
+    """Of a document: its answer, its text with so many sentences of garbage, and what makes tokens of it."""
+    chosen = TASKS[task]
+    content = chosen.content(np.random.default_rng((_SEED, list(TASKS).index(task), number)))
+    asked, mark, begun = content.question.partition("? ") if chat else (content.question, "", "")
+
+    def text(count: int) -> str:
+        whole = _text(chosen.intro, content._replace(question=asked + mark.rstrip()), count)
+        return tokenizer.chat.asked(whole) + begun if chat else whole
+
+    return content.answer, text, tokenizer.encode_chat if chat else tokenizer.encode
 
 
 def _text(intro: str, content: Content, count: int) -> str:

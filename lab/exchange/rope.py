@@ -131,7 +131,8 @@ def truncates(given: Mapping, whole: Mapping, layer_type: str, file: str) -> boo
 
 
 def scaling(given: Mapping, kind: str) -> dict[str, Any]:
-    """The options of a frequency map."""
+    """The options of a frequency map, but for those that it does not read beside others, as `transformers` does not."""
+    row = extrapolation.FREQUENCY_MAPS[kind]
     found = {}
     for key in KEYS[kind]:
         value = given.get(key)
@@ -142,7 +143,8 @@ def scaling(given: Mapping, kind: str) -> dict[str, Any]:
         elif key not in ("truncate", ORIGINAL):
             value = float(value)
         found[SCALING + key] = value
-    return found
+    unread = row.idle({SCALING + name: option.default for name, option in row.options.items()} | found)
+    return {name: value for name, value in found.items() if name not in unread}
 
 
 def meant(layer) -> dict[str, Any]:
