@@ -262,6 +262,7 @@ ROWS = {
         ("a document is enough text", "needed = ask.documents * (longest - first)", "needed = longest - first"),
     ],
     "evaluate/ready.py": [("nothing is looked at", "ready := asks.ASKS[asked.kind].ready", "not asked")],
+    "evaluate/keys.py": [("keys a byte late", "marked[1 + texts", "marked[texts")],
     "evaluate/passes.py": [("every chunk at time 0", "np.int32(start)", "np.int32(0)")],
     "evaluate/reached.py": [
         ("a method that does nothing", "if not beyond > tolerance:", "if False:"),

@@ -31,6 +31,10 @@ _SYMBOLS = '{"lab": "symbols"'  # how the file begins
 _LEAST_BPE = 257  # every byte, and the end of text
 _MOST_BPE = 2**20  # several times the largest that were published; room for all is reserved before training
 _TRAINING_CHARACTERS = 2**26
+# The letters that byte-level tokenizers write bytes as: those that can be seen, and others from U+0100 on for the rest.
+_SEEN = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
+_BYTES_OF = {chr(byte): byte for byte in _SEEN}
+_BYTES_OF |= {chr(0x100 + n): byte for n, byte in enumerate(byte for byte in range(0x100) if byte not in _SEEN)}
 _SPACE = "▁"  # what SentencePiece writes for one
 
 
@@ -59,6 +63,9 @@ class Tokenizer(Protocol):
     def decode(self, ids: Iterable[int]) -> str:
         """The text; special ids are left out, broken UTF-8 becomes U+FFFD."""
 
+    def written(self, ids: Iterable[int]) -> bytes:
+        """The bytes that ids stand for, as many as `bytes_of_ids` says; of tokenizers that have these."""
+
     def lost(self, texts: Sequence[str], ids: Sequence[np.ndarray]) -> Counter[str]:
         """The visible characters of texts that their ids do not hold, and how often."""
 
@@ -84,7 +91,10 @@ class Bytes:
         return [self.encode(text) for text in texts]
 
     def decode(self, ids: Iterable[int]) -> str:
-        return bytes(i for i in map(int, ids) if i < 256).decode("utf-8", "replace")
+        return self.written(ids).decode("utf-8", "replace")
+
+    def written(self, ids: Iterable[int]) -> bytes:
+        return bytes(i for i in map(int, ids) if i < 256)
 
     def lost(self, texts: Sequence[str], ids: Sequence[np.ndarray]) -> Counter[str]:
         return Counter()
@@ -205,6 +215,15 @@ class Json:
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def written(self, ids: Iterable[int]) -> bytes:
+        added, parts = self._tokenizer.get_added_tokens_decoder(), []
+        for id in map(int, ids):
+            if not self.bytes_of_ids[id]:
+                continue
+            token = self._tokenizer.id_to_token(id)
+            parts.append(token.encode() if id in added else bytes(_BYTES_OF[letter] for letter in token))
+        return b"".join(parts)
 
     def lost(self, texts: Sequence[str], ids: Sequence[np.ndarray]) -> Counter[str]:
         """Those that are gone when a text is written and read again. What a normalizer writes otherwise, as capitals or

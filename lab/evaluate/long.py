@@ -91,6 +91,7 @@ def check_lengths(config: ConfigDict, ask: ConfigDict, field: str) -> None:
         raise UserError(
             f"{field}.trained = {L} is not model.position.trained = {own}, which the model was trained to; choose "
             f"that, of configs/length_extrapolation.py the scale :{own}"
+            + (f", or bring {config.study.brings}" if config.study.brings else "")
         )
     if methods(ask) and max(ask.lengths) <= L:
         raise UserError(

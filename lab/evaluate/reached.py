@@ -13,15 +13,17 @@ from lab.errors import UserError
 from lab.evaluate import long, passes
 from lab.evaluate.long import LongRows
 from lab.evaluate.passes import Pass
+from lab.model import spec
 from lab.model.position_maps import chunks_of, window_of
 from lab.train.step import Scored
 
 TOLERANCE = 1e-5  # of logits, in units of the largest; of narrower numbers, some of their steps
 STEPS = 8
+NEVER = 2**31 - 1
 
 # The first so many tokens of a text whose logits a position map leaves as they are, of config.model.position.
 EXACT: dict[str, Callable[[ConfigDict], int]] = {
-    "none": lambda position: 2**31 - 1,
+    "none": lambda position: NEVER,
     "hybrid": lambda position: position.trained,
     "rerope": window_of,
     "leaky": window_of,
@@ -38,11 +40,17 @@ LEFT = {"map", "log_n", "trained", "length", "unselected", "temperature", "tempe
 def exact(changed: ConfigDict, plain: ConfigDict) -> int:
     """How many tokens from the start the method promises to leave as they are in the plain model; 0: none. A frequency
     map promises nothing. changed, plain: config.model with and without it."""
+    both = [spec.layer_specs(model) for model in (changed, plain)]
+    return min(_exact(*(specs[m % len(specs)] for specs in both)) for m in range(plain.layers))
+
+
+def _exact(changed: ConfigDict, plain: ConfigDict) -> int:
+    """The same of a layer."""
     differing = {name for name in plain.position if plain.position[name] != changed.position[name]}
-    others = any(plain[name] != changed[name] for name in plain if name != "position")
+    others = any(plain[name] != changed[name] for name in plain if name not in ("position", "pattern"))
     if others or differing - LEFT:
         return 0
-    promised = EXACT[changed.position.map.name](changed.position) if "map" in differing else 2**31 - 1
+    promised = EXACT[changed.position.map.name](changed.position) if "map" in differing else NEVER
     if "log_n" in differing:
         promised = min(promised, changed.position.trained)
     if differing & {"temperature", "temperature_step"}:

@@ -6,6 +6,7 @@ import pytest
 import test_long
 import tiny
 
+from lab.data.tokenizers import Bytes, Json, _train
 from lab.errors import UserError
 from lab.evaluate import asks, keys, long
 from lab.evaluate.long import LongRows
@@ -58,14 +59,44 @@ def test_long_ppl_is_over_keys_and_none_means_no_score():
         assert found.further["long_ppl"] == (None if wanted is None else pytest.approx(wanted))
 
 
-def test_an_evaluator_of_other_tokens_is_refused(monkeypatch):
-    from lab.data.tokenizers import Bytes, Symbols
+@pytest.mark.parametrize("bos", [-1, 7])
+def test_an_evaluator_of_other_tokens_reads_the_same_text(bos, monkeypatch):
+    """One of bytes chooses for tokens of several: those that have a byte of a key. The keys are drawn, as bytes."""
+    rng, given = np.random.default_rng(bos + 1), "déjà vu, and then and then the theory of the other thing … "
+    merged = Json(_train([given * 20], 300))
+    lone = next(i for i in range(merged.size) if merged.written([i]) == b"\xa9")  # the end of a letter
+    tokens = np.array([[*([merged.eos] if bos >= 0 else []), lone, *merged.encode(given * 4)]], np.int32)
+    of, drawn = LongRows(tokens, np.roll(tokens, -1, axis=1), np.zeros(1, int), np.zeros(1, int)), {}
 
-    config = test_long.config_of(evaluator="elsewhere", short=4, block=5)
-    monkeypatch.setattr(keys, "evaluator", lambda path: (None, Symbols(9)))
-    of = LongRows(*np.zeros((2, 2, 6), np.int32), *np.zeros((2, 2), int))
-    with pytest.raises(UserError, match="the evaluator elsewhere has another tokenizer"):
-        keys.of_rows(config.evaluate.long, of, "a digest", Bytes(), tiny.mesh(), lambda: None)
+    def choose(model, ask, rows, mesh, stop):
+        assert ask.lengths == (rows.tokens.shape[1],) and ask.bos == -1
+        drawn["tokens"], drawn["keys"] = rows.tokens[0], rng.random(rows.tokens.shape) < 0.1
+        drawn["keys"][:, -1] = False
+        return drawn["keys"]
+
+    monkeypatch.setattr(keys, "find", choose)
+    config = test_long.config_of(evaluator="x", short=4, block=5)
+    found = keys.find_in_text(None, Bytes(), merged, config.evaluate.long, of, None, None)[0]
+    assert bytes(drawn["tokens"].tolist()) == (given * 4).encode()
+    key_bytes, begin = {at + 2 for at in np.nonzero(drawn["keys"][0])[0]}, 0  # of labels, behind the byte that is lost
+    for at, token in enumerate(tokens[0]):
+        own = range(begin, begin := begin + len(merged.written([token])))
+        assert not at or found[at - 1] == bool(key_bytes & {*own})
+    assert 0 < found.sum() < len(found) - 1 and not found[-1]
+
+
+def test_text_is_found_among_bytes_that_are_none():
+    text, places = keys.in_text(b"\x80a\xc3\xa9\xe2\x82b\xff")
+    assert text == "aéb" and places.tolist() == [1, 2, 3, 6]
+    assert keys.in_text(b"")[0] == ""
+
+
+def test_a_tokenizer_writes_the_bytes_that_it_counts():
+    text = "".join(map(chr, (*range(0x20, 0x180), 0x2026, 0x1F600)))
+    made = Json(_train([text], 300))
+    ids = made.encode(text)
+    assert made.written(ids) == text.encode() and Bytes().written([*b"a", 256, *b"b"]) == b"ab"
+    assert [len(made.written([i])) for i in range(made.size)] == made.bytes_of_ids.tolist()
 
 
 def test_a_short_context_as_long_as_the_document_is_refused():

@@ -143,6 +143,35 @@ def test_chunks_and_the_company_of_longer_rows_change_nothing(model):
         assert (together.nats[row][labels[row] < 0] == 0).all() and not together.right[row][labels[row] < 0].any()
 
 
+OVER_DEVICES = {
+    "plain": {},
+    "hybrid": {"position.map.name": "hybrid"},
+    "rerope": {"position.map.name": "rerope", "position.map.window": 3},
+    "yarn": {"position.scaling.name": "yarn", "position.scaling.factor": 3.0},
+}
+
+
+@pytest.mark.parametrize(
+    "method", [pytest.param(m, marks=[] if m == "rerope" else pytest.mark.slow) for m in OVER_DEVICES]
+)
+def test_over_devices_every_row_is_that_of_one_device(method):
+    """Rows and heads are laid over eight, and the last call has rows of nothing."""
+    changed = {"position.trained": L} | OVER_DEVICES[method] if OVER_DEVICES[method] else {}
+    config = config_of(rows=4, documents=3, bos=7, model=tuple(changed.items()))
+    config.model.mixer.kv_heads = 2
+    model, given, mesh = tiny.model(config), texts(), tiny.mesh(data=2, fsdp=2, tensor=2)
+    alone = found_of(config, model, given)
+    over = conditions.evaluate(config, "long", compiled.laid(model, mesh), given, mesh, stop=lambda: False)
+    for one in over:
+        other = alone[one.value]
+        assert (one.tokens, one.further["texts"]) == (other.tokens, other.further["texts"])
+        for name in ("nats", "sliding"):
+            np.testing.assert_allclose(one.documents[name], other.documents[name], rtol=1e-5)
+        numbers = {name: value for name, value in one.further.items() if isinstance(value, float)}
+        assert numbers == pytest.approx({name: other.further[name] for name in numbers}, rel=1e-5)
+        assert (one.loss, one.accuracy) == (pytest.approx(other.loss, rel=1e-5), other.accuracy)
+
+
 def test_logits_are_never_those_of_a_whole_row():
     config = config_of()
     config.model.vocabulary = 20_000

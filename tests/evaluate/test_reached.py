@@ -73,6 +73,16 @@ def test_what_is_promised(overrides, promised):
     assert reached.exact(changed.model, config.model) == promised
 
 
+def test_layers_that_keep_their_positions_promise_all_and_a_changed_one_nothing():
+    """Of a model whose every second layer has a window, stretched in the others alone."""
+    config = test_long.config_of(model=(TRAINED, ("position.map.name", "hybrid")))
+    window, kept = ("rule", "causal & window(4)"), ("position.map.name", "none")
+    config.model.pattern = ((window,), ())
+    for pattern, promised in ((((window, kept), ()), L), (((("rule", "causal & window(5)"), kept), ()), 0)):
+        config.evaluate.long.model = (TRAINED, ("position.map.name", "hybrid"), ("pattern", pattern))
+        assert reached.exact(asks.remodelled(config, config.evaluate.long).model, config.model) == promised
+
+
 def passed(seed=0, inside=0.0, beyond=0.0):
     rng = np.random.default_rng(seed)
     top, nats = rng.random((2, 12)) * 10, rng.random((2, 12))

@@ -61,7 +61,10 @@ def test_an_evaluator_that_cannot_choose_keys_is_refused(tmp_path):
         assert "\n" not in str(error.value)
 
     ready.check(config, given)
-    refused(r"has another tokenizer \(bytes\) than .*symbols", data_of(test_long.texts(), tokenizers.Symbols(9)))
+    refused(
+        r"has another tokenizer \(bytes\) than .*symbols\), and not both write bytes",
+        data_of(test_long.texts(), tokenizers.Symbols(9)),
+    )
     stored = read_json(place / "config.json")
     stored["model"]["position"] |= {"name": "learned", "length": 16}
     write_json(place / "config.json", stored)

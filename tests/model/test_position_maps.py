@@ -1,5 +1,6 @@
-"""Mapped times are exact numbers up to a declared bound, and no row is longer than a map reaches."""
+"""Position maps: mapped times are exact up to a declared bound, rows end where a map does, layers have their own."""
 
+import dataclasses
 from fractions import Fraction
 
 import numpy as np
@@ -92,3 +93,47 @@ def test_self_extend_reaches_as_far_as_its_distances_were_trained(L, G, data):
     position_maps.check_reach(position, "x", most)
     with pytest.raises(UserError, match=f"x: .*'self-extend' reaches {most} tokens of model.position.trained = {L}"):
         position_maps.check_reach(position, "x", most + 1)
+
+
+HYBRID = ("position.map.name", "hybrid"), ("position.map.cf", 3.0)
+WINDOW = (("rule", "causal & window(4)"),)
+L = 6
+
+
+def logits(pattern: tuple, silent: int | None = None, **position):
+    """[1, 20, C] of two layers of the same weights under a pattern; `silent`: a layer whose attention adds nothing."""
+    fields = dict(ratio=0.0, unselected="time", trained=L, theta=50.0) | position
+    made = tiny.config(
+        model__pattern=pattern, model__rule="causal", run__implementation="reference",
+        **{f"model__position__{name}": value for name, value in fields.items()},
+    )  # fmt: skip
+    model = tiny.model(made)
+    if silent is not None:
+        weight = model.blocks[silent].mixer.o
+        weight[...] = 0 * weight[...]
+    tokens = np.random.default_rng(0).integers(0, tiny.VOCABULARY, (1, 20)).astype(np.int32)
+    return model, np.asarray(model(tokens, dataclasses.replace(at(np.arange(20)), branch=np.ones((1, 20), np.int32))))
+
+
+def test_a_method_of_chosen_layers_changes_these_alone():
+    """Global layers stretched, those with a window not: with one of both silent, the other is as it is by itself."""
+    chosen, none, every = (WINDOW, HYBRID), (WINDOW, ()), ((*WINDOW, *HYBRID), HYBRID)
+    both = logits(chosen)[1]
+    for silent, alike, unlike in ((1, none, every), (0, every, none)):
+        found = logits(chosen, silent)[1]
+        np.testing.assert_allclose(found, logits(alike, silent)[1], atol=1e-5)
+        assert np.abs(found - logits(unlike, silent)[1])[:, L + 3 :].max() > 1e-3
+        assert np.abs(found - both).max() > 1e-3
+    np.testing.assert_allclose(both[:, :L], logits(none)[1][:, :L], atol=1e-5)
+
+
+def test_a_dropped_rotation_is_one_by_times_of_zero():
+    """DroPE, and the layers without a rotation (NoPE): every query and key turns as the first token does."""
+    model, rotating = logits(((), ()))
+    tokens = np.random.default_rng(0).integers(0, tiny.VOCABULARY, (1, 20)).astype(np.int32)
+    still = at(np.arange(20))
+    still = dataclasses.replace(still, time=0 * still.time, branch=0 * still.time + 1)
+    none = tiny.config(model__position__name="none").model.position
+    dropped = logits(((), ()), **{name: none[name] for name in ("name", "ratio", "unselected", "trained", "theta")})[1]
+    np.testing.assert_allclose(dropped, np.asarray(model(tokens, still)), atol=1e-5)
+    assert np.abs(dropped - rotating).max() > 1e-3
