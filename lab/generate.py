@@ -38,10 +38,10 @@ OTHERS = {
     "branches": (int, 0, "branches that continue the prompt, as branches 1, 2, ... of it; 0: it is one text with it"),
     "max_tokens": (int, 128, "tokens of a branch at most"),
 }
-SERVED = {
-    "rows": (int, ROWS, "requests that are decoded at once"),
-    "length": (int, 2048, "tokens of a request, its prompt and all of its branches together"),
-    "branches": (int, 16, "of a request at most"),
+SERVED = {  # of lab.decode.engine.Engine
+    "rows": (int, ROWS, "of the cache; each holds as many requests as it has room for"),
+    "length": (int, 2048, "tokens of a row: of prompts and branches, in pages of 64"),
+    "branches": (int, 16, "of a row, so of a request"),
 }
 TEXTS = {"stop": "a string that ends a branch", "begin": "what one branch begins with after the prompt"}
 
@@ -237,8 +237,10 @@ def tokens(text: str, tokenizer) -> list[int]:
 
 def slots(ask: dict) -> int:
     """How many a request takes of a row of the cache."""
-    longest = max(map(len, ask["texts"] or [[]])) + ask["most_tokens"]
-    return len(ask["prompt"]) + max(ask["branches"], 1) * longest
+    from lab.decode.forest import needed_for
+
+    texts = ask["texts"] or [[]] * ask["branches"]
+    return needed_for(len(ask["prompt"]), [len(text) for text in texts], ask["most_tokens"])
 
 
 def within(ask: dict) -> None:
@@ -255,10 +257,9 @@ def within(ask: dict) -> None:
 def fitting(model, asks: Sequence[dict]):
     """An engine for these requests."""
     from lab.decode.engine import Engine
-    from lab.decode.generate import padded
 
     branches = max(1, *(ask["branches"] for ask in asks))
-    return Engine(model, rows=min(ROWS, len(asks)), length=padded(max(1, *map(slots, asks))), branches=branches)
+    return Engine(model, rows=min(ROWS, len(asks)), length=max(map(slots, asks)), branches=branches)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ import variants
 from lab.coordinates import Coordinates
 from lab.decode.engine import Engine
 
-SHAPE = dict(rows=2, length=64, branches=3, chunk=4)
+SHAPE = dict(rows=2, length=384, branches=6, chunk=4)
+LENGTH = 64  # tokens of a full pass
 # The prompt and a branch of its own are all that a token sees, and nothing turns by the flat index.
 ALONE = dict(model__rule="own_branch", model__position__unselected="time")
 
@@ -63,7 +64,7 @@ def short_of_the_best(model, prompt: list[int], texts: dict[int, list[int]], giv
 
     given: tokens that each text began with.
     """
-    held, at = row(prompt, texts, SHAPE["length"])
+    held, at = row(prompt, texts, LENGTH)
     z = np.asarray(full_pass()(model, held, at))[0]
     places = {
         (b, t): i for i, (s, b, t) in enumerate(zip(at.segment[0], at.branch[0], at.time[0], strict=True)) if s == 0

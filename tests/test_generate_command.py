@@ -111,7 +111,7 @@ JSONL = ("--jsonl", "--json")
     (("--prompt", "a", "--stop", ""), b"", "stop = '' would end a text at once"),
     (("--prompt", "a", "--top-p", "2"), b"", "top_p = 2.0 is not valid"),
     (("--prompt", "a", "--temperature", "1e-38"), b"", "temperature = 1e-38 is not valid"),
-    (("--prompt", "a", "--max-tokens", "2000"), b"", "need 2001 slots, over 1024"),
+    (("--prompt", "a", "--max-tokens", "2000"), b"", "need 2048 slots, over 1024"),
 ])  # fmt: skip
 def test_a_mistake_is_one_line(run, monkeypatch, arguments, stdin, says):
     monkeypatch.setattr(generate, "LONGEST", 2**10)

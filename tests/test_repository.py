@@ -32,7 +32,7 @@ BELOW = {
     "model": {"coordinates", "errors", "options", "kernels"},
     "train": {"coordinates", "errors", "options", "storage", "kernels", "model", "data"},
     "evaluate": {"coordinates", "errors", "options", "kernels", "model", "data", "train"},
-    "decode": {"coordinates", "errors", "model", "data"},
+    "decode": {"coordinates", "errors", "kernels", "model", "data"},
     "serve": {"errors", "data", "decode"},
     "exchange": {  # the last two: of what runs as a command
         "errors",

@@ -3,9 +3,8 @@
 from collections.abc import Iterable, Sequence
 
 from lab.decode.engine import Engine
+from lab.decode.forest import PAGE, needed_for
 from lab.decode.sampling import Sampling
-
-PAGE = 64  # slots of a row are a multiple of it
 
 
 def generate(
@@ -27,8 +26,9 @@ def generate(
     that is empty or longer than the model can read.
     """
     stop, n = frozenset(stop), max(branches, 1)
-    longest = max(map(len, prompts), default=0) + n * most_tokens
-    engine = Engine(model, rows=max(1, min(rows, len(prompts))), length=padded(longest), branches=n, chunk=chunk)
+    longest = max(map(len, prompts), default=1)
+    length = needed_for(longest, [0] * branches, most_tokens, max(chunk, PAGE))
+    engine = Engine(model, rows=max(1, min(rows, len(prompts))), length=length, branches=n, chunk=chunk)
     for prompt in prompts:
         engine.submit(prompt, branches=branches, sampling=sampling, stop=stop, most_tokens=most_tokens)
     texts = [[[] for _ in range(n)] for _ in prompts]
@@ -37,8 +37,3 @@ def generate(
             if event.token is not None:
                 texts[event.request][event.branch - 1].append(event.token)
     return texts if branches else [alone for (alone,) in texts]
-
-
-def padded(slots: int) -> int:
-    """Slots of a row that holds so many: few lengths, so few programs."""
-    return -(-slots // PAGE) * PAGE

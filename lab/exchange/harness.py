@@ -6,7 +6,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 
 from lab.decode.engine import Engine
-from lab.decode.generate import padded
+from lab.decode.forest import needed_for
 from lab.decode.sampling import Sampling
 from lab.decode.scoring import log_likelihoods
 from lab.decode.text import transcribed
@@ -100,8 +100,8 @@ class Lab(TemplateLM):
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
         asked = [self.asked(*request.args) for request in requests]
-        length = max((len(one["prompt"]) + one["most_tokens"] for one in asked), default=1)
-        engine = Engine(self.model, rows=max(1, min(self.batch_size, len(asked))), length=padded(length))
+        length = max((needed_for(len(one["prompt"]), [], one["most_tokens"]) for one in asked), default=1)
+        engine = Engine(self.model, rows=max(1, min(self.batch_size, len(asked))), length=length)
         stops = [one.pop("until") for one in asked]
         for one in asked:
             engine.submit(**one)

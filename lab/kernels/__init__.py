@@ -41,18 +41,23 @@ class Implementation(NamedTuple):
     rotates: bool = False  # rotates queries as it reads them
     biases: bool = False  # adds a Bias to scores
     drops: bool = False  # drops probabilities
+    forks: bool = False  # reads the limits of texts that fork and join
 
 
 IMPLEMENTATIONS = {
-    "reference": Implementation(biases=True, drops=True),
-    "tiled": Implementation(biases=True, drops=True),
+    "reference": Implementation(biases=True, drops=True, forks=True),
+    "tiled": Implementation(biases=True, drops=True, forks=True),
     "pallas_tpu": Implementation("tpu", interpretable=True, rotates=True),
     "pallas_gpu": Implementation("gpu", rotates=True),
     "pallas_triton": Implementation("gpu", interpretable=True),
     "cudnn": Implementation("gpu"),
     "tokamax": Implementation("gpu"),
 }
-UNABLE = {"biases": "adds no bias to scores", "drops": "drops no probabilities"}  # what is said of rows without
+UNABLE = {  # what is said of rows without
+    "biases": "adds no bias to scores",
+    "drops": "drops no probabilities",
+    "forks": "reads no limits of texts that fork and join",
+}
 
 
 # platform -> (what "auto" takes, for rows of how many keys at most). "tiled" beyond, and on every other platform; on a
@@ -88,13 +93,15 @@ def recorded() -> Iterator[list[dict]]:
         _calls = before
 
 
-def resolve(implementation: str | None, keys: int = 1, biased: bool = False, dropping: bool = False) -> str:
+def resolve(
+    implementation: str | None, keys: int = 1, biased: bool = False, dropping: bool = False, forking: bool = False
+) -> str:
     """The implementation that a name means for rows of so many keys; None and "auto" pick the best one.
 
-    biased: whether scores have a `Bias`; dropping: whether there is dropout. Raises UserError for an unknown name, for
-    one that cannot run here, and for one that adds no bias, or drops nothing, where it is to.
+    biased: whether scores have a `Bias`; dropping: whether there is dropout; forking: whether there are limits. Raises
+    UserError for an unknown name, for one that cannot run here, and for one that cannot do what it is to.
     """
-    needs = _needs(biased, dropping)
+    needs = _needs(biased, dropping, forking)
     if implementation in (None, "auto"):
         return _auto(jax.default_backend(), keys, needs)
     choose("attention implementation", implementation, ("auto", *IMPLEMENTATIONS))
@@ -111,9 +118,10 @@ def able(name: str, biased: bool = False, dropping: bool = False) -> bool:
     return _unable(name, _needs(biased, dropping)) is None
 
 
-def _needs(biased: bool, dropping: bool) -> tuple[str, ...]:
+def _needs(biased: bool, dropping: bool, forking: bool = False) -> tuple[str, ...]:
     """Fields of a row that must be true."""
-    return tuple(name for name, needed in (("biases", biased), ("drops", dropping)) if needed)
+    needed = dict(biases=biased, drops=dropping, forks=forking)
+    return tuple(name for name in needed if needed[name])
 
 
 def _unable(name: str, needs: Sequence[str]) -> str | None:
@@ -131,9 +139,9 @@ def rotates(implementation: str | None, keys: int) -> bool:
 def _module(name: str) -> ModuleType:
     """Of an implementation; loaded when it is first needed, since Pallas takes its time.
 
-    It has `attend`, which takes a `bias` and `dropout` if its row says so; `tile_sizes` and `plan` if it computes by
-    tiles; `OBSTACLE` if what is installed may keep it from running (why, or None); `refusal` if it does not take every
-    width and precision.
+    It has `attend`, which takes a `bias`, `dropout` and `limits` if its row says so; `tile_sizes` and `plan` if it
+    computes by tiles; `OBSTACLE` if what is installed may keep it from running (why, or None); `refusal` if it does not
+    take every width and precision.
     """
     return importlib.import_module(f"lab.kernels.{name}")
 
@@ -178,13 +186,18 @@ def plan_tiles(
     rule: Rule,
     implementation: str | None = None,
     biased: bool = False,
+    limits: jax.Array | None = None,
 ) -> Any:
     """What `attend` may be handed as `tiles`, so that layers of one rule share it; None where none is used.
 
-    biased: whether it will be handed a bias, too.
+    biased: whether it will be handed a bias, too. limits: those that it will be handed.
     """
-    module = _module(resolve(implementation, k_coordinates.shape[1], biased))
-    return module.plan(rule, q_coordinates, k_coordinates) if hasattr(module, "plan") else None
+    module = _module(resolve(implementation, k_coordinates.shape[1], biased, forking=limits is not None))
+    if not hasattr(module, "plan"):
+        return None
+    if limits is None:
+        return module.plan(rule, q_coordinates, k_coordinates)
+    return module.plan(rules.forked(rule), q_coordinates, k_coordinates, limits)
 
 
 def arrange(
@@ -221,6 +234,7 @@ def attend(
     frequencies_3F=None,
     bias: Bias | None = None,
     dropout: Dropped | None = None,
+    limits: jax.Array | None = None,
 ):
     """Softmax attention in which a query sees the keys of its own segment that `rule` lets it see.
 
@@ -231,7 +245,8 @@ def attend(
     dimensions rotate here (lab.kernels.rotary), in the kernel where it can. Keys have rotated already.
     bias: added to scores after the cap (lab.kernels.bias); gradients flow to its table or slopes. dropout: which
     probabilities are dropped, after the softmax (lab.kernels.dropout). An implementation that does not know them
-    refuses by name, and "auto" takes another.
+    refuses by name, and "auto" takes another. limits: int32 [B, M, M], how far a query of one node sees the keys of
+    another (`rules.forked`); coordinates have nodes 0..M-1 then.
     Returns [B, T, H, V]; a query that sees no key gets zeros. With return_lse also the log of the softmax denominator,
     float32 [B, T, H] (-inf where no key is seen), differentiable like the output.
     """
@@ -242,7 +257,7 @@ def attend(
     if _calls is not None:
         outputs = _noted(q_BTHK, k_BSGK, v_BSGV, rule, scale, softcap, frequencies_3F, bias)
         return outputs if return_lse else outputs[0]
-    implementation = resolve(implementation, S, bias is not None, dropout is not None)
+    implementation = resolve(implementation, S, bias is not None, dropout is not None, limits is not None)
     row, module = IMPLEMENTATIONS[implementation], _module(implementation)
     if hasattr(module, "refusal") and (why := module.refusal(K, V, q_BTHK.dtype)):
         raise _refused(implementation, why)
@@ -253,6 +268,8 @@ def attend(
     if dropout is not None:
         dropout.check(H)
         options["dropout"] = dropout
+    if limits is not None:
+        options["limits"], rule = limits, rules.forked(rule)
     if frequencies_3F is not None and row.rotates:
         options["frequencies_3F"] = frequencies_3F
     elif frequencies_3F is not None:

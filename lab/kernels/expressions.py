@@ -17,6 +17,9 @@ import numpy as np
 
 from lab.coordinates import Coordinates
 
+LEAVES = ("constant", "coordinate", "limit")
+HIDDEN, ENDLESS = -2, 2**30  # the least and the largest limit: nothing of a node is seen, and all that it ever has
+
 
 class Range(NamedTuple):
     """Every value lies in low..high, both included. For truth values: low is certainly, high is possibly."""
@@ -79,10 +82,27 @@ _OPERATORS = {
 }
 
 
+def _at(limits, q_node, k_node):
+    """limits[..., q_node, k_node] of tables [*, M, M] and nodes [*, T, S] that broadcast; of none, a node far off."""
+    M = limits.shape[-1]
+    index, batch = jnp.asarray(q_node * M + k_node), limits.shape[:-2]
+    flat = jnp.asarray(limits).reshape(*batch, M * M)
+    return jnp.take_along_axis(flat, index.reshape(*batch, -1), axis=-1, mode="clip").reshape(index.shape)
+
+
+def _limit(q: Coordinates, k: Coordinates, on_ranges: bool, limits):
+    """What the table says of two nodes; of several, that it says anything."""
+    if not on_ranges:
+        return _at(limits, q.node, k.node)
+    single = (q.node.low == q.node.high) & (k.node.low == k.node.high)
+    found = _at(limits, q.node.low, k.node.low)
+    return Range(jnp.where(single, found, HIDDEN), jnp.where(single, found, ENDLESS))
+
+
 Known = Mapping[tuple, Range]  # of some numbers, by their trees: ranges that are narrower than those of coordinates
 
 
-def _evaluate(tree: tuple, q: Coordinates, k: Coordinates, known: Known | None = None):
+def _evaluate(tree: tuple, q: Coordinates, k: Coordinates, known: Known | None = None, limits=None):
     """On arrays; on ranges if any are `known`, be it none of them."""
     kind, *rest = tree
     on_ranges = known is not None
@@ -93,9 +113,11 @@ def _evaluate(tree: tuple, q: Coordinates, k: Coordinates, known: Known | None =
     if kind == "coordinate":
         side, name = rest
         return getattr(q if side == "q" else k, name)
-    found = _OPERATORS[kind][on_ranges](*(_evaluate(operand, q, k, known) for operand in rest))
+    if kind == "limit":
+        return _limit(q, k, on_ranges, limits)
+    found = _OPERATORS[kind][on_ranges](*(_evaluate(operand, q, k, known, limits) for operand in rest))
     if on_ranges and kind == "==" and (period := _common_period(*rest)):
-        a, b = (_evaluate(operand[1], q, k, known) for operand in rest)
+        a, b = (_evaluate(operand[1], q, k, known, limits) for operand in rest)
         return Range(found.low, found.high & _multiple(a, b, period))
     return found
 
@@ -121,16 +143,23 @@ class Rule:
         # Python would read `a < b < c`, `!=`, `not`, `and` and `or` as half of what was meant.
         raise TypeError("a rule is neither true nor false: join comparisons with & and |; no chains, no !=")
 
-    def visible(self, q: Coordinates, k: Coordinates):
-        """Truth values for arrays of coordinates that broadcast against each other, q [..., T, 1] and k [..., 1, S]."""
-        return _evaluate(self.tree, q, k)
+    def visible(self, q: Coordinates, k: Coordinates, limits=None):
+        """Truth values for arrays of coordinates that broadcast against each other, q [..., T, 1] and k [..., 1, S].
 
-    def visible_range(self, q: Coordinates, k: Coordinates, known: Known | None = None) -> Range:
+        limits: int32 [..., M, M], the table that `limit` looks up, of a rule that has it.
+        """
+        return _evaluate(self.tree, q, k, limits=limits)
+
+    def visible_range(self, q: Coordinates, k: Coordinates, known: Known | None = None, limits=None) -> Range:
         """The same on coordinates whose fields are `Range`s: certainly visible, possibly visible.
 
         known: ranges of `remainders`, by their trees, where they are known from more than coordinates' ranges.
         """
-        return _evaluate(self.tree, q, k, known or {})
+        return _evaluate(self.tree, q, k, known or {}, limits)
+
+    def replaced(self, old: tuple, new: tuple) -> "Rule":
+        """The rule with another part in place of each that is `old`; both are trees."""
+        return Rule(_replaced(self.tree, old, new))
 
     def remainders(self) -> list["Term"]:
         """Its numbers x % n of one side's coordinates: a range of x says little of them where it passes n often."""
@@ -212,13 +241,20 @@ class Term:
 def _parts(tree: tuple) -> Iterator[tuple]:
     """An expression and all that it is made of."""
     yield tree
-    if tree[0] not in ("constant", "coordinate"):
+    if tree[0] not in LEAVES:
         for operand in tree[1:]:
             yield from _parts(operand)
 
 
+def _replaced(tree: tuple, old: tuple, new: tuple) -> tuple:
+    if tree == old or tree[0] in LEAVES:
+        return new if tree == old else tree
+    return (tree[0], *(_replaced(operand, old, new) for operand in tree[1:]))
+
+
 def _sides(tree: tuple) -> set[str]:
-    return {part[1] for part in _parts(tree) if part[0] == "coordinate"}
+    found = {part[1] for part in _parts(tree) if part[0] == "coordinate"}
+    return {"q", "k"} if any(part[0] == "limit" for part in _parts(tree)) else found
 
 
 def _fields(tree: tuple) -> set[str]:
@@ -248,3 +284,4 @@ def _positive(value: int) -> int:
 
 q = Coordinates(*(Term(("coordinate", "q", f.name)) for f in dataclasses.fields(Coordinates)))
 k = Coordinates(*(Term(("coordinate", "k", f.name)) for f in dataclasses.fields(Coordinates)))
+limit = Term(("limit",))  # of the nodes of a query and a key: HIDDEN, -1, or the last time that is seen as its own

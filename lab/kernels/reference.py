@@ -20,13 +20,14 @@ def attend(
     softcap,
     bias: Bias | None = None,
     dropout: Dropped | None = None,
+    limits=None,
 ):
     """Returns (o_BTHV, lse_BTH): softmax(scale q k^T, soft-capped, plus bias, over visible keys) v, and its log sum.
 
     Dropout is of the probabilities, and leaves the log sum as it is.
     """
     s_BGRTS = scores(q_BTHK, k_BSGK, scale)
-    o_BTHV, lse_BTH = attend_scores(s_BGRTS, v_BSGV, q_coordinates, k_coordinates, rule, softcap, bias, dropout)
+    o_BTHV, lse_BTH = attend_scores(s_BGRTS, v_BSGV, q_coordinates, k_coordinates, rule, softcap, bias, dropout, limits)
     return o_BTHV.astype(q_BTHK.dtype), lse_BTH
 
 
@@ -48,10 +49,11 @@ def attend_scores(
     softcap,
     bias: Bias | None = None,
     dropout: Dropped | None = None,
+    limits=None,
 ):
     """`attend` of scores, in their precision."""
     B, G, R, T, _ = s_BGRTS.shape
-    p_BGRTS, lse_BGRT = probabilities(s_BGRTS, q_coordinates, k_coordinates, rule, softcap, bias, dropout)
+    p_BGRTS, lse_BGRT = probabilities(s_BGRTS, q_coordinates, k_coordinates, rule, softcap, bias, dropout, limits)
     o_BTGRV = jnp.einsum("bgrts,bsgv->btgrv", p_BGRTS, v_BSGV.astype(s_BGRTS.dtype))
     return o_BTGRV.reshape(B, T, G * R, -1), jnp.moveaxis(lse_BGRT, 3, 1).reshape(B, T, G * R)
 
@@ -64,6 +66,7 @@ def probabilities(
     softcap,
     bias: Bias | None = None,
     dropout: Dropped | None = None,
+    limits=None,
 ):
     """(p_BGRTS, lse_BGRT) of scores: the softmax over visible keys, of which some are dropped, zeros where none is
     visible; and its log sum."""
@@ -73,7 +76,7 @@ def probabilities(
         pairs = q_coordinates.map(lambda x: x[:, :, None]), k_coordinates.map(lambda x: x[:, None, :])
         b_HBTS = dense(bias, *pairs, s_BGRTS.dtype)
         s_BGRTS = s_BGRTS + jnp.moveaxis(b_HBTS, 0, 1).reshape(s_BGRTS.shape)
-    seen_B11TS = visible(rule, q_coordinates, k_coordinates)[:, None, None]
+    seen_B11TS = visible(rule, q_coordinates, k_coordinates, limits)[:, None, None]
     top_BGRT1 = jax.lax.stop_gradient(jnp.max(s_BGRTS, axis=-1, keepdims=True, where=seen_B11TS, initial=-1e30))
     p_BGRTS = jnp.where(seen_B11TS, jnp.exp(jnp.where(seen_B11TS, s_BGRTS - top_BGRT1, 0)), 0)
     sum_BGRT1 = p_BGRTS.sum(-1, keepdims=True)

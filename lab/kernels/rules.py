@@ -11,17 +11,30 @@ import numpy as np
 
 from lab.coordinates import Coordinates
 from lab.errors import UserError, choose
-from lab.kernels.expressions import Range, Rule, Term, k, maximum, minimum, q
+from lab.kernels.expressions import ENDLESS, HIDDEN, Range, Rule, Term, k, limit, maximum, minimum, q
 
 __all__ = [
-    "RULES", "SIZED", "Range", "Rule", "Term", "all_branches", "block", "causal", "every", "fixed", "k", "maximum",
-    "mean_visible_keys", "minimum", "own_branch", "pairs_visible", "parse", "q", "shows_later", "strided", "summary",
-    "visible", "window",
+    "ENDLESS", "HIDDEN", "RULES", "SIZED", "Range", "Rule", "Term", "all_branches", "block", "causal", "every", "fixed",
+    "forked", "k", "limit", "maximum", "mean_visible_keys", "minimum", "own_branch", "pairs_visible", "parse", "q",
+    "shows_later", "strided", "summary", "visible", "window",
 ]  # fmt: skip
 
 causal = k.index <= q.index
 all_branches = (k.time < q.time) | (k.index == q.index)  # every branch, strictly earlier; and the token itself
 own_branch = ((k.branch == 0) | (k.branch == q.branch)) & (k.time <= q.time)  # the prompt and the token's own branch
+
+
+def forked(rule: Rule) -> Rule:
+    """The rule where texts fork and join, and several share a prompt: by the table that `attend` is given as `limits`.
+
+    A limit is of two nodes, the query's and the key's. HIDDEN: it sees nothing of the other, whatever the rule. -1: it
+    sees what the rule shows of another branch. A time: up to then the other's tokens are the query's own past, as if
+    they were of its own branch: ENDLESS is its own node's. Where a rule compares branches, it asks for that instead.
+    """
+    shown = rule
+    for own in (k.branch == q.branch, q.branch == k.branch):
+        shown = shown.replaced(own.tree, (k.time <= limit).tree)
+    return (limit > HIDDEN) & shown
 
 
 def window(n: int) -> Rule:
@@ -155,14 +168,17 @@ def _unread(text: str, why: str) -> UserError:
     )
 
 
-def visible(rule: Rule, q: Coordinates, k: Coordinates):
-    """What `attend` lets pass, bool [..., T, S] for q [..., T], k [..., S]: same segment, no padding, and the rule."""
-    return pairs_visible(rule, q.map(lambda x: x[..., :, None]), k.map(lambda x: x[..., None, :]))
+def visible(rule: Rule, q: Coordinates, k: Coordinates, limits=None):
+    """What `attend` lets pass, bool [..., T, S] for q [..., T], k [..., S]: same segment, no padding, and the rule.
+
+    limits: int32 [..., M, M], where the rule is `forked`.
+    """
+    return pairs_visible(rule, q.map(lambda x: x[..., :, None]), k.map(lambda x: x[..., None, :]), limits)
 
 
-def pairs_visible(rule: Rule, q: Coordinates, k: Coordinates):
+def pairs_visible(rule: Rule, q: Coordinates, k: Coordinates, limits=None):
     """`visible` of coordinates that broadcast against each other."""
-    return (q.segment == k.segment) & (q.segment >= 0) & rule.visible(q, k)
+    return (q.segment == k.segment) & (q.segment >= 0) & rule.visible(q, k, limits)
 
 
 def shows_later(rule: Rule, coordinates: Coordinates) -> bool:

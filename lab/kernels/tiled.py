@@ -51,11 +51,11 @@ def tile_sizes(T: int, S: int) -> tuple[int, int]:
     return T if is_step(T, S) else min(64, T), min(64, S)
 
 
-def plan(rule: Rule, q_coordinates: Coordinates, k_coordinates: Coordinates) -> Tiles:
+def plan(rule: Rule, q_coordinates: Coordinates, k_coordinates: Coordinates, limits=None) -> Tiles:
     """The tile lists `attend` needs: made once per batch and rule, shared by layers."""
     q_tile, k_tile = tile_sizes(q_coordinates.shape[1], k_coordinates.shape[1])
     padded = pad_to_tiles(q_coordinates, q_tile), pad_to_tiles(k_coordinates, k_tile)
-    return make_tiles(rule, *padded, q_tile, k_tile)
+    return make_tiles(rule, *padded, q_tile, k_tile, limits)
 
 
 def attend(
@@ -70,9 +70,10 @@ def attend(
     tiles: Tiles | None = None,
     bias: Bias | None = None,
     dropout: Dropped | None = None,
+    limits=None,
 ):
     """Returns (o_BTHV, lse_BTH) as lab.kernels.reference.attend does."""
-    tiles = plan(rule, q_coordinates, k_coordinates) if tiles is None else tiles
+    tiles = plan(rule, q_coordinates, k_coordinates, limits) if tiles is None else tiles
     q_tile, k_tile = tile_sizes(q_BTHK.shape[1], k_BSGK.shape[1])
     q_coordinates, k_coordinates = pad_to_tiles(q_coordinates, q_tile), pad_to_tiles(k_coordinates, k_tile)
     to_tiles = lambda x, tile: x.reshape(-1, tile)  # noqa: E731
@@ -89,6 +90,7 @@ def attend(
         _flat_lists(tiles),
         jax.tree.map(lambda x: x[None], bias),
         None if dropout is None else _dropout_of_tiles(dropout, q_tile, k_tile, G),
+        limits,
     )
     return unfold_queries(o_NGRV, B, T, H), unfold_queries(lse_NGR[..., None], B, T, H)[..., 0]
 
@@ -117,20 +119,23 @@ def _dot(spec: str, a, b):
     return jnp.einsum(spec, a, b, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))
 
 
-def _scores(static: TiledStatic, q_GRK, k_GkK, q_at: Coordinates, k_at: Coordinates | None):
-    """Scaled and capped scores [G, R, k], MASKED where the rule hides; k_at None: nothing of this tile is hidden."""
+def _scores(static: TiledStatic, q_GRK, k_GkK, q_at: Coordinates, k_at: Coordinates | None, limits):
+    """Scaled and capped scores [G, R, k], MASKED where the rule hides; k_at None: nothing of this tile is hidden.
+
+    limits: int32 [M, M] of the row, or None.
+    """
     s_GRk = _dot("grd,gcd->grc", q_GRK, k_GkK)
     if static.softcap:
         s_GRk = static.softcap * jnp.tanh(s_GRk / static.softcap)
     if k_at is None:
         return s_GRk
-    seen = visible(static.rule, q_at, k_at)
+    seen = visible(static.rule, q_at, k_at, limits)
     G, R, k = s_GRk.shape
     return jnp.where(seen, s_GRk.reshape(G, R // static.q_tile, static.q_tile, k), MASKED).reshape(G, R, k)
 
 
 def _run(i, N: int, P: int):
-    """The run that query tile i of N belongs to."""
+    """The run, or the row, of P that query tile i of N belongs to."""
     return i // (N // P)
 
 
@@ -178,16 +183,17 @@ def _attend(
     lists,
     bias_P: Bias | None,
     dropout: TileDropout | None,
+    limits,
 ):
-    return _forward(static, q_NGRK, k_MkGK, v_MkGV, q_coordinates, k_coordinates, lists, bias_P, dropout)[0]
+    return _forward(static, q_NGRK, k_MkGK, v_MkGV, q_coordinates, k_coordinates, lists, bias_P, dropout, limits)[0]
 
 
-def _forward(static, q_NGRK, k_MkGK, v_MkGV, q_coordinates, k_coordinates, lists, bias_P, dropout):
+def _forward(static, q_NGRK, k_MkGK, v_MkGV, q_coordinates, k_coordinates, lists, bias_P, dropout, limits):
     q_NGRK = (q_NGRK * static.scale).astype(q_NGRK.dtype)
     keys, values = (x if static.step else x.swapaxes(1, 2) for x in (k_MkGK, v_MkGV))
     inputs = q_NGRK, keys, values, q_coordinates, k_coordinates, lists
-    outputs = kept(_foldable(_forward_loop, static)(*inputs, bias_P, dropout))
-    return outputs, (*inputs, bias_P, dropout, *outputs)
+    outputs = kept(_foldable(_forward_loop, static)(*inputs, bias_P, dropout, limits))
+    return outputs, (*inputs, bias_P, dropout, limits, *outputs)
 
 
 def _tile(static: TiledStatic, x, j):
@@ -195,7 +201,7 @@ def _tile(static: TiledStatic, x, j):
     return _at(x, j).swapaxes(0, 1) if static.step else _at(x, j)
 
 
-def _forward_loop(static, q_NGRK, keys, values, q_coordinates, k_coordinates, lists, bias_P, dropout):
+def _forward_loop(static, q_NGRK, keys, values, q_coordinates, k_coordinates, lists, bias_P, dropout, limits):
     """(o_NGRV, lse_NGR) for scaled queries."""
     N, G, R, _ = q_NGRK.shape
     V = values.shape[-1]
@@ -203,11 +209,11 @@ def _forward_loop(static, q_NGRK, keys, values, q_coordinates, k_coordinates, li
 
     def query_tile(i, outputs):
         q_GRK, q_at = _at(q_NGRK, i), _at(q_coordinates, i)
-        bias = jax.tree.map(lambda x: _at(x, _run(i, N, len(x))), bias_P)
+        bias, of_row = (jax.tree.map(lambda x: _at(x, _run(i, N, len(x))), of) for of in (bias_P, limits))
 
         def key_tile(j, k_at, carry):
             o_GRV, max_GR, sum_GR = carry
-            s_GRk = _scores(static, q_GRK, _tile(static, keys, j), q_at, k_at)
+            s_GRk = _scores(static, q_GRK, _tile(static, keys, j), q_at, k_at, of_row)
             s_GRk = _biased(s_GRk, bias, q_at, k_coordinates, j)
             new_GR = jnp.maximum(max_GR, s_GRk.max(-1))
             p_GRk = jnp.exp(s_GRk - new_GR[..., None])
@@ -230,7 +236,7 @@ def _forward_loop(static, q_NGRK, keys, values, q_coordinates, k_coordinates, li
 
 
 def _backward(static, residuals, cotangents):
-    *inputs, bias_P, dropout, o_NGRV, lse_NGR = residuals
+    *inputs, bias_P, dropout, limits, o_NGRV, lse_NGR = residuals
     do_NGRV, dlse_NGR = cotangents
     q_NGRK, keys, values = inputs[:3]
     acc = lse_NGR.dtype
@@ -239,7 +245,7 @@ def _backward(static, residuals, cotangents):
     lse_NGR = jnp.where(saw_NGR, lse_NGR, jnp.inf)
     delta_NGR = (o_NGRV.astype(acc) * do_NGRV.astype(acc)).sum(-1) - jnp.where(saw_NGR, dlse_NGR, 0)
     rows = do_NGRV, lse_NGR, delta_NGR
-    dq_NGRK, dk_MGKk, dv_MGVk, dbias_P = _foldable(_backward_loop, static)(*inputs, *rows, bias_P, dropout)
+    dq_NGRK, dk_MGKk, dv_MGVk, dbias_P = _foldable(_backward_loop, static)(*inputs, *rows, bias_P, dropout, limits)
     return (
         (dq_NGRK * static.scale).astype(q_NGRK.dtype),
         dk_MGKk.transpose(0, 3, 1, 2).astype(keys.dtype),  # q was scaled before the scores
@@ -249,11 +255,24 @@ def _backward(static, residuals, cotangents):
         None,
         jax.tree.map(lambda x, d: d.astype(x.dtype), bias_P, dbias_P),
         None,
+        None,
     )
 
 
 def _backward_loop(
-    static, q_NGRK, keys, values, q_coordinates, k_coordinates, lists, do_NGRV, lse_NGR, delta_NGR, bias_P, dropout
+    static,
+    q_NGRK,
+    keys,
+    values,
+    q_coordinates,
+    k_coordinates,
+    lists,
+    do_NGRV,
+    lse_NGR,
+    delta_NGR,
+    bias_P,
+    dropout,
+    limits,
 ):
     """(dq_NGRK of the scaled queries, dk_MGKk, dv_MGVk, and the gradient of bias_P)."""
     N, G, R, K = q_NGRK.shape
@@ -265,12 +284,12 @@ def _backward_loop(
         # Transposed once here: XLA's CPU dots would otherwise transpose them again for every key tile.
         q_GKR, do_GVR = lax.optimization_barrier((q_GRK.swapaxes(1, 2), do_GRV.swapaxes(1, 2)))
         lse_GR1, delta_GR1 = _at(lse_NGR, i)[..., None], _at(delta_NGR, i)[..., None]
-        bias = jax.tree.map(lambda x: _at(x, _run(i, N, len(x))), bias_P)
+        bias, of_row = (jax.tree.map(lambda x: _at(x, _run(i, N, len(x))), of) for of in (bias_P, limits))
 
         def key_tile(j, k_at, carry):
             dq_GRK, dk_MGKk, dv_MGVk, dbias = carry
             k_GkK, v_GkV = _tile(static, keys, j), _tile(static, values, j)
-            s_GRk = _scores(static, q_GRK, k_GkK, q_at, k_at)
+            s_GRk = _scores(static, q_GRK, k_GkK, q_at, k_at, of_row)
             p_GRk = jnp.exp(_biased(s_GRk, bias, q_at, k_coordinates, j) - lse_GR1)
             dp_GRk = _times_factors(_dot("grv,gcv->grc", do_GRV, v_GkV), dropout, i, j)
             ds_GRk = p_GRk * (dp_GRk - delta_GR1)

@@ -37,16 +37,16 @@ def pad_to_tiles(coordinates: Coordinates, tile: int) -> Coordinates:
     """Coordinates [B, T] padded with segment -1 to a multiple of the tile size."""
     short = -coordinates.shape[1] % tile
     pad = lambda x, value: jnp.pad(x, ((0, 0), (0, short)), constant_values=value)  # noqa: E731
+    node = None if coordinates.node is None else pad(coordinates.node, 0)
     return Coordinates(pad(coordinates.segment, -1), *(pad(x, 0) for x in
-                       (coordinates.branch, coordinates.time, coordinates.index)))  # fmt: skip
+                       (coordinates.branch, coordinates.time, coordinates.index)), node)  # fmt: skip
 
 
 def tile_ranges(coordinates: Coordinates, tile: int, xp=jnp) -> tuple[Coordinates, jax.Array, jax.Array]:
     """Ranges [B, n] of each field over the tokens of a tile, whether it has any token, and whether it has padding."""
     tiled = coordinates.map(lambda x: x.reshape(x.shape[0], -1, tile))
     real = tiled.segment >= 0
-    fields = (_span(x, real, xp) for x in (tiled.segment, tiled.branch, tiled.time, tiled.index))
-    return Coordinates(*fields), real.any(-1), ~real.all(-1)
+    return tiled.map(lambda x: _span(x, real, xp)), real.any(-1), ~real.all(-1)
 
 
 def _span(x, real, xp) -> Range:
@@ -70,16 +70,15 @@ def _remainder_ranges(rule: Rule, q: Coordinates, k: Coordinates, q_tile: int, k
     return found
 
 
-def tile_kinds(rule: Rule, q: Coordinates, k: Coordinates, q_tile: int, k_tile: int, xp=jnp):
+def tile_kinds(rule: Rule, q: Coordinates, k: Coordinates, q_tile: int, k_tile: int, xp=jnp, limits=None):
     """FULL, PARTIAL or EMPTY [B, n, m] for coordinates [B, T] and [B, S], multiples of their tile sizes.
 
-    xp: the module whose arrays they are, jax.numpy or numpy.
+    xp: the module whose arrays they are, jax.numpy or numpy. limits: int32 [B, M, M], of a rule that is `forked`.
     """
     q_ranges, q_any, _ = tile_ranges(q, q_tile, xp)
     k_ranges, k_any, k_padded = tile_ranges(k, k_tile, xp)
     rows, columns = (
-        Coordinates(*(Range(widen(r.low), widen(r.high)) for r in (c.segment, c.branch, c.time, c.index)))
-        for c, widen in ((q_ranges, lambda x: x[:, :, None]), (k_ranges, lambda x: x[:, None, :]))
+        c.map(widen) for c, widen in ((q_ranges, lambda x: x[:, :, None]), (k_ranges, lambda x: x[:, None, :]))
     )
     same = Range(
         (rows.segment.low == rows.segment.high)
@@ -87,16 +86,28 @@ def tile_kinds(rule: Rule, q: Coordinates, k: Coordinates, q_tile: int, k_tile: 
         & (rows.segment.low == columns.segment.low),
         (rows.segment.low <= columns.segment.high) & (columns.segment.low <= rows.segment.high),
     )
-    certainly, possibly = rule.visible_range(rows, columns, _remainder_ranges(rule, q, k, q_tile, k_tile, xp))
+    remainders = _remainder_ranges(rule, q, k, q_tile, k_tile, xp)
+    certainly, possibly = rule.visible_range(rows, columns, remainders, limits)
     # Padded queries in a full tile do no harm: their output is dropped. Padded keys would be seen.
     full = same.low & certainly & q_any[:, :, None] & (k_any & ~k_padded)[:, None, :]
     some = same.high & possibly & q_any[:, :, None] & k_any[:, None, :]
     return xp.where(some, xp.where(full, FULL, PARTIAL), EMPTY)
 
 
-def make_tiles(rule: Rule, q: Coordinates, k: Coordinates, q_tile: int, k_tile: int) -> Tiles:
-    """Tile lists for query coordinates [B, T] and key coordinates [B, S], both multiples of their tile sizes."""
-    return _listed(tile_kinds(rule, q, k, q_tile, k_tile))
+def make_tiles(rule: Rule, q: Coordinates, k: Coordinates, q_tile: int, k_tile: int, limits=None) -> Tiles:
+    """Tile lists for query coordinates [B, T] and key coordinates [B, S], both multiples of their tile sizes.
+
+    With limits, all tiles of a list have a mask, and they come in the order of their index: where a text owns tiles
+    whole, it meets them in its own order then, and what it is to the bit, wherever in the row they lie and whatever
+    other texts are there, whose tiles add zeros.
+    """
+    kinds = tile_kinds(rule, q, k, q_tile, k_tile, limits=limits)
+    if limits is None:
+        return _listed(kinds)
+    first = tile_ranges(k, k_tile)[0].index.low[:, None]
+    order = jnp.argsort(jnp.where(kinds == EMPTY, np.iinfo(np.int32).max, first), axis=-1, stable=True)
+    total = (kinds != EMPTY).sum(-1, dtype=jnp.int32)
+    return Tiles(order.astype(jnp.int32), 0 * total, total)
 
 
 class BothWays(NamedTuple):

@@ -35,6 +35,7 @@ class View:
     added: Any = None  # to the scores of layers that have it in common, such as a Bias
     growth: Growth | None = None  # of queries
     bands: tuple[Band, ...] | None = None  # of a layer whose pairs turn by several maps: nothing has rotated yet
+    limits: jax.Array | None = None  # int32 [B, M, M], how far nodes of texts that fork see each other
     plain: bool = dataclasses.field(default=True, metadata=dict(static=True))  # whether a kernel may rotate queries
 
     def of_rotated(self) -> "View":
@@ -85,10 +86,10 @@ def attend_over_mesh(q_BTHK, k_BSGK, v_BSGV, view: View, mixer, scale: float | N
 
     scale = mixer.scale if scale is None else scale
 
-    def attend(q_BTHK, k_BSGK, v_BSGV, queries, keys, tiles, frequencies_3F, bands, added, dropout):
+    def attend(q_BTHK, k_BSGK, v_BSGV, queries, keys, tiles, frequencies_3F, bands, added, dropout, limits):
         arguments = q_BTHK, k_BSGK, v_BSGV, queries, keys
         if isinstance(added, relative.Tables):
-            return relative.attend(*arguments, mixer.rule, scale, mixer.softcap, added, dropout)
+            return relative.attend(*arguments, mixer.rule, scale, mixer.softcap, added, dropout, limits)
         options = dict(
             scale=scale,
             softcap=mixer.softcap,
@@ -97,6 +98,7 @@ def attend_over_mesh(q_BTHK, k_BSGK, v_BSGV, view: View, mixer, scale: float | N
             return_lse=True,
             bias=added,
             dropout=dropout,
+            limits=limits,
         )
         if bands is not None:
             return attend_bands(*arguments, bands, **options)
@@ -108,20 +110,23 @@ def attend_over_mesh(q_BTHK, k_BSGK, v_BSGV, view: View, mixer, scale: float | N
     dropout = None if view.masks is None else view.masks.of_attention(H)
     of_dropout = None if dropout is None else Dropped(P(), P(over_heads), tokens, P(mesh.BATCH))
     of_added = P(over_heads) if isinstance(added, Bias) else P()
-    specs = (queries, shared, shared, tokens, P(mesh.BATCH), tokens, P(), P(), of_added, of_dropout)
+    specs = (queries, shared, shared, tokens, P(mesh.BATCH), tokens, P(), P(), of_added, of_dropout, P(mesh.BATCH))
+    shown = view.queries, view.keys, view.tiles
     return mesh.per_device(attend, specs, (queries, queries))(
-        q_BTHK, k_BSGK, v_BSGV, view.queries, view.keys, view.tiles, frequencies, view.bands, added, dropout
+        q_BTHK, k_BSGK, v_BSGV, *shown, frequencies, view.bands, added, dropout, view.limits
     )
 
 
-def plan_tiles_over_mesh(queries: Coordinates, keys: Coordinates, rule: Rule, biased: bool, implementation: str):
+def plan_tiles_over_mesh(
+    queries: Coordinates, keys: Coordinates, rule: Rule, biased: bool, implementation: str, limits=None
+):
     """`kernels.plan_tiles` where `attend_over_mesh` will use it: each device plans for the queries it holds.
 
     biased: whether a position adds to scores. Raises UserError for an implementation that does not.
     """
 
-    def plan(queries, keys):
-        return kernels.plan_tiles(queries, keys, rule, implementation, biased)
+    def plan(queries, keys, limits):
+        return kernels.plan_tiles(queries, keys, rule, implementation, biased, limits)
 
     tokens = P(mesh.BATCH, "context")
-    return mesh.per_device(plan, (tokens, P(mesh.BATCH)), tokens)(queries, keys)
+    return mesh.per_device(plan, (tokens, P(mesh.BATCH), P(mesh.BATCH)), tokens)(queries, keys, limits)

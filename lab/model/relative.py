@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from lab.coordinates import Coordinates
 from lab.kernels import reference
 from lab.kernels.dropout import Dropped
-from lab.kernels.rules import Rule
+from lab.kernels.rules import Rule, forked
 from lab.model import parameter
 from lab.model.scores import Added
 from lab.options import Option
@@ -59,9 +59,11 @@ def attend(
     softcap,
     tables: Tables,
     dropout: Dropped | None = None,
+    limits=None,
 ):
     """(o_BTHV, lse_BTH): softmax(scale q (k + a), soft-capped, over visible keys) (v + b), and its log sum, for the
     vectors a and b of each pair's distance; a query that sees no key gets zeros. Dropout is of the softmax."""
+    rule = rule if limits is None else forked(rule)
     T = q_BTHK.shape[1]
     size = min(CHUNK, T)
 
@@ -69,7 +71,7 @@ def attend(
     def of_chunk(chunk):
         q_BtHK, queries, word_Bt = chunk
         here = None if dropout is None else dropout._replace(query_BT=word_Bt)
-        return _attend(q_BtHK, k_BSGK, v_BSGV, queries, k_coordinates, rule, scale, softcap, tables, here)
+        return _attend(q_BtHK, k_BSGK, v_BSGV, queries, k_coordinates, rule, scale, softcap, tables, here, limits)
 
     def chunks(x):
         padded = jnp.pad(x, ((0, 0), (0, -T % size)) + ((0, 0),) * (x.ndim - 2))
@@ -82,7 +84,9 @@ def attend(
     return jax.tree.map(whole, jax.lax.map(of_chunk, jax.tree.map(chunks, (q_BTHK, q_coordinates, word_BT))))
 
 
-def _attend(q_BTHK, k_BSGK, v_BSGV, q_coordinates, k_coordinates, rule, scale, softcap, tables: Tables, dropout):
+def _attend(
+    q_BTHK, k_BSGK, v_BSGV, q_coordinates, k_coordinates, rule, scale, softcap, tables: Tables, dropout, limits
+):
     (B, T, H, K), G = q_BTHK.shape, k_BSGK.shape[2]
     wide = jnp.promote_types(q_BTHK.dtype, jnp.float32)
     keys_XK, values_XV = (x.astype(wide) for x in tables)
@@ -93,7 +97,9 @@ def _attend(q_BTHK, k_BSGK, v_BSGV, q_coordinates, k_coordinates, rule, scale, s
     of_distance_BTGRX = jnp.einsum("btgrk,xk->btgrx", q_BTHK.reshape(B, T, G, H // G, K).astype(wide), keys_XK)
     looked_up_BGRTS = jnp.einsum("btgrx,btsx->bgrts", of_distance_BTGRX, one_hot_BTSX, precision="highest")
     s_BGRTS = reference.scores(q_BTHK, k_BSGK, scale) + scale * looked_up_BGRTS
-    p_BGRTS, lse_BGRT = reference.probabilities(s_BGRTS, q_coordinates, k_coordinates, rule, softcap, None, dropout)
+    p_BGRTS, lse_BGRT = reference.probabilities(
+        s_BGRTS, q_coordinates, k_coordinates, rule, softcap, None, dropout, limits
+    )
     at_distance_BTGRX = jnp.einsum("bgrts,btsx->btgrx", p_BGRTS, one_hot_BTSX, precision="highest")
     o_BTGRV = jnp.einsum("bgrts,bsgv->btgrv", p_BGRTS, v_BSGV.astype(wide))
     o_BTGRV += jnp.einsum("btgrx,xv->btgrv", at_distance_BTGRX, values_XV)

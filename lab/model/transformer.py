@@ -148,7 +148,7 @@ class Transformer(nnx.Module):
         return Cache(layers, stream, Coordinates.padding(batch, length).map(jnp.asarray), jnp.zeros(batch, jnp.int32))
 
     def extend(
-        self, tokens_BT: jax.Array, coordinates: Coordinates, cache: Cache, *, slots_BT=None, wanted=None
+        self, tokens_BT: jax.Array, coordinates: Coordinates, cache: Cache, *, slots_BT=None, wanted=None, limits=None
     ) -> tuple[jax.Array, Cache]:
         """Logits of the new tokens, which see each other and the cache, and the cache that holds them too.
 
@@ -157,6 +157,8 @@ class Transformer(nnx.Module):
         freed by setting its segment in `cache.coordinates` to -1, and given again by slots_BT alone.
         wanted, int32 [B, W]: the places 0..T-1 in its row of the tokens whose logits are made, [B, W, C], in that
         order, a place more than once if asked; None: those of every token, [B, T, C].
+        limits, int32 [B, M, M]: how far nodes of texts that fork and join see each other (`rules.forked`); coordinates,
+        those of the cache too, have nodes then. None: a branch sees what the rule says.
 
         Raises UserError for a row with more tokens than free slots, for slots and places that are outside or given
         twice, and for positions that the stream has no weight for, where these are known; and for frequencies that
@@ -169,7 +171,7 @@ class Transformer(nnx.Module):
         slots.check(coordinates, cache.used, length, slots_BT)
         slots_BT, used_B = slots.choose(coordinates, cache.used, length, slots_BT)
         keys = jax.tree.map(lambda old, new: slots.put(old, new, slots_BT), cache.coordinates, coordinates)
-        views = self.views(coordinates, keys, slots_BT)
+        views = self.views(coordinates, keys, slots_BT, limits=limits)
         x_BTD, kept = self.run_layers(self.embed(tokens_BT, coordinates), views, (cache.layers, cache.stream))
         x_BWD = x_BTD if wanted is None else picked(x_BTD, wanted)
         return self.logits(x_BWD), Cache(*kept, keys, used_B)
@@ -212,11 +214,15 @@ class Transformer(nnx.Module):
         x_BTD = self.stream.place(x_BTD, coordinates)
         return mesh.constrain(x_BTD.astype(self.compute))
 
-    def views(self, queries: Coordinates, keys: Coordinates, slots_BT=None, masks: Masks | None = None) -> list[View]:
+    def views(
+        self, queries: Coordinates, keys: Coordinates, slots_BT=None, masks: Masks | None = None, limits=None
+    ) -> list[View]:
         """What each entry of the layer pattern sees; tile lists are made once per distinct rule."""
         mixers, implementation = [block.mixer for block in self.blocks], self.execution.implementation
         if masks is not None and "attention" in masks.rates:  # of all calls, since they share tile lists
             implementation = kernels.resolve(implementation, keys.shape[1], dropping=True)
+        if limits is not None:
+            implementation = kernels.resolve(implementation, keys.shape[1], forking=True)
         turnings = [
             Turning() if rotary is None else rotary.turning(queries, mixer.rule)
             for rotary, mixer in zip(self.rotary, mixers, strict=True)
@@ -227,7 +233,7 @@ class Transformer(nnx.Module):
             for rule in turning.rules(mixer.rule)
             if mixer.attends
         )
-        tiles = {which: plan_tiles_over_mesh(queries, keys, *which, implementation) for which in needed}
+        tiles = {which: plan_tiles_over_mesh(queries, keys, *which, implementation, limits) for which in needed}
         views = []
         for turning, mixer in zip(turnings, mixers, strict=True):
             of_rules = [tiles.get((rule, mixer.biased)) for rule in turning.rules(mixer.rule)]
@@ -244,6 +250,7 @@ class Transformer(nnx.Module):
                     added=self.added() if mixer.biased and mixer.added is None else None,
                     growth=turning.growth,
                     bands=turning.bands,
+                    limits=limits,
                     plain=turning.plain,
                 )
             )

@@ -92,8 +92,8 @@ def test_the_model_is_listed(running):
 
 @pytest.mark.parametrize(("body", "error", "says"), [
     (dict(model="other"), openai.NotFoundError, "'other' does not exist; choose 'tiny'"),
-    (dict(n=4), openai.BadRequestError, "n = 4 is not valid; choose 1 to 3"),
-    (dict(prompt="a" * 120), openai.BadRequestError, "a prompt of 120 tokens and 1 x 16 to generate need 135 slots"),
+    (dict(n=7), openai.BadRequestError, "n = 7 is not valid; choose 1 to 6"),
+    (dict(prompt="a" * 400), openai.BadRequestError, "a prompt of 400 tokens and 1 x 16 to generate need 512 slots"),
     (dict(prompt=""), openai.BadRequestError, "the prompt is empty"),
     (dict(stream=True, prompt=""), openai.BadRequestError, "the prompt is empty"),
 ])  # fmt: skip
@@ -132,7 +132,7 @@ def test_more_requests_than_may_wait_are_refused():
         held.set()
         for thread in threads:
             thread.join(serving.DEADLINE)
-        assert sorted(found) == [1, 1, 1, 1, 429, 429] and running.idle()
+        assert sorted(found) == [1, 1, 1, 429, 429, 429] and running.idle()
 
 
 def outcome(running, body: dict) -> int:

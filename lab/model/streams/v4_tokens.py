@@ -11,6 +11,7 @@ from flax import nnx
 from lab.coordinates import Coordinates
 from lab.errors import UserError
 from lab.kernels import reference
+from lab.kernels.rules import forked
 from lab.model import norm, parameter, slots
 from lab.model.attending import View
 from lab.model.streams.stream import Stream
@@ -50,8 +51,9 @@ class EveryPair(Positional):
         for (q_BTHK, k_BSGK), c, W in zip(past, on_queries, self.w[m][...], strict=True):
             weight_BTS = jnp.exp(W[t_BT1, u_B1S])
             scores_BGRTS += reference.scores(q_BTHK, k_BSGK, c) * weight_BTS[:, None, None]
+        rule = mixer.rule if view.limits is None else forked(mixer.rule)
         o_BTHV, lse_BTH = reference.attend_scores(
-            scores_BGRTS, v_BSGV, view.queries, view.keys, mixer.rule, mixer.softcap, dropout=dropout
+            scores_BGRTS, v_BSGV, view.queries, view.keys, rule, mixer.softcap, dropout=dropout, limits=view.limits
         )
         return o_BTHV.astype(v_BSGV.dtype), lse_BTH
 

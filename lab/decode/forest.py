@@ -1,0 +1,142 @@
+"""Where the texts of a row lie in the cache, and who sees whom: prompts stored once, pages of slots, lanes of branches.
+
+A row of S slots is cut into pages. A page belongs to one stem of a prompt or to one request, so that what a request
+sees lies in whole tiles of its own, in its own order, whatever else is in the row. A row also has N lanes: the branches
+of its requests, each with a place in a step of decoding. Stems and lanes are the M nodes of a table that says how far
+one sees another (`lab.kernels.rules.forked`).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from lab.decode.request import Request
+from lab.kernels.rules import ENDLESS, HIDDEN
+
+PAGE = 64  # slots: a tile of keys
+
+
+@dataclass(eq=False)
+class Stem:
+    """Of a prompt: whole pages of tokens, or its last, which follow those of the stem before."""
+
+    before: "Stem | None"
+    branch: int  # 0, or 1 of a single text
+    tokens: tuple[int, ...]
+    start: int  # the time of the first
+    pages: list[int]
+    node: int
+    filled: int = 0  # tokens that are in the cache
+    users: int = 0  # requests
+
+    @property
+    def full(self) -> bool:
+        return self.filled == len(self.tokens)
+
+    @property
+    def key(self) -> tuple:
+        return self.before, self.branch, self.tokens
+
+
+class Forest:
+    """What a row of the cache holds. apart: whether a request has it to itself, as states of its branches have."""
+
+    def __init__(self, slots: int, lanes: int, apart: bool):
+        self.apart, pages = apart, slots // PAGE
+        self.lanes, self.pages = list(range(lanes)), list(range(pages))  # that are free
+        self.stems: dict[tuple, Stem] = {}
+        self.requests: list[Request] = []
+        self.first_stem = lanes  # the node of a stem is this and its first page
+        self.limits = np.full((lanes + pages, lanes + pages), HIDDEN, np.int32)
+
+    def found(self, made: Request) -> list[Stem]:
+        """The stems of its prompt that are here, from the first on."""
+        found, before = [], None
+        for tokens in made.pieces:
+            if (stem := self.stems.get((before, int(made.alone), tokens))) is None:
+                break
+            found.append(stem)
+            before = stem
+        return found
+
+    def takes(self, made: Request) -> bool:
+        """Whether there is room for it now."""
+        if self.apart and self.requests:
+            return False
+        new = made.pieces[len(self.found(made)) :]
+        needed = sum(pages_of(len(tokens)) for tokens in new) + pages_of(made.own)
+        return needed <= len(self.pages) and len(made.branches) + made.further <= len(self.lanes)
+
+    def put(self, made: Request) -> None:
+        """Gives it its lanes and pages, and stems of its prompt to those that are here."""
+        made.stems = self.found(made)
+        start = sum(len(stem.tokens) for stem in made.stems)
+        for tokens in made.pieces[len(made.stems) :]:
+            before = made.stems[-1] if made.stems else None
+            held = self.free(self.pages, pages_of(len(tokens)))
+            stem = Stem(before, int(made.alone), tokens, start, held, self.first_stem + held[0])
+            made.stems.append(stem)
+            self.stems[stem.key] = stem
+            self.limits[stem.node] = HIDDEN
+            self.limits[stem.node, [each.node for each in made.stems]] = ENDLESS
+            start += len(tokens)
+        for stem in made.stems:
+            stem.users += 1
+        made.pages = self.free(self.pages, pages_of(made.own))
+        made.lanes = self.free(self.lanes, len(made.branches) + made.further)
+        self.requests.append(made)
+        self.see(made)
+
+    def see(self, made: Request) -> None:
+        """What its branches see: its prompt, each other as the rule says, and what they go on from as their own."""
+        self.limits[made.lanes] = HIDDEN
+        self.limits[np.ix_(made.lanes, made.lanes)] = -1
+        self.limits[np.ix_(made.lanes, [stem.node for stem in made.stems])] = ENDLESS
+        for b in made.branches:
+            lane = made.lanes[b.rank]
+            if b.sources and b.begin is not None:
+                past = [self.limits[made.lanes[source.rank]] for source in b.sources]
+                self.limits[lane] = np.minimum(np.max(past, axis=0), b.begin - 1)
+            self.limits[lane, lane] = ENDLESS
+
+    def remove(self, made: Request) -> list[int]:
+        """Takes a request out. Returns the pages that nobody has now."""
+        self.requests.remove(made)
+        left = made.pages
+        for stem in made.stems:
+            stem.users -= 1
+            if not stem.users:
+                del self.stems[stem.key]
+                left = left + stem.pages
+        self.pages, self.lanes = sorted(self.pages + left), sorted(self.lanes + made.lanes)
+        return left
+
+    @staticmethod
+    def free(among: list[int], count: int) -> list[int]:
+        """The first that are free, no longer so."""
+        taken = among[:count]
+        del among[:count]
+        return taken
+
+
+def pages_of(tokens: int) -> int:
+    """That hold so many."""
+    return -(-tokens // PAGE)
+
+
+def slots(held: list[int], places: np.ndarray) -> np.ndarray:
+    """Of the places 0, 1, ... of tokens in these pages."""
+    return np.array(held)[places // PAGE] * PAGE + places % PAGE
+
+
+def needed(shared: int, own: int, unit: int = PAGE) -> int:
+    """Slots that a request takes of an empty row."""
+    whole, rest = divmod(shared, unit)
+    return PAGE * (whole * pages_of(unit) + pages_of(rest) + pages_of(own))
+
+
+def needed_for(prompt: int, texts: Sequence[int], most_tokens: int, unit: int = PAGE) -> int:
+    """The same of a prompt of so many tokens, and branches that begin with so many; of one text with it if of none."""
+    own = sum(texts) + len(texts) * most_tokens - (not prompt) if texts else most_tokens
+    return needed(max(prompt - 1, 0), own, unit)
