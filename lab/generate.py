@@ -42,10 +42,10 @@ OTHERS = {
     "branches": (int, 0, "branches that continue the prompt, as branches 1, 2, ... of it; 0: it is one text with it"),
     "max_tokens": (int, 128, "tokens of a branch at most"),
 }
-SERVED = {
-    "rows": (int, ROWS, "requests that are decoded at once"),
-    "length": (int, 2048, "tokens of a request, its prompt and all of its branches together"),
-    "branches": (int, 16, "of a request at most"),
+SERVED = {  # of lab.decode.engine.Engine
+    "rows": (int, ROWS, "of the cache; each holds as many requests as it has room for"),
+    "length": (int, 2048, "tokens of a row: of prompts and branches, in pages of 64"),
+    "branches": (int, 16, "of a row, so of a request"),
 }
 TEXTS = {"stop": "a string that ends a branch", "begin": "what one branch begins with after the prompt"}
 

@@ -25,7 +25,7 @@ from lab.serve.app import app
 from lab.serve.protocol import Served
 from lab.serve.worker import Worker
 
-SHAPE = dict(rows=3, length=128, branches=3, chunk=4, alternatives=3)
+SHAPE = dict(rows=2, length=384, branches=6, chunk=4, alternatives=3)
 NAME, DEADLINE = "tiny", 60.0  # seconds in which anything has to happen
 
 
@@ -87,7 +87,8 @@ def worker(most_waiting: int = 64) -> Worker:
 
 
 def served(worker: Worker) -> Served:
-    return Served(NAME, Bytes(), SHAPE["branches"], SHAPE["length"], SHAPE["alternatives"], worker.room)
+    engine = worker.engine
+    return Served(NAME, Bytes(), engine.branches, engine.length, engine.unit, engine.alternatives, worker.room)
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from lab.data.tokenizers import Tokenizer
 from lab.decode import sampling
 from lab.decode.engine import Event
+from lab.decode.forest import needed_for
 from lab.decode.sampling import Sampling
 from lab.decode.text import BROKEN, Passage
 from lab.errors import UserError, shown
@@ -51,6 +52,7 @@ class Served:
     tokenizer: Tokenizer
     branches: int
     length: int  # slots of a row of the cache
+    unit: int  # of them, those of a stem of a prompt
     alternatives: int
     most_prompts: int
     since: int = field(default_factory=lambda: int(time.time()))
@@ -109,11 +111,11 @@ def read(body: bytes, served: Served) -> Completion:
     )
     stops = stops_of(given)
     for prompt in prompts:
-        needed = len(prompt) + found["n"] * (found["max_tokens"] - 1)
+        needed = needed_for(len(prompt), [0] * wanted["branches"], found["max_tokens"], served.unit)
         if needed > served.length:
             raise Refusal(
                 f"a prompt of {len(prompt)} tokens and {found['n']} x {found['max_tokens']} to generate need {needed} "
-                f"slots of a context of {served.length}; choose a shorter prompt, a smaller n or fewer max_tokens",
+                f"slots, and {served.length} are there; choose a shorter prompt, a smaller n or fewer max_tokens",
                 param="prompt",
                 code="context_length_exceeded",
             )

@@ -44,8 +44,10 @@ def serve(
     alternatives = min(ALTERNATIVES, model.embedding.shape[0])
     engine = Engine(model, rows=rows, length=length, branches=branches, alternatives=alternatives)
     worker = Worker(engine, tokenizer, WAITING)
-    server = Server(worker, app(worker, Served(name, tokenizer, branches, length, alternatives, worker.room)))
-    print(f"lab: compiling for {rows} requests of {length} tokens, up to {branches} branches each", flush=True)
+    server = Server(
+        worker, app(worker, Served(name, tokenizer, branches, engine.length, engine.unit, alternatives, worker.room))
+    )
+    print(f"lab: compiling for {rows} rows of {engine.length} tokens and up to {branches} branches", flush=True)
     engine.submit([0, 0], branches=min(2, branches), most_tokens=1)
     while engine.busy:
         engine.step()

@@ -13,7 +13,7 @@ from lab.decode.text import Transcripts
 from lab.serve import protocol
 from lab.serve.protocol import Refusal, Reply, Served
 
-SERVED = Served("tiny", Bytes(), branches=3, length=64, alternatives=2, most_prompts=4)
+SERVED = Served("tiny", Bytes(), branches=3, length=256, unit=64, alternatives=2, most_prompts=4)
 
 
 def read(**body) -> protocol.Completion:
@@ -29,8 +29,8 @@ def read(**body) -> protocol.Completion:
     ({"prompt": [1, "a"]}, 400, "prompt", "prompt is none"),
     ({"prompt": [258]}, 400, "prompt", "token 258 is none; choose 0 to 257"),
     ({"prompt": ["a"] * 5}, 400, "prompt", "5 prompts are too many; choose 1 to 4"),
-    ({"prompt": "a" * 50}, 400, "prompt", "1 x 16 to generate need 65 slots of a context of 64"),
-    ({"max_tokens": 0}, 400, "max_tokens", "max_tokens = 0 is not valid; choose 1 to 64"),
+    ({"prompt": "a" * 194}, 400, "prompt", "a prompt of 194 tokens and 1 x 16 to generate need 320 slots, and 256 are"),
+    ({"max_tokens": 0}, 400, "max_tokens", "max_tokens = 0 is not valid; choose 1 to 256"),
     ({"max_tokens": 1.5}, 400, "max_tokens", "max_tokens = 1.5 is no int; the default is 16"),
     ({"n": 4}, 400, "n", "n = 4 is not valid; choose 1 to 3"),
     ({"n": True}, 400, "n", "n = True is no int"),
@@ -66,9 +66,12 @@ def test_bodies_that_are_no_objects_are_refused(body):
 
 def test_a_prompt_that_is_too_long_is_told_by_its_code():
     with pytest.raises(Refusal) as refused:
-        read(prompt="a" * 65)
+        read(prompt="a" * 194)
     assert refused.value.body["error"]["code"] == "context_length_exceeded"
-    assert read(prompt="a" * 49).asks  # its last token needs no slot
+    assert read(prompt="a" * 193).asks
+    assert read(prompt="a" * 129, n=2, max_tokens=64).asks
+    with pytest.raises(Refusal, match="2 x 65 to generate need 320 slots"):
+        read(prompt="a" * 129, n=2, max_tokens=65)
 
 
 def test_defaults_are_those_of_the_protocol():

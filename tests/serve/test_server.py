@@ -22,9 +22,11 @@ import variants
 from serving import asked
 
 from lab import generate, runtime
+from lab.decode.text import Passage
 from lab.errors import UserError
 from lab.serve import protocol, server
 from lab.serve.app import app, streamed
+from lab.serve.worker import Answer
 
 
 @pytest.fixture(scope="module")
@@ -90,8 +92,8 @@ def test_the_model_is_listed(running):
 
 @pytest.mark.parametrize(("body", "error", "says"), [
     (dict(model="other"), openai.NotFoundError, "'other' does not exist; choose 'tiny'"),
-    (dict(n=4), openai.BadRequestError, "n = 4 is not valid; choose 1 to 3"),
-    (dict(prompt="a" * 120), openai.BadRequestError, "a prompt of 120 tokens and 1 x 16 to generate need 135 slots"),
+    (dict(n=7), openai.BadRequestError, "n = 7 is not valid; choose 1 to 6"),
+    (dict(prompt="a" * 400), openai.BadRequestError, "a prompt of 400 tokens and 1 x 16 to generate need 512 slots"),
     (dict(prompt=""), openai.BadRequestError, "the prompt is empty"),
     (dict(stream=True, prompt=""), openai.BadRequestError, "the prompt is empty"),
 ])  # fmt: skip
@@ -120,17 +122,17 @@ def test_more_requests_than_may_wait_are_refused():
     with serving.running(most_waiting=1) as running:
         held = threading.Event()
         running.worker.commands.put(lambda: held.wait(serving.DEADLINE))  # the engine does not step meanwhile
-        body = dict(model=serving.NAME, prompt=["a", "b"], max_tokens=3, temperature=0)
+        body = dict(model=serving.NAME, prompt="a", max_tokens=3, temperature=0)
         found = []
-        threads = [threading.Thread(target=lambda: found.append(outcome(running, body))) for _ in range(4)]
+        threads = [threading.Thread(target=lambda: found.append(outcome(running, body))) for _ in range(6)]
         for thread in threads:
             thread.start()
-        while running.worker.commands.qsize() < 4:
+        while running.worker.commands.qsize() < 6:
             time.sleep(0.01)
         held.set()
         for thread in threads:
             thread.join(serving.DEADLINE)
-        assert sorted(found) == [2, 2, 429, 429] and running.idle()
+        assert sorted(found) == [1, 1, 1, 429, 429, 429] and running.idle()
 
 
 def outcome(running, body: dict) -> int:
@@ -210,6 +212,18 @@ def test_of_what_is_refused_in_part_nothing_goes_on():
         worker.step()  # tells of the end of the first
         assert not worker.busy and not worker.going
         with pytest.raises(UserError, match="the prompt is empty"):
+            await asyncio.wait_for(answer.take(), serving.DEADLINE)
+
+    asyncio.run(exchange())
+
+
+def test_an_error_comes_after_what_was_told_before_it():
+    async def exchange():
+        answer, passage = Answer([]), Passage(0, 1, "a", "")
+        for news in ([passage], ValueError("the end")):
+            answer.take_in(news)
+        assert await answer.take() == [passage]
+        with pytest.raises(ValueError, match="the end"):
             await asyncio.wait_for(answer.take(), serving.DEADLINE)
 
     asyncio.run(exchange())
