@@ -132,6 +132,7 @@ def test_a_billion_parameters_with_heads_of_128():
     assert all(0.95e9 < row["parameters"] < 1.15e9 for row in rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", ["cpu", *LARGER, "1b"])
 def test_head_dim_ablation_is_thirty_cells_and_one_program_for_each_head_shape(scale):
     _, cells, rows = planned("head_dim_ablation", scale)
@@ -253,6 +254,7 @@ def test_the_published_part_of_the_residual_study_is_what_the_source_ran_and_the
             assert stream.input == ("normed" if source and stream.name in ("v4m1D", "v4m1E", "v4mD") else "raw")
 
 
+@pytest.mark.slow
 def test_the_residual_study_confirms_the_six_best_of_the_published_losses():
     losses = published_losses()
     better = sorted((name for name in losses if losses[name] < losses["baseline"]), key=losses.get)

@@ -127,7 +127,7 @@ def test_a_mistake_is_one_line(run, monkeypatch, arguments, stdin, says):
 
 def test_a_message_stands_in_the_chat_template(monkeypatch):
     """Which says what begins it; any token that ends a model's turn ends it."""
-    flags = generate.parser().parse_args(["somewhere", "--prompt", "w5", "--chat", "--begin", "w6"])
+    flags = generate.parse(["somewhere", "--prompt", "w5", "--chat", "--begin", "w6"])
     (one,) = generate.prompts(flags)
     tokenizer = tokenizers.load(CHECKPOINTS / "qwen3")
     tokenizer.bos = 1

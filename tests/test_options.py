@@ -1,6 +1,7 @@
 """Options are declared once: their defaults pass, and what is set wrongly is refused in one line with what is valid."""
 
 import math
+import types
 import typing
 
 import pytest
@@ -98,6 +99,8 @@ def holding(kind, number):
     """A value of a type as typing spells it, with this number wherever it has one."""
     if kind in (int, float):
         return number
+    if isinstance(kind, types.UnionType):  # spellings of one value: the last, if tests draw nothing else, is enough
+        return holding(typing.get_args(kind)[-1], number)
     return (
         tuple(holding(one, number) for one in typing.get_args(kind) if one is not Ellipsis) if kind is not str else ""
     )
@@ -259,7 +262,7 @@ ELSEWHERE = [
     ("run.mesh.tensor", -2, "run.mesh.tensor = -2 must be at least -1"),
     ("run.log.every", 0, "run.log.every = 0 must be at least 1: steps"),
     ("run.log.instruments", ("spikes", "heads"), "run.log.instruments = 'heads' is unknown; choose one of: "
-     "activations, logits, log_z, gradients, updates, spikes"),
+     "activations, logits, log_z, gradients, updates, weights, spikes"),
     ("run.log.instruments", ("spikes", 3), "run.log.instruments = ('spikes', 3) is no tuple (str, ...)"),
     ("seed", -1, "seed = -1 must be at least 0"),
     ("model_seed", -1, "model_seed = -1 must be at least 0"),

@@ -151,6 +151,7 @@ OVER_DEVICES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method", [pytest.param(m, marks=[] if m == "rerope" else pytest.mark.slow) for m in OVER_DEVICES]
 )

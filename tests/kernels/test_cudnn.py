@@ -53,6 +53,7 @@ def test_what_surrounds_the_call_equals_the_reference(name, row_by_row, seed, pa
     check_close(got, outputs_and_gradients(reference.attend, CASES[name], arrays, coordinates, do))
 
 
+@pytest.mark.slow
 def test_layers_share_a_mask_and_blind_queries_get_zeros(stand_in):
     case = CASES["groups"]
     arrays, (queries, keys), (do, _) = draw(case, 0)

@@ -1,5 +1,4 @@
-import dataclasses
-
+import jax
 import numpy as np
 import packs
 import pytest
@@ -107,7 +106,7 @@ def test_patches_are_weighed_against_what_other_layers_want():
 
 def test_rows_are_arranged_each_for_itself():
     one, two = branches(6, 16, row=112), branches(1, 56, row=112)
-    both = Coordinates(*(np.concatenate(pair) for pair in zip(*map(dataclasses.astuple, (one, two)), strict=True)))
+    both = jax.tree.map(lambda *pair: np.concatenate(pair), one, two)
     found = order.arrange(both, [rules.own_branch], (8, 8))
     alone = [order.arrange(at, [rules.own_branch], (8, 8)) for at in (one, two)]
     np.testing.assert_array_equal(found.order, np.concatenate([each.order for each in alone]))

@@ -47,6 +47,7 @@ def test_every_parameter_has_its_factors(name, depth):
         assert variable.get_metadata()["factors"] == pytest.approx(wanted), path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [one for one, row in optimizer.OPTIMIZERS.items() if row.elementwise])
 def test_an_update_is_that_of_its_own_rate_and_decay(name):
     """Of a matrix, a scale and an embedding, two steps: as an optimizer with that rate and decay moves it alone."""
@@ -94,6 +95,7 @@ def both(name: str):
     return tiny.model(config("standard")), tiny.model(other), other
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "branch"), [("completep", 1 / DEEPER), ("depth-mup", DEEPER**-0.5)])
 def test_outputs_of_sublayers_scores_and_logits_are_scaled(name, branch):
     standard, other, made = both(name)

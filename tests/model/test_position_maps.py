@@ -115,6 +115,7 @@ def logits(pattern: tuple, silent: int | None = None, **position):
     return model, np.asarray(model(tokens, dataclasses.replace(at(np.arange(20)), branch=np.ones((1, 20), np.int32))))
 
 
+@pytest.mark.slow
 def test_a_method_of_chosen_layers_changes_these_alone():
     """Global layers stretched, those with a window not: with one of both silent, the other is as it is by itself."""
     chosen, none, every = (WINDOW, HYBRID), (WINDOW, ()), ((*WINDOW, *HYBRID), HYBRID)

@@ -16,7 +16,7 @@ from lab.model import presets
 
 WHOLE = np.load(pathlib.Path(__file__).with_name("reference_models.npz"))
 D, H, HD, F, C, L = 16, 4, 4, 24, 24, 2
-FAST = ("gpt2", "llama")
+FAST = ("llama",)
 FAMILIES = sorted({name.split("/")[0] for name in WHOLE.files})
 SIZES = {  # what the tiny models have beside the sizes of all
     "gpt2": {"mixer.kv_heads": H, "position.length": 32},

@@ -319,6 +319,7 @@ def test_mixing_weights_are_reported(name):
         np.testing.assert_allclose(found[m, : m + 1], w / w.sum(), rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["v4m4", "v4m5", "v4m6", "v4m7"])
 def test_summed_scores_report_their_weights_in_units_of_ordinary_attention(name):
     start = lab_model.build(config(name).model, jax.random.key(0)).stream.mixing()["c sqrt(d)"]

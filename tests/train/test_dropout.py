@@ -65,6 +65,7 @@ def test_the_same_numbers_are_dropped_however_a_step_is_made(run):
     check_same(gradient(tiny.config(**ON, **fields), numbered(), mesh), plainly())
 
 
+@pytest.mark.slow
 def test_the_order_of_a_row_drops_nothing_else_and_another_row_step_or_seed_does():
     config, batch = tiny.config(**ON), numbered()
     order = np.argsort(np.random.default_rng(0).random(batch.tokens.shape), axis=1)

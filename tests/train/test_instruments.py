@@ -70,6 +70,7 @@ def test_activations_are_root_mean_squares_after_each_layer(looked):
     assert len({*np.round(expected, 3)}) == 3 and not looked.real.all()
 
 
+@pytest.mark.slow
 def test_attention_scores_and_entropies(looked):
     net, seen_TS = looked.net, looked.net.seen_TS
     largest, entropies = [], []
@@ -192,6 +193,7 @@ def test_losses_and_weights_are_the_same_to_the_bit_with_and_without(tmp_path, u
     ]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_leaves_the_file_of_an_undisturbed_one(tmp_path, undisturbed, monkeypatch):
     monkeypatch.setattr(spikes, "LEAST", 1), monkeypatch.setattr(spikes, "TIMES", -1e9)
     *_, file = file_of(tmp_path, tiny.config(**EVERY), 3)

@@ -161,7 +161,8 @@ def test_the_tables_are_those_of_the_reference():
     assert {*parameter.PER_HEAD} == {"none", "qkv", "all"}
 
 
-@pytest.mark.parametrize("per_head", [pytest.param("none", marks=pytest.mark.slow), "all"])
+@pytest.mark.slow
+@pytest.mark.parametrize("per_head", ["none", "all"])
 def test_singular_values_come_near_one(per_head):
     """About 0.7 to 1.2 after five steps, less where they were next to nothing; at one after the 8 + 2."""
     momentum_only = NUMBERS | {"learning_rate": 1.0, "weight_decay": 0.0}

@@ -131,6 +131,7 @@ def test_steps_change_adapters_alone(trained):
     assert len(jax.tree.leaves(parameter.frozen(before))) > 8
 
 
+@pytest.mark.slow
 def test_a_partial_state_is_restored_to_the_bit_and_without_its_frozen_weights(trained, tmp_path):
     before, state = trained
     checkpoints = Checkpoints(tmp_path, keep=1)

@@ -150,6 +150,7 @@ def test_other_versions_take_a_complete_answer_whatever_its_program(study, monke
     assert study.make(first) == (DONE, 0, 3)
 
 
+@pytest.mark.slow
 def test_a_kill_loses_the_condition_at_hand_alone(study):
     undisturbed, first = study.directory, config()
     study.make(first)
