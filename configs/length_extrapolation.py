@@ -3,23 +3,33 @@
     python -m lab.main --config=configs/length_extrapolation.py                            # :cpu, minutes on two cores
     python -m lab.main --config=configs/length_extrapolation.py:2048 --config.checkpoint=DIR    # of any, L = 2048
     python -m lab.main --config=configs/length_extrapolation.py:llama3 --config.checkpoint=DIR    # 16k to 48k tokens
-    python -m lab.main --config=configs/length_extrapolation.py:qwen25 --config.checkpoint=DIR    # 4k to 40k
+    python -m lab.main --config=configs/length_extrapolation.py:qwen25 --config.checkpoint=DIR    # 4k to 48k
+    python -m lab.main --config=configs/length_extrapolation.py:mistral --config.checkpoint=DIR   # v0.3, 32k to 64k
+    python -m lab.main --config=configs/length_extrapolation.py:gemma2 --config.checkpoint=DIR    # its global layers
 
 One model, asked by every method at every length; nothing is trained but, at :cpu without a checkpoint, a small model on
 texts of L = 128 bytes, which is then stretched to 2 L, 4 L and 8 L. A checkpoint that was trained to another L is asked
 by :L, such as :2048. DIR is the
 directory of a cell, or of a model that `python -m lab.convert from-hf` wrote. Long texts are the validation texts of
 data.corpus, joined; --config.data.corpus=files --config.data.path='books/*.txt' reads others. docs/long_contexts.md
-says how everything is measured. At :llama3 and :qwen25, tasks of retrieval are messages in the chat template, where one
-came with the tokenizer.
+says how everything is measured; tasks of retrieval of a named model are messages in the chat template, where one came
+with the tokenizer. A scale of a named model over N, such as :llama3/32, is its rehearsal: every length,
+and L, is divided by N, and texts have no BOS; a model of L / N tokens is brought.
+
 
 Published of hybrid positions (L + (p - L) / cf beyond L; configs/published/extrapolation_*.csv), hypotheses here: cf 2
 is best, the best cf grows with the stretch, no harm within L, no overhead. The published table itself has cf 1.5 ahead
-up to 4 L, and cf 2 behind the plain model up to 3.5 L; that of Qwen2.5 never passed L, so that nothing acted.
+up to 4 L, and cf 2 behind the plain model up to 3.5 L; that of Qwen2.5 never passed L, so that nothing acted. The
+future work that its source names is here: cf 1.8, hybrids of YaRN, NTK-aware and dynamic frequencies, Mistral, Gemma,
+and Qwen at lengths that its tokens do pass.
 """
+
+import functools
+from typing import NamedTuple
 
 from lab.config import add_ask, base, sized
 from lab.errors import choose
+from lab.model import presets
 
 CFS = (1.25, 1.5, 1.8, 2.0, 2.5, 3.0, 4.0)
 TASKS = ("passkey", "needle", "needle-keys", "needle-values", "tracking", "frequent")
@@ -72,13 +82,14 @@ METHODS = {
 }
 
 
-def ask_all(config, L: int, lengths: tuple[int, ...], retrieval: dict, **fields) -> None:
-    """Asks of the plain model and of every method, over lengths of text and of tasks of retrieval."""
+def ask_all(config, L: int, lengths: tuple[int, ...], retrieval: dict, further=(), **fields) -> None:
+    """Asks of the plain model and of every method, over lengths of text and of tasks of retrieval. further: what every
+    method overrides, too."""
     add_ask(config, "plain", "length", lengths=lengths, trained=L, **fields)
     shared = dict(trained=L) | {field: fields[field] for field in ("rows", "chunk", "bos") if field in fields}
     add_ask(config, "plain_answers", "retrieval", **shared, **retrieval)
     for name, method in METHODS.items():
-        overrides = ("position.trained", L), ("position.unselected", "time"), *method(L, max(lengths))
+        overrides = ("position.trained", L), ("position.unselected", "time"), *method(L, max(lengths)), *further
         add_ask(config, name, "length", lengths=lengths, trained=L, model=overrides, **fields)
         add_ask(config, f"{name}_answers", "retrieval", model=overrides, **shared, **retrieval)
 
@@ -91,8 +102,11 @@ def get_config(scale: str = "cpu"):
     study.sections = ("lengths", "curves")
     study.published = "configs/published/extrapolation_llama3.csv"
     study.untrained = True  # of a checkpoint
+    name, _, part = scale.partition("/")
     if scale.isdecimal():
         checkpoint(config, int(scale))
+    elif name in LLMS and part.isdecimal():
+        llm(config, name, int(part))
     else:
         told = "the scale of configs/length_extrapolation.py (or the L of a checkpoint, as 2048)"
         SCALES[choose(told, scale, SCALES)](config)
@@ -114,6 +128,7 @@ def cpu(config) -> None:
 def checkpoint(config, L: int) -> None:
     """Any model that was trained to L tokens: up to 8 L."""
     config.study.name = f"length_extrapolation_{L}"
+    config.study.brings = f"a model that was trained to {L} tokens"
     config.data.update(dict(text_length=min(L, 2048), rows=1))
     config.evaluate.loss.update(dict(texts=16, rows=1))
     retrieval = dict(lengths=(4 * L, 8 * L), tasks=TASKS, texts=10)
@@ -122,36 +137,65 @@ def checkpoint(config, L: int) -> None:
     )
 
 
-def llama3(config) -> None:
-    """Llama 3 8B, L = 8192: the seven published lengths."""
-    llm(config, dim=4096, layers=32, width=14336, heads=32, groups=8, vocabulary=128_256, theta=5e5)
-    config.study.name = "length_extrapolation_llama3"
-    lengths = (8192, 16384, 20480, 24576, 28672, 32768, 40960, 49152)
-    retrieval = dict(lengths=(16384, 32768, 49152), tasks=TASKS, texts=10, chat=True)
-    ask_all(config, 8192, lengths, retrieval, documents=10, texts=0, rows=1, chunk=512, stride=0, bos=128_000)
+class Llm(NamedTuple):
+    """A published model. told: what is to be brought. L: what it was trained to. sizes: dim, layers, width, heads,
+    groups, width of a head, vocabulary, theta. bos: what it was fed before a text. preset: what else it is made of.
+    window: of every second layer, which keeps its positions: none of its distances is beyond L; 0: no layer has one."""
+
+    told: str
+    L: int
+    lengths: tuple[int, ...]
+    retrieval: tuple[int, ...]
+    sizes: tuple[int, int, int, int, int, int, int, float]
+    bos: int = -1
+    preset: str = "llama"
+    published: str = "configs/published/extrapolation_llama3.csv"
+    window: int = 0
 
 
-def qwen25(config) -> None:
-    """Qwen2.5 7B, L = 32768: the published lengths, in real tokens, and one beyond L."""
-    llm(config, dim=3584, layers=28, width=18944, heads=28, groups=4, vocabulary=152_064, theta=1e6)
-    config.study.name = "length_extrapolation_qwen25"
-    config.study.published = "configs/published/extrapolation_qwen25.csv"
-    config.model.norm.eps = 1e-6
-    config.model.mixer.bias = "qkv"
-    lengths = (4096, 8192, 16384, 24576, 32768, 40960)
-    retrieval = dict(lengths=(16384, 40960), tasks=TASKS, texts=10, chat=True)
-    ask_all(config, 32768, lengths, retrieval, documents=10, texts=0, rows=1, chunk=512, stride=0)
+KEPT = (("position.map.name", "none"), ("position.scaling.name", "default"), ("position.log_n", False))
+LLMS = {
+    "llama3": Llm(
+        "Llama 3 8B", 8192, (8192, 16384, 20480, 24576, 28672, 32768, 40960, 49152), (16384, 32768, 49152),
+        (4096, 32, 14336, 32, 8, 128, 128_256, 5e5), bos=128_000,
+    ),
+    # The published lengths, in real tokens, and one more beyond L.
+    "qwen25": Llm(
+        "Qwen2.5 7B", 32768, (4096, 8192, 16384, 24576, 32768, 40960, 49152), (16384, 49152),
+        (3584, 28, 18944, 28, 4, 128, 152_064, 1e6), preset="qwen2",
+        published="configs/published/extrapolation_qwen25.csv",
+    ),
+    "mistral": Llm(
+        "Mistral 7B v0.3, which has no window", 32768, (16384, 32768, 49152, 65536), (32768, 65536),
+        (4096, 32, 14336, 32, 8, 128, 32_768, 1e6), bos=1,
+    ),
+    "gemma2": Llm(
+        "Gemma 2 9B", 8192, (8192, 16384, 32768), (16384, 32768),
+        (3584, 42, 14336, 16, 8, 256, 256_000, 1e4), bos=2, preset="gemma2", window=4096,
+    ),
+}  # fmt: skip
 
 
-def llm(config, dim: int, layers: int, width: int, heads: int, groups: int, vocabulary: int, theta: float):
-    """A model of that shape; its weights are to be brought by config.checkpoint."""
-    config.model.update(dict(dim=dim, layers=layers, vocabulary=vocabulary, compute="bfloat16", tied=False))
-    config.model.mixer.update(dict(heads=heads, kv_heads=groups, head_dim=dim // heads))
+def llm(config, name: str, part: int = 1) -> None:
+    """A named model, whose weights are to be brought by config.checkpoint; every length over `part`."""
+    of = LLMS[name]
+    L, lengths, answers = of.L // part, *(tuple(n // part for n in each) for each in (of.lengths, of.retrieval))
+    config.study.name = f"length_extrapolation_{name}" + (f"_{part}" if part > 1 else "")
+    config.study.brings = of.told if part == 1 else f"a model of the family of {of.told} that was trained to {L} tokens"
+    config.study.published = of.published
+    dim, layers, width, heads, groups, head_dim, vocabulary, theta = of.sizes
+    config.model.update(dict(dim=dim, layers=layers, vocabulary=vocabulary, compute="bfloat16"))
+    config.model.mixer.update(dict(heads=heads, kv_heads=groups, head_dim=head_dim))
     config.model.feedforward.width = width
+    presets.apply(config.model, of.preset)
     config.model.position.theta = theta
-    config.data.update(dict(text_length=2048, rows=1))
+    config.data.update(dict(text_length=min(2048, L), rows=1))
     config.evaluate.loss.update(dict(texts=16, rows=1))
     config.run.scan = True
+    retrieval, bos = dict(lengths=answers, tasks=TASKS, texts=10, chat=True), of.bos if part == 1 else -1
+    fields = dict(documents=10, texts=0, rows=1, chunk=min(512, L), stride=0, bos=bos)
+    local = (("rule", f"causal & window({of.window // part})"), *KEPT)
+    ask_all(config, L, lengths, retrieval, further=(("pattern", (local, ())),) if of.window else (), **fields)
 
 
-SCALES = {"cpu": cpu, "llama3": llama3, "qwen25": qwen25}
+SCALES = {"cpu": cpu} | {name: functools.partial(llm, name=name) for name in LLMS}
