@@ -7,15 +7,13 @@
     python -m lab.main --config=configs/length_extrapolation.py:mistral --config.checkpoint=DIR   # v0.3, 32k to 64k
     python -m lab.main --config=configs/length_extrapolation.py:gemma2 --config.checkpoint=DIR    # its global layers
 
-One model, asked by every method at every length; nothing is trained but, at :cpu without a checkpoint, a small model on
-texts of L = 128 bytes, which is then stretched to 2 L, 4 L and 8 L. A checkpoint that was trained to another L is asked
-by :L, such as :2048. DIR is the
-directory of a cell, or of a model that `python -m lab.convert from-hf` wrote. Long texts are the validation texts of
-data.corpus, joined; --config.data.corpus=files --config.data.path='books/*.txt' reads others. docs/long_contexts.md
-says how everything is measured; tasks of retrieval of a named model are messages in the chat template, where one came
-with the tokenizer. A scale of a named model over N, such as :llama3/32, is its rehearsal: every length,
-and L, is divided by N, and texts have no BOS; a model of L / N tokens is brought.
-
+One model, asked by every method at every length; nothing is trained but, at :cpu without a checkpoint, a small model
+on texts of L = 128 bytes, which is then stretched to 2 L, 4 L and 8 L. A checkpoint that was trained to another L is
+asked by :L, such as :2048. DIR is the directory of a cell, or of a model that `python -m lab.convert from-hf` wrote.
+Long texts are the validation texts of data.corpus, joined; --config.data.corpus=files --config.data.path='books/*.txt'
+reads others. docs/long_contexts.md says how everything is measured; tasks of retrieval of a named model are messages
+in the chat template, where one came with the tokenizer. A scale of a named model over N, such as :llama3/32, is its
+rehearsal: every length, and L, is divided by N, and texts have no BOS; a model of L / N tokens is brought.
 
 Published of hybrid positions (L + (p - L) / cf beyond L; configs/published/extrapolation_*.csv), hypotheses here: cf 2
 is best, the best cf grows with the stretch, no harm within L, no overhead. The published table itself has cf 1.5 ahead
