@@ -169,6 +169,53 @@ def test_a_preset_gives_the_logits_of_the_model_that_it_is_named_after(family):
     np.testing.assert_allclose(found, WHOLE[f"{family}/logits"], rtol=1e-5, atol=1e-5 * np.abs(found).max())
 
 
+def turned(x_THK: np.ndarray, theta: float) -> np.ndarray:
+    """RoPE: number i of a head and number i + K / 2 are a pair."""
+    half = x_THK.shape[-1] // 2
+    angle_T1F = np.arange(len(x_THK))[:, None, None] * theta ** (-np.arange(half) / half)
+    one, other = x_THK[..., :half], x_THK[..., half:]
+    cos, sin = np.cos(angle_T1F), np.sin(angle_T1F)
+    return np.concatenate([one * cos - other * sin, other * cos + one * sin], axis=-1)
+
+
+def layer_normed(x_TD: np.ndarray, weight_D: np.ndarray, eps: float) -> np.ndarray:
+    centred = x_TD - x_TD.mean(-1, keepdims=True)
+    return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + eps) * weight_D
+
+
+def test_palm_against_its_formulas_in_float64():
+    """`transformers` has none: y = x + attention(N(x)) + feed-forward(N(x)), one key head, no biases, a tied head."""
+    made, rng, T = config("palm"), np.random.default_rng(), 7
+    made.position.theta = 100.0
+    model = lab_model.build(made, jax.random.key(int(rng.integers(2**31))))
+    for module, path in [(model, "norm.weight"), (model.blocks[0], "mixer_placement.input_norm.weight")]:
+        shape = (D,) if module is model else (L, D)
+        put(module, path, rng.normal(1, 0.3, shape).astype(np.float32))
+    stacked = {"/".join(map(str, path)): np.asarray(leaf[...], np.float64)
+               for path, leaf in nnx.to_flat_state(nnx.state(model.blocks[0], nnx.Param))}  # fmt: skip
+    assert {*stacked} == {
+        "mixer_placement/input_norm/weight", *(f"mixer/{name}" for name in "qkvo"),
+        *(f"feedforward/{name}" for name in ("gate", "up", "down")),
+    }  # fmt: skip
+    tokens_T = rng.integers(0, C, T)
+    embedding_CD = np.asarray(model.embedding[...], np.float64)
+    x_TD = embedding_CD[tokens_T]
+    for layer in range(L):
+        w = {name.split("/")[-1]: x[layer] for name, x in stacked.items()}
+        n_TD = layer_normed(x_TD, w["weight"], made.norm.eps)
+        q_THK, k_TGK = (turned(np.einsum("td,dhk->thk", n_TD, w[name]), 100.0) for name in "qk")
+        s_HTS = np.einsum("thk,sk->hts", q_THK, k_TGK[:, 0]) / np.sqrt(HD)
+        p_HTS = np.where(np.tri(T, dtype=bool), np.exp(s_HTS), 0)
+        p_HTS /= p_HTS.sum(-1, keepdims=True)
+        attended = np.einsum("hts,sk,hkd->td", p_HTS, np.einsum("td,dgk->tgk", n_TD, w["v"])[:, 0], w["o"])
+        gate_TF = n_TD @ w["gate"]
+        x_TD = x_TD + attended + (gate_TF / (1 + np.exp(-gate_TF)) * (n_TD @ w["up"])) @ w["down"]
+    final = np.asarray(model.norm.weight[...], np.float64)
+    expected = layer_normed(x_TD, final, made.norm.eps) @ embedding_CD.T
+    found = np.asarray(model(jnp.asarray(tokens_T[None])))[0]
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
+
+
 def test_what_follows_from_sizes_follows_from_the_configs_own():
     model = lab.config.base().model
     model.rule, model.mixer.head_dim = "own_branch", 20

@@ -20,8 +20,9 @@ CAPTION = (
     f"Over all measured steps and layers, and over seeds, unless it is said otherwise. A spike is a step whose loss is "
     f"more than {spikes.TIMES:g} spreads (1.4826 median absolute deviations) above the median of the "
     f"{spikes.WINDOW} before it; all steps count, and the number is of one run. A run fails at the first step whose "
-    "loss or gradient is not finite. Step time: by how much a step of training takes longer than the baseline's, with "
-    "what is measured beside the loss, medians of runs. —: not measured."
+    "loss or gradient is not finite; what is lost without that shows by the training loss at the end, the mean over "
+    "the last tenth of the steps. Step time: by how much a training step takes longer than the baseline's, with what "
+    "is measured beside the loss, medians of runs. —: not measured."
 )
 SLOWER = "step time against the baseline"
 
@@ -93,7 +94,15 @@ def _failed(runs: Sequence[Outcome]) -> str:
     return f"{len(failed)} of {len(runs)}, first {first}" if failed else "none"
 
 
+def _loss_at_the_end(runs: Sequence[Outcome]) -> str:
+    """Of training, the mean over the last tenth of the steps and over the runs that did not fail."""
+    logged = [[line["loss"] for line in run.metrics] for run in runs if run.metrics and run.status != "failed"]
+    found = [fmean(losses[-max(1, len(losses) // 10) :]) for losses in logged]
+    return number(fmean(found), 3) if found else "—"
+
+
 COLUMNS = {
+    "training loss at the end": _loss_at_the_end,
     "largest attention score": _largest("attention_max", 1),
     "attention entropy at the end": _at_the_end("attention_entropy", 3),
     "largest log Z": _largest("log_z_max", 1),

@@ -68,6 +68,7 @@ def test_a_row_has_the_largest_the_last_and_what_failed(study):
     assert (pre["attention entropy at the end"], post["attention entropy at the end"]) == ("1.500", "2.500")
     assert pre["largest activation"] == "3.0" and pre["largest update / weights"] == "0.0200"
     assert pre["gradient, last / first layer at the start"] == "5.50"  # of 1 and 10
+    assert pre["training loss at the end"] == f"{2 + sum(0.01 * math.sin(x) for x in range(72, 80)) / 8:.3f}"
     assert pre["norm of a layer's weights at the end"] == "4.00"  # of 3 and 5
     assert post["norm of a layer's weights at the end"] == "4.50" and stability.SLOWER not in pre
     assert (pre["spikes"], post["spikes"]) == ("0.0", "1.0") and spikes.spikes([2.0] * 30 + [9.0]) == [30]
@@ -96,7 +97,9 @@ def test_the_gradient_of_each_layer_is_drawn_at_both_ends(study, monkeypatch):
 
 def test_a_study_that_measured_nothing_has_its_spikes_and_failures(tmp_path):
     write_study(tmp_path, {"variant": ["a"]}, lambda labels, count: 2.0, (1,), sections=("stability",))
-    assert rows(tmp_path) == {"a": {"variant": "a", "spikes": "0", "failed": "no"}}
+    of_steps = {step: 2.0 + 3.5 * 20 / (20 + step) for step in (240, 250)}  # as write_study has it; a tenth of 25
+    shown = f"{sum(of_steps.values()) / 2:.3f}"
+    assert rows(tmp_path) == {"a": {"variant": "a", "training loss at the end": shown, "spikes": "0", "failed": "no"}}
 
 
 def test_a_step_that_takes_longer_than_the_baselines_says_by_how_much(tmp_path):
