@@ -1,0 +1,222 @@
+"""Branches that fork and join, and prompts that are shared: exact for every mixer, whatever else is in the engine."""
+
+import decoding
+import forking
+import numpy as np
+import pytest
+import variants
+from forking import Op, Played, Script
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lab.decode import programs
+from lab.decode.engine import Engine
+from lab.errors import UserError
+from lab.model.mixers import MIXERS
+
+CLOSE = 1e-3  # float32 in another order
+SEED = st.integers(0, 2**32 - 1)
+
+
+def on_rules() -> list[str]:
+    """Every mixer on both rules of branches, or on those that it supports."""
+    found = ["rule all_branches", "rule own_branch", "mixer delta", "delta on own_branch"]
+    for name in MIXERS:
+        if name not in ("attention", "delta"):
+            found += [v for v in (f"mixer {name}", f"{name} on own_branch", f"{name} on all_branches")
+                      if v in variants.VARIANTS | variants.ON_RULES]  # fmt: skip
+    return found
+
+
+@pytest.mark.matrix("variant")
+@pytest.mark.parametrize("variant", variants.marked(on_rules(), fast=("rule all_branches", "delta on own_branch")))
+@given(st.lists(SEED, min_size=1, max_size=4))
+@settings(max_examples=5)
+def test_greedy_tokens_are_those_of_the_full_pass(variant, seeds):
+    """Of requests side by side, whose branches fork, join and are cancelled as they grow."""
+    played = Played(decoding.engine(decoding.built(variant)))
+    scripts = [forking.drawn_script(seed, sampled=False) for seed in seeds]
+    for script in scripts:
+        played.submit(script)
+        played.step()
+    played.finish()
+    for script, texts in zip(scripts, played.texts.values(), strict=True):
+        prompt = script.prompt if script.options["branches"] else []
+        short = forking.short_on_its_own if variant == "delta on own_branch" else forking.short_of_the_best
+        assert short(variant, prompt, texts) < CLOSE
+
+
+def test_a_fork_and_a_join_are_exact():
+    """Once with all in it, so that no draw leaves something out: forks of forks, of the prompt, and a join of all."""
+    prompt, options = [3, 1, 4, 1, 5], dict(branches=2, further=4, most_tokens=6)
+    ops = [Op("fork", (1,), 0, ((7, 8),)), Op("fork", (1,), 2, ((),)), Op("fork", (4,), 1, ((2,),)),
+           Op("join", (1, 2, 5), 4, ((9, 9),))]  # fmt: skip
+    for variant in ("rule own_branch", "rule all_branches"):
+        played = Played(decoding.engine(decoding.built(variant)))
+        played.submit(Script(prompt, options, ops))
+        played.finish()
+        texts = played.texts[0]
+        assert not played.refused and {b: text.sources for b, text in texts.items()} == {
+            1: (), 2: (), 3: (1,), 4: (1,), 5: (4,), 6: (1, 2, 5)
+        }  # fmt: skip
+        assert texts[6].begin == max(texts[b].end for b in (1, 2, 5)) and len(texts[6].tokens) == 6
+        assert forking.short_of_the_best(variant, prompt, texts) < CLOSE
+
+
+PREFIXES = [np.random.default_rng(i).integers(0, 29, n).tolist() for i, n in enumerate((64, 70, 130))]
+PREFIXES.append(PREFIXES[2][:64] + PREFIXES[0])
+RULES = ("own_branch", "all_branches")
+
+
+@pytest.mark.parametrize("rule", RULES)
+@given(st.lists(st.tuples(SEED, st.integers(0, 60), st.booleans()), min_size=2, max_size=5), st.data())
+@settings(max_examples=4)
+def test_what_a_request_samples_is_the_same_to_the_bit_at_every_occupancy(rule, asked, data):
+    """Whoever else is there, in whatever row, lanes and pages: tokens and log probabilities alike. Others are cancelled
+    at any time; and nothing is compiled for any of it."""
+    model = decoding.built("default", **decoding.ALONE | dict(model__rule=rule))
+    crowd, cancelled = Played(decoding.engine(model)), set()
+    scripts = [forking.drawn_script(seed, sampled=True, shared=PREFIXES) for seed, _, _ in asked]
+    for number, (script, (_, steps, gone)) in enumerate(zip(scripts, asked, strict=True)):
+        assert crowd.submit(script) == number
+        for _ in range(steps):
+            crowd.step()
+        if gone:
+            cancelled.add(victim := data.draw(st.integers(0, number)))
+            crowd.engine.cancel(victim)
+    crowd.finish()
+    for number, script in enumerate(scripts):
+        alone = Played(decoding.engine(model))
+        alone.submit(script, stream=number)
+        alone.finish()
+        found, expected = ({b: text.events for b, text in p.texts[n].items()} for p, n in ((crowd, number), (alone, 0)))
+        if number in cancelled:  # as far as it came
+            found = {b: [e for e in events if e.ended != "cancelled"] for b, events in found.items()}
+            expected = {b: expected[b][: len(events)] for b, events in found.items()}
+        assert found == {b: [e._replace(request=number) for e in events] for b, events in expected.items()}
+
+
+def counted(monkeypatch) -> list[int]:
+    """Of each call of prefill, the tokens that it reads."""
+    calls, prefill = [], programs.prefill
+
+    def watched(model, held, tokens_BT, at, *rest):
+        calls.append(int((at.segment >= 0).sum()))
+        return prefill(model, held, tokens_BT, at, *rest)
+
+    monkeypatch.setattr(programs, "prefill", watched)
+    return calls
+
+
+@pytest.mark.parametrize(("end", "more"), [(PREFIXES[2][64:], 0), ([*PREFIXES[2][64:-1], 28], 0), ([5, 5], 1)])
+def test_a_prompt_is_read_and_stored_once(monkeypatch, end, more):
+    """By requests that begin with it: to its end where nothing but the last token differs, else its whole pages."""
+    calls, engine = counted(monkeypatch), decoding.engine(decoding.built("default", **decoding.ALONE))
+    prompt = PREFIXES[2]
+    engine.submit(prompt, branches=2, most_tokens=20)
+    while not engine.running or not engine.running[0].ready:
+        engine.step()
+    assert sum(calls) == engine.rows * engine.length - engine.free_slots == len(prompt) - 1
+    engine.submit(prompt[:64] + end, branches=1, most_tokens=3)
+    decoding.run(engine)
+    assert sum(calls) == len(prompt) - 1 + more
+    forking.check_empty(engine)
+
+
+def test_a_prompt_stays_as_long_as_one_reads_it():
+    """The first that read it is cancelled, be it before it has read all: others go on with what they would have."""
+    model = decoding.built("default", **decoding.ALONE)
+    alone = decoding.engine(model)
+    alone.submit(PREFIXES[2], branches=2, most_tokens=6, stream=1)
+    expected = {branch: text for (_, branch), text in decoding.run(alone).items()}
+    for steps in (3, 40):
+        engine = decoding.engine(model)
+        engine.submit(PREFIXES[2], branches=1, most_tokens=6)
+        engine.step()
+        engine.submit(PREFIXES[2], branches=2, most_tokens=6)
+        before = [event for _ in range(steps) for event in engine.step() if event.request]
+        engine.cancel(0)
+        found = decoding.run(engine)
+        for branch, text in expected.items():
+            assert [e.token for e in before if e.branch == branch] + found.get((1, branch), []) == text
+        forking.check_empty(engine)
+
+
+def test_a_long_prompt_stalls_nobody():
+    """While it is read, chunk by chunk, every step gives each branch that runs a token."""
+    engine = decoding.engine(decoding.built("default", **decoding.ALONE))
+    engine.submit([1, 2], branches=2, most_tokens=30)
+    engine.step()
+    engine.step()
+    engine.submit(PREFIXES[2], most_tokens=1)
+    for _ in range(20):
+        assert [event[:2] for event in engine.step()] == [(0, 1), (0, 2)]
+    assert not engine.running[-1].ready
+
+
+@pytest.mark.parametrize("variant", ["delta on own_branch", "rule all_branches"])
+def test_a_fixed_set_of_programs_serves_every_schedule(variant):
+    """Whatever forks, joins, comes and goes: nothing is compiled again."""
+    sizes = []
+    for seed in range(6):
+        played = Played(decoding.engine(decoding.built(variant)))
+        for i in range(3):
+            played.submit(forking.drawn_script(7 * seed + i, sampled=seed % 2 > 0))
+            played.step()
+        played.finish()
+        names = ("empty", "prefill", "decode", "released", "forked")
+        sizes.append([getattr(programs, name)._cache_size() for name in names])
+    assert sizes[2] == sizes[-1]
+
+
+@pytest.mark.parametrize(("act", "says"), [
+    (lambda e: e.fork(3, 1), "request 3 does not go on"),
+    (lambda e: e.fork(0, 5), "branches = (5,) of request 0; choose distinct ones among 1, 2"),
+    (lambda e: e.fork(0, 1, [[], [], []]), "request 0 has room for 2 further branches, not 3"),
+    (lambda e: e.fork(0, 1, [[1] * 4]), "4 tokens to begin with and 0 to generate are over the 4 of a further branch"),
+    (lambda e: e.fork(0, 1, [[1]], most_tokens=4), "1 tokens to begin with and 4 to generate are over the 4"),
+    (lambda e: e.fork(0, 1, [[29]]), "token 29 is outside of the model's vocabulary"),
+    (lambda e: (e.cancel(0, 1), e.fork(0, 1)), "branch 1 of request 0 has ended (cancelled); fork one that goes on"),
+    (lambda e: (e.join(0, (1, 2), [5]), e.fork(0, 3)), "branch 3 of request 0 has not begun; fork one that goes on"),
+    (lambda e: (e.join(0, (1, 2), [5]), e.join(0, (2, 3), [5])), "branch 3 of request 0 has not begun; join branches"),
+    (lambda e: e.join(0, (1, 1), [5]), "branches = (1, 1) of request 0; choose distinct ones"),
+    (lambda e: e.join(0, (1, 2), []), "a join without a text has no token to go on from"),
+    (lambda e: (e.cancel(0, 1), e.step(), e.step(), e.join(0, (1,), [5])), "branches (1,) of request 0 ended before"),
+    (lambda e: e.submit([1], branches=3, further=4), "branch 7 is over the budget of 6 branches"),
+    (lambda e: e.submit([1], further=-1), "further = -1 is no number of branches"),
+])  # fmt: skip
+def test_what_cannot_be_is_refused_and_changes_nothing(act, says):
+    engine, other = (decoding.engine(decoding.built("default", **decoding.ALONE)) for _ in range(2))
+    for each in (engine, other):
+        each.submit([1, 2], branches=2, further=2, most_tokens=4)
+        each.step()
+        each.step()
+    with pytest.raises(UserError) as refused:
+        act(engine)
+    assert says in str(refused.value) and "\n" not in str(refused.value)
+    assert engine.submitted == 1
+    if not engine.cancelled and len(engine.running[0].branches) == 2 and not engine.running[0].branches[0].ended:
+        assert decoding.run(engine) == decoding.run(other)
+
+
+def test_a_mixer_with_a_state_forks_and_refuses_a_join_by_name():
+    engine = decoding.engine(decoding.built("delta on own_branch"))
+    engine.submit([1, 2], branches=2, further=1, most_tokens=9)
+    with pytest.raises(UserError, match=r"model\.mixer\.name = 'delta' cannot join branches"):
+        engine.join(0, (1, 2), [3])
+    assert engine.fork(0, 1) == (3,)
+
+
+def test_implementations_that_read_no_limits_refuse_by_name():
+    from lab import kernels
+
+    with (
+        kernels.interpreted(),
+        pytest.raises(UserError, match=r"'pallas_tpu' reads no limits .* among: auto, reference"),
+    ):
+        kernels.resolve("pallas_tpu", forking=True)
+
+
+def test_chunks_that_cut_pages_are_refused():
+    with pytest.raises(UserError, match="chunk = 48 is not valid; choose a divisor or a multiple of 64"):
+        Engine(decoding.built("default", **decoding.ALONE), chunk=48)

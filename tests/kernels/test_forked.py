@@ -1,0 +1,97 @@
+"""Texts that fork and join: rules with a table of limits, against loops over pairs in float64."""
+
+import dataclasses
+import functools
+
+import exact
+import jax
+import numpy as np
+import packs
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lab import kernels
+from lab.kernels import rules, tiled, tiles
+
+M, B, T, S = 5, 2, 70, 150  # nodes, rows, queries and keys: several tiles of either
+PLAIN = {
+    "own_branch": lambda q, k, own: (k.branch == 0 or own) and k.time <= q.time,
+    "all_branches": lambda q, k, own: k.time < q.time or k.index == q.index,
+    "own_branch & window(5)": lambda q, k, own: (k.branch == 0 or own) and 0 <= q.time - k.time < 5,
+}
+
+
+def drawn(rng, run: int):
+    """(queries, keys, limits): nodes in runs of so many tokens."""
+
+    def at(length):
+        node = np.repeat(rng.integers(0, M, (B, -(-length // run))), run, axis=1)[:, :length]
+        return dataclasses.replace(packs.interleaved(rng, B, length), node=node.astype(np.int32))  # fmt: skip
+
+    limits = rng.choice([rules.HIDDEN, -1, 0, 3, 9, rules.ENDLESS], (B, M, M)).astype(np.int32)
+    return at(T), at(S), limits
+
+
+def seen(name: str, q, k, limits) -> np.ndarray:
+    """bool [B, T, S], pair by pair."""
+    found = np.zeros((B, q.shape[1], k.shape[1]), bool)
+    for b, t, s in np.ndindex(found.shape):
+        one, other = packs.token(q, b, t), packs.token(k, b, s)
+        limit = limits[b, one.node, other.node]
+        shared = one.segment == other.segment and one.segment >= 0 and limit > rules.HIDDEN
+        found[b, t, s] = shared and PLAIN[name](one, other, other.time <= limit)
+    return found
+
+
+@functools.cache
+def attending(name: str, implementation: str):
+    def run(q, k, v, queries, keys, limits):
+        return kernels.attend(q, k, v, queries, keys, rules.parse(name), implementation=implementation,
+                              return_lse=True, limits=limits)  # fmt: skip
+
+    return jax.jit(run)
+
+
+@pytest.mark.parametrize("name", ["own_branch", pytest.param("all_branches", marks=pytest.mark.slow)])
+@given(st.integers(0, 2**32 - 1), st.sampled_from([1, 64]))
+@settings(max_examples=3)
+def test_attention_sees_what_limits_show(name, seed, run):
+    rng = np.random.default_rng(seed)
+    queries, keys, limits = drawn(rng, run)
+    q, k, v = (rng.normal(size=shape).astype(np.float32) for shape in ((B, T, 4, 8), (B, S, 2, 8), (B, S, 2, 6)))
+    shown = seen(name, queries, keys, limits)
+    (o, lse), _ = exact.attend(exact.scores(q, k, 8**-0.5), v, shown, np.zeros((B, T, 4, 6)), np.zeros((B, T, 4)))
+    for implementation in ("reference", "tiled"):
+        found = attending(name, implementation)(q, k, v, queries, keys, limits)
+        np.testing.assert_allclose(found[0], o, atol=1e-5)
+        np.testing.assert_allclose(found[1], lse, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", PLAIN)
+@given(st.integers(0, 2**32 - 1), st.sampled_from([1, 4, 8]))
+@settings(max_examples=3)
+def test_lists_hold_every_tile_that_is_seen_in_the_order_of_index(name, seed, run):
+    """And leave some out that the table alone hides."""
+    queries, keys, limits = drawn(np.random.default_rng(seed), run)
+    rule = rules.forked(rules.parse(name))
+    shown = np.asarray(rules.visible(rule, queries, keys, limits))
+    np.testing.assert_array_equal(shown, seen(name, queries, keys, limits))
+    q, k = tiles.pad_to_tiles(queries, 4), tiles.pad_to_tiles(keys, 4)
+    made = jax.device_get(tiles.make_tiles(rule, q, k, 4, 4, limits))
+    pad = ((0, 0), (0, q.shape[1] - T), (0, k.shape[1] - S))
+    blocks = np.pad(shown, pad).reshape(B, q.shape[1] // 4, 4, k.shape[1] // 4, 4).any((2, 4))
+    first = np.where(np.asarray(k.segment) < 0, 2**29, k.index).reshape(B, -1, 4).min(-1)
+    assert not made.full.any()
+    for b, i in np.ndindex(made.total.shape):
+        listed = made.keys[b, i, : made.total[b, i]]
+        assert {*np.flatnonzero(blocks[b, i])} <= {*listed.tolist()}
+        assert (np.diff(first[b, listed]) >= 0).all()
+
+
+def test_a_tile_of_a_node_that_is_hidden_is_left_out():
+    queries, keys, _ = drawn(np.random.default_rng(0), 64)
+    queries, keys = (dataclasses.replace(at, segment=0 * at.segment) for at in (queries, keys))
+    limits = np.full((B, M, M), rules.HIDDEN, np.int32)
+    none = tiled.plan(rules.forked(rules.own_branch), queries, keys, limits)
+    assert not np.asarray(none.total).any()
