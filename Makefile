@@ -63,5 +63,5 @@ $(VENV)/.tests: $(VENV)/.runs requirements-dev.txt requirements-serve.txt
 
 $(VENV)-hf/.ready:
 	@$(PYTHON) -m venv $(VENV)-hf
-	$(VENV)-hf/bin/python -m pip install --quiet --disable-pip-version-check torch "transformers>=5.24,<6" tokenizers numpy
+	$(VENV)-hf/bin/python -m pip install --quiet --disable-pip-version-check torch "transformers>=5.24,<6" peft tokenizers numpy jinja2
 	@touch $@

@@ -10,7 +10,8 @@ texts of L = 128 bytes, which is then stretched to 2 L, 4 L and 8 L. A checkpoin
 by :L, such as :2048. DIR is the
 directory of a cell, or of a model that `python -m lab.convert from-hf` wrote. Long texts are the validation texts of
 data.corpus, joined; --config.data.corpus=files --config.data.path='books/*.txt' reads others. docs/long_contexts.md
-says how everything is measured.
+says how everything is measured. At :llama3 and :qwen25, tasks of retrieval are messages in the chat template, where one
+came with the tokenizer.
 
 Published of hybrid positions (L + (p - L) / cf beyond L; configs/published/extrapolation_*.csv), hypotheses here: cf 2
 is best, the best cf grows with the stretch, no harm within L, no overhead. The published table itself has cf 1.5 ahead
@@ -126,7 +127,7 @@ def llama3(config) -> None:
     llm(config, dim=4096, layers=32, width=14336, heads=32, groups=8, vocabulary=128_256, theta=5e5)
     config.study.name = "length_extrapolation_llama3"
     lengths = (8192, 16384, 20480, 24576, 28672, 32768, 40960, 49152)
-    retrieval = dict(lengths=(16384, 32768, 49152), tasks=TASKS, texts=10)
+    retrieval = dict(lengths=(16384, 32768, 49152), tasks=TASKS, texts=10, chat=True)
     ask_all(config, 8192, lengths, retrieval, documents=10, texts=0, rows=1, chunk=512, stride=0, bos=128_000)
 
 
@@ -138,7 +139,7 @@ def qwen25(config) -> None:
     config.model.norm.eps = 1e-6
     config.model.mixer.bias = "qkv"
     lengths = (4096, 8192, 16384, 24576, 32768, 40960)
-    retrieval = dict(lengths=(16384, 40960), tasks=TASKS, texts=10)
+    retrieval = dict(lengths=(16384, 40960), tasks=TASKS, texts=10, chat=True)
     ask_all(config, 32768, lengths, retrieval, documents=10, texts=0, rows=1, chunk=512, stride=0)
 
 

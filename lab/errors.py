@@ -5,7 +5,11 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """Something the user asked for cannot be done. The message names the value and the valid choices."""
+    """Something the user asked for cannot be done. The message names the value and the valid choices, on one line
+    whatever is in them."""
+
+    def __init__(self, message: object):
+        super().__init__(" ".join(str(message).splitlines()))
 
 
 SHOWN = 12  # choices that fit on one line
@@ -30,4 +34,4 @@ def choose(what: str, value, choices: Iterable):
     near = difflib.get_close_matches(str(value), names, n=1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
     some = names if len(names) <= SHOWN else [*difflib.get_close_matches(str(value), names, n=SHOWN, cutoff=0.0), "..."]
-    raise UserError(f"{what} = {value!r} is unknown{hint}; choose one of: {', '.join(some)}")
+    raise UserError(f"{what} = {shown(value)} is unknown{hint}; choose one of: {', '.join(some)}")

@@ -6,6 +6,9 @@ python -m lab.generate runs/rope_ablation/cells/NAME-IDENTITY --prompt "def " --
 Prompts come from --prompt, from a file, or from standard input: text, which is one prompt, or JSON lines, objects with
 "prompt" and maybe "id" and settings under their own names: {"prompt": "def ", "branches": 4, "stop": ["\\n"]}.
 
+A prompt is continued as it is, as by /v1/completions of a server. With --chat it is a message that a user writes, as
+by /v1/chat/completions and `transformers chat`: the chat template that came with the tokenizer stands around it.
+
 python -m lab.generate runs/rope_ablation/cells/NAME-IDENTITY --serve 8000
 
 serves OpenAI's completions protocol; --serve 8000 --help lists the flags that it takes.
@@ -14,6 +17,7 @@ serves OpenAI's completions protocol; --serve 8000 --help lists the flags that i
 import argparse
 import contextlib
 import dataclasses
+import datetime
 import json
 import signal
 import sys
@@ -82,6 +86,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     made.add_argument("--file", metavar="FILE", help="prompts; JSON lines if it is called *.jsonl; -: standard input")
     made.add_argument("--jsonl", action="store_true", help="the file or standard input has JSON lines")
     made.add_argument("--json", action="store_true", help="write a line of JSON for each prompt")
+    made.add_argument("--chat", action="store_true", help="answer prompts, in the chat template of the tokenizer")
     for name, says in TEXTS.items():
         made.add_argument(flag(name), action="append", default=[], metavar="TEXT", help=f"{says}; more than once")
     return made.parse_args(argv)
@@ -158,7 +163,7 @@ def main(argv: list[str]) -> int | None:
     from lab.decode.show import Answers, show
     from lab.decode.text import transcribed
 
-    asks = [request(one, tokenizer) for one in given]
+    asks = [request(one, tokenizer, flags.chat) for one in given]
     for one, ask in zip(given, asks, strict=True):
         with at(one.place):
             within(ask)
@@ -207,8 +212,8 @@ def at(place: str):
         raise UserError(f"{place}{error}") from None
 
 
-def request(one: Asked, tokenizer) -> dict:
-    """What the engine is to be asked."""
+def request(one: Asked, tokenizer, chat: bool = False) -> dict:
+    """What the engine is to be asked. chat: the prompt is a message."""
     from lab.decode.sampling import Sampling
 
     own = one.settings
@@ -219,13 +224,22 @@ def request(one: Asked, tokenizer) -> dict:
         if "" in own["stop"]:
             raise UserError("stop = '' would end a text at once; choose another string")
         return {
-            "prompt": ([] if tokenizer.bos is None else [tokenizer.bos]) + tokens(one.prompt, tokenizer),
+            "prompt": message(one.prompt, tokenizer)
+            if chat
+            else ([] if tokenizer.bos is None else [tokenizer.bos]) + tokens(one.prompt, tokenizer),
             "branches": own["branches"] or len(texts),
             "texts": texts or None,
             "sampling": Sampling(**{name: own[name] for name in DRAWN}),
             "most_tokens": own["max_tokens"],
-            "stop": () if tokenizer.eos is None else (tokenizer.eos,),
+            "stop": tokenizer.ends if chat else () if tokenizer.eos is None else (tokenizer.eos,),
         }
+
+
+def message(text: str, tokenizer) -> list[int]:
+    """The tokens after which an answer to it comes: what begins them, the template says."""
+    if tokenizer.chat is None:
+        raise UserError(f"--chat: no chat template came with the tokenizer {tokenizer.name!r}; leave it out")
+    return tokenizer.encode_chat(tokenizer.chat.asked(text, datetime.datetime.now())).tolist()
 
 
 def tokens(text: str, tokenizer) -> list[int]:

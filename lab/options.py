@@ -2,7 +2,8 @@
 
 A Room is a part of the config, such as model or train: options of its own, and Parts, each filled by one entry of a
 table. An entry says what it reads in `options`, {name: Option}. It may also have `reads`, names of other options of the
-room that it needs, and `replaces`, names of those that mean nothing beside it. What is set and not read is refused.
+room that it needs, `replaces`, names of those that mean nothing beside it, and `idle`, a function of the room's values
+to {name of an option that means nothing: that beside whose value it does not}. What is set and not read is refused.
 """
 
 import dataclasses
@@ -176,9 +177,16 @@ class Room(NamedTuple):
             replaced |= {*getattr(entry, "replaces", ())}
         return found - replaced
 
+    def idle(self, values: Mapping[str, Any]) -> dict[str, str]:
+        """Of the options that are read, those that mean nothing beside the value of another, and that one."""
+        found: dict[str, str] = {}
+        for part in self.parts:
+            found |= getattr(part.table[values[part.field]], "idle", _none_idle)(values)
+        return found
+
     def check(self, values: Mapping[str, Any], prefix: str = "") -> None:
         """Raises UserError for a value outside its declaration, and for one that is set and not read."""
-        read = self.read(values, prefix)
+        read = self.read(values, prefix) - {*self.idle(values)}
         for name, option in self.declared().items():
             if name in read:
                 option.check(prefix + name, values[name])
@@ -187,6 +195,11 @@ class Room(NamedTuple):
 
     def unread(self, values: Mapping[str, Any], name: str, prefix: str = "") -> UserError:
         """That an option is set which nothing reads: who would read it, beside the value that means nothing."""
+        if name in self.read(values, prefix) and (other := self.idle(values).get(name)):
+            return UserError(
+                f"{prefix}{name} = {shown(values[name])} means nothing beside {prefix}{other} = "
+                f"{shown(values[other])}; choose {self.declared()[name].default!r}, or another {prefix}{other}"
+            )
         replacing = [p for p in self.parts if name in getattr(p.table[values[p.field]], "replaces", ())]
         readers = [(part, entry) for part in self.parts for entry in part.table if name in part.options(entry)]
         beside = replacing or [part for part in self.parts if part.field in {one.field for one, _ in readers}]
@@ -197,6 +210,10 @@ class Room(NamedTuple):
             + repr(self.declared()[name].default)
             + (f", or one of: {prefix}{f', {prefix}'.join(others)}" if others else "")
         )
+
+
+def _none_idle(values: Mapping[str, Any]) -> dict[str, str]:
+    return {}
 
 
 def without(options: Mapping[str, Option], *names: str) -> dict[str, Option]:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import pathlib
 import sys
 
 import decoding
@@ -12,12 +13,15 @@ from rich.console import Console
 
 import lab
 from lab import command, generate, runtime
+from lab.data import tokenizers
 from lab.data.tokenizers import Bytes
 from lab.decode import show
 from lab.decode.generate import generate as tokens_of
 from lab.decode.text import Passage
 from lab.errors import UserError
 from lab.exchange import lm_eval
+
+CHECKPOINTS = pathlib.Path(__file__).parent / "exchange" / "reference_checkpoints"
 
 
 @pytest.fixture(scope="module")
@@ -112,12 +116,26 @@ JSONL = ("--jsonl", "--json")
     (("--prompt", "a", "--top-p", "2"), b"", "top_p = 2.0 is not valid"),
     (("--prompt", "a", "--temperature", "1e-38"), b"", "temperature = 1e-38 is not valid"),
     (("--prompt", "a", "--max-tokens", "2000"), b"", "need 2048 slots, over 1024"),
+    (("--prompt", "a", "--chat"), b"", "--chat: no chat template came with the tokenizer 'bytes'; leave it out"),
 ])  # fmt: skip
 def test_a_mistake_is_one_line(run, monkeypatch, arguments, stdin, says):
     monkeypatch.setattr(generate, "LONGEST", 2**10)
     monkeypatch.setattr(generate, "ROWS", 1)
     code, out, err = run(*arguments, stdin=stdin)
     assert code == 2 and out == "" and err.startswith("lab: ") and err.count("\n") == 1 and says in err
+
+
+def test_a_message_stands_in_the_chat_template(monkeypatch):
+    """Which says what begins it; any token that ends a model's turn ends it."""
+    flags = generate.parser().parse_args(["somewhere", "--prompt", "w5", "--chat", "--begin", "w6"])
+    (one,) = generate.prompts(flags)
+    tokenizer = tokenizers.load(CHECKPOINTS / "qwen3")
+    tokenizer.bos = 1
+    monkeypatch.setattr(tokenizers.Json, "ends", (2, 7))
+    asked = generate.request(one, tokenizer, flags.chat)
+    assert (asked["prompt"], asked["texts"], asked["stop"]) == ([1, 5, 2], [[6]], (2, 7))
+    plain = generate.request(one, tokenizer)
+    assert (plain["prompt"], plain["texts"], plain["stop"]) == ([1, 5], [[6]], (2,))
 
 
 def test_an_interrupted_stream_keeps_what_was_finished(run, monkeypatch):

@@ -359,8 +359,14 @@ def reading(field: str) -> dict:
         return variants.mixer("mla")
     if field == "position.clip":
         return dict(model__position__name="shaw")
+    if field == "position.temperature_step":
+        return dict(model__position__temperature=0.5)
     if field.startswith(tuple(OF_METHODS)) or field == "position.log_n":
         made = {f"model.{name}": value for name, value in STRETCHED.items()}
+        if not field.startswith("position.scaling.") or field.endswith("partial_rotary_factor"):
+            del made["model.position.length"]
+        if field.startswith("position.scaling.mscale"):
+            made |= {f"model.position.scaling.{one}": 0.3 for one in ("mscale", "mscale_all_dim")}
         for place, table in OF_METHODS.items():
             entry = [name for name, row in table.items() if field.removeprefix(f"{place}.") in row.options]
             if entry:

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from lab.data import cache
+from lab.data import chat as chats
 from lab.data.corpora import Corpus
 from lab.errors import SHOWN, UserError
 from lab.storage import find_json, write_atomically, write_json
@@ -38,7 +39,7 @@ class Tokenizer(Protocol):
     tokenizer has none; name is for messages.
 
     bytes_of_ids: int64 [size], how many bytes of UTF-8 text each id stands for, 0 of special ones; None of a tokenizer
-    whose ids stand for no number of bytes by themselves.
+    whose ids stand for no number of bytes by themselves. chat: the template that came with it; None where none did.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Tokenizer(Protocol):
     bos: int | None
     fingerprint: str
     bytes_of_ids: np.ndarray | None
+    chat: chats.Chat | None
 
     def encode(self, text: str) -> np.ndarray:
         """int32 ids [n], without bos and eos."""
@@ -72,6 +74,7 @@ class Bytes:
     eos = 256
     bos = None
     fingerprint = "bytes"
+    chat = None
     bytes_of_ids = (np.arange(size) < 256).astype(np.int64)
 
     def encode(self, text: str) -> np.ndarray:
@@ -97,6 +100,7 @@ class Symbols:
     eos = None
     bos = None
     fingerprint = "symbols"
+    chat = None
     bytes_of_ids = None
 
     def __init__(self, size: int):
@@ -121,9 +125,10 @@ class Symbols:
 class Json:
     """A tokenizer of the `tokenizers` library, from the text of its tokenizer.json."""
 
-    def __init__(self, text: str, eos: str = "", name: str = FILE):
-        """`eos`: the token that ends a text; empty: the first of the usual names that it has."""
-        self._text, self.name = text, name
+    def __init__(self, text: str, eos: str = "", name: str = FILE, beside: Path | None = None):
+        """`eos`: the token that ends a text; empty: the first of the usual names that it has. beside: the directory of
+        what came with it."""
+        self._text, self.name, self._beside = text, name, beside
         self._tokenizer = tokenizers.Tokenizer.from_str(text)
         # A corpus that spells out a special token must not end its texts with it.
         self._tokenizer.encode_special_tokens = True
@@ -147,6 +152,28 @@ class Json:
         self.bos = _first(self._tokenizer)
         self._unknown = _unknown(json.loads(text)["model"], vocabulary)
         self.fingerprint = cache.digest(text) if eos in ("", usual) else cache.digest(text, eos)
+
+    @functools.cached_property
+    def chat(self) -> chats.Chat | None:
+        """Raises UserError for one that is damaged."""
+        return chats.find(self._beside) if self._beside else None
+
+    @functools.cached_property
+    def ends(self) -> tuple[int, ...]:
+        """The ids that end what a model says, its own eos among them."""
+        named = chats.ends(self._beside) if self._beside else []
+        return tuple(dict.fromkeys([*[self.eos] * (self.eos is not None), *named]))
+
+    def encode_chat(self, text: str) -> np.ndarray:
+        """int32 ids [n] of what a chat template has written: its special tokens are such."""
+        return np.array(self._special.encode(text, add_special_tokens=False).ids, np.int32)
+
+    @functools.cached_property
+    def _special(self) -> tokenizers.Tokenizer:
+        made = tokenizers.Tokenizer.from_str(self._text)
+        made.no_truncation()
+        made.no_padding()
+        return made
 
     @functools.cached_property
     def bytes_of_ids(self) -> np.ndarray | None:
@@ -298,7 +325,7 @@ def _unknown(model: Mapping, vocabulary: Mapping[str, int]) -> int | None:
 
 def _from_file(path: Path, eos: str = "") -> Json:
     try:
-        return Json(path.read_text("utf-8"), eos, str(path))
+        return Json(path.read_text("utf-8"), eos, str(path), path.parent)
     except UserError:
         raise
     except OSError as error:

@@ -94,6 +94,7 @@ TASKS = {
     "frequent": Task("Some words of this list are common. Count them.", frequent),
 }
 OPTIONS = LENGTHS | {
+    "chat": Option(False, "each document is a message in the tokenizer's chat template, where one came with it"),
     "tasks": Option(tuple(TASKS), "of retrieval", choices=tuple(TASKS), kind=tuple[str, ...]),
 }
 
@@ -107,16 +108,23 @@ def check(config: ConfigDict, ask: ConfigDict, field: str) -> None:
     at_most_once(f"{field}.tasks", ask.tasks)
 
 
-def document(tokenizer, task: str, number: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """A text in tokens, int32, and its answer: together as near to `length` as whole sentences come.
+def document(tokenizer, task: str, number: int, length: int, chat: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """A text in tokens, int32, and its answer: together as near to `length` as whole sentences come. chat: in the
+    template of the tokenizer, up to the question; what begins the answer is the model's own.
 
     The answer is written behind its text, never by itself: tokenizers may join the two otherwise. Raises UserError
     where not even the least document fits.
     """
     chosen = TASKS[choose("the task of a retrieval", task, TASKS)]
     content = chosen.content(np.random.default_rng((_SEED, list(TASKS).index(task), number)))
-    text = lambda count: _text(chosen.intro, content, count)  # noqa: E731
-    encoded = lambda count: tokenizer.encode(text(count) + content.answer)  # noqa: E731
+    asked, mark, begun = content.question.partition("? ") if chat else (content.question, "", "")
+    encode = tokenizer.encode_chat if chat else tokenizer.encode
+
+    def text(count: int) -> str:
+        whole = _text(chosen.intro, content._replace(question=asked + mark.rstrip()), count)
+        return tokenizer.chat.asked(whole) + begun if chat else whole
+
+    encoded = lambda count: encode(text(count) + content.answer)  # noqa: E731
     if (least := len(encoded(0))) > length:
         raise UserError(
             f"a document of the task {task} has at least {least} tokens, over a length of {length}; ask of longer "
@@ -128,7 +136,7 @@ def document(tokenizer, task: str, number: int, length: int) -> tuple[np.ndarray
     while above - fits > 1:
         middle = (fits + above) // 2
         fits, above = (middle, above) if len(encoded(middle)) <= length else (fits, middle)
-    whole, before = encoded(fits).astype(np.int32), tokenizer.encode(text(fits))
+    whole, before = encoded(fits).astype(np.int32), encode(text(fits))
     n = min(len(whole) - 1, len(before))
     alike = int(np.cumprod(whole[:n] == before[:n]).sum())  # where a text ends, some write it otherwise
     return whole[:alike], whole[alike:]
@@ -142,9 +150,11 @@ def rows(config: ConfigDict, ask: ConfigDict, texts, tokenizer, length: int) -> 
     """
     tokens, labels = (np.full((len(ask.tasks) * ask.texts, length), -1, np.int32) for _ in range(2))
     pairs = [(part, number) for part in range(len(ask.tasks)) for number in range(ask.texts)]
+    chat = ask.chat and tokenizer.chat is not None
+    first = [ask.bos] * (ask.bos >= 0 and not chat)  # what begins a message, its template says
     for row, (part, number) in enumerate(pairs):
-        before, answer = document(tokenizer, ask.tasks[part], number, length - (ask.bos >= 0))
-        before = np.concatenate([np.full(int(ask.bos >= 0), ask.bos, np.int32), before])
+        before, answer = document(tokenizer, ask.tasks[part], number, length - len(first), chat)
+        before = np.concatenate([np.array(first, np.int32), before])
         whole = np.concatenate([before, answer])
         tokens[row, : len(whole)] = whole
         labels[row, len(before) - 1 : len(whole) - 1] = answer

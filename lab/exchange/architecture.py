@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from lab.config import base
 from lab.errors import UserError, choose, shown
-from lab.exchange import rope
+from lab.exchange import kinds, rope
 from lab.exchange.families import FAMILIES, FULL, NESTED, SLIDING, Family, Values
 from lab.model import spec
 from lab.options import leaves, set_field
@@ -25,13 +25,13 @@ SOURCES = ("init.", "parametrization.base", "lora.")
 def text_of(config: Mapping, file: Path) -> tuple[Family, dict]:
     """The family of config.json, and the part of it that describes the text model. Raises UserError for others."""
     names = [*FAMILIES, *NESTED]
+    kinds.check(config, kinds.CONFIG, file)
     named = choose(f"{file}: model_type", config.get("model_type"), names)
     if named in NESTED:
-        nested = config.get("text_config")
-        if not isinstance(nested, Mapping):
-            raise UserError(f"{file}: text_config = {shown(nested)} must be an object for model_type = {named!r}")
+        kinds.check({"text_config": config.get("text_config")}, {"text_config": kinds.OBJECT}, file)
         tied = {"tie_word_embeddings": config.get("tie_word_embeddings", True)}
-        family, config = FAMILIES[NESTED[named]], tied | dict(nested)
+        family, config = FAMILIES[NESTED[named]], tied | dict(config["text_config"])
+        kinds.check(config, kinds.CONFIG, file, "text_config: ")
     else:
         family = FAMILIES[named]
         made_for = config.get("architectures") or [family.architecture]
@@ -57,7 +57,8 @@ def read(family: Family, config: Mapping, file: Path) -> ConfigDict:
     try:
         spec.check(model)
     except UserError as error:
-        raise UserError(f"{file}: {error}") from error
+        named = [key for key, row in family.keys.items() if f"model.{row.option} " in str(error)]
+        raise UserError(f"{file}: {''.join(f'{key}: ' for key in named)}{error}") from error
     return model
 
 
@@ -67,16 +68,15 @@ def completed(family: Family, config: Mapping, file: Path) -> dict:
     for key, allowed in family.only.items():
         if values.get(key) not in allowed:
             raise UserError(f"{file}: {key} = {shown(values[key])} is not supported; only {_listed(allowed)}")
-    for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"):
-        if type(values[key]) is not int or values[key] < 1:
-            raise UserError(f"{file}: {key} = {shown(values[key])} must be a whole number of at least 1")
+    kinds.check(values, kinds.CONFIG, file)
     if values["num_key_value_heads"] is None:
         values["num_key_value_heads"] = values["num_attention_heads"]
     if values["head_dim"] is None:
         values["head_dim"] = values["hidden_size"] // values["num_attention_heads"]
+    kinds.check(values, kinds.CONFIG, file)  # a width that follows from others too
     values["types"] = _types(family, values, file)
     window = values["sliding_window"]
-    if SLIDING in values["types"] and (type(window) is not int or window < 1):
+    if SLIDING in values["types"] and not window:
         raise UserError(f"{file}: sliding_window = {shown(window)} must be a whole number of at least 1")
     return values
 
@@ -135,6 +135,7 @@ def _rotation(family: Family, config: Mapping, values: Values, kind: str, file: 
         by_kind = said.get("rope_parameters") or {}
         for name in by_kind:
             choose(f"{file}: a key of rope_parameters", name, older)
+        kinds.check(by_kind, dict.fromkeys(older, kinds.optional(kinds.OBJECT)), file, "rope_parameters: ")
         of_kind = {**(by_kind.get(kind) or {}), **(scaling or {})}
         of_kind.setdefault("rope_theta", said.get(theta) or family.thetas[kind])
         said |= {"rope_scaling": None, "rope_parameters": {kind: of_kind}}
@@ -202,8 +203,8 @@ def _rotation_written(family: Family, layers: Sequence[Mapping]) -> dict:
 def _parameters(layer: Mapping) -> dict:
     """Of a layer, as `transformers` spells rope_parameters: theta and, if there is one, a frequency map."""
     found = {"rope_theta": layer.get("position.theta", 1e4)}
-    if layer.get("position.scaling.name", "default") == "default":
-        return found
+    if layer.get("position.scaling.name", "default") not in {*rope.KEYS} - {"default"}:
+        return found  # and what is read back of another one is another model
     prefix = "position.scaling."
     for option, value in layer.items():
         if option.startswith(prefix) and (value or DECLARED[option].default):  # what is 0 follows from others
@@ -222,7 +223,7 @@ def window(rule: str) -> int | None:
 def meaning(model: ConfigDict) -> list[dict]:
     """What every layer is, {option: value}: two models of one meaning compute the same."""
     specs, read = spec.layer_specs(model), spec.read_by_layers(model)
-    of_entries = [_meant(leaves(one), fields) for one, fields in zip(specs, read, strict=True)]
+    of_entries = [_meant(leaves(one) | rope.meant(one), fields) for one, fields in zip(specs, read, strict=True)]
     return [of_entries[m % len(specs)] for m in range(model.layers)]
 
 
@@ -238,8 +239,10 @@ def _meant(values: Mapping, read: set[str]) -> dict:
         found["mixer.v_head_dim"] = values["mixer.v_head_dim"] or values["mixer.head_dim"]
     if found.get("mixer.rotate") == "qk":
         found["mixer.rotate"] = "auto"
-    original = "position.scaling.original_max_position_embeddings"
-    if original in found and rope.ORIGINAL in rope.KEYS.get(values["position.scaling.name"], ()):
+    kind, original = values["position.scaling.name"], rope.SCALING + rope.ORIGINAL
+    if kind == "default":
+        found = {name: x for name, x in found.items() if not name.startswith(rope.SCALING) or name.endswith(".name")}
+    if original in found and rope.ORIGINAL in rope.KEYS.get(kind, ()):
         found[original] = found[original] or values["position.trained"]
     if "position.dim" in found:
         found["position.dim"] = values["position.dim"] or values["mixer.head_dim"]

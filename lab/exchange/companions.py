@@ -13,7 +13,8 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from lab.data import tokenizers
 from lab.errors import UserError
-from lab.exchange.source import find_json
+from lab.exchange import kinds
+from lab.exchange.source import CONFIG, find_json
 
 SETTINGS, GENERATION, TEMPLATE = "tokenizer_config.json", "generation_config.json", "chat_template.jinja"
 COMPANIONS = (SETTINGS, GENERATION, "special_tokens_map.json", TEMPLATE)
@@ -37,27 +38,37 @@ def check(source: Path) -> None:
 
 
 def special(source: Path, values: Mapping, vocabulary: int) -> str:
-    """The token that ends a text, "" where none is named. Raises UserError for a tokenizer without the first token of
-    a text that its settings name, or with more tokens than the model has.
+    """The token that ends a text, "" where none is named. Raises UserError for a tokenizer without a token that
+    config.json names, or the first token of a text that its settings name, or with more tokens than the model has.
 
     values: of config.json, with defaults.
     """
     check(source)
     file, settings = source / tokenizers.FILE, find_json(source / SETTINGS)
+    kinds.check(settings, kinds.SETTINGS, source / SETTINGS)
+    kinds.check(find_json(source / GENERATION), kinds.GENERATION, source / GENERATION)
     tokenizer = library.Tokenizer.from_file(str(file))
     largest = max(tokenizer.get_vocab(with_added_tokens=False).values(), default=0)
     if largest >= vocabulary:
         raise UserError(f"{file} has a token of id {largest}, and config.json has vocab_size = {vocabulary}")
-    begins = values.get("bos_token_id")
-    if begins is not None and tokenizer.id_to_token(int(begins)) is None:
-        raise UserError(f"{file} has no token of id {begins}, which config.json names as bos_token_id")
+    for key in ("bos_token_id", "eos_token_id"):
+        for one in ids(values.get(key)):
+            if one >= vocabulary:
+                raise UserError(f"{source / CONFIG}: {key} = {one} is no token: vocab_size = {vocabulary}")
+    for one in ids(values.get("bos_token_id")):
+        if tokenizer.id_to_token(one) is None:
+            raise UserError(f"{file} has no token of id {one}, which config.json names as bos_token_id")
     named = content(settings.get("bos_token"))
     if settings.get("add_bos_token") and (not named or tokenizer.token_to_id(named) is None):
         raise UserError(f"{file} has no token {named!r}, with which texts begin: {SETTINGS} has add_bos_token = true")
-    ends = values.get("eos_token_id")
-    ends = ends[0] if isinstance(ends, list) and ends else ends
-    known = content(settings.get("eos_token")), tokenizer.id_to_token(ends) if isinstance(ends, int) else None
+    ends = [tokenizer.id_to_token(one) for one in ids(values.get("eos_token_id"))[:1]]
+    known = content(settings.get("eos_token")), *ends
     return next((token for token in known if token and tokenizer.token_to_id(token) is not None), "")
+
+
+def ids(value: int | list[int] | None) -> list[int]:
+    """Of tokens, as a file names one, several or none."""
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def content(token) -> str:

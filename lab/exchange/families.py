@@ -108,13 +108,13 @@ KEYS = {
     "num_key_value_heads": Field("mixer.kv_heads"),
     "head_dim": Field("mixer.head_dim"),
     "rms_norm_eps": Field("norm.eps"),
-    "tie_word_embeddings": Field("tied"),
+    "tie_word_embeddings": Field("tied", bool),
     "hidden_act": Field("feedforward.name", choices=GATES),
 }
 LLAMA = Family(
     model_type="llama",
     architecture="LlamaForCausalLM",
-    keys=KEYS | {"attention_bias": BIASES, "mlp_bias": Field("feedforward.bias")},
+    keys=KEYS | {"attention_bias": BIASES, "mlp_bias": Field("feedforward.bias", bool)},
     defaults={
         "hidden_size": 4096,
         "num_hidden_layers": 32,
@@ -202,8 +202,6 @@ GEMMA_KEYS = {key: row for key, row in KEYS.items() if key != "hidden_act"} | {
     "query_pre_attn_scalar": Field("mixer.softmax_scale", _scale, _scalar),
     "final_logit_softcapping": Field("logit_softcap", _cap, _no_cap),
 }
-# `transformers` multiplies embeddings by sqrt(hidden_size) rounded to the type of the weights: in float32 by what is
-# used here, in bfloat16 by its nearest number.
 GEMMA2 = LLAMA._replace(
     model_type="gemma2",
     architecture="Gemma2ForCausalLM",

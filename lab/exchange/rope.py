@@ -1,10 +1,14 @@
-"""What config.json of Hugging Face's format says of rotation, as options of config.model.position."""
+"""What config.json of Hugging Face's format says of rotation, as options of config.model.position; and which of these
+options say the same.
+"""
 
 import logging
 from collections.abc import Mapping
 from typing import Any
 
-from lab.errors import UserError, choose, shown
+from lab.errors import UserError, choose
+from lab.exchange import kinds
+from lab.model import extrapolation, position
 
 SCALING = "position.scaling."
 ORIGINAL = "original_max_position_embeddings"
@@ -39,6 +43,7 @@ def from_rope_parameters(
     where config.json has none. partial: whether a part of a head may rotate; `transformers` takes the first dimensions,
     and we the last. Raises UserError, naming the file, for a type, a key or a value that is not supported.
     """
+    kinds.check(config, kinds.CONFIG, file)
     whole = config.get("rope_scaling") or config.get("rope_parameters") or {}
     given, nested = of_layer_type(whole, layer_type, file)
     if given is None:
@@ -47,15 +52,12 @@ def from_rope_parameters(
     kind = rope_type(given, file)
     check_keys(given, kind, file)
     of_head, length = config["head_dim"], config["max_position_embeddings"]
-    base = given.get("rope_theta", config.get("rope_theta") or theta)
     found = {
-        "position.theta": number(base, "rope_theta", file),
+        "position.theta": float(given.get("rope_theta") or config.get("rope_theta") or theta),
         "position.unselected": "time",
         "position.trained": length,
     }
-    share = number(
-        given.get("partial_rotary_factor", config.get("partial_rotary_factor") or 1.0), "partial_rotary_factor", file
-    )
+    share = float(given.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0)
     if kind == "default":
         if share != 1:  # as the default type of Llama and most others does
             logging.warning("%s: partial_rotary_factor = %s is not read by rope_type = 'default'", file, share)
@@ -70,26 +72,24 @@ def from_rope_parameters(
             given[ORIGINAL] = config[ORIGINAL]
         given.setdefault(ORIGINAL, length)
     if kind in DERIVED:
-        given.setdefault("factor", length / number(given[ORIGINAL], ORIGINAL, file))
+        given.setdefault("factor", length / given[ORIGINAL])
     if kind == "yarn" and nested:
         given["truncate"] = truncates(given, whole, layer_type, file)
-    return found | scaling(given, kind, file)
+    return found | scaling(given, kind)
 
 
 def of_layer_type(whole: Mapping, layer_type: str, file: str) -> tuple[Mapping | None, bool]:
     """(what is said of the layers of a type, None if they do not rotate; whether it is said for each type)"""
-    if not isinstance(whole, Mapping):
-        raise UserError(f"{file}: rope parameters {shown(whole)} are no object")
     if layer_type not in whole and not any(isinstance(value, Mapping) for value in whole.values()):
         return whole, False
     choose(f"{file}: a type of layers in rope_parameters", layer_type, [*whole])
-    if whole[layer_type] is not None and not isinstance(whole[layer_type], Mapping):
-        raise UserError(f"{file}: rope parameters of {layer_type} = {shown(whole[layer_type])} are no object")
+    kinds.check(whole, {layer_type: kinds.optional(kinds.OBJECT)}, file, "rope parameters of ")
     return whole[layer_type], True
 
 
 def rope_type(given: Mapping, file: str) -> str:
-    """Its name among KEYS."""
+    """Its name among KEYS. Raises UserError for values that its keys cannot have."""
+    kinds.check(given, kinds.ROPE, file, "rope parameters: ")
     named = {OLDER.get(given[key], given[key]) for key in ("rope_type", "type") if key in given}
     if len(named) > 1:
         raise UserError(
@@ -120,6 +120,7 @@ def rotary_dim(share: float, of_head: int, partial: bool, file: str) -> int:
 
 def truncates(given: Mapping, whole: Mapping, layer_type: str, file: str) -> bool:
     """Where types of layers have parameters of their own, `transformers` reads `truncate` beside the types alone."""
+    kinds.check(whole, {"truncate": kinds.TRUTH}, file, "rope parameters: ")
     beside = whole.get("truncate", True)
     found = given.get("truncate", beside)
     if found != beside:
@@ -129,31 +130,39 @@ def truncates(given: Mapping, whole: Mapping, layer_type: str, file: str) -> boo
     return found
 
 
-def scaling(given: Mapping, kind: str, file: str) -> dict[str, Any]:
-    """The options of a frequency map."""
+def scaling(given: Mapping, kind: str) -> dict[str, Any]:
+    """The options of a frequency map, but for those that it does not read beside others, as `transformers` does not."""
+    row = extrapolation.FREQUENCY_MAPS[kind]
     found = {}
     for key in KEYS[kind]:
         value = given.get(key)
         if value is None or (key in ZERO_IS_ABSENT and value == 0):
             continue
-        if key == "truncate":
-            if not isinstance(value, bool):
-                raise UserError(f"{file}: truncate = {shown(value)} is no truth value")
-        elif key in ("short_factor", "long_factor"):
-            if not isinstance(value, list | tuple):
-                raise UserError(f"{file}: {key} = {shown(value)} is no list of numbers")
-            value = tuple(number(one, key, file) for one in value)
-        elif key == ORIGINAL:
-            if type(value) is not int or value < 2:
-                raise UserError(f"{file}: {key} = {shown(value)} must be a whole number of at least 2")
-        else:
-            value = number(value, key, file)
+        if isinstance(value, list | tuple):
+            value = tuple(map(float, value))
+        elif key not in ("truncate", ORIGINAL):
+            value = float(value)
         found[SCALING + key] = value
-    return found
+    unread = row.idle({SCALING + name: option.default for name, option in row.options.items()} | found)
+    return {name: value for name, value in found.items() if name not in unread}
 
 
-def number(value, key: str, file: str) -> float:
-    """A number above 0."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-        raise UserError(f"{file}: {key} = {shown(value)} must be a number above 0")
-    return float(value)
+def meant(layer) -> dict[str, Any]:
+    """{option: value} of the rotation of a layer whose frequency map or length is spelled otherwise than config.json
+    can spell it, and means the same: a factor that follows from the length, frequencies of another base, lists."""
+    R, chosen = position.rotary_dim(layer), layer.position
+    name = chosen.scaling.name if R and chosen.map.name == "none" and chosen.table == "own" else "default"
+    if name == "default":
+        return {}
+    found: dict[str, Any] = {"position.length": 0}
+    if name == "ntk" or (name == "dynamic" and chosen.length):  # frequencies b^(-2i/R) of another b
+        inverse, _ = extrapolation.frequencies(R, chosen)
+        return found | {f"{SCALING}name": "default", "position.theta": float(inverse[1]) ** (-R / 2)}
+    if name == "longrope" and chosen.length:
+        which = "long" if chosen.length > extrapolation.original(chosen) else "short"
+        found |= {f"{SCALING}{one}_factor": chosen.scaling[f"{which}_factor"] for one in ("short", "long")}
+    if name == "linear":
+        found[SCALING + ORIGINAL] = 0  # a factor says it
+    derives = extrapolation.FREQUENCY_MAPS[name].derives
+    s = extrapolation.stretch(chosen, chosen.length) if derives else chosen.scaling.factor or 1.0
+    return found | {f"{SCALING}factor": float(s)}

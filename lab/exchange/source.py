@@ -37,7 +37,7 @@ class Original:
         self.config_file = self.directory / CONFIG
         self.config = _json(self.config_file)
         self._open: dict[Path, safetensors.safe_open] = {}
-        nested = self.config.get("model_type") in NESTED
+        nested = self.config.get("model_type") in [*NESTED]
         self.tensors: dict[str, Tensor] = {}
         for file, named in self._files().items():
             self._take(file, named, nested)
@@ -91,7 +91,7 @@ class Original:
         where = self.directory / (WEIGHTS if (self.directory / WEIGHTS).is_file() else INDEX)
         for name, shape in shapes.items():
             if name not in self.tensors:
-                raise UserError(f"{where} has no {name}, {list(shape)}")
+                raise UserError(f"{where} has no {name}, {list(shape)}, which the model of {CONFIG} has")
         for name, found in self.tensors.items():
             shape = shapes.get(tied.get(name, name))
             if shape is None:

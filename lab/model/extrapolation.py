@@ -67,15 +67,20 @@ PROPORTIONAL = {
 }
 
 
+AT = "position.scaling."  # where options of frequency maps stand in config.model
+
+
 class FrequencyMap(NamedTuple):
     """function: see above. trained: whether it needs position.trained. derives: whether a factor of 0 is taken from
-    the length. by_length: whether frequencies depend on the length of the text, beyond a factor."""
+    the length. by_length: whether frequencies depend on the length of the text, beyond a factor. idle: see
+    lab.options."""
 
     function: Callable[..., tuple[Any, float]]
     options: Mapping[str, Option] = {}
     trained: bool = False
     derives: bool = False
     by_length: bool = False
+    idle: Callable[[Mapping[str, Any]], dict[str, str]] = lambda values: {}
 
 
 def default(R: int, position, length) -> tuple[np.ndarray, float]:
@@ -178,13 +183,41 @@ def proportional(R: int, position, length) -> tuple[np.ndarray, float]:
     return np.where(rotating, default(R, position, length)[0], 0.0) / (position.scaling.factor or 1.0), 1.0
 
 
+def idle_original(values: Mapping[str, Any]) -> dict[str, str]:
+    """Where a factor is given, nothing else reads the length that it would follow from."""
+    return {f"{AT}original_max_position_embeddings": f"{AT}factor"} if values[f"{AT}factor"] else {}
+
+
+def idle_mscale(values: Mapping[str, Any]) -> dict[str, str]:
+    """An attention factor stands above what makes one, which takes two."""
+    pair = f"{AT}mscale", f"{AT}mscale_all_dim"
+    if values[f"{AT}attention_factor"]:
+        return dict.fromkeys(pair, f"{AT}attention_factor")
+    return {one: other for one, other in (pair, pair[::-1]) if not values[other]}
+
+
+def idle_of_rotations(values: Mapping[str, Any]) -> dict[str, str]:
+    """The length, where frequencies do not follow from it; and what `idle_growth` says."""
+    row = FREQUENCY_MAPS[values[f"{AT}name"]]
+    given = row.derives and values[f"{AT}factor"]
+    unread = not row.by_length and (given or not row.derives)
+    return idle_growth(values) | ({"position.length": f"{AT}{'factor' if given else 'name'}"} if unread else {})
+
+
+def idle_growth(values: Mapping[str, Any]) -> dict[str, str]:
+    """Steps of a temperature that there is not."""
+    return {} if values["position.temperature"] else {"position.temperature_step": "position.temperature"}
+
+
 FREQUENCY_MAPS = {
     "default": FrequencyMap(default),
-    "linear": FrequencyMap(linear, FACTOR | ORIGINAL, derives=True),
-    "ntk": FrequencyMap(ntk, FACTOR | ORIGINAL, derives=True),
+    "linear": FrequencyMap(linear, FACTOR | ORIGINAL, derives=True, idle=idle_original),
+    "ntk": FrequencyMap(ntk, FACTOR | ORIGINAL, derives=True, idle=idle_original),
     "dynamic": FrequencyMap(dynamic, FACTOR, trained=True, by_length=True),
     "ntk-by-parts": FrequencyMap(ntk_by_parts, FACTOR | ORIGINAL | TURNS, trained=True, derives=True),
-    "yarn": FrequencyMap(yarn, FACTOR | ORIGINAL | ATTENTION | TURNS | YARN, trained=True, derives=True),
+    "yarn": FrequencyMap(
+        yarn, FACTOR | ORIGINAL | ATTENTION | TURNS | YARN, trained=True, derives=True, idle=idle_mscale
+    ),
     "longrope": FrequencyMap(
         longrope, FACTOR | ORIGINAL | ATTENTION | LONGROPE, trained=True, derives=True, by_length=True
     ),

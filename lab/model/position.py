@@ -33,13 +33,14 @@ class Encoding(NamedTuple):
 
     frequencies: radians per unit of index, branch and time for each of the rotary pairs of R dimensions, of
     (R, config.model.position, inverse frequencies of index and time, if a frequency map changes them); None: nothing
-    rotates. code: what is added to the embedding. added: what scores are given besides.
+    rotates. code: what is added to the embedding. added: what scores are given besides. idle: see lab.options.
     """
 
     frequencies: Callable[..., dict[str, np.ndarray]] | None
     options: Mapping[str, Option]
     code: Callable | None = None
     added: type[Added] | None = None
+    idle: Callable[[Mapping[str, Any]], dict[str, str]] = lambda values: {}
 
     @property
     def replaces(self) -> tuple[str, ...]:
@@ -99,9 +100,9 @@ BRANCHED = {
 }
 
 POSITIONS = {
-    "rope2d": Encoding(rope2d_frequencies, ROTARY | BRANCHED),
-    "fourier": Encoding(time_frequencies, ROTARY, code=FourierCode),
-    "none": Encoding(None, {"trained": LENGTHS["trained"]} | GROWTH),
+    "rope2d": Encoding(rope2d_frequencies, ROTARY | BRANCHED, idle=extrapolation.idle_of_rotations),
+    "fourier": Encoding(time_frequencies, ROTARY, code=FourierCode, idle=extrapolation.idle_of_rotations),
+    "none": Encoding(None, {"trained": LENGTHS["trained"]} | GROWTH, idle=extrapolation.idle_growth),
     "sinusoidal": Encoding(None, {}, code=SinusoidalCode),
     "learned": Encoding(None, LearnedCode.options, code=LearnedCode),
     "t5": Encoding(None, Buckets.options, added=Buckets),

@@ -73,6 +73,12 @@ def read_by_layers(model) -> list[set[str]]:
     return [MODEL.read(leaves(spec), "model.") - lora.unread(model) for spec in layer_specs(model)]
 
 
+def meant_by_layers(model) -> list[set[str]]:
+    """The same, but for those that mean nothing beside the values of others."""
+    pairs = zip(layer_specs(model), read_by_layers(model), strict=True)
+    return [read - {*MODEL.idle(leaves(one))} for one, read in pairs]
+
+
 def maps(spec) -> int:
     """Attention maps of a layer; of a mixer without any, its heads."""
     return getattr(MIXERS[spec.mixer.name], "heads_each", 1) * spec.mixer.heads
@@ -92,7 +98,7 @@ def check(model) -> None:
             f"model.pattern has {len(specs)} entries for model.layers = {model.layers}; choose 1 to that many"
         )
     lora.check(model)
-    declared, values, read = MODEL.declared(), [leaves(spec) for spec in specs], read_by_layers(model)
+    declared, values, read = MODEL.declared(), [leaves(spec) for spec in specs], meant_by_layers(model)
     for field, value in leaves(model).items():
         if value != declared[field].default and not any(field in of_layer for of_layer in read):
             raise MODEL.unread(leaves(model), field, "model.")

@@ -93,8 +93,8 @@ class Transformer(nnx.Module):
     """tokens [B, T] -> logits [B, T, C]. Made by `lab.model.build`.
 
     There is a norm before the head unless the last layer's placement norms the stream itself (post, deepnorm), as in
-    arXiv 1706.03762. model.embedding_scale multiplies the embeddings of tokens, before a position code is added;
-    model.logit_softcap c makes logits z c tanh(z / c).
+    arXiv 1706.03762. model.embedding_scale, rounded to the type of activations as in Gemma, multiplies the embeddings
+    of tokens, before a position code is added; model.logit_softcap c makes logits z c tanh(z / c).
     """
 
     def __init__(self, model, key: jax.Array, execution: Execution):
@@ -119,7 +119,9 @@ class Transformer(nnx.Module):
         self.head = None if model.tied else parameter.embedding(head, shape, gain)
         self.readout = parametrization.readout(model)
         self.compute = jnp.dtype(model.compute)
-        self.embedding_scale, self.logit_softcap = model.embedding_scale, model.logit_softcap
+        exact = self.compute == jnp.float32
+        self.embedding_scale = model.embedding_scale if exact else float(self.compute.type(model.embedding_scale))
+        self.logit_softcap = model.logit_softcap
         self.layers, self.execution = model.layers, execution
         parametrization.declare(self, model)
 

@@ -85,7 +85,6 @@ def _sum_of_frozen(model) -> int | None:
 
 
 CHANGED = "its numbers are not those that were saved"
-OTHER_BASE = "it is a part of a model, and was trained upon other weights than those of its base"
 SET_ASIDE = "set_aside"  # beside the directory of checkpoints
 MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)  # what a damaged checkpoint gives; any other error may pass
 PASSING = ("PERMISSION_DENIED", "UNAVAILABLE", "DEADLINE_EXCEEDED")  # as TensorStore spells such errors
@@ -154,7 +153,7 @@ def read_model(directory: pathlib.Path, model, step: int | None = None):
         if about["weights"] != int(_checksum(found["state"]["model"])):
             raise ValueError(CHANGED)
         if about.get("frozen") != _sum_of_frozen(model):
-            raise ValueError(OTHER_BASE)
+            raise OtherBase(directory / str(step))
         return _with_weights(model, found["state"]["model"])
     except Exception as error:  # Orbax raises many kinds for a damaged one, and a bare Exception among them
         place = directory / str(step)
@@ -189,7 +188,7 @@ class Checkpoints:
 
     def restore(self, like: State) -> tuple[Position, State] | None:
         """The newest checkpoint that can be read, laid over devices as `like` is; None where there is none. Damaged
-        ones are set aside. Raises Unreadable where one cannot be read for now."""
+        ones are set aside. Raises Unreadable where one cannot be read for now, and OtherBase."""
         for step in sorted(self._manager.all_steps(), reverse=True):
             place, found, failed = self.directory / str(step), None, None
             try:
@@ -220,6 +219,8 @@ class Checkpoints:
         about = unsealed(found["position"])
         if about["step"] != step or about["numbers"] != int(_checksum(found["state"])):
             raise ValueError(CHANGED)
+        if about.get("frozen") != _sum_of_frozen(like.model):
+            raise OtherBase(self.directory / str(step))
         model = _with_weights(like.model, found["state"]["model"])
         return Position(step, about["texts"]), State(model, _unnamed(found["state"]["optimizer"], like.optimizer))
 
@@ -280,12 +281,24 @@ class Unreadable(UserError):
         )
 
 
+class OtherBase(UserError):
+    """A checkpoint of a part of a model is whole, and the rest is not what it was trained upon."""
+
+    def __init__(self, place: pathlib.Path):
+        super().__init__(
+            f"checkpoint {place} cannot be read: it is a part of a model, and was trained upon other weights than "
+            "those of its base; put the base back, or say where it is: lab.load(path, base=...)"
+        )
+
+
 def passing_error(place: pathlib.Path, error: BaseException) -> BaseException | None:
     """What to raise where a checkpoint could not be read for a reason that may pass; None where it is damaged.
 
     Orbax takes what it may not look at for missing, so all files are looked at here.
     """
     for one in _chain(error):
+        if isinstance(one, OtherBase):
+            return one
         if isinstance(one, MemoryError) or "RESOURCE_EXHAUSTED" in str(one):
             return error  # of the memory of a host or a device
         if isinstance(one, OSError) and one.errno is not None and one.errno not in MISSING:

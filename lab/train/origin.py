@@ -16,9 +16,11 @@ from ml_collections import ConfigDict
 from lab.errors import UserError
 from lab.model import parameter
 from lab.options import leaves
-from lab.storage import read_json
+from lab.storage import find_json, read_json, write_json
 from lab.train import checkpoint
 from lab.train.partition import Partition, parted, whole
+
+BASE = "base.json"  # beside config.json: a digest of the weights that a run began from
 
 
 class Origin(NamedTuple):
@@ -55,13 +57,34 @@ def find(path, base=None) -> Origin:
 
 
 def _base(cell: pathlib.Path, path: str) -> Origin:
+    kept = find_json(cell / BASE)
     try:
-        return find(path)
+        found = find(path)
+        changed = kept is not None and kept.get("weights") != digest(found)
     except UserError as error:
         raise UserError(
             f"{cell} began from weights that it does not hold, and they are no longer where they were ({error}); put "
             "them back, or say where they are: lab.load(path, base=...)"
         ) from None
+    if changed:
+        raise UserError(
+            f"{cell} began from weights that it does not hold, and {path} has others now; put them back, or say where "
+            "they are: lab.load(path, base=...)"
+        )
+    return found
+
+
+def keep(cell: pathlib.Path, path: str) -> None:
+    """Writes down beside a cell which weights it begins from, those at a path."""
+    write_json(cell / BASE, {"weights": digest(find(path))})
+
+
+def pinned(path) -> pathlib.Path:
+    """A path at which `find` finds these weights, whatever a run that goes on saves beside them."""
+    found = find(path)
+    if found.cell not in found.directory.parents:  # it trained nothing, and names where its weights are
+        return found.cell.absolute()
+    return (found.directory / str(checkpoint.newest(found.directory, found.step)[0])).absolute()
 
 
 def of_run(config: ConfigDict, directory: pathlib.Path) -> Origin:

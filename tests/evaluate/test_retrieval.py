@@ -10,10 +10,10 @@ import pytest
 import test_long
 import tiny
 import tokenizers
-from tokenizers import models, normalizers
+from tokenizers import decoders, models, normalizers
 
 import lab.config
-from lab.data.tokenizers import Bytes, Json
+from lab.data.tokenizers import Bytes, Json, load
 from lab.errors import UserError
 from lab.evaluate import asks, conditions, passes, retrieval
 from lab.evaluate.long import LongRows
@@ -97,6 +97,41 @@ def test_an_answer_is_written_behind_its_text():
     text, answer = document(Json(made.to_str()), "passkey", 0, 700)
     assert made.encode(TASKS["passkey"].intro).ids[0] == text[0] == 0
     assert "".join(made.id_to_token(i) for i in answer).count("▁") == 1
+
+
+@pytest.fixture
+def chatting(tmp_path):
+    """A tokenizer of letters with a chat template."""
+    made = tokenizers.Tokenizer(models.BPE({letter: i for i, letter in enumerate(string.printable)}, []))
+    made.decoder = decoders.Fuse()
+    made.add_special_tokens(["<s>", "<end>"])
+    made.save(str(tmp_path / "tokenizer.json"))
+    template = "<s>{% for m in messages %}{{ m.role }}:{{ m.content }}<end>{% endfor %}assistant:"
+    (tmp_path / "chat_template.jinja").write_text(template)
+    return load(tmp_path)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_document_in_a_chat_is_a_message_and_its_answer_is_begun(task, chatting):
+    plain = document(chatting, task, 0, 800)
+    tokens, answer = document(chatting, task, 0, 800, chat=True)
+    assert 800 - 60 <= len(tokens) + len(answer) <= 800
+    first, end = (chatting.encode_chat(name) for name in ("<s>", "<end>"))
+    assert tokens[0] == first and (tokens == end).sum() == 1 and answer.tolist() == plain[1].tolist()
+    (at,) = np.flatnonzero(tokens == end)
+    body, begun = chatting.decode(tokens[:at]), chatting.decode(tokens[at:])
+    question = chatting.decode(plain[0]).rpartition("? ")
+    assert body.startswith(f"user:{TASKS[task].intro}") and body.endswith("?")
+    assert begun == f"assistant:{question[2]}" and body.split()[-1] == question[0].split()[-1] + "?"
+
+
+def test_rows_of_a_chat_begin_as_the_template_says_and_others_as_ever(chatting):
+    of = dict(lengths=(400,), tasks=("passkey",), texts=2, bos=7)
+    begins = chatting.encode_chat("<s>")[0]
+    for tokenizer, chat, first in ((chatting, True, begins), (chatting, False, 7), (Bytes(), True, 7)):
+        config = asked(chat=chat, **of)
+        rows = retrieval.rows(config, config.evaluate.found, None, tokenizer, 400)
+        assert (rows.tokens[:, 0] == first).all() and ((rows.tokens >= 0).sum(1) > 330).all()
 
 
 def test_garbage_alone_grows_with_the_length():

@@ -5,7 +5,8 @@
 
 For each row of MODELS a directory as `save_pretrained` writes it, with tokens.npy [2, T] and logits.npy [2, T, C],
 float32; T is three windows where there is one. Made with transformers 5.24.0. The second form opens a directory with
-`transformers` and compares what it gives for tokens.npy with the logits.npy that lies there.
+`transformers` and compares what it gives for tokens.npy with the logits.npy that lies there; one of adapters, with
+`peft` upon the model in base/. A chat.json says what the chat template makes of a message.
 """
 
 import json
@@ -89,7 +90,13 @@ def logits_of(place: pathlib.Path, tokens: np.ndarray) -> np.ndarray:
     import torch
     import transformers as hf
 
-    model = hf.AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, attn_implementation="eager")
+    adapters = (place / "adapter_config.json").is_file()
+    base = place / "base" if adapters else place
+    model = hf.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
+    if adapters:
+        import peft
+
+        model = peft.PeftModel.from_pretrained(model, place)
     with torch.no_grad():
         return model.eval()(input_ids=torch.tensor(tokens.astype(np.int64))).logits.numpy()
 
@@ -131,7 +138,12 @@ def off(place: pathlib.Path) -> float:
     """The largest difference over the largest logit."""
     import transformers as hf
 
-    hf.AutoTokenizer.from_pretrained(place)
+    tokenizer = hf.AutoTokenizer.from_pretrained(place / "base" if (place / "base").is_dir() else place)
+    if (place / "chat.json").is_file():
+        message, text, ids = json.loads((place / "chat.json").read_text())
+        asked = dict(conversation=[{"role": "user", "content": message}], add_generation_prompt=True)
+        assert tokenizer.apply_chat_template(**asked, tokenize=False) == text
+        assert list(tokenizer.apply_chat_template(**asked, return_dict=False)) == ids
     expected = np.load(place / "logits.npy")
     return float(np.abs(logits_of(place, np.load(place / "tokens.npy")) - expected).max() / np.abs(expected).max())
 

@@ -8,11 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors
+import tiny
 from flax import nnx
 
 import lab
 import lab.config
 from lab import model as lab_model
+from lab.coordinates import Coordinates
 from lab.data import tokenizers
 from lab.exchange import architecture, companions, exporting, importing, tensors
 from lab.exchange.families import FAMILIES
@@ -20,7 +22,9 @@ from lab.exchange.source import DTYPES
 from lab.exchange.tensors import Parameter
 from lab.model import mesh as lab_mesh
 from lab.model import parameter
-from lab.train import checkpoint, streamed
+from lab.options import set_field
+from lab.storage import read_json
+from lab.train import checkpoint, origin, partition, streamed
 
 PLACE = pathlib.Path(__file__).with_name("reference_checkpoints")
 NAMES = sorted(path.name for path in PLACE.iterdir())
@@ -103,6 +107,57 @@ def test_every_family_and_every_difference_has_a_checkpoint():
     windows = [config["sliding_window"] for config in configs if config.get("sliding_window")]
     assert min(windows) * 3 <= 24 < max(windows)
     assert sum(path.stat().st_size for path in PLACE.rglob("*")) < 2**20
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory):
+    place = tmp_path_factory.mktemp("imported") / "qwen3"
+    importing.from_hf(PLACE / "qwen3", place, quiet, quiet)
+    return place
+
+
+UPON = {
+    "nothing trained": dict(train__steps=0, train__warmup=0),
+    "all trained": {},
+    "adapters": dict(model__lora__rank=2, model__lora__targets=("q", "down")),
+    "stretched": dict(model__position__scaling__name="yarn", model__position__length=256),
+}
+
+
+@pytest.mark.parametrize("kind", UPON)
+def test_a_cell_upon_an_imported_model_is_exported_as_its_family(kind, imported, tmp_path):
+    """With what came beside its weights, all of it as it was."""
+    config, cell = lab.config.restored(read_json(imported / "config.json")), tmp_path / "cell"
+    config.checkpoint = str(origin.pinned(imported))
+    for name, value in UPON[kind].items():
+        set_field(config, name.replace("__", "."), value)
+    begun, _ = lab.load(imported)
+    tiny.saved(cell, partition.parted(begun, partition.Partition.of(config), jax.random.key(0)), config)
+    companions.copy(imported, cell)  # as a study does
+    origin.keep(cell, config.checkpoint)
+    made = exporting.to_hf(cell, tmp_path / "out", quiet, quiet)
+    was, now = (importing.Opened(path) for path in (PLACE / "qwen3", tmp_path / "out"))
+    assert made["model_type"] == "qwen3" and now.family is was.family
+    for file in (tokenizers.FILE, companions.SETTINGS, companions.GENERATION, companions.TEMPLATE):
+        assert (tmp_path / "out" / file).read_bytes() == (PLACE / "qwen3" / file).read_bytes()
+    if kind == "stretched":
+        assert (made["rope_scaling"]["rope_type"], made["rope_scaling"]["factor"]) == ("yarn", 4.0)
+    else:
+        assert now.model == was.model
+    assert kind == "adapters" or held(tmp_path / "out") == held(PLACE / "qwen3")
+
+
+@pytest.mark.parametrize(("compute", "scale"), [("float32", np.float32(3072**0.5)), ("bfloat16", np.float32(55.5))])
+def test_embeddings_are_scaled_by_a_number_of_the_type_of_activations(compute, scale):
+    """As transformers 5.24 does: sqrt(3072) = 55.43 is 55.5 in bfloat16, whose products are rounded once."""
+    made = tiny.config(model__layers=1, model__embedding_scale=3072**0.5, model__compute=compute)
+    model = tiny.model(made)
+    weights = np.asarray(model.embedding[...].astype(jnp.bfloat16), np.float32)  # as a file of bfloat16 has them
+    model.embedding = model.embedding.replace(jnp.asarray(weights))
+    tokens = np.random.default_rng(0).integers(0, tiny.VOCABULARY, (2, 7))
+    found = model.embed(jnp.asarray(tokens), Coordinates.single(2, 7))
+    expected = (weights[tokens] * scale).astype(jnp.dtype(compute)).astype(np.float32)
+    np.testing.assert_array_equal(np.asarray(found, np.float32), expected)
 
 
 @pytest.mark.slow

@@ -1,14 +1,16 @@
 """Which models are written as which family, and which are refused; and what is written beside weights."""
 
+import json
 import pathlib
 
+import numpy as np
 import pytest
 
 import lab.config
 from lab.data import tokenizers
 from lab.errors import UserError
 from lab.exchange import architecture, companions, exporting
-from lab.model import presets
+from lab.model import extrapolation, presets
 from lab.options import set_field
 
 
@@ -38,14 +40,74 @@ def test_a_model_of_a_family_is_written_as_that(preset, fields, family, key, val
     assert (found.model_type, made[key]) == (family, value)
 
 
-@pytest.mark.parametrize("kind", ["linear", "dynamic", "yarn", "llama3"])
+STRETCHES = {  # what a model was given here, and what of that config.json says
+    "linear": (dict(factor=4.0), dict(rope_type="linear", factor=4.0)),
+    "linear of a length": (dict(length=2048), dict(rope_type="linear", factor=4.0)),
+    "dynamic": (dict(factor=4.0), dict(rope_type="dynamic", factor=4.0)),
+    "yarn": (
+        dict(factor=4.0, mscale=0.7, mscale_all_dim=0.5),
+        dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=512, mscale=0.7, mscale_all_dim=0.5),
+    ),
+    "yarn of a length": (
+        dict(length=2048, truncate=False),
+        dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=512, truncate=False),
+    ),
+    "yarn up to L": (dict(length=100), dict(rope_type="yarn", factor=1.0)),
+    "llama3": (dict(length=1024), dict(rope_type="llama3", factor=2.0, original_max_position_embeddings=512)),
+    "longrope": (
+        dict(factor=3.0, short_factor=(1.0,) * 12, long_factor=(2.0,) * 12),
+        dict(rope_type="longrope", factor=3.0, short_factor=[1.0] * 12, long_factor=[2.0] * 12),
+    ),
+    "longrope of a length": (
+        dict(length=1024, short_factor=(1.0,) * 12, long_factor=(2.0,) * 12),
+        dict(rope_type="longrope", factor=2.0, short_factor=[2.0] * 12, long_factor=[2.0] * 12),
+    ),
+    "ntk": (dict(factor=4.0), dict(rope_theta=1e4 * 4 ** (24 / 22))),
+    "dynamic of a length": (dict(length=2048), dict(rope_theta=1e4 * 4 ** (24 / 22))),
+    "proportional": (dict(partial_rotary_factor=0.5), dict(rope_type="proportional", partial_rotary_factor=0.5)),
+}
+LLAMA = dict(mixer__heads=4, mixer__head_dim=24, position__unselected="time", position__trained=512)
+
+
+def stretched(kind: str) -> lab.config.ConfigDict:
+    fields, _ = STRETCHES[kind]
+    scaling = {f"position__scaling__{name}": value for name, value in fields.items() if name != "length"}
+    name = kind.split()[0]
+    length = fields.get("length", 0)
+    return sized("llama", **LLAMA, **scaling, position__scaling__name=name, position__length=length)
+
+
+@pytest.mark.parametrize("kind", STRETCHES)
 def test_a_rotary_change_made_here_is_written_too(kind):
-    """The length that it was trained to stands where `transformers` looks for it."""
-    fields = {"position__unselected": "time", "position__trained": 512, "position__scaling__factor": 4.0}
-    _, made = exporting.expressed(sized("llama", **fields, position__scaling__name=kind), {})
-    said = made.get("rope_parameters") or made["rope_scaling"]
-    assert (said["rope_type"], said["factor"]) == (kind, 4.0)
-    assert said.get("original_max_position_embeddings") == (512 if kind in ("yarn", "llama3") else None)
+    """What config.json cannot say is said otherwise, and the frequencies that are read from it are the same."""
+    config = stretched(kind)
+    family, made = exporting.expressed(config, {})
+    said = {"rope_theta": made["rope_theta"]} | (made["rope_scaling"] or {})
+    assert made["max_position_embeddings"] == 512
+    for key, value in STRETCHES[kind][1].items():
+        assert said[key] == (pytest.approx(value) if key == "rope_theta" else value)
+    read = architecture.read(family, json.loads(json.dumps(made)), pathlib.Path("config.json"))
+    for length in (512, 2048):
+        ours, theirs = (
+            extrapolation.frequencies(24, one.position, None if one.position.length else length)
+            for one in (config.model, read)
+        )
+        np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-12)
+        assert ours[1] == pytest.approx(theirs[1], rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        (dict(position__scaling__name="ntk-by-parts", position__scaling__factor=2.0), "position.scaling.name"),
+        (dict(position__map__name="hybrid"), "position.map.name"),
+        (dict(position__log_n=True), "position.log_n"),
+        (dict(position__temperature=0.1), "position.temperature"),
+    ],
+)
+def test_a_rotary_change_that_config_json_cannot_say_is_refused(fields, named):
+    with pytest.raises(UserError, match=rf"no family .*model\.{named.replace('.', '[.]')} = "):
+        exporting.expressed(sized("llama", **LLAMA, **fields), {})
 
 
 @pytest.mark.parametrize(

@@ -385,6 +385,20 @@ def test_dropping_the_rotation_is_an_override_on_the_same_weights():
     (dict(position__log_n=True, position__temperature=1.0), "two growths of queries"),
     (dict(position__scaling__name="dynamic", position__map__name="dca"), "depends on the length of the text, and besi"),
     (dict(position__map__name="stretched"), "'stretched' is unknown"),
+    (dict(position__temperature_step=9), "temperature_step = 9 means nothing beside model.position.temperature = 0.0"),
+    (dict(position__length=9), "length = 9 means nothing beside model.position.scaling.name = 'default'; choose 0, or"),
+    (dict(position__scaling__name="linear", position__scaling__factor=2.0, position__length=9),
+     "length = 9 means nothing beside model.position.scaling.factor = 2.0; choose 0, or another"),
+    (dict(position__scaling__name="proportional", position__length=9), "beside model.position.scaling.name = 'propor"),
+    (dict(position__scaling__name="ntk", position__scaling__factor=2.0,
+          position__scaling__original_max_position_embeddings=9), "nothing beside model.position.scaling.factor = 2.0"),
+    (dict(position__scaling__name="yarn", position__scaling__factor=2.0, position__scaling__mscale=0.7),
+     "scaling.mscale = 0.7 means nothing beside model.position.scaling.mscale_all_dim = 0.0; choose 0.0, or another"),
+    (dict(position__scaling__name="yarn", position__scaling__factor=2.0, position__scaling__mscale_all_dim=0.7),
+     "scaling.mscale_all_dim = 0.7 means nothing beside model.position.scaling.mscale = 0.0; choose 0.0, or another"),
+    (dict(position__scaling__name="yarn", position__scaling__factor=2.0, position__scaling__mscale=0.7,
+          position__scaling__mscale_all_dim=0.7, position__scaling__attention_factor=1.1), "attention_factor = 1.1"),
+    (dict(pattern=((), (("position.temperature_step", 9),))), "temperature_step = 9 means nothing beside model"),
 ], ids=str)  # fmt: skip
 def test_methods_that_mean_nothing_are_refused(overrides, says):
     with pytest.raises(UserError) as refused:

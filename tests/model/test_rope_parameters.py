@@ -65,8 +65,8 @@ COMMON = {"head_dim": 16, "max_position_embeddings": 128}
     ({"rope_type": "linear"}, "rope parameters of type 'linear' lack factor"),
     ({"rope_type": "linear", "factor": "2"}, "factor = '2' must be a number above 0"),
     ({"rope_type": "linear", "factor": 2.0, "type": "dynamic"}, "beside type = 'dynamic'"),
-    ({"rope_type": "yarn", "factor": 2.0, "truncate": 1}, "truncate = 1 is no truth value"),
-    ({"rope_type": "longrope", "short_factor": 1.0, "long_factor": []}, "short_factor = 1.0 is no list"),
+    ({"rope_type": "yarn", "factor": 2.0, "truncate": 1}, "truncate = 1 must be a truth value"),
+    ({"rope_type": "longrope", "short_factor": 1.0, "long_factor": []}, "short_factor = 1.0 must be a list"),
     ({"sliding_attention": {"rope_type": "default"}}, "'full_attention' is unknown"),
 ], ids=str)  # fmt: skip
 def test_what_is_not_supported_is_refused_by_name(given, says):

@@ -154,3 +154,47 @@ def test_a_directory_that_holds_no_weights_is_one_line(place, tmp_path):
         with pytest.raises(UserError, match=told) as error:
             origin.digest(origin.find(path))
         assert "\n" not in str(error.value)
+
+
+def test_a_base_that_is_another_is_noticed_where_nothing_was_trained(place, tmp_path):
+    """As it is where a part was, before anything is read; and its place may change."""
+    shutil.copytree(place[0] / "whole", tmp_path / "base")
+    untrained = tiny.config(model__layers=1, checkpoint=str(tmp_path / "base"), train__steps=0, train__warmup=0)
+    tiny.saved(tmp_path / "asked", place[1], untrained)
+    origin.keep(tmp_path / "asked", untrained.checkpoint)
+    same(read(tmp_path / "asked", like=place[2]), place[1])
+    shutil.move(tmp_path / "base", tmp_path / "moved")
+    tiny.saved(tmp_path / "base", tiny.model(tiny.config(model__layers=1), seed=2), tiny.config(model__layers=1))
+    with pytest.raises(UserError, match=r"asked began from weights .*base has others now; put them back") as told:
+        origin.find(tmp_path / "asked")
+    assert "\n" not in str(told.value)
+    same(read(tmp_path / "asked", like=place[2], base=tmp_path / "moved"), place[1])
+    with pytest.raises(UserError, match="base has others now"):
+        origin.find(tmp_path / "asked", base=tmp_path / "base")
+
+
+def test_a_pinned_checkpoint_stays_that_of_its_step(place, tmp_path):
+    shutil.copytree(place[0] / "whole", tmp_path / "base")
+    pinned, digest = origin.pinned(tmp_path / "base"), origin.digest(origin.find(tmp_path / "base"))
+    assert pinned == tmp_path / "base" / "seed-0" / "checkpoints" / "2"
+    later = Checkpoints(tmp_path / "base" / "seed-0" / "checkpoints", keep=2)
+    other = tiny.model(tiny.config(model__layers=1), seed=2)
+    later.save(Position(4, 0), step.initial_state(other, Program("adamw", "declared")))
+    later.close()
+    assert origin.digest(origin.find(pinned)) == digest != origin.digest(origin.find(tmp_path / "base"))
+    same(read(pinned, like=other), place[1])
+
+
+def test_a_partial_run_does_not_go_on_upon_another_base(trained, tmp_path):
+    """What it saved is neither taken nor set aside."""
+    before, state = trained
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1)
+    checkpoints.save(Position(2, 4), state)
+    checkpoints.wait()
+    structure, weights, rest = parameter.split(before)
+    rest = jax.tree.map(lambda x: x * 1.5 if x.ndim > 2 else x, rest)
+    like = State(parameter.nnx.merge(structure, weights, rest), jax.tree.map(jax.numpy.zeros_like, state.optimizer))
+    with pytest.raises(checkpoint.OtherBase, match="trained upon other weights than those of its base; put"):
+        checkpoints.restore(jax.device_put(like, parameter.shardings(like, tiny.mesh())))
+    checkpoints.close()
+    assert (tmp_path / "checkpoints" / "2").is_dir() and not (tmp_path / checkpoint.SET_ASIDE).exists()

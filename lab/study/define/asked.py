@@ -1,5 +1,7 @@
 """What the rows of an ask depend on, beside the weights that it is asked of."""
 
+import hashlib
+
 from ml_collections import ConfigDict
 
 from lab import data as lab_data
@@ -24,6 +26,8 @@ def wanted(config: ConfigDict, data: lab_data.Data) -> dict[str, dict]:
             "version": asks.ASKS[asked.kind].version,
             "program": _program(config, asked),
         }
+        if parts["ask"].pop("chat", False) and data.tokenizer.chat:  # what that is, not that it is asked for
+            parts["chat"] = hashlib.blake2b(data.tokenizer.chat.text.encode(), digest_size=16).hexdigest()
         if evaluator := parts["ask"].get("evaluator"):  # another one may lie at the same place later
             parts["evaluator"] = origin.digest(origin.find(evaluator))
         found[name] = {"parts": parts, "versions": versions()}

@@ -111,5 +111,5 @@ def _forget_unread(config: ConfigDict, overrides: tuple[Override, ...], configs:
 
 def _read(config: ConfigDict, name: str) -> set[str]:
     if name == "model":
-        return set().union(*lab_spec.read_by_layers(config.model))
+        return set().union(*lab_spec.meant_by_layers(config.model))
     return lab_config.ROOMS[name].read(leaves(config[name]), f"{name}.")

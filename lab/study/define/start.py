@@ -19,20 +19,22 @@ TOKENIZER = ("data.tokenizer", "data.eos")  # which a checkpoint brings
 def laid(config: ConfigDict, overridden: tuple[str, ...] = ()) -> ConfigDict:
     """A study's config on its checkpoint; the config itself where it has none.
 
-    The model is the checkpoint's, whatever the study's own is, but for adapters, for a type that the study computes in
-    and for the fields that the command set (`overridden`). The study's cells are laid over that. So is the tokenizer.
+    The checkpoint is that of one step. The model is the checkpoint's, whatever the study's own is, but for adapters,
+    for a type that the study computes in and for the fields that the command set (`overridden`). The study's cells are
+    laid over that. So is the tokenizer.
     Raises UserError for a directory that holds no weights, or no tokenizer.
     """
     lab_config.CHECKPOINT.check("checkpoint", config.checkpoint)
     if not config.checkpoint:
         return config
     try:
-        found = origin.find(config.checkpoint)
+        pinned = origin.pinned(config.checkpoint)  # once: a run that goes on may save others
+        found = origin.find(pinned)
         brought = _brought(lab_config.restored(found.stored), found.cell, config.data.corpus, overridden)
     except UserError as error:
         raise UserError(f"config.checkpoint = {config.checkpoint!r}: {error}") from None
     changed = config.copy_and_resolve_references()
-    changed.checkpoint = str(pathlib.Path(config.checkpoint).expanduser().absolute())
+    changed.checkpoint = str(pinned)
     own = {"model.compute"} if config.model.compute != lab_config.base().model.compute else set()  # no part of weights
     for name, value in brought.items():
         if name not in {*overridden, *own}:

@@ -87,6 +87,7 @@ def _make(unit: Unit, display: Display, stop: Callable[[int], bool]) -> None:
                 identity.keep(run.directory.parent, run.identity)
                 if run.cell.config.checkpoint:  # so that the cell is exported as what it began from was imported
                     companions.copy(origin.find(run.cell.config.checkpoint).cell, run.directory.parent)
+                    origin.keep(run.directory.parent, run.cell.config.checkpoint)
                 run.data.tokenizer.save(run.directory.parent)
                 with contextlib.suppress(FileNotFoundError):
                     shutil.rmtree(run.directory / evaluations.DIRECTORY)  # of other weights

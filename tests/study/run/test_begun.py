@@ -16,7 +16,7 @@ from lab.errors import UserError
 from lab.exchange import companions
 from lab.study.define import cell, identity, plan, resolve, start
 from lab.study.run import runs
-from lab.train import loop, step
+from lab.train import loop, origin, step
 
 LORA = dict(rank=2, targets=("mixer",))
 
@@ -65,7 +65,8 @@ def test_without_a_step_a_run_is_asked_with_the_weights_of_its_checkpoint(traine
     for name in (companions.TEMPLATE, companions.ORIGIN):
         (trained / name).write_text("{}")
     assert study.make(made) == (DONE, 0, 3)
-    assert all((study.directory.parent / name).is_file() for name in (companions.TEMPLATE, companions.ORIGIN))
+    kept = companions.TEMPLATE, companions.ORIGIN, origin.BASE
+    assert all((study.directory.parent / name).is_file() for name in kept)
     assert asked(study.directory) == asked(trained / "seed-0")
     assert study.make(made) == NOTHING
     result = json.loads((study.directory / "result.json").read_text())
@@ -114,6 +115,7 @@ def test_the_model_is_the_checkpoint_s_but_for_what_the_command_and_the_cells_se
     laid = start.laid(made, ("model.mixer.softcap",))
     assert (laid.model.layers, laid.model.dim, laid.model.position.theta) == (1, 16, 50.0)
     assert laid.model.mixer.softcap == 9.0 and made.model.layers == 3
+    assert laid.checkpoint == str(base / "seed-0" / "checkpoints" / "2")  # another may be saved beside it
     assert laid.data.tokenizer == "bytes" and start.laid(tiny.config()) == tiny.config()
     made.study.cells = ((("model.position.theta", 7.0),), (("model.position.theta", 9.0),))
     made.study.labels = (("model.position.theta", "theta"),)
