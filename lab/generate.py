@@ -187,7 +187,9 @@ def loaded(flags: argparse.Namespace):
 
 def serve(argv: list[str]) -> None:
     """Serves the model until a signal ends it."""
-    made = parser("Serves OpenAI's completions protocol: POST /v1/completions, GET /v1/models, GET /health.", SERVED)
+    made = parser(
+        "Serves OpenAI's protocol: POST /v1/completions and /v1/chat/completions, GET /v1/models, /health.", SERVED
+    )
     made.add_argument("--serve", type=int, metavar="PORT", help="0: any that is free")
     made.add_argument("--host", default="127.0.0.1", help="the address to serve at; whoever reaches it is answered")
     flags = made.parse_args(argv)
