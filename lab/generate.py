@@ -6,8 +6,8 @@ python -m lab.generate runs/rope_ablation/cells/NAME-IDENTITY --prompt "def " --
 Prompts come from --prompt, from a file, or from standard input: text, which is one prompt, or JSON lines, objects with
 "prompt" and maybe "id" and settings under their own names: {"prompt": "def ", "branches": 4, "stop": ["\\n"]}.
 
-A prompt is continued as it is, as a server's /v1/completions does. With --chat it is a message that a user writes, as
-for /v1/chat/completions and `transformers chat`: the chat template that came with the tokenizer stands around it.
+A prompt is continued as it is, as by /v1/completions of a server. With --chat it is a message that a user writes, as
+by /v1/chat/completions and `transformers chat`: the chat template that came with the tokenizer stands around it.
 
 python -m lab.generate runs/rope_ablation/cells/NAME-IDENTITY --serve 8000
 
@@ -187,7 +187,9 @@ def loaded(flags: argparse.Namespace):
 
 def serve(argv: list[str]) -> None:
     """Serves the model until a signal ends it."""
-    made = parser("Serves OpenAI's completions protocol: POST /v1/completions, GET /v1/models, GET /health.", SERVED)
+    made = parser(
+        "Serves OpenAI's protocol: POST /v1/completions and /v1/chat/completions, GET /v1/models, /health.", SERVED
+    )
     made.add_argument("--serve", type=int, metavar="PORT", help="0: any that is free")
     made.add_argument("--host", default="127.0.0.1", help="the address to serve at; whoever reaches it is answered")
     flags = made.parse_args(argv)

@@ -387,6 +387,10 @@ ROWS = {
         ("all prompts draw alike", "stream=i, **wanted", "stream=0, **wanted"),
         ("filters refused where nothing is drawn", "return made if made.temperature else", "return made if True else"),
     ],
+    "serve/chat.py": [
+        ("an answer of one token less", "bisect.bisect_right(", "bisect.bisect_left("),
+        ("what the model says ends like a text", "tokenizer.ends)", "(tokenizer.eos,))"),
+    ],
     "serve/app.py": [
         ("a stream begins after its first tokens", "passages = await news(answer)  # it",
          "passages = (await news(answer))[:0]  # it"),

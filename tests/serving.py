@@ -82,19 +82,27 @@ def held_up(worker: Worker, steps: int = 2) -> list[tuple]:
     return cancelled
 
 
-def worker(most_waiting: int = 64) -> Worker:
-    return Worker(engine(), Bytes(), most_waiting)
+def worker(most_waiting: int = 64, tokenizer: Bytes = Bytes()) -> Worker:  # noqa: B008  it does not change
+    return Worker(engine(), tokenizer, most_waiting)
 
 
 def served(worker: Worker) -> Served:
     engine = worker.engine
-    return Served(NAME, Bytes(), engine.branches, engine.length, engine.unit, engine.alternatives, worker.room)
+    return Served(
+        NAME,
+        worker.transcripts.tokenizer,
+        engine.branches,
+        engine.length,
+        engine.unit,
+        engine.alternatives,
+        worker.room,
+    )
 
 
 @contextlib.contextmanager
-def running(most_waiting: int = 64, patience: float = DEADLINE, grace: float = 0.0, backlog: int | None = None):
-    """A server, until it is left. backlog: bytes that the system keeps of what it sends."""
-    made, place = worker(most_waiting), server.bound("127.0.0.1", 0)
+def running(patience: float = DEADLINE, grace: float = 0.0, backlog: int | None = None, **settings):
+    """A server, until it is left. backlog: bytes that the system keeps of what it sends. settings: of `worker`."""
+    made, place = worker(**settings), server.bound("127.0.0.1", 0)
     if backlog:
         place.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, backlog)
     process = server.Server(made, app(made, served(made), patience), grace)

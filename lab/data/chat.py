@@ -6,7 +6,7 @@ As `transformers` has it: chat_template.jinja, or chat_template of tokenizer_con
 import datetime
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jinja2
@@ -39,14 +39,19 @@ class Chat:
         self.text, self.file, self.tokens = text, file, dict(tokens)
 
     def asked(self, message: str, day: datetime.datetime | None = None) -> str:
-        """The text that a user's message is answered after. day: today's, for templates that tell it; None: one that is
-        the same always. Raises UserError for a template that is damaged, or takes no such message."""
+        """The text that a user's message is answered after; as of `talk`."""
+        return self.talk([{"role": "user", "content": message}], day)
+
+    def talk(self, messages: Sequence[Mapping[str, str]], day: datetime.datetime | None = None) -> str:
+        """The text that an answer follows after these messages, each with a role and a content. day: today's, for
+        templates that tell it; None: one that is the same always. Raises UserError for a template that is damaged, or
+        takes no such messages."""
         environment = sandbox.ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[ext.loopcontrols, Spoken]
         )
         environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
         environment.globals |= {"raise_exception": _refuse, "strftime_now": (day or LATER).strftime}
-        values = {"messages": [{"role": "user", "content": message}], "tools": None, "documents": None}
+        values = {"messages": [*messages], "tools": None, "documents": None}
         try:
             return environment.from_string(self.text).render(**values, add_generation_prompt=True, **self.tokens)
         except Exception as error:  # a template is a program, and fails in any way

@@ -17,7 +17,8 @@ from starlette.routing import Route
 
 from lab.decode.text import Passage
 from lab.errors import UserError
-from lab.serve import protocol
+from lab.serve import chat, protocol
+from lab.serve.chat import ChatReply
 from lab.serve.protocol import Refusal, Reply, Served
 from lab.serve.worker import Answer, Closing, Full, Worker
 
@@ -46,7 +47,10 @@ def app(worker: Worker, served: Served, patience: float = PATIENCE) -> Starlette
             Route("/health", health),
             Route("/v1/models", models),
             Route("/v1/models/{name:path}", model),
-            Route("/v1/completions", Completions(worker, served, patience), methods=["POST"]),
+            Route("/v1/completions", Completions(worker, served, patience, protocol.read, Reply), methods=["POST"]),
+            Route(
+                "/v1/chat/completions", Completions(worker, served, patience, chat.read, ChatReply), methods=["POST"]
+            ),
         ],
         exception_handlers={
             Refusal: refused,
@@ -80,19 +84,19 @@ def as_json(value: dict, status: int = 200, headers=None) -> Response:
 
 
 class Completions:
-    """POST /v1/completions."""
+    """POST of a body that `read` understands and a `reply` answers."""
 
-    def __init__(self, worker: Worker, served: Served, patience: float):
-        self.worker, self.served, self.patience = worker, served, patience
+    def __init__(self, worker: Worker, served: Served, patience: float, read, reply: type[Reply]):
+        self.worker, self.served, self.patience, self.read, self.reply = worker, served, patience, read, reply
 
     async def __call__(self, scope, receive, send) -> None:
         try:
             async with asyncio.timeout(self.patience):
-                body = await read(Request(scope, receive))
+                body = await whole_body(Request(scope, receive))
         except TimeoutError:
             raise Refusal(f"the body did not come within {self.patience:g} seconds", 408) from None
-        asked = await asyncio.to_thread(protocol.read, body, self.served)
-        reply, answer = Reply(asked, self.served), self.worker.open(asked.asks)
+        asked = await asyncio.to_thread(self.read, body, self.served)
+        reply, answer = self.reply(asked, self.served), self.worker.open(asked.asks)
 
         async def patiently(message) -> None:
             async with asyncio.timeout(self.patience):
@@ -107,7 +111,7 @@ class Completions:
             self.worker.close(answer)
 
 
-async def read(request: Request) -> bytes:
+async def whole_body(request: Request) -> bytes:
     """The body. What is too long is read to its end, and not kept: else its sender would see no answer."""
     pieces, size = [], 0
     async for piece in request.stream():

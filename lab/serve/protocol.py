@@ -4,6 +4,7 @@ Fields are those of its API reference (Completions), and top_k, min_p and repeti
 beside them. As with those, a field that is unknown is left unread; one that is known and not supported is refused.
 """
 
+import dataclasses
 import json
 import secrets
 import time
@@ -20,7 +21,7 @@ from lab.errors import UserError, shown
 from lab.serve.worker import Ask
 
 DRAWN = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "seed": None}
-OTHERS = {"max_tokens": 16, "n": 1, "logprobs": None, "echo": False, "stream": False}  # defaults, of the same types
+OTHERS = {"max_tokens": 16, "n": 1, "logprobs": None, "stream": False}  # defaults, of the same types
 TYPES = {"seed": int, "logprobs": int}  # of those whose default is None
 NOTHING = {  # what is not there, and the values that ask for none of it
     "frequency_penalty": (0,),
@@ -57,6 +58,10 @@ class Served:
     most_prompts: int
     since: int = field(default_factory=lambda: int(time.time()))
 
+    def needed(self, prompt: Sequence[int], n: int, most: int) -> int:
+        """Slots that n texts of at most so many tokens take, with their prompt."""
+        return needed_for(len(prompt), [0] * branches(n), most, self.unit)
+
     def describe(self) -> dict:
         about = {"id": self.name, "object": "model", "created": self.since, "owned_by": "lab"}
         return about | {"max_model_len": self.length}
@@ -75,8 +80,8 @@ class Completion:
     logprobs: int | None
 
 
-def read(body: bytes, served: Served) -> Completion:
-    """What a body asks. Raises Refusal."""
+def parsed(body: bytes, served: Served) -> dict:
+    """The fields of a body that are not null. Raises Refusal."""
     try:
         given = json.loads(body)
     except (ValueError, RecursionError) as error:
@@ -85,6 +90,25 @@ def read(body: bytes, served: Served) -> Completion:
         raise Refusal("the body is no JSON object")
     given = {name: value for name, value in given.items() if value is not None}
     check_model(given.get("model", served.name), served)
+    return given
+
+
+def read(body: bytes, served: Served) -> Completion:
+    """What a body asks. Raises Refusal."""
+    given, tokenizer = parsed(body, served), served.tokenizer
+    texts = prompts_of(given, served)
+    prompts = [tokens_of(text, tokenizer) for text in texts]
+    made = completion(given, served, prompts, () if tokenizer.eos is None else (tokenizer.eos,))
+    if not typed("echo", given.get("echo", False), False):
+        return made
+    if made.logprobs is not None:
+        raise Refusal("echo = true gives no logprobs of the prompt here; leave one of them out", param="echo")
+    echoes = [text if isinstance(text, str) else tokenizer.decode(text) for text in texts]
+    return dataclasses.replace(made, echoes=echoes)
+
+
+def completion(given: dict, served: Served, prompts: Sequence[Sequence[int]], ends: Sequence[int]) -> Completion:
+    """What these fields ask about prompts of tokens. ends: tokens that end a text. Raises Refusal."""
     found = {name: typed(name, given.get(name, default), default) for name, default in (DRAWN | OTHERS).items()}
     for name, values in NOTHING.items():
         values = (1, found["n"]) if name == "best_of" else values
@@ -97,39 +121,35 @@ def read(body: bytes, served: Served) -> Completion:
     ):
         if found[name] is not None and not least <= found[name] <= most:
             raise Refusal(f"{name} = {shown(found[name])} is not valid; choose {least} to {most}", param=name)
-    if found["echo"] and found["logprobs"] is not None:
-        raise Refusal("echo = true gives no logprobs of the prompt here; leave one of them out", param="echo")
-    tokenizer = served.tokenizer
-    texts = prompts_of(given, served)
-    prompts = [tokens_of(text, tokenizer) for text in texts]
-    wanted = dict(
-        branches=0 if found["n"] == 1 else found["n"],
-        sampling=drawn(found),
-        stop=() if tokenizer.eos is None else (tokenizer.eos,),
-        most_tokens=found["max_tokens"],
-        alternatives=found["logprobs"] or 0,
-    )
-    stops = stops_of(given)
+    n, most = found["n"], found["max_tokens"]
     for prompt in prompts:
-        needed = needed_for(len(prompt), [0] * wanted["branches"], found["max_tokens"], served.unit)
+        needed = served.needed(prompt, n, most)
         if needed > served.length:
             raise Refusal(
-                f"a prompt of {len(prompt)} tokens and {found['n']} x {found['max_tokens']} to generate need {needed} "
-                f"slots, and {served.length} are there; choose a shorter prompt, a smaller n or fewer max_tokens",
+                f"a prompt of {len(prompt)} tokens and {n} x {most} to generate need {needed} slots, and "
+                f"{served.length} are there; choose a shorter prompt, a smaller n or fewer max_tokens",
                 param="prompt",
                 code="context_length_exceeded",
             )
+    wanted = dict(
+        branches=branches(n), sampling=drawn(found), stop=tuple(ends), most_tokens=most,
+        alternatives=found["logprobs"] or 0,
+    )  # fmt: skip
+    stops = stops_of(given)
     return Completion(
         prompts=prompts,
-        echoes=[
-            "" if not found["echo"] else text if isinstance(text, str) else tokenizer.decode(text) for text in texts
-        ],
+        echoes=[""] * len(prompts),
         asks=[Ask(dict(prompt=prompt, stream=i, **wanted), stops) for i, prompt in enumerate(prompts)],
-        n=found["n"],
+        n=n,
         stream=found["stream"],
         usage=usage_of(given),
         logprobs=found["logprobs"],
     )
+
+
+def branches(n: int) -> int:
+    """Of a request for n texts: one alone is no branch, but the prompt's own text."""
+    return n if n > 1 else 0
 
 
 def check_model(name, served: Served) -> None:
@@ -141,7 +161,7 @@ def check_model(name, served: Served) -> None:
 
 def typed(name: str, value, default):
     """A value of the field's type, or its default. Raises Refusal for one of another."""
-    kind = TYPES.get(name, type(default))
+    kind = TYPES[name] if default is None else type(default)
     if value is None:
         return None
     fits = isinstance(value, int | float if kind is float else kind) and (kind is bool or not isinstance(value, bool))
@@ -232,13 +252,15 @@ class Continuation:
 class Reply:
     """The answer to a request: objects that are to be written as JSON."""
 
+    prefix, kind, kind_of_chunk = "cmpl", "text_completion", "text_completion"
+
     def __init__(self, asked: Completion, served: Served):
         self.asked, self.served = asked, served
         self.texts = [Continuation() for _ in asked.prompts for _ in range(asked.n)]
-        self.echoed = [False] * len(self.texts)
+        self.begun = [False] * len(self.texts)
         self.about = {
-            "id": f"cmpl-{secrets.token_hex(12)}",
-            "object": "text_completion",
+            "id": f"{self.prefix}-{secrets.token_hex(12)}",
+            "object": self.kind_of_chunk if asked.stream else self.kind,
             "created": int(time.time()),
             "model": served.name,
         }
@@ -258,10 +280,14 @@ class Reply:
         return [self.choice(index, *piece) for index, piece in pieces.items() if any(piece)]
 
     def choice(self, index: int, text: str, tokens: list, ended: str) -> dict:
-        echo = "" if self.echoed[index] else self.asked.echoes[index // self.asked.n]
-        self.echoed[index] = True
+        first, self.begun[index] = not self.begun[index], True
         logprobs = None if self.asked.logprobs is None else self.logprobs(tokens)
-        return {"index": index, "text": echo + text, "logprobs": logprobs, "finish_reason": ended or None}
+        about = {"index": index, "logprobs": logprobs, "finish_reason": ended or None}
+        return about | self.content(text, index // self.asked.n, first)
+
+    def content(self, text: str, prompt: int, first: bool) -> dict:
+        """Of a choice, the text that is new; first: whether none was told before."""
+        return {"text": (self.asked.echoes[prompt] if first else "") + text}
 
     def logprobs(self, tokens: list[tuple[Event, int]]) -> dict:
         tops = []

@@ -8,6 +8,7 @@ from starlette.applications import Starlette
 
 from lab.data.tokenizers import Tokenizer
 from lab.decode.engine import Engine
+from lab.decode.forest import PAGE
 from lab.errors import UserError
 from lab.serve.app import app
 from lab.serve.protocol import Served
@@ -39,10 +40,12 @@ def serve(
 ) -> None:
     """Answers until SIGINT or SIGTERM: then what goes on has some seconds to finish. A second signal ends at once.
 
-    Raises what the engine failed by.
+    Raises UserError for a cache that holds nothing, and what the engine failed by.
     """
     alternatives = min(ALTERNATIVES, model.embedding.shape[0])
     engine = Engine(model, rows=rows, length=length, branches=branches, alternatives=alternatives)
+    if engine.length < 2 * PAGE:
+        raise UserError(f"length = {length} has no room for a prompt and what follows it; choose at least {2 * PAGE}")
     worker = Worker(engine, tokenizer, WAITING)
     server = Server(
         worker, app(worker, Served(name, tokenizer, branches, engine.length, engine.unit, alternatives, worker.room))

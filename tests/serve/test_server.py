@@ -315,7 +315,7 @@ def test_the_command_serves_until_a_signal(tmp_path):
     made = variants.config("default", model__vocabulary=258)
     cell = tiny.saved(tmp_path / "cell", tiny.model(made), made)
     process = subprocess.Popen(
-        [sys.executable, "-m", "lab.generate", str(cell), "--serve", "0", "--length", "64"],
+        [sys.executable, "-m", "lab.generate", str(cell), "--serve", "0", "--length", "128"],
         cwd=commands.REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ,
     )  # fmt: skip
     try:
@@ -331,6 +331,10 @@ def test_the_command_serves_until_a_signal(tmp_path):
         process.communicate()
 
 
-def test_a_server_of_no_rows_is_refused():
-    with pytest.raises(UserError, match="an engine of rows = 0 holds nothing"):
-        server.serve(serving.model(), serving.Bytes(), "tiny", None, rows=0, length=64, branches=1)
+@pytest.mark.parametrize(("shape", "says"), [
+    (dict(rows=0), "an engine of rows = 0 holds nothing"),
+    (dict(length=64), "length = 64 has no room for a prompt and what follows it; choose at least 128"),
+])  # fmt: skip
+def test_a_cache_that_holds_nothing_is_refused(shape, says):
+    with pytest.raises(UserError, match=says):
+        server.serve(serving.model(), serving.Bytes(), "tiny", None, **dict(rows=1, length=128, branches=1) | shape)
