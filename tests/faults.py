@@ -360,6 +360,8 @@ ROWS = {
         ("slots are freed while others read them", "if not stem.users:", "if stem.users >= 0:"),
     ],
     "decode/programs.py": [
+        ("a cache elsewhere than the weights", "return jax.device_put(empty(model, rows, length, branches), place)",
+         "return empty(model, rows, length, branches)"),
         ("every branch seen by a penalty", "rules.visible(OWN, lanes, cache.coordinates, limits_BMM)",
          "rules.visible(rules.limit >= -1, lanes, cache.coordinates, limits_BMM)"),
     ],

@@ -71,7 +71,7 @@ class Engine:
         self.unit = max(chunk, PAGE)
         self.apart = any(block.mixer.in_order for block in model.blocks)
         self.forests = [Forest(self.length, branches, self.apart) for _ in range(rows)]
-        self.state = programs.empty(model, rows, self.length, branches)
+        self.state = programs.beginning(model, rows, self.length, branches)
         self.limits = None  # on the device; None: no longer those of the rows
         self.waiting: collections.deque[Request] = collections.deque()
         self.submitted = 0

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from lab.coordinates import Coordinates
 from lab.decode import sampling
@@ -67,6 +68,13 @@ class Draws:
     @property
     def arrays(self) -> tuple:
         return self.wanted, self.segment, self.node, self.branch, self.settings, self.stream, self.step, self.told
+
+
+def beginning(model, rows: int, length: int, branches: int) -> Held:
+    """An empty state, where the weights are: in any other place, its first call would be compiled for it alone."""
+    place = model.embedding[...].sharding
+    place = NamedSharding(place.mesh, PartitionSpec()) if isinstance(place, NamedSharding) else place
+    return jax.device_put(empty(model, rows, length, branches), place)
 
 
 @functools.partial(jax.jit, static_argnames=("rows", "length", "branches"))

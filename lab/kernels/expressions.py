@@ -91,7 +91,9 @@ def _at(limits, q_node, k_node):
 
 
 def _limit(q: Coordinates, k: Coordinates, on_ranges: bool, limits):
-    """What the table says of two nodes; of several, that it says anything."""
+    """What the table says of two nodes; of several, that it says anything. None without a table."""
+    if limits is None:
+        return None
     if not on_ranges:
         return _at(limits, q.node, k.node)
     single = (q.node.low == q.node.high) & (k.node.low == k.node.high)
@@ -102,8 +104,9 @@ def _limit(q: Coordinates, k: Coordinates, on_ranges: bool, limits):
 Known = Mapping[tuple, Range]  # of some numbers, by their trees: ranges that are narrower than those of coordinates
 
 
-def _evaluate(tree: tuple, q: Coordinates, k: Coordinates, known: Known | None = None, limits=None):
-    """On arrays; on ranges if any are `known`, be it none of them."""
+def _evaluate(tree: tuple, q: Coordinates, k: Coordinates, known: Known | None = None, limit=None):
+    """On arrays; on ranges if any are `known`, be it none of them. limit: what the table says of q and k, looked up
+    once however often the tree has it."""
     kind, *rest = tree
     on_ranges = known is not None
     if on_ranges and tree in known:
@@ -114,10 +117,10 @@ def _evaluate(tree: tuple, q: Coordinates, k: Coordinates, known: Known | None =
         side, name = rest
         return getattr(q if side == "q" else k, name)
     if kind == "limit":
-        return _limit(q, k, on_ranges, limits)
-    found = _OPERATORS[kind][on_ranges](*(_evaluate(operand, q, k, known, limits) for operand in rest))
+        return limit
+    found = _OPERATORS[kind][on_ranges](*(_evaluate(operand, q, k, known, limit) for operand in rest))
     if on_ranges and kind == "==" and (period := _common_period(*rest)):
-        a, b = (_evaluate(operand[1], q, k, known, limits) for operand in rest)
+        a, b = (_evaluate(operand[1], q, k, known, limit) for operand in rest)
         return Range(found.low, found.high & _multiple(a, b, period))
     return found
 
@@ -148,14 +151,14 @@ class Rule:
 
         limits: int32 [..., M, M], the table that `limit` looks up, of a rule that has it.
         """
-        return _evaluate(self.tree, q, k, limits=limits)
+        return _evaluate(self.tree, q, k, limit=_limit(q, k, False, limits))
 
     def visible_range(self, q: Coordinates, k: Coordinates, known: Known | None = None, limits=None) -> Range:
         """The same on coordinates whose fields are `Range`s: certainly visible, possibly visible.
 
         known: ranges of `remainders`, by their trees, where they are known from more than coordinates' ranges.
         """
-        return _evaluate(self.tree, q, k, known or {}, limits)
+        return _evaluate(self.tree, q, k, known or {}, _limit(q, k, True, limits))
 
     def replaced(self, old: tuple, new: tuple) -> "Rule":
         """The rule with another part in place of each that is `old`; both are trees."""

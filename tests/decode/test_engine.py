@@ -8,6 +8,7 @@ import tiny
 import variants
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lab.data import packing
 from lab.decode import engine as lab_engine
@@ -166,6 +167,18 @@ def test_two_programs_serve_every_request():
         decoding.run(engine)
         counted.append([f._cache_size() for f in (programs.prefill, programs.decode, programs.released)])
     assert counted[0] == counted[-1] and min(counted[0]) > 0
+
+
+def test_weights_on_a_mesh_have_two_programs_too():
+    """As an imported model's are: the first call finds the cache where later ones do."""
+    whole = NamedSharding(Mesh(jax.devices()[:1], ("data",)), PartitionSpec())
+    model = jax.device_put(decoding.built("default", **decoding.ALONE), whole)
+    engine, used = decoding.engine(model), (programs.prefill, programs.decode)
+    before = [f._cache_size() for f in used]
+    for _ in range(2):
+        engine.submit([3, 1, 4], branches=2, most_tokens=3)
+        decoding.run(engine)
+    assert [f._cache_size() - count for f, count in zip(used, before, strict=True)] == [1, 1]
 
 
 def test_a_stop_token_is_no_part_of_a_text():
