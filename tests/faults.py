@@ -346,7 +346,7 @@ ROWS = {
     "decode/engine.py": [
         ("a row that keeps its slots", "programs.released(cache.coordinates.segment, freed_BP)",
          "cache.coordinates.segment"),
-        ("steps counted from the prompt", "step=len(b.text) - b.given,", "step=len(b.text),"),
+        ("every step draws alike", "step=len(b.text) - b.given,", "step=0,"),
         ("a fork draws from the logits of the prompt", "b.tip.rank if b.tip else 0", "0 if b.tip is not b else b.rank"),
         ("a state is not forked", "if b.sources and b.begin == made.time", "if b.sources and b.begin == made.time + 1"),
     ],

@@ -28,10 +28,10 @@ __all__ = ["Engine", "Event"]
 class Engine:
     """Decodes requests over a model.
 
-    rows, length: of the cache, slots of a row, made a multiple of forest.PAGE. A row holds several requests as long as
-    there is room; those whose prompts begin alike share a row, and the slots of what they begin with, whole stems of
-    max(chunk, PAGE) tokens and a prompt that is the same to its end, but for its very last token. Where a mixer has a
-    state for each branch, a request has a row to itself.
+    rows, length: of the cache, slots of a row, made a multiple of forest.PAGE and no less than a chunk. A row holds
+    several requests as long as there is room. Those whose prompts begin alike share a row, and the slots of what they
+    begin with: whole stems of max(chunk, PAGE) tokens, and a prompt that is the same to its end, but for its very last
+    token, which each gives the model itself. Where a mixer has a state for each branch, a request has a row to itself.
     branches: of a row, so at most so many of one request, with those that forks and joins may add; and the highest
     number of one.
     chunk: tokens of a prompt that one program takes at once, a divisor or multiple of PAGE. They begin at the first.
@@ -67,7 +67,7 @@ class Engine:
         if not 0 <= alternatives <= (C := model.embedding.shape[0]):
             raise UserError(f"alternatives = {alternatives} is not valid; choose 0 to {C}, which are all tokens")
         self.model, self.rows, self.branches = model, rows, branches
-        self.length, self.chunk, self.alternatives = PAGE * forest.pages_of(length), chunk, alternatives
+        self.length, self.chunk, self.alternatives = PAGE * forest.pages_of(max(length, chunk)), chunk, alternatives
         self.unit = max(chunk, PAGE)
         self.apart = any(block.mixer.in_order for block in model.blocks)
         self.forests = [Forest(self.length, branches, self.apart) for _ in range(rows)]

@@ -192,11 +192,12 @@ def test_a_stop_token_is_no_part_of_a_text():
 
 
 def test_no_two_rows_of_a_sampled_request_are_alike():
-    """Streams of random numbers are apart: of branches, and of requests with one prompt."""
+    """Streams of random numbers are apart: of branches, of requests with one prompt, and of steps."""
     engine = decoding.engine(decoding.built("default", **decoding.ALONE))
     for _ in range(2):
         engine.submit([1, 2], branches=3, sampling=Sampling(temperature=5.0), most_tokens=8)
-    assert len({*map(tuple, decoding.run(engine).values())}) == 6
+    found = decoding.run(engine).values()
+    assert len({*map(tuple, found)}) == 6 and all(len({*text}) > 2 for text in found)
 
 
 def test_log_probabilities_are_those_of_the_full_pass_and_change_no_token():

@@ -49,7 +49,7 @@ def test_greedy_tokens_are_those_of_the_full_pass(variant, seeds):
 def test_a_fork_and_a_join_are_exact():
     """Once with all in it, so that no draw leaves something out: forks of forks, of the prompt, and a join of all."""
     prompt, options = [3, 1, 4, 1, 5], dict(branches=2, further=4, most_tokens=6)
-    ops = [Op("fork", (1,), 0, ((7, 8),)), Op("fork", (1,), 2, ((),)), Op("fork", (4,), 1, ((2,),)),
+    ops = [Op("fork", (1,), 0, ((7, 8),)), Op("fork", (2,), 2, ((),)), Op("fork", (4,), 1, ((2,),)),
            Op("join", (1, 2, 5), 4, ((9, 9),))]  # fmt: skip
     for variant in ("rule own_branch", "rule all_branches"):
         played = Played(decoding.engine(decoding.built(variant)))
@@ -57,7 +57,7 @@ def test_a_fork_and_a_join_are_exact():
         played.finish()
         texts = played.texts[0]
         assert not played.refused and {b: text.sources for b, text in texts.items()} == {
-            1: (), 2: (), 3: (1,), 4: (1,), 5: (4,), 6: (1, 2, 5)
+            1: (), 2: (), 3: (1,), 4: (2,), 5: (4,), 6: (1, 2, 5)
         }  # fmt: skip
         assert texts[6].begin == max(texts[b].end for b in (1, 2, 5)) and len(texts[6].tokens) == 6
         assert forking.short_of_the_best(variant, prompt, texts) < CLOSE
