@@ -1,12 +1,13 @@
 """What full, windowed and sparse masks cost as rows grow: pairs, tiles, time and memory, and the exponent of each.
 
-    python benchmarks/masks.py [--lengths 1024 2048 ...] [--rounds 5] [--heads 1] [--window 256] [--quick]
+    python benchmarks/masks.py [--lengths 1024 2048 ...] [--rounds 5] [--heads 1] [--window 256] [--out FILE] [--quick]
 
 One text in a row, float32 on a CPU, bfloat16 elsewhere; l is the multiple of 16 next to sqrt(T). Pairs: visible ones.
 Tiles: pairs of the tiles that are computed, in the order that the packer gives. Time: medians of runs of `tiled` in
 which masks take turns. Memory: temporary buffers of the program with backward, by its own account. Two tables in
-Markdown: the numbers, and the exponents of T that a line through their logarithms has, with its standard error. The
-pairs of strided(l) and fixed(l, 8), of the Sparse Transformer (arXiv 1904.10509), grow with T^1.5.
+Markdown: the numbers, and the exponents of T that a line through their logarithms has, with its standard error; what is
+done is told on stderr. The pairs of strided(l) and fixed(l, 8), of the Sparse Transformer (arXiv 1904.10509), grow with
+T^1.5.
 """
 
 import argparse
@@ -56,6 +57,7 @@ def measure(T: int, flags) -> dict[str, Measured]:
     runs, sizes = {}, {}
     for name, text in masks(T, flags.window).items():
         rule, alone = rules.parse(text), Coordinates.single(1, T)
+        print(f"{T:,} tokens: {name}", file=sys.stderr, flush=True)
         order, share = kernels.arrange(alone, [rule], "tiled")
         at = alone.map(lambda x, order=order: np.take_along_axis(x, order, axis=1))
         needed = math.nan
@@ -65,6 +67,7 @@ def measure(T: int, flags) -> dict[str, Measured]:
             )
         sides = (-(-T // side) * side for side in kernels.tile_sizes("tiled", T))
         sizes[name] = rules.mean_visible_keys(rule, alone) * T, share * math.prod(sides), needed / MEBIBYTE
+    print(f"{T:,} tokens: {flags.rounds} turns of {len(runs)} programs", file=sys.stderr, flush=True)
     seconds, failed = attention.measure(runs, flags.rounds)
     if failed:
         raise RuntimeError(failed)
@@ -96,21 +99,29 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="turns of each; 0: pairs and tiles alone")
     parser.add_argument("--heads", type=int, default=1)
     parser.add_argument("--window", type=int, default=256, help="time steps of the window")
+    parser.add_argument("--out", type=pathlib.Path, help="a file for the tables, beside stdout")
     parser.add_argument("--quick", action="store_true", help="256 and 512 tokens, two rounds: does everything run?")
     flags = parser.parse_args()
     if flags.quick:
         flags.lengths, flags.rounds, flags.window = [256, 512], 2, 64
-    print(head("T", "mask", *COLUMNS))
-    found = {}
+    lines, found = [], {}
+
+    def tell(line: str) -> None:
+        lines.append(line)
+        print(line, flush=True)
+
+    tell(head("T", "mask", *COLUMNS))
     for T in flags.lengths:
         found[T] = measure(T, flags)
         for name, one in found[T].items():
             measured = " | ".join(number(x, 1) for x in (one.forward, one.both, one.memory))
-            print(f"| {T:,} | `{name}` | {short(one.pairs)} | {short(one.tiles)} | {measured} |", flush=True)
-    print(head("exponent of T", *COLUMNS))
+            tell(f"| {T:,} | `{name}` | {short(one.pairs)} | {short(one.tiles)} | {measured} |")
+    tell(head("exponent of T", *COLUMNS))
     for name in found[T]:
         columns = zip(*(found[T][name] for T in flags.lengths), strict=True)
-        print(f"| `{name}` | {' | '.join(exponent(flags.lengths, column) for column in columns)} |")
+        tell(f"| `{name}` | {' | '.join(exponent(flags.lengths, column) for column in columns)} |")
+    if flags.out:
+        flags.out.write_text("\n".join(lines).strip() + "\n")
 
 
 if __name__ == "__main__":

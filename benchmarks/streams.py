@@ -13,7 +13,6 @@ import argparse
 import pathlib
 import statistics
 import sys
-import time
 from typing import NamedTuple
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
@@ -71,25 +70,12 @@ def program_of(config, length: int):
     return stepping.stepper(run, state, numbers, batch), run
 
 
-def take_turns(one, plain, rounds: int) -> tuple[float, float]:
-    """(median seconds, median ratio to plain); either goes first in every other turn."""
-    turns = []
-    for turn in range(rounds + 1):
-        seconds = {}
-        for peer in (one, plain) if turn % 2 else (plain, one):
-            start = time.perf_counter()
-            peer()
-            seconds[peer] = time.perf_counter() - start
-        if turn:  # the first warms up
-            turns.append((seconds[one], seconds[one] / seconds[plain]))
-    return tuple(statistics.median(values) for values in zip(*turns, strict=True))
-
-
 def measure(name: str, length: int, rounds: int, scan: bool, plain) -> Measured:
     """plain: what makes one plain step."""
     config = config_of(name, length, scan)
     one, run = program_of(config, length)
-    seconds, ratio = take_turns(one, plain, rounds)
+    turns = stepping.turns(one, plain, rounds)
+    seconds, ratio = (statistics.median(values) for values in zip(*turns, strict=True))
     visible = rules.mean_visible_keys(rules.parse(config.model.rule), Coordinates.single(1, length))
     flops = length * accounting.train_flops_per_token(abstract(config.model), [visible])
     return Measured(seconds, ratio, run.memory_analysis().temp_size_in_bytes, flops)
