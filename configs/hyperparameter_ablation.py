@@ -21,7 +21,7 @@ from lab.study.define.cells import chain, matched, named, product, vary
 
 RATIOS = (1, 2, 8 / 3, 4, 8, 16, 32, 64)  # of a gated feed-forward to the model
 HEADS = (0.5, 1, 2, 4, 8, 16)  # of all query heads to the model
-DECAYS = (0.0, 0.1, 1.0)
+DECAYS = (0.0, 0.01, 0.1, 0.3, 1.0)
 KAPLAN = "(arXiv 2001.08361, figure 5)"
 GATED = 8 / 3
 BASELINE = "baseline"
@@ -103,6 +103,7 @@ def part_regularisation(config) -> None:
     study = config.study
     study.question = "Does weight decay help by itself, or by way of the schedule?"
     study.labels = (("train.schedule", "schedule"), ("train.weight_decay", "decay"))
+    study.seeds = min(study.seeds, 4)  # of fifteen cells
     config.train.final_learning_rate = config.train.learning_rate / 100
     study.cells = product(vary("train.schedule", ("constant", "cosine", FAST)), vary("train.weight_decay", DECAYS))
     study.baseline = (("decay", 0.0),)

@@ -83,6 +83,7 @@ def cpu(config) -> None:
     config.evaluate.loss.rows = 64
     config.train.update(dict(learning_rate=1e-1, steps=120))
     config.run.checkpoint.every = 120
+    config.study.seeds = 5
 
 
 def gpu(config) -> None:

@@ -74,7 +74,11 @@ def parser(description: str, settings: dict) -> Parser:
         allow_abbrev=False,
     )
     made.add_argument("checkpoint", help="the directory of a cell, of one of its seeds, or of one checkpoint")
-    made.add_argument("--rule", help="who sees whom, in place of the checkpoint's own, such as own_branch")
+    made.add_argument(
+        "--rule",
+        help="who sees whom, such as all_branches (default: as the model was trained, "
+        "but under causal branches are texts of their own, as under own_branch)",
+    )
     for name, (kind, default, says) in settings.items():
         made.add_argument(flag(name), type=kind, default=default, metavar=kind.__name__.upper(), help=says)
     return made
@@ -182,7 +186,9 @@ def main(argv: list[str]) -> int | None:
 
 def loaded(flags: argparse.Namespace):
     """(model, tokenizer)."""
-    return lab.load(flags.checkpoint, model=(("rule", flags.rule),) if flags.rule else ())
+    if flags.rule:
+        return lab.load(flags.checkpoint, model=(("rule", flags.rule),))
+    return lab.load(flags.checkpoint, apart=True)
 
 
 def serve(argv: list[str]) -> None:

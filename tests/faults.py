@@ -304,6 +304,7 @@ ROWS = {
     ],
     "study/judge/evidence.py": [
         ("a higher loss is better", '"better" if self.estimate.mean < 0', '"better" if self.estimate.mean > 0'),
+        ("one test is counted twice", "corrected(found, [_pair(pair) for *_, pair in sides])", "corrected(found)"),
         ("uncorrected verdicts", "if self.adjusted >= LEVEL", "if self.estimate.p >= LEVEL"),
         ("any support is enough", 'if outcomes == {"supported"}', 'if "supported" in outcomes'),
     ],

@@ -33,9 +33,9 @@ def model():
 def run(model, monkeypatch, capsys):
     """The command on a model of bytes: (code, standard output, standard error)."""
 
-    def load(path, model=()):
+    def load(path, model=(), apart=False):
         assert path == "somewhere"
-        loaded.append(model)
+        loaded.append((model, apart))
         return of_bytes, Bytes()
 
     def run(*arguments: str, stdin: bytes = b"") -> tuple[int, str, str]:
@@ -90,8 +90,10 @@ def test_a_stop_string_is_not_written(run):
 
 
 def test_a_rule_is_laid_over_the_model(run):
-    run("--prompt", "ab", "--max-tokens", "1", "--rule", "own_branch")
-    assert run.loaded == [(("rule", "own_branch"),)]
+    """Without one, branches of a model of single texts are kept apart."""
+    for rule in (("--rule", "causal"), ()):
+        run("--prompt", "ab", "--max-tokens", "1", *rule)
+    assert run.loaded == [((("rule", "causal"),), False), ((), True)]
 
 
 JSONL = ("--jsonl", "--json")

@@ -1,5 +1,7 @@
 """What config.model may say: its own options, and the parts that a layer has one of."""
 
+import re
+
 from lab.errors import UserError, choose
 from lab.kernels import rules
 from lab.model import lora, norm, parametrization, position, streams, stretched
@@ -66,6 +68,14 @@ def layer_specs(model) -> list:
             except TypeError:
                 raise UserError(f"model.pattern sets {field} = {value!r}, which is of another type") from None
     return specs
+
+
+def apart(model) -> tuple:
+    """Overrides under which branches of one prompt are texts of their own, where the model reads texts in order: every
+    rule `causal` becomes `own_branch`. A single text is read as before."""
+    own = lambda field, value: re.sub(r"\bcausal\b", "own_branch", value) if field == "rule" else value  # noqa: E731
+    pattern = tuple(tuple((field, own(field, value)) for field, value in entry) for entry in model.pattern)
+    return ("rule", own("rule", model.rule)), ("pattern", pattern)
 
 
 def read_by_layers(model) -> list[set[str]]:

@@ -4,7 +4,7 @@ import csv
 import dataclasses
 import io
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from lab.storage import write_atomically
@@ -95,7 +95,7 @@ def find(study: Results) -> Findings | None:
         sides.append(("contrast", contrast.name, _against(contrast), [select(cells, side) for side in contrast.sides]))
     planned, speeds = {cell["name"]: cell for cell in study.plan["cells"]}, throughput(study)
     found = [_compare(*names, its, scores, planned, speeds) for *names, its in sides]
-    comparisons = corrected(found)
+    comparisons = corrected(found, [_pair(pair) for *_, pair in sides])
     named = {comparison.name: comparison for comparison in comparisons if comparison.kind == "contrast"}
     evidence = [
         Evidence(hypothesis.claim, layer, named[name], sign, hypothesis.published)
@@ -116,10 +116,20 @@ def _estimate(differences: Differences) -> Estimate:
     return statistics.estimate(list(differences.kept.values()), differences.resolution)
 
 
-def corrected(comparisons: list[Comparison]) -> list[Comparison]:
-    """The same, as one family of tests."""
-    adjusted = statistics.holm([comparison.estimate.p for comparison in comparisons])
-    return [dataclasses.replace(one, adjusted=p) for one, p in zip(comparisons, adjusted, strict=True)]
+def _pair(sides: Sequence[Sequence[str]]) -> frozenset:
+    """Which cells are compared: the same for both directions of one test."""
+    signs = SIGNS[len(sides)]
+    return frozenset(
+        frozenset(frozenset(cells) for cells, its in zip(sides, signs, strict=True) if its == sign) for sign in (1, -1)
+    )
+
+
+def corrected(comparisons: list[Comparison], pairs: Sequence[Hashable] | None = None) -> list[Comparison]:
+    """The same, as one family of tests. pairs: what each compares: two of one pair are one test. None: all differ."""
+    pairs = range(len(comparisons)) if pairs is None else pairs
+    tests = {pair: one.estimate.p for pair, one in zip(pairs, comparisons, strict=True)}
+    adjusted = dict(zip(tests, statistics.holm([*tests.values()]), strict=True))
+    return [dataclasses.replace(one, adjusted=adjusted[pair]) for pair, one in zip(pairs, comparisons, strict=True)]
 
 
 def overall(outcomes: Iterable[str]) -> str:

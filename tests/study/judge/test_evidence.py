@@ -76,11 +76,18 @@ def test_one_seed_has_a_difference_and_no_verdict(tmp_path):
     assert all(one.estimate.t_interval is None and one.estimate.mean for one in findings.comparisons)
 
 
-def test_correction_is_over_baseline_and_contrasts_together(tmp_path):
-    findings = found(tmp_path, BASELINE | CONTRASTS, loss=lambda labels, count: 2.0 - 0.01 * labels["rope_ratio"])
+@pytest.mark.parametrize("name", ["all or nothing", "flipped"])
+def test_correction_is_over_baseline_and_contrasts_together(tmp_path, name):
+    """The first contrast compares what the baseline does, in this direction or the other: they are one test."""
+    (_, more, less), other = CONTRASTS["contrasts"]
+    contrasts = (("all or nothing", more, less) if name != "flipped" else ("flipped", less, more)), other
+    loss = lambda labels, count: 2.0 - 0.01 * labels["rope_ratio"]  # noqa: E731
+    findings = found(tmp_path, BASELINE | {"contrasts": contrasts}, loss=loss)
     smallest = min(findings.comparisons, key=lambda one: one.estimate.p)
     assert len(findings.comparisons) == 4
-    assert smallest.adjusted == pytest.approx(min(1.0, 4 * smallest.estimate.p))
+    assert smallest.adjusted == pytest.approx(min(1.0, 3 * smallest.estimate.p))
+    named = {one.name: one.adjusted for one in findings.comparisons}
+    assert named[name] == pytest.approx(named["rope_ratio=1.0"])
 
 
 def test_verdicts_are_those_of_the_corrected_tests():
