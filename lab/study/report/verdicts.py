@@ -23,7 +23,8 @@ EXPLAINED = (
     "Difference: mean over seeds of the paired differences, in {unit}; below 0 is better. 95% interval: "
     "Student t; bootstrap: studentised; both of one comparison by itself; none where differences over seeds spread by "
     "less than float32 tells losses apart. p: paired t-test, corrected (Holm) over all comparisons of the study, each "
-    "once; below 0.05 there is a verdict, so that an interval without 0 may still tell nothing. Noise: the standard deviation of the paired differences over seeds. Detectable: the difference that this many "
+    "once; below 0.05 there is a verdict, so that an interval without 0 may still tell nothing. Noise: the standard "
+    "deviation of the paired differences over seeds. Detectable: the difference that this many "
     "seeds of this noise find 4 times in 5, uncorrected: what is smaller is mostly missed. Tokens/s: by how much the "
     "median throughput of training is higher (+) or lower (-), as it was measured."
 )
