@@ -30,7 +30,10 @@ def choose(coordinates: Coordinates, used_B, length: int, slots_BT=None) -> tupl
 def put(old, new, slots_BT):
     """An array of the cache [B, S, ...] with what new tokens have [B, T, ...] in their slots; beyond S nothing is."""
     write = lambda old, new, slots: old.at[slots].set(new, mode="drop", unique_indices=True)  # noqa: E731
-    return jax.vmap(write)(old, jnp.asarray(new).astype(old.dtype), slots_BT)
+    new = jnp.asarray(new).astype(old.dtype)
+    if slots_BT.size == 1:  # XLA makes a slice of a single one, and copies the cache for each of its readers
+        new, slots_BT = jnp.repeat(new, 2, axis=1), jnp.concatenate([slots_BT, jnp.full_like(slots_BT, old.shape[1] + 1)], axis=1)
+    return jax.vmap(write)(old, new, slots_BT)
 
 
 def take(x, slots_BT):
