@@ -29,6 +29,8 @@ ROWS = {
         ("range of a difference", "Range(a.low - b.high, a.high - b.low)", "Range(a.low - b.low, a.high - b.high)"),
         ("certain when possible", 'Range(a.high < b.low, a.low < b.high)', 'Range(a.low < b.high, a.low < b.high)'),
         ("differences begin at a multiple", "Range(period, period)).low == 0", "Range(period, period)).high == 0"),
+        ("any limit shows all", "jnp.where(shown, -1, HIDDEN)", "jnp.where(shown, ENDLESS, HIDDEN)"),
+        ("nodes beside a range count", "1 + jnp.clip(x.high, 0, M - 1)", "jnp.clip(x.high, 0, M - 1)"),
         ("q.x > k.x read as <", 'return term(other)._rule("<", self)', 'return self._rule("<", other)'),
     ],
     "kernels/tiles.py": [
@@ -146,6 +148,7 @@ ROWS = {
     ],
     "model/slots.py": [
         ("padding takes slots", "jnp.cumsum(real_BT, axis=1) - 1", "jnp.arange(real_BT.shape[1])"),
+        ("a single token copies the cache", "if slots_BT.size == 1:", "if False:"),
         ("used counts last slots", "1 + slots_BT.max(", "slots_BT.max("),
     ],
     "model/parameter.py": [

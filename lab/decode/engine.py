@@ -21,6 +21,7 @@ from lab.decode.programs import Draws, Given
 from lab.decode.request import Branch, Event, Request
 from lab.decode.sampling import Found, Sampling
 from lab.errors import UserError
+from lab.kernels.tiles import LANES
 
 __all__ = ["Engine", "Event"]
 
@@ -159,7 +160,7 @@ class Engine:
             raise UserError(f"alternatives = {made.alternatives} is not valid; choose 0 to {self.alternatives}")
         if len(made.prompt) + min(b.given for b in made.branches) < 1:
             raise UserError("the prompt is empty: there is nothing to continue; give at least one token")
-        if (needed := forest.needed(len(made.shared), made.own, self.unit)) > self.length:
+        if (needed := forest.needed(len(made.shared), made.owns, self.unit)) > self.length:
             n = len(made.branches) + made.further
             raise UserError(
                 f"a prompt of {len(made.prompt) + most} tokens and {n} x {made.most_tokens} to generate need {needed} "
@@ -329,10 +330,12 @@ class Engine:
         if not tokens:
             return
         rank, branch, time, index, ids = map(np.array, zip(*tokens, strict=True))
-        held = forest.slots(made.pages, made.held + np.arange(len(tokens)))
-        node = np.array(made.lanes)[rank]
+        held, group, node = np.zeros_like(rank), rank // LANES, np.array(made.lanes)[rank]
+        for i in np.unique(group):
+            count = int((group == i).sum())
+            held[group == i] = forest.slots(made.pages[i], made.held[i] + np.arange(count))
+            made.held[i] += count
         given.put(row, places, ids, held, segment=self.segment(made), branch=branch, time=time, index=index, node=node)
-        made.held += len(tokens)
 
     def decode(self, ready: list[Request]) -> list[Event]:
         """One time step of these requests: the next token of every branch, given or drawn."""

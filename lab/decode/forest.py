@@ -1,9 +1,9 @@
 """Where the texts of a row lie in the cache, and who sees whom: prompts stored once, pages of slots, lanes of branches.
 
-A row of S slots is cut into pages. A page belongs to one stem of a prompt or to one request, so that what a request
-sees lies in whole tiles of its own, in its own order, whatever else is in the row. A row also has N lanes: the branches
-of its requests, each with a place in a step of decoding. Stems and lanes are the M nodes of a table that says how far
-one sees another (`lab.kernels.rules.forked`).
+A row of S slots is cut into pages. A page belongs to one stem of a prompt or to a group of branches of one request, so
+that what a branch sees lies in whole tiles of its own request, in its own order, whatever else is in the row. A row
+also has N lanes: the branches of its requests, each with a place in a step of decoding. Stems and lanes are the M nodes
+of a table that says how far one sees another (`lab.kernels.rules.forked`).
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lab.decode.request import Request
+from lab.decode.request import Request, grouped
 from lab.kernels.rules import ENDLESS, HIDDEN
 
 PAGE = 64  # slots: a tile of keys
@@ -65,7 +65,7 @@ class Forest:
         if self.apart and self.requests:
             return False
         new = made.pieces[len(self.found(made)) :]
-        needed = sum(pages_of(len(tokens)) for tokens in new) + pages_of(made.own)
+        needed = sum(pages_of(len(tokens)) for tokens in new) + sum(map(pages_of, made.owns))
         return needed <= len(self.pages) and len(made.branches) + made.further <= len(self.lanes)
 
     def put(self, made: Request) -> None:
@@ -83,7 +83,7 @@ class Forest:
             start += len(tokens)
         for stem in made.stems:
             stem.users += 1
-        made.pages = self.free(self.pages, pages_of(made.own))
+        made.pages = [self.free(self.pages, pages_of(own)) for own in made.owns]
         made.lanes = self.free(self.lanes, len(made.branches) + made.further)
         self.requests.append(made)
         self.see(made)
@@ -103,7 +103,7 @@ class Forest:
     def remove(self, made: Request) -> list[int]:
         """Takes a request out. Returns the pages that nobody has now."""
         self.requests.remove(made)
-        left = made.pages
+        left = [page for pages in made.pages for page in pages]
         for stem in made.stems:
             stem.users -= 1
             if not stem.users:
@@ -130,13 +130,13 @@ def slots(held: list[int], places: np.ndarray) -> np.ndarray:
     return np.array(held)[places // PAGE] * PAGE + places % PAGE
 
 
-def needed(shared: int, own: int, unit: int = PAGE) -> int:
-    """Slots that a request takes of an empty row."""
+def needed(shared: int, owns: Sequence[int], unit: int = PAGE) -> int:
+    """Slots that a request takes of an empty row: of its prompt, and of own tokens of each group of branches."""
     whole, rest = divmod(shared, unit)
-    return PAGE * (whole * pages_of(unit) + pages_of(rest) + pages_of(own))
+    return PAGE * (whole * pages_of(unit) + pages_of(rest) + sum(map(pages_of, owns)))
 
 
 def needed_for(prompt: int, texts: Sequence[int], most_tokens: int, unit: int = PAGE) -> int:
     """The same of a prompt of so many tokens, and branches that begin with so many; of one text with it if of none."""
-    own = sum(texts) + len(texts) * most_tokens - (not prompt) if texts else most_tokens
-    return needed(max(prompt - 1, 0), own, unit)
+    owns = grouped([given + most_tokens for given in texts], int(prompt > 0)) if texts else [most_tokens]
+    return needed(max(prompt - 1, 0), owns, unit)

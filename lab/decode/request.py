@@ -9,6 +9,7 @@ import numpy as np
 
 from lab.decode.sampling import Found, Sampling
 from lab.errors import UserError
+from lab.kernels.tiles import LANES
 
 
 class Event(NamedTuple):
@@ -71,6 +72,14 @@ class Token(NamedTuple):
     id: int
 
 
+def grouped(tokens: Sequence[int], further: int) -> list[int]:
+    """How many tokens groups of LANES branches may have in the cache, of those of each branch; further: of the first
+    group. The very last token is given to no model; of several groups it may be that of any."""
+    owns = [sum(tokens[i : i + LANES]) for i in range(0, len(tokens), LANES)]
+    owns[0] += further - (len(owns) == 1)
+    return owns
+
+
 @dataclass(eq=False)
 class Request:
     """One that was submitted. The tokens of its prompt but the last are shared with others; what follows is its own."""
@@ -91,11 +100,11 @@ class Request:
     time: int = field(init=False)  # at which the next tokens are given to the model, one by one
     index: int = field(init=False)  # of the first of them
     ahead: list[Token] = field(init=False)  # own tokens before: prefill takes them
-    own: int = field(init=False)  # tokens that it may have to itself: the very last is given to no model
+    owns: list[int] = field(init=False)  # tokens that each group of its branches may have to itself
     filled: int = 0  # of these, how many are in the cache
-    held: int = 0  # own tokens in the cache
+    held: list[int] = field(init=False)  # of each group, own tokens in the cache
     lanes: list[int] = field(default_factory=list)  # of its row, one for each branch that it may have
-    pages: list[int] = field(default_factory=list)  # of its row, for own tokens
+    pages: list[list[int]] = field(default_factory=list)  # of its row, for own tokens of each group
     stems: list = field(default_factory=list)  # of its prompt (lab.decode.forest)
 
     def __post_init__(self):
@@ -106,8 +115,9 @@ class Request:
         for _ in range(len(self.prompt) + min(b.given for b in self.branches) - 1 - self.time):
             self.ahead += self.tokens()
             self.advance()
-        own = sum(b.given + b.most for b in self.branches) + self.further * self.most_tokens
-        self.own = own + len(self.prompt[-1:]) - (len(self.shared) if self.alone else 0) - 1
+        each = [b.given + b.most for b in self.branches] + self.further * [self.most_tokens]
+        self.owns = grouped(each, len(self.prompt[-1:]) - (len(self.shared) if self.alone else 0))
+        self.held = [0] * len(self.owns)
 
     @property
     def live(self) -> bool:

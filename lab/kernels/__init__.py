@@ -187,17 +187,19 @@ def plan_tiles(
     implementation: str | None = None,
     biased: bool = False,
     limits: jax.Array | None = None,
+    lanes: bool = False,
 ) -> Any:
     """What `attend` may be handed as `tiles`, so that layers of one rule share it; None where none is used.
 
-    biased: whether it will be handed a bias, too. limits: those that it will be handed.
+    biased: whether it will be handed a bias, too. limits: those that it will be handed. lanes: whether each query of
+    a row goes on with a text of its own, under limits.
     """
     module = _module(resolve(implementation, k_coordinates.shape[1], biased, forking=limits is not None))
     if not hasattr(module, "plan"):
         return None
     if limits is None:
         return module.plan(rule, q_coordinates, k_coordinates)
-    return module.plan(rules.forked(rule), q_coordinates, k_coordinates, limits)
+    return module.plan(rules.forked(rule), q_coordinates, k_coordinates, limits, lanes)
 
 
 def arrange(

@@ -91,14 +91,26 @@ def _at(limits, q_node, k_node):
 
 
 def _limit(q: Coordinates, k: Coordinates, on_ranges: bool, limits):
-    """What the table says of two nodes; of several, that it says anything. None without a table."""
+    """What the table says of two nodes; of ranges of them, whether it shows something, and something as the query's own
+    past. None without a table."""
     if limits is None:
         return None
     if not on_ranges:
         return _at(limits, q.node, k.node)
     single = (q.node.low == q.node.high) & (k.node.low == k.node.high)
     found = _at(limits, q.node.low, k.node.low)
-    return Range(jnp.where(single, found, HIDDEN), jnp.where(single, found, ENDLESS))
+    shown, own = (_any(limits > least, q.node, k.node) for least in (HIDDEN, -1))
+    most = jnp.where(own, ENDLESS, jnp.where(shown, -1, HIDDEN))
+    return Range(jnp.where(single, found, HIDDEN), jnp.where(single, found, most))
+
+
+def _any(table, q_node: Range, k_node: Range):
+    """Whether a table bool [*, M, M] has a true entry for nodes of these ranges, which are clipped to it."""
+    M = table.shape[-1]
+    before = jnp.pad(table.astype(jnp.int32).cumsum(-1).cumsum(-2), [(0, 0)] * (table.ndim - 2) + [(1, 0)] * 2)
+    rows, columns = ((jnp.clip(x.low, 0, M - 1), 1 + jnp.clip(x.high, 0, M - 1)) for x in (q_node, k_node))
+    count = lambda i, j: _at(before, rows[i], columns[j])  # noqa: E731
+    return count(1, 1) - count(0, 1) - count(1, 0) + count(0, 0) > 0
 
 
 Known = Mapping[tuple, Range]  # of some numbers, by their trees: ranges that are narrower than those of coordinates

@@ -22,7 +22,7 @@ from lab.kernels.dropout import Dropped, factors
 from lab.kernels.folding import fold_queries, key_tiles, unfold_queries
 from lab.kernels.residuals import kept
 from lab.kernels.rules import Rule, visible
-from lab.kernels.tiles import Tiles, is_step, make_tiles, pad_to_tiles
+from lab.kernels.tiles import LANES, Tiles, is_step, make_tiles, pad_to_tiles
 
 MASKED = -1e30  # not -inf: a tile may hide every key of a query, and inf - inf is nan
 
@@ -51,9 +51,16 @@ def tile_sizes(T: int, S: int) -> tuple[int, int]:
     return T if is_step(T, S) else min(64, T), min(64, S)
 
 
-def plan(rule: Rule, q_coordinates: Coordinates, k_coordinates: Coordinates, limits=None) -> Tiles:
-    """The tile lists `attend` needs: made once per batch and rule, shared by layers."""
-    q_tile, k_tile = tile_sizes(q_coordinates.shape[1], k_coordinates.shape[1])
+def plan(rule: Rule, q_coordinates: Coordinates, k_coordinates: Coordinates, limits=None, lanes=False) -> Tiles:
+    """The tile lists `attend` needs: made once per batch and rule, shared by layers.
+
+    lanes: whether the queries of a step go on with texts of their own, so that a tile of all of them would read for
+    each what the others alone see: then in tiles of LANES at most, as even as they can be.
+    """
+    T, S = q_coordinates.shape[1], k_coordinates.shape[1]
+    q_tile, k_tile = tile_sizes(T, S)
+    if lanes and is_step(T, S):
+        q_tile = -(-T // -(-T // LANES))
     padded = pad_to_tiles(q_coordinates, q_tile), pad_to_tiles(k_coordinates, k_tile)
     return make_tiles(rule, *padded, q_tile, k_tile, limits)
 
@@ -74,10 +81,12 @@ def attend(
 ):
     """Returns (o_BTHV, lse_BTH) as lab.kernels.reference.attend does."""
     tiles = plan(rule, q_coordinates, k_coordinates, limits) if tiles is None else tiles
-    q_tile, k_tile = tile_sizes(q_BTHK.shape[1], k_BSGK.shape[1])
+    B, T, H, _ = q_BTHK.shape
+    q_tile, k_tile = tile_sizes(T, k_BSGK.shape[1])
+    if is_step(T, k_BSGK.shape[1]):
+        q_tile = -(-T // tiles.keys.shape[1])  # as planned, of lanes or of one text
     q_coordinates, k_coordinates = pad_to_tiles(q_coordinates, q_tile), pad_to_tiles(k_coordinates, k_tile)
     to_tiles = lambda x, tile: x.reshape(-1, tile)  # noqa: E731
-    B, T, H, _ = q_BTHK.shape
     static = TiledStatic(rule, float(scale), float(softcap or 0.0), q_tile, k_tile, is_step(T, k_BSGK.shape[1]))
     G = k_BSGK.shape[2]
     o_NGRV, lse_NGR = _attend(

@@ -118,15 +118,16 @@ def attend_over_mesh(q_BTHK, k_BSGK, v_BSGV, view: View, mixer, scale: float | N
 
 
 def plan_tiles_over_mesh(
-    queries: Coordinates, keys: Coordinates, rule: Rule, biased: bool, implementation: str, limits=None
+    queries: Coordinates, keys: Coordinates, rule: Rule, biased: bool, implementation: str, limits=None, lanes=False
 ):
     """`kernels.plan_tiles` where `attend_over_mesh` will use it: each device plans for the queries it holds.
 
-    biased: whether a position adds to scores. Raises UserError for an implementation that does not.
+    biased: whether a position adds to scores. lanes: whether each query goes on with a text of its own. Raises
+    UserError for an implementation that does not.
     """
 
     def plan(queries, keys, limits):
-        return kernels.plan_tiles(queries, keys, rule, implementation, biased, limits)
+        return kernels.plan_tiles(queries, keys, rule, implementation, biased, limits, lanes)
 
     tokens = P(mesh.BATCH, "context")
     return mesh.per_device(plan, (tokens, P(mesh.BATCH), P(mesh.BATCH)), tokens)(queries, keys, limits)

@@ -32,7 +32,8 @@ def put(old, new, slots_BT):
     write = lambda old, new, slots: old.at[slots].set(new, mode="drop", unique_indices=True)  # noqa: E731
     new = jnp.asarray(new).astype(old.dtype)
     if slots_BT.size == 1:  # XLA makes a slice of a single one, and copies the cache for each of its readers
-        new, slots_BT = jnp.repeat(new, 2, axis=1), jnp.concatenate([slots_BT, jnp.full_like(slots_BT, old.shape[1] + 1)], axis=1)
+        beyond = jnp.full_like(slots_BT, old.shape[1] + 1)
+        new, slots_BT = jnp.repeat(new, 2, axis=1), jnp.concatenate([slots_BT, beyond], axis=1)
     return jax.vmap(write)(old, new, slots_BT)
 
 

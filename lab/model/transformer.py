@@ -160,7 +160,8 @@ class Transformer(nnx.Module):
         wanted, int32 [B, W]: the places 0..T-1 in its row of the tokens whose logits are made, [B, W, C], in that
         order, a place more than once if asked; None: those of every token, [B, T, C].
         limits, int32 [B, M, M]: how far nodes of texts that fork and join see each other (`rules.forked`); coordinates,
-        those of the cache too, have nodes then. None: a branch sees what the rule says.
+        those of the cache too, have nodes then. None: a branch sees what the rule says. With `wanted` beside them the
+        tokens are taken as those of one time of many branches, which changes how fast this is, and rounding.
 
         Raises UserError for a row with more tokens than free slots, for slots and places that are outside or given
         twice, and for positions that the stream has no weight for, where these are known; and for frequencies that
@@ -173,7 +174,7 @@ class Transformer(nnx.Module):
         slots.check(coordinates, cache.used, length, slots_BT)
         slots_BT, used_B = slots.choose(coordinates, cache.used, length, slots_BT)
         keys = jax.tree.map(lambda old, new: slots.put(old, new, slots_BT), cache.coordinates, coordinates)
-        views = self.views(coordinates, keys, slots_BT, limits=limits)
+        views = self.views(coordinates, keys, slots_BT, limits=limits, lanes=limits is not None and wanted is not None)
         x_BTD, kept = self.run_layers(self.embed(tokens_BT, coordinates), views, (cache.layers, cache.stream))
         x_BWD = x_BTD if wanted is None else picked(x_BTD, wanted)
         return self.logits(x_BWD), Cache(*kept, keys, used_B)
@@ -217,7 +218,13 @@ class Transformer(nnx.Module):
         return mesh.constrain(x_BTD.astype(self.compute))
 
     def views(
-        self, queries: Coordinates, keys: Coordinates, slots_BT=None, masks: Masks | None = None, limits=None
+        self,
+        queries: Coordinates,
+        keys: Coordinates,
+        slots_BT=None,
+        masks: Masks | None = None,
+        limits=None,
+        lanes: bool = False,
     ) -> list[View]:
         """What each entry of the layer pattern sees; tile lists are made once per distinct rule."""
         mixers, implementation = [block.mixer for block in self.blocks], self.execution.implementation
@@ -235,7 +242,8 @@ class Transformer(nnx.Module):
             for rule in turning.rules(mixer.rule)
             if mixer.attends
         )
-        tiles = {which: plan_tiles_over_mesh(queries, keys, *which, implementation, limits) for which in needed}
+        planned = functools.partial(plan_tiles_over_mesh, queries, keys)
+        tiles = {which: planned(*which, implementation, limits, lanes) for which in needed}
         views = []
         for turning, mixer in zip(turnings, mixers, strict=True):
             of_rules = [tiles.get((rule, mixer.biased)) for rule in turning.rules(mixer.rule)]

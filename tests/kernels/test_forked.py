@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lab import kernels
+from lab.coordinates import Coordinates
 from lab.kernels import rules, tiled, tiles
 
 M, B, T, S = 5, 2, 70, 150  # nodes, rows, queries and keys: several tiles of either
@@ -95,3 +96,46 @@ def test_a_tile_of_a_node_that_is_hidden_is_left_out():
     limits = np.full((B, M, M), rules.HIDDEN, np.int32)
     none = tiled.plan(rules.forked(rules.own_branch), queries, keys, limits)
     assert not np.asarray(none.total).any()
+
+
+@given(st.integers(0, 2**32 - 1))
+@settings(max_examples=5)
+def test_ranges_of_nodes_show_what_their_limits_do(seed):
+    """Of own_branch, with every time shown: a tile is left out where no limit of its nodes shows anything."""
+    rng = np.random.default_rng(seed)
+    limits = rng.choice([rules.HIDDEN, -1, rules.ENDLESS], (1, M, M), p=[0.7, 0.2, 0.1]).astype(np.int32)
+    nodes = np.sort(rng.integers(0, M, (2, 12, 4)), axis=-1).astype(np.int32)  # of tiles of four queries, or keys
+    at = lambda of, branch, time: Coordinates(0 * of, 0 * of + branch, 0 * of + time, 0 * of + time, of)  # noqa: E731
+    queries, keys = at(nodes[0].reshape(1, -1), 1, 9), at(nodes[1].reshape(1, -1), 2, 3)
+    kinds = np.asarray(tiles.tile_kinds(rules.forked(rules.own_branch), queries, keys, 4, 4, limits=limits))
+    for i, j in np.ndindex(12, 12):
+        (q_low, *_, q_high), (k_low, *_, k_high) = nodes[0, i], nodes[1, j]
+        shown = (limits[0, q_low : q_high + 1, k_low : k_high + 1] > -1).any()
+        assert (kinds[0, i, j] != tiles.EMPTY) == shown
+
+
+def test_lanes_read_their_own_tiles_alone():
+    """Each of many queries has keys of its own, a page for each group of them: all see them as without a table."""
+    lanes, page = 3 * tiles.LANES - 2, 64
+    groups, rng = -(-lanes // tiles.LANES), np.random.default_rng(0)
+    node = np.arange(lanes, dtype=np.int32)
+    held = np.full((1, 8 * groups, page), -1, np.int32)
+    for group in range(groups):
+        own = node[group * tiles.LANES : (group + 1) * tiles.LANES]
+        held[0, 5 * group, : 3 * len(own)] = np.tile(own, 3)
+    held = held.reshape(1, -1)
+    at = lambda node, time: Coordinates(np.where(node < 0, -1, 0), 1 + node, 0 * node + time, 0 * node, node)  # noqa: E731
+    queries, keys = at(node[None], 1), at(held, 0)
+    limits = np.full((1, lanes, lanes), -1, np.int32)
+    limits[0, node, node] = rules.ENDLESS
+    q, k, v = (rng.normal(size=(1, at.shape[1], 2, 8)).astype(np.float32) for at in (queries, keys, keys))
+    rule, options = rules.own_branch, dict(scale=1.0, implementation="tiled", limits=limits)
+    planned = kernels.plan_tiles(queries, keys, rule, "tiled", limits=limits, lanes=True)
+    assert planned.total.shape == (1, groups) and (np.asarray(planned.total) == 1).all()
+    shown = np.asarray(keys.branch)[:, None] == np.asarray(queries.branch)[:, :, None]
+    (o, _), _ = exact.attend(
+        exact.scores(q, k, 1.0), v, shown & (held >= 0)[:, None], np.zeros((1, lanes, 2, 8)), np.zeros((1, lanes, 2))
+    )
+    for tiles_of in (planned, None):
+        found = kernels.attend(q, k, v, queries, keys, rule, tiles=tiles_of, **options)
+        np.testing.assert_allclose(found, o, atol=1e-5)

@@ -141,11 +141,12 @@ def test_the_head_is_computed_for_wanted_logits_alone():
     assert f"{ROWS},1,{tiny.VOCABULARY}]" in program and f"{ROWS},{LENGTH},{tiny.VOCABULARY}]" not in program
 
 
-def test_a_step_copies_nothing_as_large_as_the_keys_of_a_layer():
+@pytest.mark.parametrize("rows", [1, 4])
+def test_a_step_copies_nothing_as_large_as_the_keys_of_a_layer(rows):
     """Given the cache to keep, a step writes new tokens into it, in whatever slots, and reads it where it lies."""
     model = lab_model.abstract(variants.config("default", model__layers=4).model)
-    at = Coordinates(*[jax.ShapeDtypeStruct((4, 1), np.int32)] * 4)
-    cache = jax.eval_shape(lambda model: model.init_cache(4, 2048), model)
+    at = Coordinates(*[jax.ShapeDtypeStruct((rows, 1), np.int32)] * 4)
+    cache = jax.eval_shape(lambda model: model.init_cache(rows, 2048), model)
     step = jax.jit(lambda model, at, cache, lies: model.extend(lies, at, cache, slots_BT=lies), donate_argnums=2)
     memory = step.lower(model, at, cache, at.index).compile().memory_analysis()
     numbers = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
