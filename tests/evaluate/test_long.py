@@ -153,14 +153,14 @@ OVER_DEVICES = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "method", [pytest.param(m, marks=[] if m == "rerope" else pytest.mark.slow) for m in OVER_DEVICES]
+    ("method", "axes"), [*((m, dict(data=2, fsdp=2, tensor=2)) for m in OVER_DEVICES), ("rerope", dict(context=2))]
 )
-def test_over_devices_every_row_is_that_of_one_device(method):
-    """Rows and heads are laid over eight, and the last call has rows of nothing."""
+def test_over_devices_every_row_is_that_of_one_device(method, axes):
+    """Rows and heads are laid over eight, and the last call has rows of nothing; or the queries of a chunk over two."""
     changed = {"position.trained": L} | OVER_DEVICES[method] if OVER_DEVICES[method] else {}
     config = config_of(rows=4, documents=3, bos=7, model=tuple(changed.items()))
     config.model.mixer.kv_heads = 2
-    model, given, mesh = tiny.model(config), texts(), tiny.mesh(data=2, fsdp=2, tensor=2)
+    model, given, mesh = tiny.model(config), texts(), tiny.mesh(**axes)
     alone = found_of(config, model, given)
     over = conditions.evaluate(config, "long", compiled.laid(model, mesh), given, mesh, stop=lambda: False)
     for one in over:
