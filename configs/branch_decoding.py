@@ -38,8 +38,8 @@ def asked(config, **sizes) -> None:
 
 
 def cpu(config) -> None:
-    """6 groups of branches that begin with 8 bytes and generate 24: the 32 of a text."""
-    asked(config, branches=(1, 2, 4, 8, 16, 32, 64), texts=6, rows=1, prompt_tokens=8, new_tokens=24)
+    """4 groups of branches that begin with 8 bytes and generate 24: the 32 of a text."""
+    asked(config, branches=(1, 2, 4, 8, 16, 32, 64), texts=4, rows=2, prompt_tokens=8, new_tokens=24)
 
 
 def gpu(config) -> None:

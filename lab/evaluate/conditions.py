@@ -118,8 +118,8 @@ def _of_decoded(config, name: str, plain, texts, mesh, done, stop, bytes_of_ids)
         if stop():
             raise Stopped(f"the ask {name}")
 
-    model, values = laid_over(config, asked, plain, mesh), asks.conditions(asked)[done:]
-    for one in asks.ASKS[asked.kind].find(asked, model, texts, mesh, values, told):
+    model, values = laid_over(config, asked, plain, mesh), asks.conditions(asked)
+    for one in asks.ASKS[asked.kind].find(asked, model, texts, mesh, values[done:], told):
         tokens, size = len(one.ids), 0 if bytes_of_ids is None else int(bytes_of_ids[one.ids].sum())
         found = one.branches, one.loss, one.accuracy, tokens, size, one.seconds, one.executable
         yield Condition(*found, read=tokens, further=one.further)

@@ -228,7 +228,7 @@ def _alone(ask: ConfigDict, drawn: Drawn) -> Iterator[Batch]:
         yield Batch(tokens, np.where(generated, labels, -1), at)
 
 
-class Parallel(NamedTuple):
+class Swap(NamedTuple):
     """Groups as they were decoded, int32 [B, T]: tokens; the same with one branch of each group swapped; coordinates.
     asking: generated tokens; staying: those of branches that are not swapped."""
 
@@ -239,7 +239,7 @@ class Parallel(NamedTuple):
     staying: jax.Array | np.ndarray
 
 
-def _parallel(ask: ConfigDict, drawn: Drawn) -> Iterator[Parallel]:
+def _parallel(ask: ConfigDict, drawn: Drawn) -> Iterator[Swap]:
     """All groups, as many in a row as fit. Of group i, branch 1 + i % n is swapped for that of the next group."""
     (G, n, _), T = drawn.texts_GnX.shape, row_length(ask)
     shared, in_row = ask.prompt == "shared", row_length(ask) // _group_length(ask, n)
@@ -262,7 +262,7 @@ def _parallel(ask: ConfigDict, drawn: Drawn) -> Iterator[Parallel]:
         asking = (at.segment >= 0) & (at.branch >= 1) & (at.time >= ask.prompt_tokens)
         staying = asking & (at.branch != 1 + other_G[np.minimum(number_B + at.segment, G - 1)])
         tokens = (_filled(ask, [row.tokens for row in of]) for of in (packed, swapped))
-        yield Parallel(*tokens, at, asking, staying)
+        yield Swap(*tokens, at, asking, staying)
 
 
 def _stacked(ask: ConfigDict, rows: Sequence[Coordinates]) -> Coordinates:
@@ -276,7 +276,7 @@ def _filled(ask: ConfigDict, rows: Sequence[np.ndarray]) -> np.ndarray:
     return np.stack([*rows, *[np.zeros(row_length(ask), np.int32)] * (ask.rows - len(rows))]).astype(np.int32)
 
 
-def leak(model, of: Parallel) -> tuple[jax.Array, jax.Array]:
+def leak(model, of: Swap) -> tuple[jax.Array, jax.Array]:
     """(the attention on tokens of other branches, summed over `asking` tokens, a mean over heads and the layers that
     can be read, nan if none; KL(before || after the swap), summed over `staying` tokens)."""
     at, masses = of.coordinates, []

@@ -64,8 +64,9 @@ def _measured(study: Results, name: str) -> str:
         f"{asked['texts']} groups of branches {begun}, and generated {asked['new_tokens']} tokens a branch at "
         f"temperature {asked['temperature']:g}: the same texts and random numbers for every cell. At temperature 1 the "
         "loss alone less that in parallel is in the mean the KL divergence, per token, of how the model goes on in "
-        "parallel from how it goes on alone. Attention is a mean over layers, heads and generated tokens. A swap is of "
-        "one branch, for that of another group: it is one of many at high counts. At one branch there is no other."
+        "parallel from how it goes on alone. Attention is a mean over layers, heads and generated tokens; given "
+        "evenly, nearly (n - 1) / n of it would go to the others of n branches. A swap is of one branch, for that of "
+        "another group: it is one of many at high counts. At one branch there is no other."
     )
 
 

@@ -2,6 +2,8 @@
 
 import json
 
+import commands
+import pandas as pd
 import pytest
 from studies import ASKED, write, write_study
 
@@ -91,3 +93,29 @@ def test_small_numbers_are_written_with_digits_that_count():
     assert {text.get_text() for text in axes.texts} == {"0.0012", "0.5"}
     (panel,) = live.heat_maps(panels, "ratio", "branches", ".2g")["panels"]
     assert panel["data"][0]["texttemplate"] == "%{z:.2g}" and "%{z:.4g}" in panel["data"][0]["hovertemplate"]
+
+
+@pytest.mark.slow
+def test_a_study_that_is_trained_is_asked_to_decode(tmp_path):
+    """By another config of its name, in its directory: nothing is trained again, and the maps are drawn."""
+    corpus, work = commands.write_corpus(tmp_path / "words.jsonl", texts=400), tmp_path / "work"
+    options = dict(sections=(("decoding", "rope_ratio", "train_branch"), "curves"), steps=10)
+    made = commands.write_study(tmp_path / "made.py", corpus, commands.ONE_CELL, **options)
+    commands.finished("main", f"--config={made}", f"--workdir={work}", log=tmp_path / "first")
+    (run,) = commands.runs(work).values()
+    trained, plain = (run / "result.json").read_bytes(), (work / "results.csv").read_bytes()
+    assert "Nothing has been decoded yet." in (work / "report.md").read_text()
+    asked = "branches=(1, 2, 3), texts=2, rows=2, prompt_tokens=4, new_tokens=5"
+    lines = f"""    from lab.config import add_ask
+    add_ask(config, "decoded", "decoding", {asked})
+    return config
+"""
+    made.write_text(made.read_text().replace("    return config\n", lines))
+    commands.finished("main", f"--config={made}", f"--workdir={work}", log=tmp_path / "second")
+    assert (run / "result.json").read_bytes() == trained and (work / "results.csv").read_bytes() == plain
+    found = pd.read_csv(work / "results" / "decoded.csv")
+    assert list(found["eval_branch"]) == [1, 2, 3] and list(found["tokens"]) == [10, 20, 30]
+    assert (found["loss"] > 0).all() and (found["loss_alone"] > 0).all() and found["swap_kl"][1:].gt(0).all()
+    assert found["attention_on_others"][1:].between(0, 1, inclusive="neither").all() and found["swap_kl"].isna()[0]
+    assert (work / "figures" / "decoded_swap_kl.png").exists()
+    assert {"decoded"} <= {*pd.read_csv(work / "timings.csv")["phase"]}
