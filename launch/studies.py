@@ -22,7 +22,8 @@ from lab.errors import UserError, choose
 from lab.study import results
 
 STUDIES = (
-    "rope_ablation:cpu", "head_dim_ablation:cpu", "attention_ablation:cpu", "attention_ablation:cpu-factorial",
+    "rope_ablation:cpu", "branch_decoding:cpu", "head_dim_ablation:cpu", "attention_ablation:cpu",
+    "attention_ablation:cpu-factorial",
     "attention_ablation:cpu-rotate", "muon_ablation:cpu", "probes:cpu", "residual_ablation:cpu-confirm",
     "residual_ablation:cpu-v1", "residual_ablation:cpu-v2", "residual_ablation:cpu-v3", "residual_ablation:cpu-v4",
     "residual_ablation:cpu-beyond", "residual_ablation:cpu-sanity", "attention_ablation:cpu-flops",
@@ -41,6 +42,7 @@ FLAGS = {  # of a study that is asked more than its config says
         "--config.study.calibrate_cell=rope_ratio=1.0,train_branch=1-15",
     ),
 }
+CELLS_OF = {"branch_decoding:cpu": "rope_ablation:cpu"}  # of a study that asks the cells of another
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RUNS, PAGES = ROOT / "runs" / "studies", ROOT / "docs" / "studies"
 HEADER = """\
@@ -65,7 +67,16 @@ def run(study: str) -> int:
     name, _, scale = study.partition(":")
     flags = f"--config=configs/{name}.py:{scale}", f"--workdir={RUNS / directory(study)}", *FLAGS.get(study, ())
     print(f"== {study}", flush=True)
+    share_cells(study)
     return subprocess.run([sys.executable, "-m", "lab.main", *flags], cwd=ROOT).returncode
+
+
+def share_cells(study: str) -> None:
+    """Lets a study find the cells of another, where these are, so that it trains none of them."""
+    there, here = (RUNS / directory(name) / "cells" for name in (CELLS_OF.get(study, study), study))
+    if any(there.glob("*/identity.json")) and not here.exists():
+        here.parent.mkdir(parents=True, exist_ok=True)
+        here.symlink_to(there, target_is_directory=True)
 
 
 def write_page(study: str, before: str | None) -> str:

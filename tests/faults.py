@@ -258,6 +258,13 @@ ROWS = {
         ("the last batch alone", "sums += jax", "sums = jax"),
     ],
     "evaluate/asks.py": [("other weights pass", "if _weights(changed) != _weights(config)", "if False")],
+    "evaluate/decoding.py": [
+        ("a prompt is another branch", " & (at.branch[:, None, :] > 0)", ""),
+        ("what is swapped is compared", "staying = asking & (", "staying = asking | ("),
+        ("a beginning counts as generated", "at.time >= ask.prompt_tokens - 1)", "at.time >= 0)"),
+        ("after against before", "(before_BTC - after_BTC)", "(after_BTC - before_BTC)"),
+        ("swapped for itself", "np.roll(texts_GnX, -1, axis=0)", "np.roll(texts_GnX, 0, axis=0)"),
+    ],
     "evaluate/long.py": [
         ("buckets one token late", "nats_nN[:, low:high].sum(1) for", "nats_nN[:, low + 1 : high + 1].sum(1) for"),
         ("windows count old tokens", "np.where(at < before, -1, following)", "following"),
@@ -405,6 +412,9 @@ ROWS = {
     "study/report/cell_page.py": [
         ("the command of the cell before", 'enumerate(study.plan["cells"], 1)', 'enumerate(study.plan["cells"], 0)'),
         ("flags of the study's own share", 'own and "=" not in word', "False"),
+    ],
+    "study/report/decoding.py": [
+        ("a cost turned", 'frame["loss_alone"] - frame["loss"]', 'frame["loss"] - frame["loss_alone"]'),
     ],
     "study/report/live.py": [
         ("interval turned", '"array": _numbers(high - mean for mean', '"array": _numbers(mean - high for mean'),

@@ -64,6 +64,18 @@ def test_a_study_that_stops_stops_all_and_one_that_fails_does_not(place, monkeyp
     assert (place / "docs" / "README.md").exists()
 
 
+def test_a_study_finds_the_cells_of_another_once_there_are_some(place):
+    cells = place / "runs" / "rope_ablation-cpu" / "cells"
+    ours = place / "runs" / "branch_decoding-cpu" / "cells"
+    for study in ("branch_decoding:cpu", "probes:cpu"):
+        studies.share_cells(study)
+    assert not ours.exists()
+    (next(cells.iterdir()) / "identity.json").write_text("{}")
+    for study in ("branch_decoding:cpu", "branch_decoding:cpu", "rope_ablation:cpu"):
+        studies.share_cells(study)
+    assert ours.resolve() == cells.resolve() and not cells.is_symlink()
+
+
 def test_a_study_that_is_none_is_one_line(place, capsys):
     assert studies.main(["rope:cpu"]) == 2
     told = capsys.readouterr().err

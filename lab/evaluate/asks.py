@@ -12,7 +12,8 @@ from lab.data.corpora import CORPORA
 from lab.data.packing import LONGEST_ROW
 from lab.data.probes import PROBES
 from lab.errors import UserError, choose
-from lab.evaluate import long, retrieval
+from lab.evaluate import decoding, long, retrieval
+from lab.evaluate.passes import Pass
 from lab.model import abstract, lora, parameter, spec, streams
 from lab.options import Option, Part, Room, leaves, nested, set_field, without
 
@@ -24,8 +25,9 @@ class AskKind(NamedTuple):
     the axis. check(config, ask, its field); batches(config, ask, texts, condition, process_index=, process_count=).
     version: of what is done with the outputs on the host; a change asks anew. Long documents have no batches but
     rows(config, ask, texts, tokenizer, condition), lab.evaluate.long.LongRows that are scored in chunks, a
-    summary(config, ask, condition, rows, nats, right) of what was found, and ready(ask, its field, texts, tokenizer),
-    which raises UserError where there is too little to read.
+    summary(config, ask, condition, rows, nats, right) of what was found. What decodes has neither, but find(ask, model,
+    texts, mesh, conditions, stop). ready(ask, its field, texts, tokenizer) raises UserError where there is too little
+    to read.
     """
 
     column: str
@@ -37,6 +39,7 @@ class AskKind(NamedTuple):
     version: int = 1
     rows: Callable[..., long.LongRows] | None = None
     summary: Callable[..., long.LongSummary] | None = None
+    find: Callable[..., Iterator[decoding.Decoded]] | None = None
     ready: Callable[..., None] | None = None
 
 
@@ -44,12 +47,16 @@ SIZES = {
     "texts": Option(512, "rows of a probe, or validation texts; 0: all there are, as far as they fill calls", least=0),
     "rows": Option(16, "of one call, over all devices and hosts", least=1),
 }
-BRANCHES = SIZES | {
-    "branches": Option((1,), "numbers of branches", kind=tuple[int, ...], least=1),
-    "texts_per_row": Option(
-        1, "a multiple of every number of branches, so that it fills its groups", least=1, most=LONGEST_ROW
-    ),
-}
+COUNTS = {"branches": Option((1,), "numbers of branches", kind=tuple[int, ...], least=1)}
+BRANCHES = (
+    SIZES
+    | COUNTS
+    | {
+        "texts_per_row": Option(
+            1, "a multiple of every number of branches, so that it fills its groups", least=1, most=LONGEST_ROW
+        ),
+    }
+)
 DIFFICULTIES = SIZES | {
     "difficulties": Option((2, 4, 8), "of the rows of a probe", kind=tuple[int, ...], least=1),
 }
@@ -91,6 +98,16 @@ ASKS = {
         rows=retrieval.rows,
         summary=retrieval.summary,
         ready=retrieval.check_documents,
+    ),
+    "decoding": AskKind(
+        "eval_branch",
+        tuple(CORPORA),
+        "branches",
+        SIZES | COUNTS | decoding.OPTIONS,
+        decoding.check,
+        batches=None,
+        find=decoding.find,
+        ready=decoding.check_texts,
     ),
 }
 ASK = Room(
@@ -138,8 +155,16 @@ def check(config: ConfigDict) -> None:
             long.check_reach(model, asked, field)
             streams.check_rows(model, f"{field}.lengths: the longest,", max(asked.lengths))
             continue
-        tokens = asked.texts_per_row * config.data.text_length
-        streams.check_rows(model, f"{field}.texts_per_row x data.text_length", tokens)
+        made = f"{field}.branches: the most" if kind.find else f"{field}.texts_per_row x data.text_length"
+        streams.check_rows(model, made, tokens_at_once(config, asked))
+
+
+def tokens_at_once(config: ConfigDict, asked: ConfigDict) -> int:
+    """Of a row: those that one call of an ask reads."""
+    kind = ASKS[asked.kind]
+    if kind.find:
+        return decoding.row_length(asked)
+    return Pass.of(asked).chunk if kind.rows else asked.texts_per_row * config.data.text_length
 
 
 def adds_to_scores(config: ConfigDict) -> bool:

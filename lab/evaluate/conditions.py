@@ -56,6 +56,9 @@ def evaluate(
     them all. `model`: as it was trained. bytes_of_ids: the tokenizer's. tokenizer: of asks that write their own
     documents. Raises Stopped, the condition at hand lost, when stop() says so."""
     asked = config.evaluate[name]
+    if asks.ASKS[asked.kind].find:
+        yield from _of_decoded(config, name, model, texts, mesh, done, stop, bytes_of_ids)
+        return
     if asks.ASKS[asked.kind].rows:
         yield from _of_documents(config, name, model, texts, mesh, done, stop, bytes_of_ids, tokenizer)
         return
@@ -105,6 +108,21 @@ def _of_documents(config, name: str, plain, texts, mesh, done, stop, bytes_of_id
         means = found.nats / found.tokens, found.right / found.tokens, found.tokens
         ran = seconds, passes.executable(model, how, mesh), int((of.tokens >= 0).sum())
         yield Condition(value, *means, size, *ran, found.further, found.documents)
+
+
+def _of_decoded(config, name: str, plain, texts, mesh, done, stop, bytes_of_ids) -> Iterator[Condition]:
+    """The same of an ask that decodes."""
+    asked = config.evaluate[name]
+
+    def told() -> None:
+        if stop():
+            raise Stopped(f"the ask {name}")
+
+    model, values = laid_over(config, asked, plain, mesh), asks.conditions(asked)
+    for one in asks.ASKS[asked.kind].find(asked, model, texts, mesh, values[done:], told):
+        tokens, size = len(one.ids), 0 if bytes_of_ids is None else int(bytes_of_ids[one.ids].sum())
+        found = one.branches, one.loss, one.accuracy, tokens, size, one.seconds, one.executable
+        yield Condition(*found, read=tokens, further=one.further)
 
 
 def _over_hosts(count: int) -> int:

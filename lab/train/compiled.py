@@ -126,7 +126,8 @@ def evaluated(state: State, numbers, program: Program, mesh: Mesh, members: bool
         return jax.jit(function, out_shardings=laid_out)(state, numbers)
 
 
-def _compile(function, mesh: Mesh, *arguments, **static):
+def executable(function, mesh: Mesh, *arguments, **static):
+    """That of a jitted function for arguments of such shapes, over the mesh; compiled once."""
     leaves, structure = jax.tree.flatten(abstract(arguments))
     key = (function, mesh, structure, tuple((x.shape, x.dtype, x.sharding) for x in leaves), tuple(static.items()))
     if key not in _executables:
@@ -138,23 +139,23 @@ def _compile(function, mesh: Mesh, *arguments, **static):
 
 def train_step(state: State, numbers, batch, program: Program, mesh: Mesh):
     """compiled(state, numbers, batch) -> (state, metrics)"""
-    return _compile(_train, mesh, state, numbers, batch, program=program)
+    return executable(_train, mesh, state, numbers, batch, program=program)
 
 
 def train_steps(states: State, numbers, batches, program: Program, mesh: Mesh):
     """The same for stacked members."""
-    return _compile(_train_many, mesh, states, numbers, batches, program=program)
+    return executable(_train_many, mesh, states, numbers, batches, program=program)
 
 
 def measure(state: State, numbers, batch, program: Program, names: tuple[str, ...], mesh: Mesh, members: int = 1):
     """compiled(state, numbers, batch) -> what lab.train.instruments measures of that step; of stacked members too."""
     function = _measure_many if members > 1 else _measure
-    return _compile(function, mesh, state, numbers, batch, program=program, names=names)
+    return executable(function, mesh, state, numbers, batch, program=program, names=names)
 
 
 def evaluation_step(model, batch, mesh: Mesh):
     """compiled(model, batch) -> (summed nats, tokens answered right, labelled tokens)"""
-    return _compile(_evaluate, mesh, model, batch)
+    return executable(_evaluate, mesh, model, batch)
 
 
 def described_cache(model, rows: int, length: int, mesh: Mesh):
@@ -187,7 +188,7 @@ def score_chunk(model, cache, tokens, labels, start, mesh: Mesh):
     """compiled(model, cache, tokens, labels, start) -> (step.Scored, cache): the cache lies as it did."""
     leaves, structure = jax.tree.flatten(cache)
     score = _scoring(structure, tuple(x.sharding for x in leaves))
-    return _compile(score, mesh, model, cache, tokens, labels, start)
+    return executable(score, mesh, model, cache, tokens, labels, start)
 
 
 @functools.lru_cache

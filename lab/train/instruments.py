@@ -4,12 +4,13 @@ the step begins with, so that the step's own program stays what it is.
 Letters as in lab.model.transformer.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lab.coordinates import Coordinates
 from lab.data import Batch
 from lab.kernels import reference, rules
 from lab.model import mesh, parameter
@@ -109,17 +110,10 @@ def _first_rows(batch: Batch) -> Batch:
 
 
 def _of_rows(model: Transformer, batch: Batch, names: tuple[str, ...]) -> Measured:
-    """One layer after another, as `run_layers` has them where nothing is scanned."""
-    at, views = batch.coordinates, model.views(batch.coordinates, batch.coordinates)
-    P, real_BT = len(views), batch.coordinates.segment >= 0
-    blocks = [unstack(block, model.repeats(p)) for p, block in enumerate(model.blocks)]
-    state, rms, scores = model.stream.start(model.embed(batch.tokens, at), None), [], []
-    for m in range(model.layers):
-        block, view = blocks[m % P][m // P], views[m % P]
+    real_BT, rms, scores = batch.coordinates.segment >= 0, [], []
+    for block, view, before, state in each_layer(model, batch.tokens, batch.coordinates):
         if "logits" in names:
-            readable = view.bands is None and view.growth is None and _readable(model.stream, block.mixer)
-            scores.append(_attention(block, state, view) if readable else (jnp.nan,) * 2)
-        state, _ = model.stream.layer(state, block, view, None, m=m)
+            scores.append(_attention(block, before, view) if readable(model, block, view) else (jnp.nan,) * 2)
         x_BTD = model.stream.finish(state)[0]
         rms.append(_rms(x_BTD, real_BT) if isinstance(x_BTD, jax.Array) else jnp.nan)
     found = {}
@@ -134,8 +128,25 @@ def _of_rows(model: Transformer, batch: Batch, names: tuple[str, ...]) -> Measur
     return found
 
 
+def each_layer(model: Transformer, tokens_BT, at: Coordinates) -> Iterator[tuple[Block, View, object, object]]:
+    """(block, its view, the state of the stream before it, that after it), one layer after another, as `run_layers` has
+    them where nothing is scanned."""
+    views = model.views(at, at)
+    P, blocks = len(views), [unstack(block, model.repeats(p)) for p, block in enumerate(model.blocks)]
+    state = model.stream.start(model.embed(tokens_BT, at), None)
+    for m in range(model.layers):
+        block, view, before = blocks[m % P][m // P], views[m % P], state
+        state, _ = model.stream.layer(state, block, view, None, m=m)
+        yield block, view, before, state
+
+
 def _rms(x_BTD: jax.Array, real_BT: jax.Array) -> jax.Array:
     return jnp.sqrt(jnp.mean(jnp.square(x_BTD.astype(jnp.float32)), where=real_BT[..., None]))
+
+
+def readable(model: Transformer, block: Block, view: View) -> bool:
+    """Whether `attention` can read a layer: one map of positions, and scores of its own queries and keys alone."""
+    return view.bands is None and view.growth is None and _readable(model.stream, block.mixer)
 
 
 def _readable(stream: Stream, mixer) -> bool:
@@ -144,8 +155,9 @@ def _readable(stream: Stream, mixer) -> bool:
     return own and type(stream).layer is Stream.layer and not mixer.biased  # by a position
 
 
-def _attention(block: Block, x_BTD: jax.Array, view: View) -> tuple[jax.Array, jax.Array]:
-    """The largest score that is seen, and the mean entropy (nats) of queries that see a key; the whole matrix."""
+def attention(block: Block, x_BTD: jax.Array, view: View) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(s_BGRTS, p_BGRTS, seen_B11TS) of a layer that is `readable`: scores, scaled and capped, and probabilities in
+    float32, those of what is not seen 0; and who sees whom. The whole matrix."""
     mixer = block.mixer
     q_BTHK, kept, _ = mixer.project(block.mixer_placement.before(x_BTD), view, None)
     k_BSGK = mixer.read(kept)[0]
@@ -154,7 +166,13 @@ def _attention(block: Block, x_BTD: jax.Array, view: View) -> tuple[jax.Array, j
         s_BGRTS = mixer.softcap * jnp.tanh(s_BGRTS / mixer.softcap)
     seen_B11TS = rules.visible(mixer.rule, view.queries, view.keys)[:, None, None]
     p_BGRTS = jax.nn.softmax(s_BGRTS, axis=-1, where=seen_B11TS)
-    entropy_BGRT = jax.scipy.special.entr(jnp.where(seen_B11TS, p_BGRTS, 0)).sum(-1)
+    return s_BGRTS, jnp.where(seen_B11TS, p_BGRTS, 0), seen_B11TS
+
+
+def _attention(block: Block, x_BTD: jax.Array, view: View) -> tuple[jax.Array, jax.Array]:
+    """The largest score that is seen, and the mean entropy (nats) of queries that see a key."""
+    s_BGRTS, p_BGRTS, seen_B11TS = attention(block, x_BTD, view)
+    entropy_BGRT = jax.scipy.special.entr(p_BGRTS).sum(-1)
     sees_BGRT = jnp.broadcast_to(seen_B11TS.any(-1), entropy_BGRT.shape)
     largest = jnp.max(s_BGRTS, where=seen_B11TS, initial=-jnp.inf)
     return largest, jnp.mean(entropy_BGRT, where=sees_BGRT)

@@ -42,7 +42,7 @@ def _program(config: ConfigDict, asked: ConfigDict) -> list[str]:
         if asks.ASKS[asked.kind].rows:
             step = canonical.score_chunk(changed, *Pass.of(asked))
         else:
-            step = canonical.evaluation_step(changed, asked.rows, asked.texts_per_row * config.data.text_length)
+            step = canonical.evaluation_step(changed, asked.rows, asks.tokens_at_once(config, asked))
         _programs[key] = [step, _tables(changed)] if asked.model else [step]
     return _programs[key]
 

@@ -74,8 +74,9 @@ def by_label(rows: Sequence[Mapping[str, Curves]], axis: str, vertical: str = NA
     return _panels(rows, draw, vertical)
 
 
-def heat_maps(rows: Sequence[Mapping[str, Curves]], vertical: str, horizontal: str) -> Figure:
-    """Loss at every (name, x) as a number on its colour, darker is better; one colour scale for all panels."""
+def heat_maps(rows: Sequence[Mapping[str, Curves]], vertical: str, horizontal: str, written: str = ".2f") -> Figure:
+    """Loss at every (name, x) as a number on its colour, darker is better; one colour scale for all panels. written:
+    the format of the numbers."""
     every = [y for row in rows for curves in row.values() for curve in curves.values() for y in curve.values()]
     low, high = min(every), max(every)
 
@@ -86,7 +87,7 @@ def heat_maps(rows: Sequence[Mapping[str, Curves]], vertical: str, horizontal: s
         for (y, x), loss in np.ndenumerate(table):
             colour = "white" if loss < (low + high) / 2 else "black"
             if not math.isnan(loss):
-                axes.text(x, y, f"{loss:.2f}", ha="center", va="center", fontsize=7.5, color=colour)
+                axes.text(x, y, f"{loss:{written}}", ha="center", va="center", fontsize=7.5, color=colour)
         axes.set_facecolor("0.93")  # what is missing
         axes.set_xticks(range(len(xs)), [str(x) for x in xs])
         axes.set_yticks(range(len(curves)), [str(name) for name in curves])

@@ -65,15 +65,17 @@ def by_label(rows: Sequence[Mapping[str, Curves]], axis: str, vertical: str = NA
     return _figure(rows, panel, logarithmic=vertical in LOSSES)
 
 
-def heat_maps(rows: Sequence[Mapping[str, Curves]], vertical: str, horizontal: str) -> Live | None:
+def heat_maps(
+    rows: Sequence[Mapping[str, Curves]], vertical: str, horizontal: str, written: str = ".2f"
+) -> Live | None:
     """See figures.heat_maps."""
     every = [y for row in rows for curves in row.values() for curve in curves.values() for y in curve.values()]
 
     def panel(title: str, curves: Curves) -> dict:
         xs = sorted({x for curve in curves.values() for x in curve})
         table = [[_number(curve.get(x, math.nan)) for x in xs] for curve in curves.values()]
-        told = f"{_text(vertical)} %{{y}}, {_text(horizontal)} %{{x}}: %{{z:.4f}}<extra></extra>"
-        scale = {"colorscale": "Viridis", "zmin": min(every), "zmax": max(every)}
+        told = f"{_text(vertical)} %{{y}}, {_text(horizontal)} %{{x}}: %{{z:.4{written[-1]}}}<extra></extra>"
+        scale = {"colorscale": "Viridis", "zmin": min(every), "zmax": max(every), "texttemplate": f"%{{z:{written}}}"}
         return _map(title, table, xs, list(curves), told, horizontal, vertical, **scale)
 
     return _figure(rows, panel, logarithmic=False)

@@ -17,7 +17,6 @@ from lab import data as lab_data
 from lab import kernels
 from lab.errors import UserError
 from lab.evaluate import asks, ready
-from lab.evaluate.passes import Pass
 from lab.model import mesh as lab_mesh
 from lab.storage import find_json, write_json
 from lab.study import measure, results
@@ -232,8 +231,9 @@ def check_devices(runs: list[Run]) -> None:
         rows = config.data.rows // config.run.microbatches
         lab_mesh.check_rows(mesh, "data.rows / run.microbatches", rows, config.data.texts_per_row * length)
         for name, ask in config.evaluate.items():
-            tokens = Pass.of(ask).chunk if asks.ASKS[ask.kind].rows else ask.texts_per_row * length
-            lab_mesh.check_rows(mesh, f"evaluate.{name}.rows", ask.rows, tokens)
+            lab_mesh.check_rows(mesh, f"evaluate.{name}.rows", ask.rows, asks.tokens_at_once(config, ask))
+            if asks.ASKS[ask.kind].find and (hosts := jax.process_count()) > 1:
+                raise UserError(f"evaluate.{name} decodes, which one host does, and these are {hosts}; ask it on one")
 
 
 def check_hosts_agree(runs: list[Run]) -> None:
