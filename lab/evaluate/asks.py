@@ -13,7 +13,7 @@ from lab.data.packing import LONGEST_ROW
 from lab.data.probes import PROBES
 from lab.errors import UserError, choose
 from lab.evaluate import long, retrieval
-from lab.model import abstract, lora, parameter, spec, streams
+from lab.model import abstract, lora, parameter, position, spec, streams
 from lab.options import Option, Part, Room, leaves, nested, set_field, without
 
 
@@ -138,6 +138,7 @@ def check(config: ConfigDict) -> None:
             long.check_reach(model, asked, field)
             streams.check_rows(model, f"{field}.lengths: the longest,", max(asked.lengths))
             continue
+        position.check_branches(spec.layer_specs(model), f"{field}.branches", max(asked.branches))
         tokens = asked.texts_per_row * config.data.text_length
         streams.check_rows(model, f"{field}.texts_per_row x data.text_length", tokens)
 
