@@ -11,8 +11,8 @@ there are.)
 
     same start          nothing but masks tells branches apart (Hydragen, arXiv 2402.05099; Multiverse, 2506.09991)
     2D RoPE 0.5, 1      a share of the pairs carries branch and time in turn
-    one after another   pairs turn by 2 * text_length * branch + time, as if a branch began where the last one had
-                        ended at most (the layouts of a shared cache in Hogwild! Inference, arXiv 2504.06261)
+    one after another   pairs turn by stride * branch + time, as if branches lay behind each other, each in a stride
+                        that no text outgrows (a layout of the cache in Hogwild! Inference, arXiv 2504.06261)
     learned             a vector for each branch, added to the embedding (nearly ParaThinker's, arXiv 2509.04475)
     Fourier             sines and cosines of the branch number, added to the embedding
 
@@ -59,11 +59,11 @@ def rope2d(ratio: float) -> str:
 def schemes(config, ratios: tuple[float, ...]) -> dict:
     """{name: fields} of cells."""
     by_time = ("model.position.name", "rope2d"), ("model.position.unselected", "time")
-    longest = 2 * config.data.text_length  # times that a staggered text reaches
+    stride = max(config.model.position.stride, 2 * config.data.text_length)  # a staggered text reaches no further
     return {
         SAME: (*by_time, ("model.position.ratio", 0.0)),
         **{rope2d(ratio): (*by_time, ("model.position.ratio", ratio)) for ratio in ratios},
-        SEQUENTIAL: (("model.position.name", "sequential"), ("model.position.stride", longest)),
+        SEQUENTIAL: (("model.position.name", "sequential"), ("model.position.stride", stride)),
         LEARNED: (("model.position.name", "learned-branch"),),
         FOURIER: (("model.position.name", "fourier"),),
     }
