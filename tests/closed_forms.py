@@ -3,7 +3,7 @@
 import functools
 import math
 
-ROTATING = ("rope2d", "fourier")
+ROTATING = ("rope2d", "sequential", "fourier", "learned-branch")
 NORMS_OF_SUBLAYER = {"pre": 1, "output": 1, "sandwich": 2, "post": 1, "deepnorm": 1}
 NORM_THE_STREAM = ("post", "deepnorm")  # placements after which the head needs no norm
 GATED = ("swiglu", "geglu", "geglu-tanh", "reglu", "glu", "bilinear")  # feed-forwards of three matrices
@@ -100,8 +100,9 @@ def parameters(model) -> tuple[int, int]:
 
 
 def embeddings(model) -> int:
-    """Of tokens, the output head where it is another, and of times."""
+    """Of tokens, the output head where it is another, and of times or branches, 0 among these."""
     learned = [spec.position.length for spec in layers(model) if spec.position.name == "learned"]
+    learned += [spec.position.branches + 1 for spec in layers(model) if spec.position.name == "learned-branch"]
     return ((1 if model.tied else 2) * model.vocabulary + max(learned, default=0)) * model.dim
 
 

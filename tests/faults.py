@@ -121,6 +121,7 @@ ROWS = {
     "model/position.py": [
         ("branch and time exchanged", "even = (pair - (F - n)) % 2 == 0", "even = (pair - (F - n)) % 2 == 1"),
         ("whole table for a part", "chosen.theta **= R / model.mixer.head_dim", "chosen.theta **= 1"),
+        ("branches a step apart", '"branch": position.stride * inverse', '"branch": inverse'),
     ],
     "model/extrapolation.py": [
         ("mscale of all dimensions unread", " / mscale(s, scaling.mscale_all_dim)", ""),
@@ -137,7 +138,10 @@ ROWS = {
         ("a text one shorter", "tokens_B1 = 1 + jnp.max(", "tokens_B1 = jnp.max("),
         ("log n of the time", "return q.time + 1, 0.0", "return q.time, 0.0"),
     ],
-    "model/codes.py": [("code of the branch for the time", '    of = "time"', '    of = "branch"')],
+    "model/codes.py": [
+        ("code of the branch for the time", '    of = "time"', '    of = "branch"'),
+        ("vectors of branches without the prompt's", "return position.branches + 1", "return position.branches"),
+    ],
     "model/scores.py": [
         ("later keys take buckets", "maximum(q.time - k.time, 0), wide", "maximum(k.time - q.time, 0), wide"),
         ("slopes between taken twice", "(1, 2 * (heads - power), 2) / (2 *", "(2, 2 * (heads - power) + 1, 2) / (2 *"),

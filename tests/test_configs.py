@@ -11,6 +11,7 @@ import pytest
 
 from lab import data as lab_data
 from lab.command import load_config
+from lab.data import packing
 from lab.errors import UserError
 from lab.model.streams import STREAMS
 from lab.study.define import plan
@@ -78,19 +79,25 @@ def test_every_scale_plans(path, scale):
 
 
 def check_rotary_pairs(cell, row):
-    """n = round(F ratio) selected pairs, the even ones for the branch, the odd ones for the time."""
+    """n = round(F ratio) selected pairs, the even ones for the branch, the odd ones for the time. Under other names
+    every pair turns by the time, under one by the branch too."""
     rotary = cell.config.model.position
     pairs = (rotary.dim or cell.config.model.mixer.head_dim) // 2
     selected = round(pairs * rotary.ratio)
-    assert rotary.unselected == "index"
     assert row["head_dim"] == cell.config.model.mixer.head_dim
     still = not any(spec.position.name in closed_forms.ROTATING for spec in closed_forms.layers(cell.config.model))
     if still or cell.config.model.mixer.rotate in ("none", "v", "o", "vo") or cell.config.model.mixer.name == "delta":
         assert row["pairs_branch"] == row["pairs_time"] == row["pairs_index"] == 0
         return
+    if rotary.name in ("sequential", "fourier", "learned-branch"):
+        assert row["pairs_branch"] == (rotary.name == "sequential") * pairs
+        assert row["pairs_time"] == pairs and row["pairs_index"] == 0
+        return
+    others = min(pairs - selected, math.floor(pairs * rotary.share))
+    by_time = rotary.unselected == "time"
     assert row["pairs_branch"] == math.ceil(selected / 2)
-    assert row["pairs_time"] == selected // 2
-    assert row["pairs_index"] == min(pairs - selected, math.floor(pairs * rotary.share))
+    assert row["pairs_time"] == selected // 2 + by_time * others
+    assert row["pairs_index"] == (not by_time) * others
 
 
 def test_rope_ablation_is_ten_cells_of_one_program():
@@ -114,6 +121,23 @@ def test_rope_ablation_on_a_gpu_gives_the_published_rows():
     assert ours == {(float(ratio), draw, int(count)) for ratio, draw, count in theirs}
     assert {round(row["parameters"] / 1e6, 1) for row in rows} == {25.8}
     assert len({row["executable"] for row in rows}) == 1
+
+
+@pytest.mark.parametrize("scale", ["cpu", "cpu-drawn"])
+def test_branch_positions_compares_schemes_that_differ_in_nothing_else(scale):
+    """Every contrast is of one rule and two schemes or of one scheme and two rules, and every claim of a contrast."""
+    config, cells, _ = planned("branch_positions", scale)
+    assert len(cells) == 8 and config.study.seeds >= 3
+    assert {cell.config.data.slots for cell in cells} == {64 if scale == "cpu-drawn" else 0}
+    assert len({cell.config.data.to_json_best_effort() for cell in cells}) == 1
+    for _, *sides in config.study.contrasts:
+        plus, minus = map(dict, sides)
+        assert (plus["rule"] == minus["rule"]) != (plus["scheme"] == minus["scheme"])
+    named = {name for name, *_ in config.study.contrasts}
+    assert {name for _, expected, *_ in config.study.hypotheses for _, name, _ in expected} <= named
+    by_scheme = {cell.labels["scheme"]: cell.config.model.position for cell in cells}
+    assert by_scheme["one after another"].stride == 128 >= packing.most_times(cells[0].config.data)
+    assert by_scheme["learned"].branches >= max(config.evaluate.loss.branches)
 
 
 @pytest.mark.slow

@@ -339,8 +339,9 @@ VALUES = {  # another than the default, by type, where the declaration names no 
     "mixer.v_head_dim": 10, "mixer.q_rank": 3, "mixer.o_rank": 5, "mixer.rotate": "q", "mixer.softmax_scale": 0.3,
     "mixer.softcap": 2.0, "mixer.latent": 6, "feedforward.width": 20, "norm.eps": 0.1, "position.theta": 7.0,
     "position.dim": 6, "position.ratio": 0.3, "position.stride": 2, "position.share": 0.5, "position.length": 40,
-    "mixer.qk_norm_over": "heads", "position.buckets": 16, "position.distance": 200, "position.clip": 3,
-    "branch.start": 0.2, "position.trained": 8, "position.temperature": 0.5, "position.temperature_step": 4,
+    "position.branches": 9, "mixer.qk_norm_over": "heads", "position.buckets": 16, "position.distance": 200,
+    "position.clip": 3, "branch.start": 0.2, "position.trained": 8, "position.temperature": 0.5,
+    "position.temperature_step": 4,
     "position.scaling.factor": 3.0, "position.scaling.attention_factor": 1.5, "position.scaling.beta_fast": 20.0,
     "position.scaling.original_max_position_embeddings": 4, "position.scaling.beta_slow": 2.0,
     "position.scaling.mscale": 0.7, "position.scaling.mscale_all_dim": 0.4, "position.scaling.low_freq_factor": 2.0,
@@ -394,8 +395,8 @@ def test_an_entry_of_the_pattern_may_set_every_option_of_a_layer(field):
     entry = [(field, {**VALUES, **ALREADY}.get(field, others[0] if others else VALUES.get(type(default))))]
     if field == "mixer.name":
         entry = [("mixer.name", "delta"), ("rule", "causal")]
-    if field == "position.length":  # all layers read one embedding
-        entry = [("position.name", "learned"), *entry]
+    if field in ("position.length", "position.branches"):  # all layers read one embedding
+        entry = [("position.name", "learned" if field == "position.length" else "learned-branch"), *entry]
     if entry[0][1] is None:
         assert len(option.choices) == 1  # the only one there is
         entry = [(field, default)]

@@ -90,6 +90,11 @@ def times_of_text(data) -> int:
     return data.text_length * (1 + prompts_of_group(data.prompt) + data.stagger)
 
 
+def highest_branch(data) -> int:
+    """The highest number that a branch of a training row of config.data may have."""
+    return data.slots or parse_draw(data.draw)[1]
+
+
 def parse_draw(draw: str, field: str = "data.draw") -> tuple[int, int]:
     """The least and most that are drawn: fixedN -> (N, N), LOW-HIGH -> (LOW, HIGH). Raises UserError."""
     match = re.fullmatch(r"fixed(\d+)|(\d+)-(\d+)", draw)

@@ -14,7 +14,7 @@ from lab.data.probes import PROBES
 from lab.errors import UserError, choose
 from lab.evaluate import decoding, long, retrieval
 from lab.evaluate.passes import Pass
-from lab.model import abstract, lora, parameter, spec, streams
+from lab.model import abstract, lora, parameter, position, spec, streams
 from lab.options import Option, Part, Room, leaves, nested, set_field, without
 
 
@@ -155,6 +155,7 @@ def check(config: ConfigDict) -> None:
             long.check_reach(model, asked, field)
             streams.check_rows(model, f"{field}.lengths: the longest,", max(asked.lengths))
             continue
+        position.check_branches(spec.layer_specs(model), f"{field}.branches", max(asked.branches))
         made = f"{field}.branches: the most" if kind.find else f"{field}.texts_per_row x data.text_length"
         streams.check_rows(model, made, tokens_at_once(config, asked))
 

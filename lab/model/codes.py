@@ -54,27 +54,60 @@ class LearnedCode(nnx.Module):
     """A vector for each time 0..position.length - 1, drawn like token embeddings; it decays as they do, as in GPT-2."""
 
     options: ClassVar[dict[str, Option]] = {"length": LENGTHS["length"]}
+    of: ClassVar[str] = "time"
 
     def __init__(self, model, key: jax.Array):
-        shape = self.length, _ = model.position.length, model.dim
+        shape = self.rows, _ = self.rows_of(model.position), model.dim
         key = jax.random.fold_in(key, 3 + model.layers)  # beside those of the transformer
         spread = (parametrization.wider(model) / model.dim) ** 0.5
         self.table = parameter.table(key, shape, ("position", "embed"), spread, decay=True)
 
     def __call__(self, coordinates: Coordinates) -> jax.Array:
-        """[B, T, D]. Raises UserError for a token at a time without a vector, where times are known; where they are
+        """[B, T, D]. Raises UserError for a token at a place without a vector, where places are known; where they are
         traced its vector is nan: it would be given the last one."""
-        segment_BT, time_BT = slots.known(coordinates.segment), slots.known(coordinates.time)
-        if segment_BT is not None and time_BT is not None:
-            check_time("a token is", int(time_BT[segment_BT >= 0].max(initial=0)), self.length)
-        lost_BT = (coordinates.segment >= 0) & (coordinates.time >= self.length)
-        return jnp.where(lost_BT[..., None], jnp.nan, self.table[...][coordinates.time])
+        place_BT = getattr(coordinates, self.of)
+        segment_BT, known_BT = slots.known(coordinates.segment), slots.known(place_BT)
+        if segment_BT is not None and known_BT is not None:
+            self.check("a token is", int(known_BT[segment_BT >= 0].max(initial=0)), self.rows)
+        lost_BT = (coordinates.segment >= 0) & (place_BT >= self.rows)
+        return jnp.where(lost_BT[..., None], jnp.nan, self.table[...][place_BT])
+
+    @staticmethod
+    def rows_of(position) -> int:
+        """How many vectors config.model.position asks for."""
+        return position.length
+
+    @staticmethod
+    def check(what: str, time: int, rows: int) -> None:
+        """Refuses a time that has no vector."""
+        if time >= rows:
+            raise UserError(
+                f"{what} at time {time}, beyond model.position.length = {rows}: model.position.name = 'learned' has "
+                f"vectors for times up to {rows - 1}; choose shorter texts, or a length of at least {time + 1}"
+            )
 
 
-def check_time(what: str, time: int, length: int) -> None:
-    """Refuses a time that has no learned vector."""
-    if time >= length:
-        raise UserError(
-            f"{what} at time {time}, beyond model.position.length = {length}: model.position.name = 'learned' has "
-            f"vectors for times up to {length - 1}; choose shorter texts, or a length of at least {time + 1}"
-        )
+class LearnedBranchCode(LearnedCode):
+    """A vector for each branch number 1..position.branches and one for the prompt, drawn in the same way: the thought
+    embeddings of arXiv 2509.04475, but added to the embedding of a token and not to each layer's keys and values.
+
+    A number beyond them is refused, not wrapped: two branches of one vector could not be told apart.
+    """
+
+    options: ClassVar[dict[str, Option]] = {
+        "branches": Option(64, "the highest number of a branch; each has a vector", least=1, most=2**16)
+    }
+    of = "branch"
+
+    @staticmethod
+    def rows_of(position) -> int:
+        return position.branches + 1
+
+    @staticmethod
+    def check(what: str, branch: int, rows: int) -> None:
+        """Refuses a branch that has no vector."""
+        if branch >= rows:
+            raise UserError(
+                f"{what} of branch {branch}, beyond model.position.branches = {rows - 1}: model.position.name = "
+                f"'learned-branch' has vectors for branches up to that; choose fewer branches, or at least {branch}"
+            )

@@ -19,7 +19,7 @@ from lab.kernels.bands import Band, Growth
 from lab.kernels.rotary import rotation
 from lab.kernels.rules import Rule
 from lab.model import extrapolation, position_maps
-from lab.model.codes import FourierCode, LearnedCode, SinusoidalCode, check_time
+from lab.model.codes import FourierCode, LearnedBranchCode, LearnedCode, SinusoidalCode
 from lab.model.extrapolation import FREQUENCY_MAPS, GROWTH, LENGTHS
 from lab.model.parameter import FixedTable
 from lab.model.position_maps import POSITION_MAPS
@@ -72,9 +72,19 @@ def rope2d_frequencies(R: int, position, inverse=None) -> dict[str, Any]:
 
 
 def time_frequencies(R: int, position, inverse=None) -> dict[str, Any]:
-    """One-dimensional RoPE over time: what Fourier branch codes leave to the rotation."""
+    """One-dimensional RoPE over time: what codes of the branch leave to the rotation."""
     inverse = extrapolation.default(R, position, 0)[0] if inverse is None else inverse
     return {"index": 0 * inverse, "branch": 0 * inverse, "time": inverse}
+
+
+def sequential_frequencies(R: int, position, inverse=None) -> dict[str, Any]:
+    """One-dimensional RoPE over stride * branch + time: branches as if they lay one after another.
+
+    The stride stands for their lengths, which are unknown while they are decoded: branches overlap where it is shorter
+    than they are, and lie apart where it is longer. A token's own past is at its true distances.
+    """
+    inverse = extrapolation.default(R, position, 0)[0] if inverse is None else inverse
+    return {"index": 0 * inverse, "branch": position.stride * inverse, "time": inverse}
 
 
 def _names(field: str, table: Mapping[str, Any]) -> tuple[str, ...]:
@@ -101,7 +111,13 @@ BRANCHED = {
 
 POSITIONS = {
     "rope2d": Encoding(rope2d_frequencies, ROTARY | BRANCHED, idle=extrapolation.idle_of_rotations),
+    "sequential": Encoding(
+        sequential_frequencies, ROTARY | {"stride": BRANCHED["stride"]}, idle=extrapolation.idle_of_rotations
+    ),
     "fourier": Encoding(time_frequencies, ROTARY, code=FourierCode, idle=extrapolation.idle_of_rotations),
+    "learned-branch": Encoding(
+        time_frequencies, ROTARY | LearnedBranchCode.options, LearnedBranchCode, idle=extrapolation.idle_of_rotations
+    ),
     "none": Encoding(None, {"trained": LENGTHS["trained"]} | GROWTH, idle=extrapolation.idle_growth),
     "sinusoidal": Encoding(None, {}, code=SinusoidalCode),
     "learned": Encoding(None, LearnedCode.options, code=LearnedCode),
@@ -164,6 +180,11 @@ def check(model) -> None:
             f"model.position.map.name = {model.position.map.name!r} maps times, and {np.count_nonzero(turns['index'])} "
             "rotary pairs turn by the index; choose model.position.unselected = 'time'"
         )
+    if model.position.map.name != "none" and (turns["branch"] * turns["time"]).any():
+        raise UserError(
+            f"model.position.map.name = {model.position.map.name!r} maps times, and pairs turn by time and branch at "
+            f"once under model.position.name = {model.position.name!r}; choose 'none'"
+        )
 
 
 def check_mixer(model, adds: tuple[type, ...]) -> None:
@@ -204,8 +225,16 @@ def check_times(specs: Sequence, made: str, times: int) -> None:
     the fields that make them as many."""
     for spec in specs:
         if spec.position.name == "learned":
-            check_time(f"{made}: a token may be", times - 1, spec.position.length)
+            LearnedCode.check(f"{made}: a token may be", times - 1, spec.position.length)
         position_maps.check_times(spec.position, made, times)
+
+
+def check_branches(specs: Sequence, made: str, number: int) -> None:
+    """Refuses a branch of so high a number where lower ones alone have a learned vector. made: the field that makes
+    it."""
+    for spec in specs:
+        if spec.position.name == "learned-branch":
+            LearnedBranchCode.check(f"{made}: a token may be", number, LearnedBranchCode.rows_of(spec.position))
 
 
 def check_reach(specs: Sequence, made: str, tokens: int) -> None:

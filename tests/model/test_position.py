@@ -108,7 +108,10 @@ def test_rotation_keeps_the_type_of_what_it_turns():
 
 
 # The fields whose constant shift a model cannot see; the prompt is branch 0, so a rule that reads it is left out.
-INVISIBLE_SHIFTS = {"rope2d": ("time", "branch", "index"), "fourier": ("time", "index")}
+EVERY = "time", "branch", "index"
+INVISIBLE_SHIFTS = {
+    "rope2d": EVERY, "sequential": EVERY, "fourier": ("time", "index"), "learned-branch": ("time", "index"),
+}  # fmt: skip
 
 
 def shifts_of(name: str) -> dict[str, float]:
@@ -141,8 +144,8 @@ def test_the_fourier_code_reads_the_branch_alone():
         np.testing.assert_allclose(code(at)[b, t], expected, atol=1e-6)
 
 
-def test_of_those_that_rotate_only_fourier_adds_to_the_embedding():
-    for name in variants.ROTATING:
+def test_of_those_that_rotate_only_codes_of_the_branch_add_to_the_embedding():
+    for name in (name for name in variants.ROTATING if name != "learned-branch"):
         model = tiny.model(tiny.config(model__position__name=name))
         batch = tiny.batch()
         added = model.embed(batch.tokens, batch.coordinates) - model.embedding[...][batch.tokens]

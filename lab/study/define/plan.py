@@ -51,7 +51,9 @@ def check(cell: Cell) -> None:
     streams.check_rows(config.model, "data.texts_per_row x data.text_length", tokens)
     data = config.data
     made = f"data.text_length = {data.text_length}, prompt = {data.prompt!r}, stagger = {data.stagger}"
-    position.check_times(lab_spec.layer_specs(config.model), made, packing.most_times(data))
+    specs = lab_spec.layer_specs(config.model)
+    position.check_times(specs, made, packing.most_times(data))
+    position.check_branches(specs, f"data.draw = {data.draw!r}, slots = {data.slots}", packing.highest_branch(data))
 
 
 def check_texts(cells: list[Cell]) -> None:

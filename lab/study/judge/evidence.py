@@ -82,11 +82,13 @@ class Findings:
         return [comparison for comparison in self.comparisons if comparison.kind == kind]
 
 
-def find(study: Results) -> Findings | None:
-    """None of a study that names neither a baseline nor a contrast."""
+def find(study: Results, judged: tuple | None = None) -> Findings | None:
+    """None of a study that names neither a baseline nor a contrast. judged: conditions instead of the study's."""
     asked = settings(study.plan["config"].get("study", {}))
     if not asked:
         return None
+    if judged is not None:
+        asked = dataclasses.replace(asked, judged=judged)
     scores = pairing.scores(study, asked.judged)
     cells = {cell["name"]: cell["labels"] for cell in study.plan["cells"]}
     against = baselines(cells, asked.baseline)
