@@ -118,12 +118,12 @@ def _slurm(environment: Mapping[str, str]) -> Cluster | None:
     here = _here(environment, -(-processes // len(nodes)))
     if local >= here:
         raise UserError(f"SLURM_LOCALID = {local} must lie in 0..{here - 1}: {here} tasks run on this node")
-    bound = int(environment.get("SLURM_GPUS_ON_NODE", "0") or 0)
+    on_node = _whole(environment, "SLURM_GPUS_ON_NODE", "0")
     port = environment.get("JAX_COORDINATOR_PORT") or job % 2**12 + 2**16 - 2**12  # as JAX chooses it
     return _counted(
         Cluster(
             f"Slurm job {job}", f"{nodes[0]}:{port}", processes, process, len(nodes),
-            gpus(environment, local, here, bound),
+            gpus(environment, local, here, on_node),
         ),
         "SLURM_NTASKS",
         "SLURM_PROCID",

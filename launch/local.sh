@@ -4,7 +4,8 @@
 #   launch/local.sh [--dry-run] PROCESSES [ARGUMENTS of python -m lab.main]
 #   launch/local.sh 2 --config=configs/rope_ablation.py
 #
-# --dry-run prints the processes that it would start. A platform other than the CPU: JAX_PLATFORMS=cuda, say.
+# --dry-run prints the processes that it would start. They share the NVIDIA GPUs of this machine, unless JAX_PLATFORMS
+# says cpu.
 # DEVICES=2 sets the CPU devices of each process, PYTHON the interpreter (default: .venv/bin/python), PORT the
 # coordinator's port. Ends with the first exit code that is not 0, and ends the other processes then.
 set -euo pipefail
@@ -21,12 +22,22 @@ processes=$1
 shift
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
+gpus=0
+if [[ ${JAX_PLATFORMS:-cuda} =~ cuda|gpu ]]; then
+  listed=${CUDA_VISIBLE_DEVICES-$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | paste -sd, || true)}
+  gpus=$(tr -cd , <<<"${listed:+,$listed}" | wc -c)
+fi
+if ((gpus % processes)); then
+  echo "launch/local.sh: $processes processes cannot share $gpus GPUs: give another number, or set JAX_PLATFORMS=cpu" >&2
+  exit 2
+fi
+settings() { # of one process
+  printf '%s\n' "JAX_NUM_PROCESSES=$processes" "JAX_PROCESS_ID=$1" "JAX_NUM_CPU_DEVICES=${DEVICES:-2}"
+  ((!gpus)) || echo "JAX_LOCAL_DEVICE_IDS=$(seq -s, $((gpus * $1 / processes)) $((gpus * ($1 + 1) / processes - 1)))"
+}
 if [[ $dry ]]; then
   for ((process = 0; process < processes; process++)); do
-    printf '%s ' "JAX_COORDINATOR_ADDRESS=127.0.0.1:${PORT:-FREE_PORT}" "JAX_NUM_PROCESSES=$processes" \
-      "JAX_PROCESS_ID=$process" "JAX_NUM_CPU_DEVICES=${DEVICES:-2}"
-    printf '%q ' "$python" -m lab.main "$@"
-    echo '&'
+    echo "JAX_COORDINATOR_ADDRESS=127.0.0.1:${PORT:-FREE_PORT} $(settings "$process" | paste -sd' ')$(printf ' %q' "$python" -m lab.main "$@") &"
   done
   exit
 fi
@@ -43,8 +54,8 @@ end_others() { # JAX keeps SIGTERM for itself, and a process that has lost anoth
 }
 trap forward TERM INT
 for ((process = 0; process < processes; process++)); do
-  JAX_COORDINATOR_ADDRESS=127.0.0.1:$port JAX_NUM_PROCESSES=$processes JAX_PROCESS_ID=$process \
-    JAX_NUM_CPU_DEVICES=${DEVICES:-2} "$python" -m lab.main "$@" &
+  mapfile -t ours < <(settings "$process")
+  env JAX_COORDINATOR_ADDRESS="127.0.0.1:$port" "${ours[@]}" "$python" -m lab.main "$@" &
   running[$!]=$process
 done
 

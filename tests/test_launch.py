@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -44,6 +45,19 @@ def test_shellcheck_finds_nothing():
 def test_scripts_are_short():
     for path in SCRIPTS:
         assert len(path.read_text().splitlines()) < 100 and os.access(path, os.X_OK), path
+
+
+def test_local_processes_share_the_gpus(tmp_path):
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\nprintf '0\\n1\\n2\\n3\\n'\n")
+    smi.chmod(0o755)
+    path = dict(PATH=f"{tmp_path}:{os.environ['PATH']}")
+    shares = [re.findall(r"IDS=(\S+)", ran("local.sh", "--dry-run", "2", STUDY, **path, **more).stdout) for more in (
+        {}, dict(CUDA_VISIBLE_DEVICES="6,7"), dict(JAX_PLATFORMS="cpu"), dict(CUDA_VISIBLE_DEVICES=""),
+    )]  # fmt: skip
+    assert shares == [["0,1", "2,3"], ["0", "1"], [], []]
+    told = ran("local.sh", "--dry-run", "3", STUDY, code=2, **path).stderr
+    assert told.startswith("launch/local.sh: 3 processes cannot share 4 GPUs") and told.count("\n") == 1
 
 
 def test_local_processes():
