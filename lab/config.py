@@ -36,6 +36,7 @@ RUN = Room(
         "checkpoint.keep": Option(2, "the newest so many", least=1),
         "log.every": Option(10, "steps", least=1),
         "log.instruments": instruments.OPTION,
+        "join_timeout": Option(1800, "seconds that a process waits for those of other hosts", least=1, most=10**6),
     }
 )
 ROOMS = {"study": STUDY, "model": MODEL, "data": DATA, "train": TRAIN, "run": RUN}

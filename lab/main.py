@@ -16,6 +16,7 @@ import functools  # noqa: E402
 import logging  # noqa: E402
 import pathlib  # noqa: E402
 import shlex  # noqa: E402
+import signal  # noqa: E402
 import sys  # noqa: E402
 import time  # noqa: E402
 from collections.abc import Callable  # noqa: E402
@@ -77,10 +78,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--retry-failed", action="store_true", help="run cells again that failed before")
     parser.add_argument("--remake", action="store_true", help="make runs of other versions of jax again")
     flags, config, overridden = command.parse(parser, argv)
-    runtime.start(config)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(STOPPED))  # until stop_requests: there is nothing to save yet
+    found = runtime.start(config)
 
     import jax
 
+    from lab.model import mesh
     from lab.study.define import resolve
     from lab.study.open import open
     from lab.study.run import hosts, places, runs
@@ -104,6 +107,8 @@ def main(argv: list[str]) -> int:
     stop = runtime.stop_requests()
     with held, Display(len(tried) + len(ours), quiet=not first) as display:
         reporter = Reporter(workdir, writes=first, say=display.say)
+        rows = [cell.config.data.rows for cell in study.cells]
+        display.say(runtime.described(found, mesh.make(config.run.mesh), rows))
         devices = f"{jax.device_count()} {jax.devices()[0].platform} devices"
         display.say(f"{config.study.name}: {len(tried) + len(ours)} runs on {devices}, in {workdir}")
         for told in filter(None, (*replaced, runs.made_elsewhere(tried + ours))):

@@ -1,4 +1,4 @@
-"""The process the lab runs in: memory allocator, CPU devices, several hosts, compile cache and compile counts.
+"""The process the lab runs in: memory allocator, CPU devices, compile cache, compile counts, and how it is stopped.
 
 Import this first and call `tune_allocator` before anything imports JAX.
 """
@@ -9,11 +9,11 @@ import itertools
 import math
 import os
 import platform
-import re
 import signal
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
+from lab import cluster
 from lab.errors import UserError
 from lab.storage import cache_directory
 
@@ -50,26 +50,20 @@ def cpu_devices(rows: int, mesh, processes: int = 1) -> int:
     return max(fitting, default=1) * known
 
 
-def start(config) -> None:
-    """Configures JAX for this process and joins the other hosts that the environment names. Call once, first."""
+def start(config) -> cluster.Cluster:
+    """Configures JAX for this process and joins the others that the environment names. Call once, first."""
     import jax
 
-    address, processes, process = hosts(os.environ)
+    found = cluster.find(os.environ)
     explicit = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if not explicit and "JAX_NUM_CPU_DEVICES" not in os.environ:
         # Of the asks the one that every study has: a further one must fit the devices, and change none.
         rows = math.gcd(config.data.rows // max(config.run.microbatches, 1), config.evaluate.loss.rows)
-        jax.config.update("jax_num_cpu_devices", cpu_devices(rows, config.run.mesh, processes))
+        jax.config.update("jax_num_cpu_devices", cpu_devices(rows, config.run.mesh, found.processes))
     keep_programs()
-    if address:
-        try:
-            jax.distributed.initialize(address, processes, process)
-        except Exception as error:  # of the network, and of what JAX reads in the variables of SLURM and others
-            said = (str(error).strip().splitlines() or [""])[0]
-            raise UserError(
-                f"process {process} of {processes} cannot join the others at JAX_COORDINATOR_ADDRESS = {address}: "
-                f"{type(error).__name__}: {said}"
-            ) from error
+    if found.address:
+        cluster.join(found, config.run.join_timeout)
+    return found
 
 
 def keep_programs() -> None:
@@ -102,35 +96,14 @@ def open_devices() -> None:
         ) from error
 
 
-def hosts(environment: Mapping[str, str]) -> tuple[str, int, int]:
-    """(address of process 0, processes, the number of this one) as the environment names them: ("", 1, 0) of none.
+def described(found: cluster.Cluster, mesh, rows: list[int]) -> str:
+    """One line of what a study runs on. rows: of the batches of its cells."""
+    import jax
 
-    Raises UserError for what names no process, naming the variable.
-    """
-    address, named = environment.get("JAX_COORDINATOR_ADDRESS", ""), ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-    if not address:
-        if found := [name for name in named if environment.get(name, "") not in ("", "0", "1")]:
-            raise UserError(
-                f"{found[0]} = {environment[found[0]]} means nothing without JAX_COORDINATOR_ADDRESS: set it to the "
-                "host:port of process 0, or unset both"
-            )
-        return "", 1, 0
-    port = re.fullmatch(r"[^\s/]+:(\d+)", address, re.ASCII)
-    if not port or not 0 < int(port[1]) < 2**16:
-        raise UserError(f"JAX_COORDINATOR_ADDRESS = {address!r} is no host:port of process 0, such as host-0:1234")
-    processes, process = (_whole(environment, name, default) for name, default in zip(named, ("1", ""), strict=True))
-    if processes < 1:
-        raise UserError(f"JAX_NUM_PROCESSES = {processes} must be at least 1")
-    if process >= processes:
-        raise UserError(f"JAX_PROCESS_ID = {process} must lie in 0..{processes - 1} (JAX_NUM_PROCESSES = {processes})")
-    return address, processes, process
-
-
-def _whole(environment: Mapping[str, str], name: str, default: str) -> int:
-    text = environment.get(name, default)
-    if not re.fullmatch(r"\d{1,9}", text, re.ASCII):
-        raise UserError(f"{name} = {text!r} is no whole number; every process needs its own JAX_PROCESS_ID, from 0 on")
-    return int(text)
+    shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "of one device"
+    each = " or ".join(str(count // found.processes) for count in sorted(set(rows)))
+    devices = f"{jax.device_count()} {jax.devices()[0].platform} devices, {jax.local_device_count()} here"
+    return f"{found}; {devices}; mesh {shape}; {each} rows of a batch for each process"
 
 
 def environment(mesh) -> dict:

@@ -1,12 +1,19 @@
 #!/usr/bin/env bash
 # Runs a lab command as several processes of this machine, joined by JAX's own multi-process runtime.
 #
-#   launch/local.sh PROCESSES [ARGUMENTS of python -m lab.main]
+#   launch/local.sh [--dry-run] PROCESSES [ARGUMENTS of python -m lab.main]
 #   launch/local.sh 2 --config=configs/rope_ablation.py
 #
+# --dry-run prints the processes that it would start. They share the NVIDIA GPUs of this machine, unless JAX_PLATFORMS
+# says cpu.
 # DEVICES=2 sets the CPU devices of each process, PYTHON the interpreter (default: .venv/bin/python), PORT the
 # coordinator's port. Ends with the first exit code that is not 0, and ends the other processes then.
 set -euo pipefail
+dry='' given=()
+for argument in "$@"; do
+  if [[ $argument == --dry-run ]]; then dry=1; else given+=("$argument"); fi
+done
+set -- "${given[@]}"
 if ! [[ ${1:-} =~ ^[1-9][0-9]*$ ]]; then
   echo "launch/local.sh: the first argument is the number of processes, not '${1:-}'; usage: launch/local.sh 2 --config=configs/rope_ablation.py" >&2
   exit 2
@@ -15,6 +22,25 @@ processes=$1
 shift
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
+gpus=0
+if [[ ${JAX_PLATFORMS:-cuda} =~ cuda|gpu ]]; then
+  listed=${CUDA_VISIBLE_DEVICES-$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | paste -sd, || true)}
+  gpus=$(tr -cd , <<<"${listed:+,$listed}" | wc -c)
+fi
+if ((gpus % processes)); then
+  echo "launch/local.sh: $processes processes cannot share $gpus GPUs: give another number, or set JAX_PLATFORMS=cpu" >&2
+  exit 2
+fi
+settings() { # of one process
+  printf '%s\n' "JAX_NUM_PROCESSES=$processes" "JAX_PROCESS_ID=$1" "JAX_NUM_CPU_DEVICES=${DEVICES:-2}"
+  ((!gpus)) || echo "JAX_LOCAL_DEVICE_IDS=$(seq -s, $((gpus * $1 / processes)) $((gpus * ($1 + 1) / processes - 1)))"
+}
+if [[ $dry ]]; then
+  for ((process = 0; process < processes; process++)); do
+    echo "JAX_COORDINATOR_ADDRESS=127.0.0.1:${PORT:-FREE_PORT} $(settings "$process" | paste -sd' ')$(printf ' %q' "$python" -m lab.main "$@") &"
+  done
+  exit
+fi
 command -v "$python" >/dev/null || { echo "launch/local.sh: there is no $python: run 'make setup' first, or set PYTHON" >&2; exit 2; }
 port=${PORT:-$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')}
 
@@ -23,12 +49,13 @@ forward() { kill -TERM "${!running[@]}" 2>/dev/null || true; }
 end_others() { # JAX keeps SIGTERM for itself, and a process that has lost another waits for it in vain
   forward
   (sleep 10 && kill -KILL "${!running[@]}") >/dev/null 2>&1 &
+  # shellcheck disable=SC2064 # of now
   trap "kill $! 2>/dev/null || true" EXIT
 }
 trap forward TERM INT
 for ((process = 0; process < processes; process++)); do
-  JAX_COORDINATOR_ADDRESS=127.0.0.1:$port JAX_NUM_PROCESSES=$processes JAX_PROCESS_ID=$process \
-    JAX_NUM_CPU_DEVICES=${DEVICES:-2} "$python" -m lab.main "$@" &
+  mapfile -t ours < <(settings "$process")
+  env JAX_COORDINATOR_ADDRESS="127.0.0.1:$port" "${ours[@]}" "$python" -m lab.main "$@" &
   running[$!]=$process
 done
 

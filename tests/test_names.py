@@ -1,4 +1,4 @@
-"""Names that a user chooses and a file, a column or a markup must carry; texts that pass a terminal; hosts by name."""
+"""Names that a user chooses and a file, a column or a markup must carry; texts that pass a terminal."""
 
 import io
 import json
@@ -98,55 +98,6 @@ def test_an_error_of_files_is_one_line(monkeypatch, capsys, error, code, told):
 def test_text_that_is_no_tuple_is_refused(text):
     with pytest.raises(UserError, match="is no tuple"):
         overridden("evaluate.loss.branches", text)
-
-
-ADDRESS = "localhost:1234"
-HOSTS = [
-    (dict(JAX_NUM_PROCESSES="two"), "JAX_NUM_PROCESSES = 'two' is no whole number"),
-    (dict(JAX_NUM_PROCESSES="2.0"), "JAX_NUM_PROCESSES = '2.0' is no whole number"),
-    (dict(JAX_NUM_PROCESSES=""), "JAX_NUM_PROCESSES = '' is no whole number"),
-    (dict(JAX_NUM_PROCESSES="-1"), "JAX_NUM_PROCESSES = '-1' is no whole number"),
-    (dict(JAX_NUM_PROCESSES="0"), "JAX_NUM_PROCESSES = 0 must be at least 1"),
-    (dict(JAX_PROCESS_ID="zero"), "JAX_PROCESS_ID = 'zero' is no whole number"),
-    (dict(JAX_PROCESS_ID=None), "JAX_PROCESS_ID = '' is no whole number; every process needs its own"),
-    (dict(JAX_PROCESS_ID="²"), "JAX_PROCESS_ID = '²' is no whole number"),
-    (dict(JAX_PROCESS_ID="2"), r"JAX_PROCESS_ID = 2 must lie in 0\.\.1"),
-    (dict(JAX_COORDINATOR_ADDRESS="localhost"), "JAX_COORDINATOR_ADDRESS = 'localhost' is no host:port"),
-    (dict(JAX_COORDINATOR_ADDRESS="localhost:port"), "is no host:port"),
-    (dict(JAX_COORDINATOR_ADDRESS="localhost:99999"), "is no host:port"),
-    (dict(JAX_COORDINATOR_ADDRESS="http://localhost:80"), "is no host:port"),
-    (dict(JAX_COORDINATOR_ADDRESS=None), "JAX_NUM_PROCESSES = 2 means nothing without JAX_COORDINATOR_ADDRESS"),
-]
-
-
-@pytest.mark.parametrize(("changed", "told"), HOSTS)
-def test_hosts_that_are_named_wrongly_are_refused(changed, told):
-    named = dict(JAX_COORDINATOR_ADDRESS=ADDRESS, JAX_NUM_PROCESSES="2", JAX_PROCESS_ID="1")
-    assert runtime.hosts(named) == (ADDRESS, 2, 1)
-    with pytest.raises(UserError, match=told) as error:
-        runtime.hosts({name: value for name, value in (named | changed).items() if value is not None})
-    assert "\n" not in str(error.value)
-
-
-def test_hosts_that_are_not_named_are_one():
-    alone = [{}, {"JAX_COORDINATOR_ADDRESS": ""}, {"JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"}]
-    assert [runtime.hosts(environment) for environment in alone] == [("", 1, 0)] * 3
-    assert runtime.hosts({"JAX_COORDINATOR_ADDRESS": "[::1]:80", "JAX_PROCESS_ID": "0"}) == ("[::1]:80", 1, 0)
-
-
-@pytest.mark.parametrize(
-    "error", [ValueError("invalid literal for int(): 'x'\nmore"), KeyError("SLURM"), RuntimeError()]
-)
-def test_hosts_that_cannot_be_joined_are_one_line(monkeypatch, error):
-    def fail(*arguments):
-        raise error
-
-    monkeypatch.setattr(runtime, "hosts", lambda environment: (ADDRESS, 2, 1))
-    monkeypatch.setattr("jax.distributed.initialize", fail)
-    monkeypatch.setattr("jax.config.update", lambda name, value: None)
-    with pytest.raises(UserError, match="process 1 of 2 cannot join the others at") as told:
-        runtime.start(tiny.config())
-    assert "\n" not in str(told.value) and type(error).__name__ in str(told.value)
 
 
 def test_an_empty_cache_directory_is_none_given(monkeypatch):

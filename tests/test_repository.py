@@ -25,7 +25,8 @@ BELOW = {
     "coordinates": set(),
     "errors": set(),
     "options": {"errors"},
-    "runtime": {"errors", "storage"},
+    "cluster": {"errors"},
+    "runtime": {"errors", "storage", "cluster"},
     "storage": {"errors"},
     "data": {"coordinates", "errors", "options", "storage"},
     "kernels": {"coordinates", "errors"},
@@ -198,12 +199,14 @@ def test_nothing_names_a_machine():
 
 
 def documented() -> list[tuple[str, str]]:
-    """(file, command) for every `python -m lab.x ...` and `launch/local.sh ...` in documents and docstrings."""
+    """(file, command) for every `python -m lab.x ...` and `launch/....sh ... --config=` in documents and docstrings."""
     found = []
     for name, text in texts().items():
         if name.endswith((".md", ".sh", ".py")) and not name.startswith("tests/"):
             for line in text.splitlines():
-                if command := re.match(r"\s*(?:#\s+)?((?:python -m lab\.|launch/local\.sh \d)[^`|]*)", line):
+                if command := re.match(
+                    r"\s*(?:#\s+)?((?:python -m lab\.|launch/\S+\.sh [^`|\[]*--config=)[^`|]*)", line
+                ):
                     found.append((name, re.split(r"\s{2,}#|\s+#", command[1])[0].strip()))
     return found
 
@@ -220,8 +223,9 @@ def understood_directory(directory: str):
 @pytest.mark.parametrize(("name", "line"), documented())
 def test_documented_commands_parse(name, line, monkeypatch):
     words = shlex.split(re.sub(r"\[.*?\]", "", line))
-    module = "lab.main" if words[0].startswith("launch") else words[2]
-    arguments = words[2 if words[0].startswith("launch") else 3 :]
+    script = words[0].startswith("launch")
+    module = "lab.main" if script else words[2]
+    arguments = words[next(n for n, word in enumerate(words) if word.startswith("--config=")) if script else 3 :]
     understood = command.parse
 
     def stop_there(*given):

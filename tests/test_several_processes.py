@@ -37,6 +37,8 @@ def together(place, study):
     run = launched(study, place / "together", place / "together-log")
     assert run.wait() == 0, run.told()
     assert "2 runs on 4 cpu devices" in run.out
+    found = "JAX's variables: 2 processes; 4 cpu devices, 2 here; mesh data 4; 2 rows of a batch for each process\n"
+    assert run.out.count(found) == 1
     assert run.out.count("2 of 2 runs done, 0 failed") == 1, "one process speaks for both"
     assert "launch/local.sh" not in run.err and "Traceback" not in run.err, run.told()
     return place / "together"
@@ -122,16 +124,18 @@ def test_stopped_then_killed_then_stopped_again_then_finished(place, study, toge
 
 
 def test_a_process_with_another_config_is_refused(place, study):
+    """They join as tasks of a step of Slurm."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+        port = str(free.getsockname()[1])
     work = place / "differing"
     arguments = [f"--config={study}", f"--workdir={work}"]
-    hosts = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+    step = dict(SLURM_JOB_ID="7", SLURM_STEP_NODELIST="localhost", SLURM_NTASKS="2", JAX_COORDINATOR_PORT=port)
+    tasks = [step | dict(SLURM_PROCID=number, SLURM_LOCALID=number) for number in "01"]
     with (
-        commands.started("main", *arguments, log=place / "host0", JAX_PROCESS_ID="0", **hosts) as one,
+        commands.started("main", *arguments, log=place / "host0", **tasks[0]) as one,
         commands.started(
-            "main", *arguments, "--config.run.checkpoint.every=7", log=place / "host1", JAX_PROCESS_ID="1", **hosts
+            "main", *arguments, "--config.run.checkpoint.every=7", log=place / "host1", **tasks[1]
         ) as other,
     ):
         assert (one.wait(), other.wait()) == (2, 2), one.told() + other.told()
