@@ -34,12 +34,17 @@ STUDIES = (
     "hyperparameter_ablation:cpu", "hyperparameter_ablation:cpu-heads", "hyperparameter_ablation:cpu-aspect",
     "hyperparameter_ablation:cpu-regularisation", "hyperparameter_ablation:cpu-repeated",
     "hyperparameter_ablation:cpu-batch", "hyperparameter_ablation:cpu-recall", "length_extrapolation:cpu",
+    "branch_finetune:cpu", "branch_finetune:cpu-untuned",
 )  # fmt: skip
 FLAGS = {  # of a study that is asked more than its config says
     "rope_ablation:cpu": (
         "--config.study.calibrate=4",
         "--config.study.calibrate_cell=rope_ratio=1.0,train_branch=1-15",
     ),
+}
+UPON = {  # of a study that goes on from the one cell of another, which is run before it
+    "branch_finetune:cpu": "branch_finetune:cpu-base",
+    "branch_finetune:cpu-untuned": "branch_finetune:cpu-base",
 }
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RUNS, PAGES = ROOT / "runs" / "studies", ROOT / "docs" / "studies"
@@ -64,6 +69,11 @@ def run(study: str) -> int:
     """The exit code of the study's command, which goes on where it was."""
     name, _, scale = study.partition(":")
     flags = f"--config=configs/{name}.py:{scale}", f"--workdir={RUNS / directory(study)}", *FLAGS.get(study, ())
+    if study in UPON:
+        if code := run(UPON[study]):
+            return code
+        base = RUNS / directory(UPON[study])
+        flags += (f"--config.checkpoint={base / results.collect(base).plan['cells'][0]['directory']}",)
     print(f"== {study}", flush=True)
     return subprocess.run([sys.executable, "-m", "lab.main", *flags], cwd=ROOT).returncode
 
