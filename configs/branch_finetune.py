@@ -1,7 +1,7 @@
 """Does a trained model learn to decode branches from low-rank adapters, and what does its plain text pay?
 
     python -m lab.main --config=configs/branch_finetune.py:cpu-base                   # trains a model to begin from
-    python -m lab.main --config=configs/branch_finetune.py --config.checkpoint=DIR    # :cpu, 16 cells of three seeds
+    python -m lab.main --config=configs/branch_finetune.py --config.checkpoint=DIR    # :cpu, 17 cells of three seeds
     python -m lab.main --config=configs/branch_finetune.py:cpu-untuned --config.checkpoint=DIR    # DIR as it is
     python -m lab.main --config=configs/branch_finetune.py:gpu --config.checkpoint=OUT    # Qwen2.5 1.5B, or its like
     python -m lab.main --config=configs/branch_finetune.py:gpu-untuned --config.checkpoint=OUT
@@ -11,12 +11,12 @@ DIR: the cell of :cpu-base, in runs/branch_finetune_base/cells, or another of te
 python -m lab.generate runs/branch_finetune/cells/NAME --begin "def " --begin "class "
 
 Every cell goes on from the same weights, with adapters of rank 8 (LoRA) beside all matrices, on branched text under
-interleaved 2D RoPE. One thing is varied at a time around a ratio of 0.5, a stride of 128 and branches that are numbered
-1, 2, ...: the ratio, the stride, the numbers (slots: a random subset of so many), and the length of a branch, at three
-ratios. Those that read one branch at a time (fixed1) say what the same tuning does without branches. The ask `plain` is
-of longer unbranched text; the parts `untuned` ask it, and branches, of the checkpoint as it is, at every ratio.
-Overrides: --config.model.lora.rank=0 trains all weights, --config.model.position.unselected=time is the control of
-rope_ablation.
+interleaved 2D RoPE. One thing is varied at a time around a ratio of 0.5, a stride of 128, other pairs that turn by the
+flat index, and branches that are numbered 1, 2, ...: the ratio, the stride, what the other pairs turn by, the numbers
+(slots: a random subset of so many), and the length of a branch, at three ratios. Those that read one branch at a time
+(fixed1) say what the same tuning does without branches. The ask `plain` is of longer unbranched text; the parts
+`untuned` ask it, and branches, of the checkpoint as it is, at every ratio: python -m lab.report sets both side by side.
+--config.model.lora.rank=0 trains all weights.
 
 Published: of fine-tuning to branches nothing; it is named as future work, with rank 8 and ratio 0.5, strides of 128 to
 1024, and the length of a branch against the best ratio. Of models that were trained on branches from the start, the
@@ -32,10 +32,11 @@ FIELDS = dict(  # by label
     ratio="model.position.ratio",
     train_branch="data.draw",
     stride="model.position.stride",
+    unselected="model.position.unselected",
     slots="data.slots",
     branch_length="data.text_length",
 )
-DEFAULT = dict(ratio=0.5, train_branch=DRAWS[0], stride=128, slots=0)
+DEFAULT = dict(ratio=0.5, train_branch=DRAWS[0], stride=128, unselected="index", slots=0)
 ADAPTERS = dict(steps=100, learning_rate=3e-3, final_learning_rate=3e-4, warmup=10)
 
 
@@ -53,13 +54,14 @@ def branched(config, length: int, others: tuple[int, ...], slots: int) -> None:
 
     def cell(**labels) -> tuple:
         values = DEFAULT | dict(branch_length=length) | labels
-        # A checkpoint brings its own rule, over which cells are laid.
+        # A checkpoint brings a rule and unselected pairs of its own (time, if it is imported): cells are laid over it.
         return *((FIELDS[label], value) for label, value in values.items()), ("model.rule", "all_branches")
 
     config.study.labels = tuple((field, label) for label, field in FIELDS.items())
     config.study.cells = (
         *(cell(ratio=ratio) for ratio in RATIOS),
         *(cell(stride=stride) for stride in STRIDES),
+        cell(unselected="time"),
         cell(slots=slots),
         *(cell(ratio=ratio, branch_length=other) for other in others for ratio in (0.0, 0.5, 1.0)),
         *(cell(ratio=ratio, train_branch=DRAWS[1]) for ratio in (0.0, 0.5)),
@@ -93,6 +95,10 @@ def expect(study, length: int, others: tuple[int, ...], slots: int) -> None:
             f"at ratio 1, 2.96 against 5.55 at 64 branches, {scratch}",
         ),
         ("A wide stride is better than a narrow one", "stride 1024 - stride 64", dict(stride=64), dict(stride=1024)),
+        (
+            "Pairs that turn by the time are better than by the flat index", "unselected time - index", {},
+            dict(unselected="time"),
+        ),
         ("All numbers should be trained", f"slots {slots} - slots 0", {}, dict(slots=slots)),
         *(
             (f"Half of the pairs are enough for branches of {n} tokens", f"ratio 0.5 - ratio 0, length {n}",
@@ -118,7 +124,7 @@ def untuned(config) -> None:
         "What does a model know of branches before it is taught, and what does its plain text lose at once?"
     )
     study.cells = study.cells[: len(RATIOS)]
-    study.judged, study.contrasts, study.hypotheses, config.model.lora.rank = (), (), (), 0
+    study.contrasts, study.hypotheses, config.model.lora.rank = (), (), 0
 
 
 def cpu(config) -> None:

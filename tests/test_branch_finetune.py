@@ -52,12 +52,13 @@ def get_config():
 def test_cells_vary_one_thing_at_a_time_and_contrasts_too(scale, length, most):
     config = load_config(f"{CONFIG}:{scale}")
     cells = {cell.name: cell.labels for cell in resolve(config)}
-    usual = dict(ratio=0.5, train_branch="1-15", stride=128, slots=0, branch_length=length)
+    usual = dict(ratio=0.5, train_branch="1-15", stride=128, unselected="index", slots=0, branch_length=length)
     changed = [{name for name, value in usual.items() if labels[name] != value} for labels in cells.values()]
     together = [{"ratio", "branch_length"}, {"ratio", "train_branch"}]
     assert all(len(names) <= 1 or names in together for names in changed) and set() in changed
     seen = {name: {labels[name] for labels in cells.values()} for name in usual}
     assert seen["ratio"] == {0.0, 0.25, 0.5, 1.0} and seen["stride"] == {64, 128, 256, 1024}
+    assert seen["unselected"] == {"index", "time"}
     assert seen["slots"] == {0, most} and max(config.evaluate.loss.branches) == most
     assert seen["branch_length"] == {length // 2, length, 2 * length} and seen["train_branch"] == {"1-15", "fixed1"}
     assert config.model.lora.rank == 8

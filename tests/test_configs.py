@@ -82,15 +82,16 @@ def check_rotary_pairs(cell, row):
     rotary = cell.config.model.position
     pairs = (rotary.dim or cell.config.model.mixer.head_dim) // 2
     selected = round(pairs * rotary.ratio)
-    assert rotary.unselected == "index"
     assert row["head_dim"] == cell.config.model.mixer.head_dim
     still = not any(spec.position.name in closed_forms.ROTATING for spec in closed_forms.layers(cell.config.model))
     if still or cell.config.model.mixer.rotate in ("none", "v", "o", "vo") or cell.config.model.mixer.name == "delta":
         assert row["pairs_branch"] == row["pairs_time"] == row["pairs_index"] == 0
         return
     assert row["pairs_branch"] == math.ceil(selected / 2)
-    assert row["pairs_time"] == selected // 2
-    assert row["pairs_index"] == min(pairs - selected, math.floor(pairs * rotary.share))
+    others = min(pairs - selected, math.floor(pairs * rotary.share))
+    by_time = rotary.unselected == "time"
+    assert row["pairs_time"] == selected // 2 + others * by_time
+    assert row["pairs_index"] == others * (not by_time)
 
 
 def test_rope_ablation_is_ten_cells_of_one_program():
