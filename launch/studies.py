@@ -36,6 +36,7 @@ STUDIES = (
     "hyperparameter_ablation:cpu-regularisation", "hyperparameter_ablation:cpu-repeated",
     "hyperparameter_ablation:cpu-batch", "hyperparameter_ablation:cpu-recall", "length_extrapolation:cpu",
     "branch_positions:cpu", "branch_positions:cpu-drawn",
+    "branch_finetune:cpu", "branch_finetune:cpu-untuned",
 )  # fmt: skip
 FLAGS = {  # of a study that is asked more than its config says
     "rope_ablation:cpu": (
@@ -44,6 +45,10 @@ FLAGS = {  # of a study that is asked more than its config says
     ),
 }
 CELLS_OF = {"branch_decoding:cpu": "rope_ablation:cpu"}  # of a study that asks the cells of another
+UPON = {  # of a study that goes on from the one cell of another, which is run before it
+    "branch_finetune:cpu": "branch_finetune:cpu-base",
+    "branch_finetune:cpu-untuned": "branch_finetune:cpu-base",
+}
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RUNS, PAGES = ROOT / "runs" / "studies", ROOT / "docs" / "studies"
 HEADER = """\
@@ -67,6 +72,11 @@ def run(study: str) -> int:
     """The exit code of the study's command, which goes on where it was."""
     name, _, scale = study.partition(":")
     flags = f"--config=configs/{name}.py:{scale}", f"--workdir={RUNS / directory(study)}", *FLAGS.get(study, ())
+    if study in UPON:
+        if code := run(UPON[study]):
+            return code
+        base = RUNS / directory(UPON[study])
+        flags += (f"--config.checkpoint={base / results.collect(base).plan['cells'][0]['directory']}",)
     print(f"== {study}", flush=True)
     share_cells(study)
     return subprocess.run([sys.executable, "-m", "lab.main", *flags], cwd=ROOT).returncode

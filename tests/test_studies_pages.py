@@ -3,6 +3,7 @@
 import importlib.util
 import re
 import shutil
+import subprocess
 
 import commands
 import pytest
@@ -89,3 +90,30 @@ def test_every_study_is_a_scale_of_a_config():
     assert all(scale in scales[name] for name, _, scale in (study.partition(":") for study in studies.STUDIES))
     upon_a_checkpoint = {"finetune_rope"}
     assert {name for name, _, _ in (study.partition(":") for study in studies.STUDIES)} == {*scales} - upon_a_checkpoint
+
+
+def test_a_study_upon_another_runs_that_first_and_goes_on_from_its_cell(place, monkeypatch):
+    called = []
+
+    def ended(command, cwd):
+        called.append(dict(flag.split("=", 1) for flag in command[3:]))
+        work = called[-1]["--workdir"]
+        if "base" in work:
+            write_study(
+                place / "runs" / "branch_finetune-cpu-base",
+                {"rope_ratio": [0.0]},
+                loss=lambda labels, count: 2.0,
+                counts=(1,),
+                seeds=1,
+            )
+        return subprocess.CompletedProcess(command, codes.pop(0))
+
+    monkeypatch.setattr(studies.subprocess, "run", ended)
+    codes = [0, 0]
+    assert studies.run("branch_finetune:cpu") == 0
+    first, second = called
+    assert first["--config"].endswith("branch_finetune.py:cpu-base") and "--config.checkpoint" not in first
+    (cell,) = (place / "runs" / "branch_finetune-cpu-base" / "cells").iterdir()
+    assert second["--config.checkpoint"] == str(cell)
+    codes, called[:] = [75], []
+    assert studies.run("branch_finetune:cpu-untuned") == 75 and len(called) == 1, "what it begins from was stopped"

@@ -76,6 +76,12 @@ def test_runs_asked_on_another_device_are_refused(tmp_path, field):
     assert set(found.kept) == {0} and found.refused[1].startswith(f"{field} where they were asked: ")
 
 
+def test_a_run_that_read_no_texts_is_paired_with_one_that_did(tmp_path):
+    """Weights as a checkpoint has them, before and after they are tuned."""
+    found = changed(tmp_path, lambda result: result.update(tokens=0, text_hash="of nothing"))
+    assert found.kept == pytest.approx({0: -1.0, 1: -1.0, 2: -1.0}) and not found.refused
+
+
 def test_a_result_without_a_hash_is_not_taken_on_trust(tmp_path):
     write_study(tmp_path, PAIR, loss=loss, counts=(1,))
     for path in tmp_path.glob("cells/*/seed-0/result.json"):
