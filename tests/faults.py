@@ -207,10 +207,18 @@ ROWS = {
     "data/probes.py": [
         ("induction asks itself", "symbols[asked + 1]", "symbols[asked]"),
         ("products reversed", "lambda p, q: p[q]", "lambda p, q: q[p]"),
+        ("a passage is what is asked of it", "told(found, settings.length - ", "told(asked, settings.length - "),
+        ("passages are labels too", "branch == 0, np.int32(-1)", "branch < 0, np.int32(-1)"),
     ],
     "data/generated.py": [
         ("one difficulty too few", "self._low, self._high + 1))", "self._low, max(self._high, self._low + 1)))"),
         ("train on what is asked", "(_TRAINING, self._seed, step, row)", "(_EVALUATION, 0, self._low, row)"),
+        ("hashes of before change", "for number in self._settings if number]", "for number in self._settings]"),
+    ],
+    "data/questions.py": [
+        ("an answer is another fact's", "told[i][1:-1]", "told[i - 1][1:-1]"),
+        ("no answer passes", "    if not answers:\n", "    if False:\n"),
+        ("what cannot be answered is", 'return Question(text, ("",))', "pass"),
     ],
     "data/dataset.py": [("fingerprint without the cap", '["digest"], len(kept), data', '["digest"], data')],
     "train/step.py": [
