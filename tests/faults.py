@@ -263,6 +263,18 @@ ROWS = {
         ("the last batch alone", "sums += jax", "sums = jax"),
     ],
     "evaluate/asks.py": [("other weights pass", "if _weights(changed) != _weights(config)", "if False")],
+    "evaluate/answers.py": [
+        ("articles go first", "text.lower().translate(_NO_PUNCTUATION)).split()",
+         "text.lower()).translate(_NO_PUNCTUATION).split()"),
+        ("a tie goes to the last", "counts[texts[place]], -place", "counts[texts[place]], place"),
+        ("words count once", "Counter(words) & Counter(other)", "Counter({*words}) & Counter({*other})"),
+    ],
+    "evaluate/questions.py": [
+        ("best by the sum", "float(np.mean(self.log_p)) if", "float(np.sum(self.log_p)) if"),
+        ("samples by what was asked before", "sampling, number + i) for", "sampling, decoder.steps) for"),
+        ("the end is an answer's", 'passage.ended != "stop"', "passage.event.log_p is not None"),
+        ("compiling is counted", "decoder.steps = decoder.generated = decoder.engine.read = 0", "pass"),
+    ],
     "evaluate/long.py": [
         ("buckets one token late", "nats_nN[:, low:high].sum(1) for", "nats_nN[:, low + 1 : high + 1].sum(1) for"),
         ("windows count old tokens", "np.where(at < before, -1, following)", "following"),

@@ -31,7 +31,7 @@ BELOW = {
     "kernels": {"coordinates", "errors"},
     "model": {"coordinates", "errors", "options", "kernels"},
     "train": {"coordinates", "errors", "options", "storage", "kernels", "model", "data"},
-    "evaluate": {"coordinates", "errors", "options", "kernels", "model", "data", "train"},
+    "evaluate": {"coordinates", "errors", "options", "kernels", "model", "data", "train", "decode"},
     "decode": {"coordinates", "errors", "kernels", "model", "data"},
     "serve": {"errors", "data", "decode"},
     "exchange": {  # the last two: of what runs as a command

@@ -12,7 +12,7 @@ from lab.data.corpora import CORPORA
 from lab.data.packing import LONGEST_ROW
 from lab.data.probes import PROBES
 from lab.errors import UserError, choose
-from lab.evaluate import long, retrieval
+from lab.evaluate import long, questions, retrieval
 from lab.model import abstract, lora, parameter, spec, streams
 from lab.options import Option, Part, Room, leaves, nested, set_field, without
 
@@ -25,7 +25,8 @@ class AskKind(NamedTuple):
     version: of what is done with the outputs on the host; a change asks anew. Long documents have no batches but
     rows(config, ask, texts, tokenizer, condition), lab.evaluate.long.LongRows that are scored in chunks, a
     summary(config, ask, condition, rows, nats, right) of what was found, and ready(ask, its field, texts, tokenizer),
-    which raises UserError where there is too little to read.
+    which raises UserError where there is too little to read. Questions have neither but form(config, ask, tokenizer),
+    lab.evaluate.questions.Form, and are answered by the engine, by one method after the other.
     """
 
     column: str
@@ -38,6 +39,7 @@ class AskKind(NamedTuple):
     rows: Callable[..., long.LongRows] | None = None
     summary: Callable[..., long.LongSummary] | None = None
     ready: Callable[..., None] | None = None
+    form: Callable[..., questions.Form] | None = None
 
 
 SIZES = {
@@ -91,6 +93,26 @@ ASKS = {
         rows=retrieval.rows,
         summary=retrieval.summary,
         ready=retrieval.check_documents,
+    ),
+    "facts": AskKind(
+        "decoding",
+        ("passage",),
+        "methods",
+        questions.OF_FACTS,
+        questions.check_facts,
+        batches=None,
+        ready=questions.ready,
+        form=questions.of_facts,
+    ),
+    "squad": AskKind(
+        "decoding",
+        tuple(CORPORA),
+        "methods",
+        questions.OF_FILE,
+        questions.check_file,
+        batches=None,
+        ready=questions.ready,
+        form=questions.of_file,
     ),
 }
 ASK = Room(

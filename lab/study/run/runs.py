@@ -232,6 +232,8 @@ def check_devices(runs: list[Run]) -> None:
         rows = config.data.rows // config.run.microbatches
         lab_mesh.check_rows(mesh, "data.rows / run.microbatches", rows, config.data.texts_per_row * length)
         for name, ask in config.evaluate.items():
+            if asks.ASKS[ask.kind].form:
+                continue
             tokens = Pass.of(ask).chunk if asks.ASKS[ask.kind].rows else ask.texts_per_row * length
             lab_mesh.check_rows(mesh, f"evaluate.{name}.rows", ask.rows, tokens)
 
