@@ -78,19 +78,21 @@ def test_every_scale_plans(path, scale):
 
 
 def check_rotary_pairs(cell, row):
-    """n = round(F ratio) selected pairs, the even ones for the branch, the odd ones for the time."""
+    """n = round(F ratio) selected pairs, the even ones for the branch, the odd ones for the time; others for the index,
+    or in one cell for the time."""
     rotary = cell.config.model.position
     pairs = (rotary.dim or cell.config.model.mixer.head_dim) // 2
     selected = round(pairs * rotary.ratio)
-    assert rotary.unselected == "index"
+    others = min(pairs - selected, math.floor(pairs * rotary.share))
+    assert rotary.unselected == "index" or cell.labels == {"model": "own branch, by time"}
     assert row["head_dim"] == cell.config.model.mixer.head_dim
     still = not any(spec.position.name in closed_forms.ROTATING for spec in closed_forms.layers(cell.config.model))
     if still or cell.config.model.mixer.rotate in ("none", "v", "o", "vo") or cell.config.model.mixer.name == "delta":
         assert row["pairs_branch"] == row["pairs_time"] == row["pairs_index"] == 0
         return
     assert row["pairs_branch"] == math.ceil(selected / 2)
-    assert row["pairs_time"] == selected // 2
-    assert row["pairs_index"] == min(pairs - selected, math.floor(pairs * rotary.share))
+    assert row["pairs_time"] == selected // 2 + others * (rotary.unselected == "time")
+    assert row["pairs_index"] == others * (rotary.unselected == "index")
 
 
 def test_rope_ablation_is_ten_cells_of_one_program():

@@ -44,7 +44,7 @@ OF_FACTS = OPTIONS | {"facts": Option(8, "of a passage", least=1)}
 OF_FILE = OPTIONS | {"squad": Option("", "a JSON file of passages and questions, in the format of SQuAD 1.1 or 2.0")}
 
 
-class Method(NamedTuple):
+class Decoding(NamedTuple):
     """times: samples of a question; 0: none, the answer is greedy."""
 
     kind: str
@@ -59,7 +59,7 @@ class Form(NamedTuple):
     stops: tuple[str, ...] = ()
 
 
-class Answer(NamedTuple):
+class Sample(NamedTuple):
     """A text, and the log probability in nats of each of its tokens, but of the one that ended it."""
 
     text: str
@@ -84,16 +84,16 @@ class Answered(NamedTuple):
     documents: dict
 
 
-def parsed(name: str, field: str = "a method") -> Method:
+def parsed(name: str, field: str = "a method") -> Decoding:
     """Raises UserError for a name of none."""
     if name in (ONE_BY_ONE, BRANCHES):
-        return Method(name)
+        return Decoding(name)
     found = re.fullmatch(rf"({VOTE}|{BEST})-([1-9]\d{{0,2}})", name)
     if not found:
         raise UserError(
             f"{field} = {name!r} is unknown; choose {ONE_BY_ONE}, {BRANCHES}, {VOTE}-N or {BEST}-N, N < 1000"
         )
-    return Method(found[1], int(found[2]))
+    return Decoding(found[1], int(found[2]))
 
 
 def _check(ask: ConfigDict, field: str) -> None:
@@ -188,7 +188,7 @@ class Decoder:
         """In tokens, behind the one that texts begin with."""
         return ([] if self.tokenizer.bos is None else [self.tokenizer.bos]) + self.encode(paragraph.context)
 
-    def __call__(self, paragraph: Paragraph, texts: Sequence[str], sampling: Sampling, stream: int) -> list[Answer]:
+    def __call__(self, paragraph: Paragraph, texts: Sequence[str], sampling: Sampling, stream: int) -> list[Sample]:
         """The answers of branches of one passage, which begin with these texts."""
         begun = [self.encode(text) for text in texts]
         self.engine.submit(
@@ -205,7 +205,7 @@ class Decoder:
                 if passage.ended != "stop":
                     log_p[passage.branch - 1].append(passage.event.log_p)
             self.steps += self.engine.read > before  # not one that tells of an end alone
-        return [Answer(text.strip(), tuple(nats)) for text, nats in zip(written, log_p, strict=True)]
+        return [Sample(text.strip(), tuple(nats)) for text, nats in zip(written, log_p, strict=True)]
 
 
 def answered(model, tokenizer, form: Form, ask: ConfigDict, name: str, told: Callable[[], None]) -> Answered:
@@ -235,14 +235,14 @@ def answered(model, tokenizer, form: Form, ask: ConfigDict, name: str, told: Cal
     return _scored(form, taken, decoder, time.perf_counter() - begun)
 
 
-def choose(method: Method, samples: Sequence[Answer]) -> Answer:
+def choose(method: Decoding, samples: Sequence[Sample]) -> Sample:
     """The one of several answers to a question that the method takes."""
     if method.kind == BEST:
         return samples[answers.likeliest([each.mean for each in samples])]
     return samples[answers.voted([each.text for each in samples])]
 
 
-def _scored(form: Form, taken: Sequence[Sequence[Answer]], decoder: Decoder, seconds: float) -> Answered:
+def _scored(form: Form, taken: Sequence[Sequence[Sample]], decoder: Decoder, seconds: float) -> Answered:
     pairs = [list(zip(given, one.questions, strict=True)) for given, one in zip(taken, form.paragraphs, strict=True)]
     right = [[answers.exact(given.text, question.answers) for given, question in of] for of in pairs]
     fits = [[answers.f1(given.text, question.answers) for given, question in of] for of in pairs]
@@ -261,4 +261,4 @@ def _scored(form: Form, taken: Sequence[Sequence[Answer]], decoder: Decoder, sec
         "answers": [[answer.text for answer in given] for given in taken],
     }
     accuracy = sum(map(sum, right)) / count
-    return Answered(-float(np.sum(log_p)), len(log_p), accuracy, decoder.generated, seconds, further, kept)
+    return Answered(0.0 - float(np.sum(log_p)), len(log_p), accuracy, decoder.generated, seconds, further, kept)

@@ -17,7 +17,7 @@ from lab.decode.sampling import Sampling
 from lab.errors import UserError
 from lab.evaluate import asks, conditions, questions
 from lab.evaluate.asks import ask
-from lab.evaluate.questions import Answer, Form, Method, answered, choose
+from lab.evaluate.questions import Decoding, Form, Sample, answered, choose
 from lab.model import mesh as lab_mesh
 from lab.train import compiled, loop
 
@@ -85,8 +85,8 @@ class Scripted:
 
 
 SCRIPT = {
-    "river?": [Answer("the Rhine", (-0.1,)), Answer("Nile", (-2.0, -1.0)), Answer("The Nile.", (-1.0, -1.5))],
-    "sea?": [Answer("Red", (-1.0,)), Answer("red sea", (-0.5,)), Answer("black", (-0.7, -0.1))],
+    "river?": [Sample("the Rhine", (-0.1,)), Sample("Nile", (-2.0, -1.0)), Sample("The Nile.", (-1.0, -1.5))],
+    "sea?": [Sample("Red", (-1.0,)), Sample("red sea", (-0.5,)), Sample("black", (-0.7, -0.1))],
 }
 FORM = Form([Paragraph("", (Question("river?", ("Nile",)), Question("sea?", ("the Red Sea", "Erythra"))))], frozenset())
 
@@ -114,9 +114,9 @@ def test_the_answer_that_a_method_takes_is_scored(name, taken, right, f1, monkey
 
 
 def test_an_empty_answer_is_never_the_likeliest():
-    samples = [Answer("", ()), Answer("x", (-9.0,))]
-    assert choose(Method("best-of", 2), samples).text == "x" and samples[0].mean == -math.inf
-    assert choose(Method("best-of", 1), samples[:1]).text == ""
+    samples = [Sample("", ()), Sample("x", (-9.0,))]
+    assert choose(Decoding("best-of", 2), samples).text == "x" and samples[0].mean == -math.inf
+    assert choose(Decoding("best-of", 1), samples[:1]).text == ""
 
 
 def test_samples_are_those_of_their_question_and_number():
@@ -138,7 +138,7 @@ def test_a_string_ends_an_answer_and_is_no_part_of_it():
     one = form.paragraphs[0]
     text = one.questions[0].text
 
-    def answer(**ends) -> Answer:
+    def answer(**ends) -> Sample:
         asked_of = questions.Decoder(model, tokenizer, form._replace(stop=frozenset(), **ends), asked, 1, never)
         return asked_of(one, [text], Sampling(), 0)[0]
 
@@ -146,7 +146,7 @@ def test_a_string_ends_an_answer_and_is_no_part_of_it():
     words = whole.text.split()
     found = answer(stops=(f" {words[1]}",))
     assert len(words) == len(whole.log_p) == 4
-    assert found == Answer(words[0], whole.log_p[:1])
+    assert found == Sample(words[0], whole.log_p[:1])
 
 
 def test_paragraphs_of_a_file_are_asked_as_text(tmp_path):

@@ -3,15 +3,16 @@
 from lab.study.judge import documents
 from lab.study.judge.residuals import beside
 from lab.study.numbers import number
-from lab.study.report import costs, lengths
+from lab.study.report import costs, lengths, questions
 from lab.study.report.page import Piece, Section, Table
 from lab.study.results import Results
 
 
 def sections(study: Results) -> list[Section]:
     """One for each ask beside the one named loss that any run has answered, titled by its name; those of methods over
-    lengths are told together, where the study has that section."""
-    told = documents.long_asks(study) if lengths.NAME in study.plan["sections"] else ()
+    lengths and of questions are told together, where the study has these sections."""
+    told = documents.long_asks(study) if lengths.NAME in study.plan["sections"] else set()
+    told = told | {*questions.told(study)} if questions.NAME in study.plan["sections"] else told
     asks = {name: column for name, column in study.further_asks.items() if name not in told}
     found = [Section(name, _table(study, name, column)) for name, column in asks.items()]
     return [section for section in found if section.blocks]
