@@ -271,7 +271,7 @@ ROWS = {
     ],
     "evaluate/questions.py": [
         ("best by the sum", "float(np.mean(self.log_p)) if", "float(np.sum(self.log_p)) if"),
-        ("samples by what was asked before", "sampling, number + i) for", "sampling, decoder.steps) for"),
+        ("every question draws alike", "sampling, number + i) for", "sampling, number) for"),
         ("the end is an answer's", 'passage.ended != "stop"', "passage.event.log_p is not None"),
         ("compiling is counted", "decoder.steps = decoder.generated = decoder.engine.read = 0", "pass"),
     ],

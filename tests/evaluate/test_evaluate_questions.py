@@ -133,6 +133,17 @@ def test_samples_are_those_of_their_question_and_number():
     assert [a.text for a in decoder(one, [text] * 3, hot, 6)] != [a.text for a in several]
 
 
+def test_one_question_that_is_asked_again_draws_other_samples():
+    model, tokenizer, form, asked = case(**ALONE)
+    one = form.paragraphs[0]
+    again = form._replace(paragraphs=[one._replace(questions=one.questions[:1] * 3)] * 2)
+    hot = asked.copy_and_resolve_references()
+    hot.temperature = 3.0
+    found = answered(model, tokenizer, again, hot, "vote-1", never).documents["answers"]
+    assert len({*itertools.chain(*found)}) > 3
+    assert found == answered(model, tokenizer, again, hot, "best-of-1", never).documents["answers"]
+
+
 def test_a_string_ends_an_answer_and_is_no_part_of_it():
     model, tokenizer, form, asked = case(**ALONE)
     one = form.paragraphs[0]
