@@ -37,6 +37,7 @@ STUDIES = (
     "hyperparameter_ablation:cpu-batch", "hyperparameter_ablation:cpu-recall", "length_extrapolation:cpu",
     "branch_positions:cpu", "branch_positions:cpu-drawn",
     "branch_finetune:cpu", "branch_finetune:cpu-untuned",
+    "branch_tasks:cpu",
 )  # fmt: skip
 FLAGS = {  # of a study that is asked more than its config says
     "rope_ablation:cpu": (

@@ -214,10 +214,18 @@ ROWS = {
     "data/probes.py": [
         ("induction asks itself", "symbols[asked + 1]", "symbols[asked]"),
         ("products reversed", "lambda p, q: p[q]", "lambda p, q: q[p]"),
+        ("a passage is what is asked of it", "told(found, settings.length - ", "told(asked, settings.length - "),
+        ("passages are labels too", "branch == 0, np.int32(-1)", "branch < 0, np.int32(-1)"),
     ],
     "data/generated.py": [
         ("one difficulty too few", "self._low, self._high + 1))", "self._low, max(self._high, self._low + 1)))"),
         ("train on what is asked", "(_TRAINING, self._seed, step, row)", "(_EVALUATION, 0, self._low, row)"),
+        ("hashes of before change", "for number in self._settings if number]", "for number in self._settings]"),
+    ],
+    "data/questions.py": [
+        ("an answer is another fact's", "told[i][1:-1]", "told[i - 1][1:-1]"),
+        ("no answer passes", "    if not answers:\n", "    if False:\n"),
+        ("what cannot be answered is", 'return Question(text, ("",))', "pass"),
     ],
     "data/dataset.py": [("fingerprint without the cap", '["digest"], len(kept), data', '["digest"], data')],
     "train/step.py": [
@@ -268,6 +276,18 @@ ROWS = {
         ("a beginning counts as generated", "at.time >= ask.prompt_tokens - 1)", "at.time >= 0)"),
         ("after against before", "(before_BTC - after_BTC)", "(after_BTC - before_BTC)"),
         ("swapped for itself", "np.roll(texts_GnX, -1, axis=0)", "np.roll(texts_GnX, 0, axis=0)"),
+    ],
+    "evaluate/answers.py": [
+        ("articles go first", "text.lower().translate(_NO_PUNCTUATION)).split()",
+         "text.lower()).translate(_NO_PUNCTUATION).split()"),
+        ("a tie goes to the last", "counts[texts[place]], -place", "counts[texts[place]], place"),
+        ("words count once", "Counter(words) & Counter(other)", "Counter({*words}) & Counter({*other})"),
+    ],
+    "evaluate/questions.py": [
+        ("best by the sum", "float(np.mean(self.log_p)) if", "float(np.sum(self.log_p)) if"),
+        ("every question draws alike", "sampling, number + i) for", "sampling, number) for"),
+        ("the end is an answer's", 'passage.ended != "stop"', "passage.event.log_p is not None"),
+        ("compiling is counted", "decoder.steps = decoder.generated = decoder.engine.read = 0", "pass"),
     ],
     "evaluate/long.py": [
         ("buckets one token late", "nats_nN[:, low:high].sum(1) for", "nats_nN[:, low + 1 : high + 1].sum(1) for"),

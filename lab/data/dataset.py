@@ -71,7 +71,7 @@ def unnamed(config: ConfigDict) -> str | None:
     kind = corpora.CORPORA.get(data.corpus)  # None: a probe
     if kind is None or "path" not in kind.options or data.path or not data.texts:
         return None
-    held_out = max(ask.texts for ask in config.evaluate.values()) or "any number of"
+    held_out = max(ask.texts for _, ask in _of_texts(config)) or "any number of"
     return (
         f"data.path is empty: this config reads {data.texts} training and {held_out} validation texts from corpus "
         f"{data.corpus}; name its files there (--config.data.path=...), or set data.texts lower"
@@ -80,13 +80,18 @@ def unnamed(config: ConfigDict) -> str | None:
 
 def _of_a_stream(config: ConfigDict) -> int:
     """Validation texts to read from a corpus that has no end."""
-    for name, ask in config.evaluate.items():
+    for name, ask in _of_texts(config):
         if not ask.texts:
             raise UserError(
                 f"evaluate.{name}.texts = 0 asks of all validation texts, and data.corpus = {config.data.corpus!r} is "
                 "read no further than asked; name a number"
             )
-    return max(ask.texts for ask in config.evaluate.values())
+    return max(ask.texts for _, ask in _of_texts(config))
+
+
+def _of_texts(config: ConfigDict) -> list[tuple[str, ConfigDict]]:
+    """The asks, but those that read a file of their own."""
+    return [(name, ask) for name, ask in config.evaluate.items() if not ask.squad]
 
 
 @functools.cache
@@ -111,7 +116,7 @@ def _check_enough(config: ConfigDict, searched: str, meta: dict) -> None:
             f"the corpus {searched} gives {found['train']} training texts (data.texts = {data.texts}), fewer than "
             f"one step of data.rows x texts_per_row = {data.rows} x {data.texts_per_row}"
         )
-    for name, ask in config.evaluate.items():
+    for name, ask in _of_texts(config):
         if found["validation"] < ask.texts:
             raise UserError(
                 f"the corpus {searched} gives {found['validation']} validation texts, fewer than "

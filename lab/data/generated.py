@@ -11,13 +11,13 @@ from lab.coordinates import Coordinates
 from lab.data import cache
 from lab.data.checks import at_least, at_most_once, rows_of_process
 from lab.data.dataset import Data
-from lab.data.packing import parse_draw
-from lab.data.pipeline import Batch, Info, prefetched
+from lab.data.packing import Row, parse_draw
+from lab.data.pipeline import Batch, Info, prefetched, stacked
 from lab.data.probes import BLANK, FIRST, PROBES, Probe, RowSettings
 from lab.data.tokenizers import Symbols
 from lab.errors import UserError
 
-_TRAINING, _EVALUATION = 0, 1  # the first number of a row's seed: no row of one is drawn as one of the other
+_TRAINING, _EVALUATION, ASKED = 0, 1, 2  # the first number of a seed: nothing of one is drawn as of another
 
 
 def check(config: ConfigDict) -> None:
@@ -87,29 +87,34 @@ def evaluation_batches(
     def batches() -> Iterator[Batch]:
         for first in range(0, ask.texts, ask.rows):
             rngs = [np.random.default_rng((_EVALUATION, 0, difficulty, first + row)) for row in local]
-            yield _batch([padded_row(probe, rng, difficulty, settings) for rng in rngs])
+            yield stacked([padded_row(probe, rng, difficulty, settings) for rng in rngs])
 
     return batches()
 
 
 def nominal_coordinates(config: ConfigDict, rows: int) -> Coordinates:
-    """Coordinates [rows, T] of any rows: one causal segment each."""
+    """Coordinates [rows, T] of the first training rows."""
     check(config)
-    return Coordinates.single(rows, config.data.text_length)
+    make = _ProbeSteps(config, range(0))
+    return stacked([make.row(*divmod(row, config.data.rows)) for row in range(rows)]).coordinates
 
 
 def settings_of(data: ConfigDict) -> RowSettings:
     """What the rows of config.data are made with."""
-    return RowSettings(data.text_length, data.probe.symbols, data.probe.objects)
+    questions = data.probe.questions if "probe.questions" in PROBES[data.corpus].options else 0
+    return RowSettings(data.text_length, data.probe.symbols, data.probe.objects, questions)
 
 
-def padded_row(
-    probe: Probe, rng: np.random.Generator, difficulty: int, settings: RowSettings
-) -> tuple[np.ndarray, np.ndarray]:
-    """tokens and labels, int32 [settings.length]: blanks without labels fill the row, whatever the difficulty."""
-    tokens, labels = probe.row(rng, difficulty, settings)
-    short = (0, settings.length - len(tokens))
-    return tuple(np.pad(x, short, constant_values=fill).astype(np.int32) for x, fill in ((tokens, BLANK), (labels, -1)))
+def padded_row(probe: Probe, rng: np.random.Generator, difficulty: int, settings: RowSettings) -> Row:
+    """A row of settings.length tokens: blanks without labels fill it, whatever the difficulty."""
+    made = probe.row(rng, difficulty, settings)
+    if isinstance(made, Row):
+        return made
+    short = (0, settings.length - len(made[0]))
+    filled = (
+        np.pad(x, short, constant_values=fill).astype(np.int32) for x, fill in zip(made, (BLANK, -1), strict=True)
+    )
+    return Row(*filled, Coordinates.single(1, settings.length).map(lambda x: x[0]))
 
 
 class _ProbeSteps:
@@ -122,28 +127,27 @@ class _ProbeSteps:
         self._low, self._high = parse_draw(data.probe.difficulty, "data.probe.difficulty")
 
     def __call__(self, step: int) -> tuple[Batch, Info]:
-        rows = [self._row(np.random.default_rng((_TRAINING, self._seed, step, row))) for row in self._local]
-        made_with = (self._corpus, *self._settings, self._low, self._high, self._rows, self._seed, step)
+        # What a probe does not read is 0, and left out: hashes from before it was declared stay as they are.
+        settings = [number for number in self._settings if number]
+        made_with = (self._corpus, *settings, self._low, self._high, self._rows, self._seed, step)
         tokens = self._rows * self._settings.length
-        return _batch(rows), Info(cache.digest(*made_with)[:16], 1.0, tokens)
+        rows = [self.row(step, row) for row in self._local]
+        return stacked(rows), Info(cache.digest(*made_with)[:16], 1.0, tokens)
 
-    def _row(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    def row(self, step: int, row: int) -> Row:
+        """That of so many in a step."""
+        rng = np.random.default_rng((_TRAINING, self._seed, step, row))
         difficulty = int(rng.integers(self._low, self._high + 1))
         return padded_row(PROBES[self._corpus], rng, difficulty, self._settings)
-
-
-def _batch(rows: list[tuple[np.ndarray, np.ndarray]]) -> Batch:
-    tokens, labels = map(np.stack, zip(*rows, strict=True))
-    return Batch(tokens, labels, Coordinates.single(*tokens.shape))
 
 
 def _check_difficulty(config: ConfigDict, field: str, difficulty: int) -> None:
     corpus, settings = config.data.corpus, settings_of(config.data)
     probe = PROBES[corpus]
     at_least(field, difficulty, probe.easiest)
-    if probe.tokens(difficulty) > settings.length:
+    if (needed := probe.tokens(difficulty, settings)) > settings.length:
         raise UserError(
-            f"{field} = {difficulty} of the probe {corpus} needs rows of {probe.tokens(difficulty)} tokens, "
+            f"{field} = {difficulty} of the probe {corpus} needs rows of {needed} tokens, "
             f"over data.text_length = {settings.length}; lower the one or raise the other"
         )
     if probe.symbols(difficulty) > probe.alphabet(settings):

@@ -99,7 +99,7 @@ def nominal_coordinates(config: ConfigDict, rows: int) -> Coordinates:
     layout = training_layout(config)
     texts = [np.zeros(config.data.text_length, np.int32)] * layout.texts
     numbers = (divmod(row, config.data.rows) for row in range(rows))
-    return _stacked([layout.row(texts, _row_rng(config.seed, *number)) for number in numbers]).coordinates
+    return stacked([layout.row(texts, _row_rng(config.seed, *number)) for number in numbers]).coordinates
 
 
 def training_layout(config: ConfigDict) -> Layout:
@@ -148,7 +148,7 @@ class _TextSteps:
             self._layout.row(texts[row * n : (row + 1) * n], _row_rng(self._seed, step, row)) for row in self._local
         ]
         tokens = sum(map(len, texts))
-        return _stacked(rows), Info(_hash(ids), tokens / (self._rows * self._layout.length), tokens)
+        return stacked(rows), Info(_hash(ids), tokens / (self._rows * self._layout.length), tokens)
 
 
 def prefetched(
@@ -189,7 +189,7 @@ def _evaluation_calls(ask: ConfigDict, texts, layout: Layout, local: range) -> I
     rng = np.random.default_rng(_EVALUATION_SEED)  # nothing is random in this layout
     for first in range(0, ask.texts // n, ask.rows):
         rows = (range((first + row) * n, (first + row + 1) * n) for row in local)
-        yield _stacked([layout.row([texts[order[i]] for i in row], rng) for row in rows])
+        yield stacked([layout.row([texts[order[i]] for i in row], rng) for row in rows])
 
 
 def _permutation(count: int, seed: int) -> grain.MapDataset:
@@ -207,6 +207,7 @@ def _hash(ids: np.ndarray) -> str:
     return hashlib.blake2b(ids.astype("<i8").tobytes(), digest_size=8).hexdigest()
 
 
-def _stacked(rows: list[Row]) -> Batch:
+def stacked(rows: list[Row]) -> Batch:
+    """The rows as one batch."""
     tokens, labels, coordinates = zip(*rows, strict=True)
     return Batch(np.stack(tokens), np.stack(labels), jax.tree.map(lambda *arrays: np.stack(arrays), *coordinates))

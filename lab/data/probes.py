@@ -1,6 +1,7 @@
 """Probes: synthetic rows that ask a model for one ability, drawn from a generator of random numbers. NumPy only.
 
-Ids are 0 blank, 1 the mark that asks, and 2, 3, ... the symbols. A label stands where the row so far determines it.
+Ids are 0 blank, 1 the mark that asks or ends, and 2, 3, ... the symbols. A label stands where the row so far determines
+it. A row is a single text, but for `passage`, whose questions are branches.
 """
 
 import functools
@@ -11,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lab.data.packing import OF_ROWS
+from lab.data.packing import OF_ROWS, Row, interleave
 from lab.options import Option
 
 BLANK, MARK, FIRST = 0, 1, 2  # FIRST: the id of symbol 0
@@ -23,26 +24,31 @@ OPTIONS = OF_ROWS | {
 }
 SYMBOLS = {"probe.symbols": Option(32, "in the alphabet", least=2)}
 OBJECTS = {"probe.objects": Option(5, "that the permutations move: 5 is S5, 2 parity", least=2, most=6)}
+QUESTIONS = {"probe.questions": Option(8, "of a passage at most, each a branch of its own", least=1, most=2**10)}
+WIDEST = 3  # symbols of the value of a fact
 
 
 class RowSettings(NamedTuple):
-    """length: tokens of a row; symbols: in the alphabet; objects: that the permutations of `state` move."""
+    """length: tokens of a row; symbols: in the alphabet; objects: that the permutations of `state` move; questions: of
+    a `passage` at most, 0 of another probe."""
 
     length: int
     symbols: int
     objects: int
+    questions: int = 0
 
 
 class Probe(NamedTuple):
-    """row(rng, difficulty, settings): tokens and labels, int [n] each, n <= settings.length, label -1 where none is.
+    """row(rng, difficulty, settings): tokens and labels, int [n] each, n <= settings.length, label -1 where none is; of
+    a row in branches a whole Row.
 
-    tokens(difficulty), symbols(difficulty): the least length of a row and the least alphabet.
+    tokens(difficulty, settings), symbols(difficulty): the least length of a row and the least alphabet.
     alphabet(settings): how many symbols its rows are made of.
     easiest: the least difficulty.
     """
 
-    row: Callable[[np.random.Generator, int, RowSettings], tuple[np.ndarray, np.ndarray]]
-    tokens: Callable[[int], int]
+    row: Callable[[np.random.Generator, int, RowSettings], tuple[np.ndarray, np.ndarray] | Row]
+    tokens: Callable[[int, RowSettings], int]
     symbols: Callable[[int], int]
     alphabet: Callable[[RowSettings], int] = lambda settings: settings.symbols
     easiest: int = 1
@@ -107,18 +113,57 @@ def needle(rng, difficulty: int, settings: RowSettings):
     return tokens, labels
 
 
+def facts(rng, difficulty: int, settings: RowSettings) -> list[np.ndarray]:
+    """`difficulty` facts, int [3 to 2 + WIDEST] each: a name, its value of 1 to WIDEST symbols, and the mark that ends
+    it. Names are of the first quarter of the alphabet, values of the rest; no symbol stands in two places."""
+    quarter = settings.symbols // 4
+    names = FIRST + rng.permutation(quarter)[:difficulty]
+    symbols = FIRST + quarter + rng.permutation(settings.symbols - quarter)[: WIDEST * difficulty]
+    widths = rng.integers(1, WIDEST + 1, size=difficulty)
+    values = np.split(symbols[: widths.sum()], np.cumsum(widths)[:-1])
+    return [np.array([name, *value, MARK]) for name, value in zip(names, values, strict=True)]
+
+
+def told(found: list[np.ndarray], length: int) -> np.ndarray:
+    """The passage of these facts, int [length]: behind as many blanks as it leaves."""
+    text = np.concatenate(found)
+    return np.pad(text, (length - len(text), 0), constant_values=BLANK)
+
+
+def passage(rng, difficulty: int, settings: RowSettings) -> Row:
+    """Many questions over one shared passage: `difficulty` facts, the prompt of 1 to settings.questions branches, each
+    of which is one of the facts again.
+
+    Label of a name in a branch: the first symbol of its value, and so on to the mark. Which facts are asked, and how
+    many, is drawn: a branch has a question of its own.
+    """
+    found = facts(rng, difficulty, settings)
+    count = rng.integers(1, min(settings.questions, difficulty) + 1)
+    asked = [found[i] for i in rng.permutation(difficulty)[:count]]
+    texts = [told(found, settings.length - sum(map(len, asked))), *asked]
+    offsets, numbers = np.zeros(count + 1, int), np.arange(count + 1)
+    row = interleave(texts, [count + 1], settings.length, offsets, numbers, align="left", prompt="first")
+    return row._replace(labels=np.where(row.coordinates.branch == 0, np.int32(-1), row.labels))
+
+
 PROBES = {
-    "mqar": Probe(mqar, tokens=lambda pairs: 4 * pairs, symbols=lambda pairs: 2 * pairs),
-    "copy": Probe(copy, tokens=lambda copied: 2 * copied, symbols=lambda copied: 2),
-    "induction": Probe(induction, tokens=lambda known: 2 * known - 1, symbols=lambda known: known, easiest=2),
+    "mqar": Probe(mqar, tokens=lambda pairs, settings: 4 * pairs, symbols=lambda pairs: 2 * pairs),
+    "copy": Probe(copy, tokens=lambda copied, settings: 2 * copied, symbols=lambda copied: 2),
+    "induction": Probe(induction, tokens=lambda known, settings: 2 * known - 1, symbols=lambda known: known, easiest=2),
     "state": Probe(
         state,
-        tokens=lambda moves: moves,
+        tokens=lambda moves, settings: moves,
         symbols=lambda moves: 2,
         alphabet=lambda settings: math.factorial(settings.objects),
         options=OPTIONS | OBJECTS,
     ),
-    "needle": Probe(needle, tokens=lambda distance: distance + 1, symbols=lambda distance: 4),
+    "needle": Probe(needle, tokens=lambda distance, settings: distance + 1, symbols=lambda distance: 4),
+    "passage": Probe(
+        passage,
+        tokens=lambda told, settings: (told + min(told, settings.questions)) * (2 + WIDEST),
+        symbols=lambda told: 4 * told,
+        options=OPTIONS | SYMBOLS | QUESTIONS,
+    ),
 }
 
 

@@ -75,7 +75,7 @@ class Engine:
         self.state = programs.beginning(model, rows, self.length, branches)
         self.limits = None  # on the device; None: no longer those of the rows
         self.waiting: collections.deque[Request] = collections.deque()
-        self.submitted = 0
+        self.submitted = self.read = 0  # requests, and tokens that the model was given
         self.cancelled: list[Event] = []
 
     def submit(
@@ -322,7 +322,8 @@ class Engine:
                 i, slice(len(places)), np.array(stem.tokens)[places], forest.slots(stem.pages, places),
                 segment=self.segment(made), branch=stem.branch, time=time, index=time, node=stem.node,
             )  # fmt: skip
-        if (given.at.segment >= 0).any():
+        self.read += (count := given.count)
+        if count:
             self.state = programs.prefill(self.model, self.state, *given.arrays, self.limits)
 
     def give(self, given: Given, row: int, made: Request, tokens, places) -> None:
@@ -353,6 +354,7 @@ class Engine:
                     )  # fmt: skip
                     drawn.append((i, made, b))
                 made.advance()
+        self.read += given.count
         found, self.state = programs.decode(
             self.model, self.state, *given.arrays, self.limits, draws.arrays, self.alternatives
         )

@@ -46,6 +46,11 @@ class Given:
     def arrays(self) -> tuple:
         return self.tokens, self.at, self.slots
 
+    @property
+    def count(self) -> int:
+        """How many were put."""
+        return int((self.at.segment >= 0).sum())
+
 
 class Draws:
     """What is drawn in one step: numpy arrays [B, N] of lanes."""

@@ -12,7 +12,7 @@ from lab.data.corpora import CORPORA
 from lab.data.packing import LONGEST_ROW
 from lab.data.probes import PROBES
 from lab.errors import UserError, choose
-from lab.evaluate import decoding, long, retrieval
+from lab.evaluate import decoding, long, questions, retrieval
 from lab.evaluate.passes import Pass
 from lab.model import abstract, lora, parameter, position, spec, streams
 from lab.options import Option, Part, Room, leaves, nested, set_field, without
@@ -26,8 +26,9 @@ class AskKind(NamedTuple):
     version: of what is done with the outputs on the host; a change asks anew. Long documents have no batches but
     rows(config, ask, texts, tokenizer, condition), lab.evaluate.long.LongRows that are scored in chunks, a
     summary(config, ask, condition, rows, nats, right) of what was found. What decodes has neither, but find(ask, model,
-    texts, mesh, conditions, stop). ready(ask, its field, texts, tokenizer) raises UserError where there is too little
-    to read.
+    texts, mesh, conditions, stop). Questions have form(config, ask, tokenizer), lab.evaluate.questions.Form, and are
+    answered by the engine, by one method after the other. ready(ask, its field, texts, tokenizer) raises UserError
+    where there is too little to read.
     """
 
     column: str
@@ -41,6 +42,7 @@ class AskKind(NamedTuple):
     summary: Callable[..., long.LongSummary] | None = None
     find: Callable[..., Iterator[decoding.Decoded]] | None = None
     ready: Callable[..., None] | None = None
+    form: Callable[..., questions.Form] | None = None
 
 
 SIZES = {
@@ -108,6 +110,26 @@ ASKS = {
         batches=None,
         find=decoding.find,
         ready=decoding.check_texts,
+    ),
+    "facts": AskKind(
+        "decoding",
+        ("passage",),
+        "methods",
+        questions.OF_FACTS,
+        questions.check_facts,
+        batches=None,
+        ready=questions.ready,
+        form=questions.of_facts,
+    ),
+    "squad": AskKind(
+        "decoding",
+        tuple(CORPORA),
+        "methods",
+        questions.OF_FILE,
+        questions.check_file,
+        batches=None,
+        ready=questions.ready,
+        form=questions.of_file,
     ),
 }
 ASK = Room(

@@ -10,7 +10,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from lab.evaluate import asks, keys, long, passes, reached
+from lab.evaluate import asks, keys, long, passes, questions, reached
 from lab.evaluate.passes import Pass
 from lab.model import mesh as lab_mesh
 from lab.model.arrangement import Arrangement
@@ -21,13 +21,13 @@ from lab.train.loop import Stopped
 class Condition(NamedTuple):
     """What was found under one condition of an ask; means over all labelled tokens."""
 
-    value: int
+    value: int | str
     loss: float  # nats per token
     accuracy: float  # share of tokens whose label has the largest logit
     tokens: int  # labelled
     bytes: int  # of text that these stand for; 0: unknown
     seconds: float  # steady, without compiling
-    executable: object
+    executable: object  # None: several
     read: int = 0  # tokens that were put through the model; 0: those of the texts that were asked for
     further: dict = {}  # columns of the row beside these
     documents: dict | None = None  # what was found of each document, as JSON keeps it
@@ -61,6 +61,9 @@ def evaluate(
         return
     if asks.ASKS[asked.kind].rows:
         yield from _of_documents(config, name, model, texts, mesh, done, stop, bytes_of_ids, tokenizer)
+        return
+    if asks.ASKS[asked.kind].form:
+        yield from _of_questions(config, name, model, mesh, done, stop, tokenizer)
         return
     model, config = laid_over(config, asked, model, mesh), asks.remodelled(config, asked)
     hosts = dict(process_index=jax.process_index(), process_count=jax.process_count())
@@ -123,6 +126,23 @@ def _of_decoded(config, name: str, plain, texts, mesh, done, stop, bytes_of_ids)
         tokens, size = len(one.ids), 0 if bytes_of_ids is None else int(bytes_of_ids[one.ids].sum())
         found = one.branches, one.loss, one.accuracy, tokens, size, one.seconds, one.executable
         yield Condition(*found, read=tokens, further=one.further)
+
+
+def _of_questions(config, name: str, plain, mesh, done, stop, tokenizer) -> Iterator[Condition]:
+    """The same of an ask of questions, by method: an engine is of one device."""
+    asked, values = config.evaluate[name], asks.conditions(config.evaluate[name])
+    form = asks.ASKS[asked.kind].form(config, asked, tokenizer)
+    model = jax.device_put(laid_over(config, asked, plain, mesh), mesh.devices.flat[0])
+
+    def told() -> None:
+        if stop():
+            raise Stopped(f"the ask {name}")
+
+    for value in values[done:]:
+        found = questions.answered(model, tokenizer, form, asked, value, told)
+        loss = found.nats / max(found.tokens, 1)
+        ran = found.seconds, None, found.generated
+        yield Condition(value, loss, found.accuracy, found.tokens, 0, *ran, found.further, found.documents)
 
 
 def _over_hosts(count: int) -> int:

@@ -14,9 +14,10 @@ def needed(executable) -> int:
     )
 
 
-def peak(executable) -> int:
-    """Bytes of a device while the executable runs: as measured, or (CPU) as its buffer assignment says."""
-    return _stats().get("peak_bytes_in_use") or needed(executable)
+def peak(executable) -> int | None:
+    """Bytes of a device while the executable runs: as measured, or (CPU) as its buffer assignment says. None: of no
+    single executable, where nothing is measured."""
+    return _stats().get("peak_bytes_in_use") or (executable and needed(executable))
 
 
 def check(executable, config: ConfigDict) -> None:

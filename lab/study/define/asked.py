@@ -1,11 +1,13 @@
 """What the rows of an ask depend on, beside the weights that it is asked of."""
 
 import hashlib
+from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from lab import data as lab_data
-from lab.evaluate import asks
+from lab.data import reading
+from lab.evaluate import asks, questions
 from lab.evaluate.passes import Pass
 from lab.study.define.identity import versions
 from lab.train import canonical, origin
@@ -30,6 +32,8 @@ def wanted(config: ConfigDict, data: lab_data.Data) -> dict[str, dict]:
             parts["chat"] = hashlib.blake2b(data.tokenizer.chat.text.encode(), digest_size=16).hexdigest()
         if evaluator := parts["ask"].get("evaluator"):  # another one may lie at the same place later
             parts["evaluator"] = origin.digest(origin.find(evaluator))
+        if path := parts["ask"].get("squad"):
+            parts["squad"] = reading.digest(Path(path))
         found[name] = {"parts": parts, "versions": versions()}
     return found
 
@@ -39,7 +43,9 @@ def _program(config: ConfigDict, asked: ConfigDict) -> list[str]:
     key = config.model.to_json_best_effort(), asked.to_json_best_effort(), config.data.text_length
     if key not in _programs:
         changed = asks.remodelled(config, asked)
-        if asks.ASKS[asked.kind].rows:
+        if asks.ASKS[asked.kind].form:
+            step = canonical.score_chunk(changed, 1, questions.CHUNK, 2 * questions.CHUNK)  # what is read and extended
+        elif asks.ASKS[asked.kind].rows:
             step = canonical.score_chunk(changed, *Pass.of(asked))
         else:
             step = canonical.evaluation_step(changed, asked.rows, asks.tokens_at_once(config, asked))

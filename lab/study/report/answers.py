@@ -3,17 +3,18 @@
 from lab.study.judge import documents
 from lab.study.judge.residuals import beside
 from lab.study.numbers import number
-from lab.study.report import costs, decoding, lengths
+from lab.study.report import costs, decoding, lengths, questions
 from lab.study.report.page import Piece, Section, Table
 from lab.study.results import Results
 
 
 def sections(study: Results) -> list[Section]:
     """One for each ask beside the one named loss that any run has answered, titled by its name; those of methods over
-    lengths and those that decode are told together, where the study has that section."""
+    lengths, those that decode and those of questions are told together, where the study has that section."""
     named = {entry if isinstance(entry, str) else entry[0] for entry in study.plan["sections"]}
     told = [*(documents.long_asks(study) if lengths.NAME in named else ())]
     told += decoding.asks(study) if decoding.NAME in named else ()
+    told += questions.told(study) if questions.NAME in named else ()
     asks = {name: column for name, column in study.further_asks.items() if name not in told}
     found = [Section(name, _table(study, name, column)) for name, column in asks.items()]
     return [section for section in found if section.blocks]
