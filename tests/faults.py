@@ -458,5 +458,11 @@ ROWS = {
     "study/report/costs.py": [
         ("cost of a seed summed", '["cell", "seed"])["seconds"].sum()', '["cell", "seed"])["seconds"].mean()'),
     ],
+    "cluster.py": [
+        ("a node's only task takes one GPU", "if tasks < 2 or", "if tasks < 1 or"),
+        ("a slice begins where the first does", "number * len(hosts) + worker", "worker"),
+        ("loopback across hosts", "(found.hosts or 1) > 1 and loopback", "False and loopback"),
+        ("JAX chooses the GPUs", 'cluster_detection_method="deactivate"', "cluster_detection_method=None"),
+    ],
 }  # fmt: skip
 FAULTS = [Fault(name, file, old, new) for file, rows in ROWS.items() for name, old, new in rows]

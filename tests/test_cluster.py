@@ -228,14 +228,14 @@ def test_waiting_is_said_once_and_ends(monkeypatch):
     monkeypatch.setattr(cluster.time, "sleep", lambda seconds: None)
     monkeypatch.setattr("jax.distributed.initialize", lambda *given, **more: joined.append((given, more)))
     found = cluster.Cluster("Slurm job 1", "n1:99", 2, 1, 2, (4, 5))
-    cluster.join(found, 50, said.append)
+    cluster.join(found, 5000, said.append)
     assert [line.partition(": ")[2].partition(";")[0] for line in said] == ["is refused", "is silent"]
     assert said[0] == (
-        "process 1 of 2 cannot reach the coordinator yet: is refused; it tries for 50 s (run.join_timeout)"
+        "process 1 of 2 cannot reach the coordinator yet: is refused; it tries for 5000 s (run.join_timeout)"
     )
     ((given, more),) = joined
     assert given == ("n1:99", 2, 1, (4, 5)) and more["cluster_detection_method"] == "deactivate"
-    assert more["initialization_timeout"] > 50, "JAX aborts then"
+    assert more["initialization_timeout"] > 5000, "JAX aborts then"
 
     def leave(code):
         raise SystemExit(code)
