@@ -41,7 +41,7 @@ OPTIONS = {
                      "its own, as in training without a prompt", choices=PROMPTS),
     "prompt_tokens": Option(8, "of such a text, from its start", least=1, most=LONGEST_ROW),
     "new_tokens": Option(24, "that each branch generates", least=1, most=LONGEST_ROW),
-    "temperature": Option(1.0, "that they are drawn at; 1: from the model's own distribution", least=0),
+    "temperature": Option(1.0, "that sampled tokens are drawn at; 1: from the model's own distribution", least=0),
 }  # fmt: skip
 
 

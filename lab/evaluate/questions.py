@@ -23,7 +23,7 @@ from lab.decode.engine import Engine
 from lab.decode.sampling import Sampling, check
 from lab.decode.text import Transcripts
 from lab.errors import UserError
-from lab.evaluate import answers
+from lab.evaluate import answers, decoding
 from lab.options import Option
 
 CHUNK = forest.PAGE
@@ -38,7 +38,7 @@ OPTIONS = {
     "passages": Option(32, "that are asked", least=1, most=2**16),
     "questions": Option(8, "of a passage at most: the branches of one prompt", least=1, most=2**10),
     "most_tokens": Option(8, "of an answer at most", least=1, most=LONGEST_ROW),
-    "temperature": Option(1.0, "of sampled answers", above=0),
+    "temperature": decoding.OPTIONS["temperature"],
 }
 OF_FACTS = OPTIONS | {"facts": Option(8, "of a passage", least=1)}
 OF_FILE = OPTIONS | {"squad": Option("", "a JSON file of passages and questions, in the format of SQuAD 1.1 or 2.0")}
