@@ -30,6 +30,7 @@ ROWS = {
         ("certain when possible", 'Range(a.high < b.low, a.low < b.high)', 'Range(a.low < b.high, a.low < b.high)'),
         ("differences begin at a multiple", "Range(period, period)).low == 0", "Range(period, period)).high == 0"),
         ("any limit shows all", "jnp.where(shown, -1, HIDDEN)", "jnp.where(shown, ENDLESS, HIDDEN)"),
+        ("all of some nodes is all", "_any(limits < ENDLESS, q.node, k.node)", "~own"),
         ("nodes beside a range count", "1 + jnp.clip(x.high, 0, M - 1)", "jnp.clip(x.high, 0, M - 1)"),
         ("q.x > k.x read as <", 'return term(other)._rule("<", self)', 'return self._rule("<", other)'),
     ],

@@ -91,8 +91,8 @@ def _at(limits, q_node, k_node):
 
 
 def _limit(q: Coordinates, k: Coordinates, on_ranges: bool, limits):
-    """What the table says of two nodes; of ranges of them, whether it shows something, and something as the query's own
-    past. None without a table."""
+    """What the table says of two nodes; of ranges of them, whether it shows something, something as the query's own
+    past, and all of that. None without a table."""
     if limits is None:
         return None
     if not on_ranges:
@@ -100,8 +100,9 @@ def _limit(q: Coordinates, k: Coordinates, on_ranges: bool, limits):
     single = (q.node.low == q.node.high) & (k.node.low == k.node.high)
     found = _at(limits, q.node.low, k.node.low)
     shown, own = (_any(limits > least, q.node, k.node) for least in (HIDDEN, -1))
+    least = jnp.where(_any(limits < ENDLESS, q.node, k.node), HIDDEN, ENDLESS)
     most = jnp.where(own, ENDLESS, jnp.where(shown, -1, HIDDEN))
-    return Range(jnp.where(single, found, HIDDEN), jnp.where(single, found, most))
+    return Range(jnp.where(single, found, least), jnp.where(single, found, most))
 
 
 def _any(table, q_node: Range, k_node: Range):

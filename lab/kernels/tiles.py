@@ -98,17 +98,17 @@ def tile_kinds(rule: Rule, q: Coordinates, k: Coordinates, q_tile: int, k_tile: 
 def make_tiles(rule: Rule, q: Coordinates, k: Coordinates, q_tile: int, k_tile: int, limits=None) -> Tiles:
     """Tile lists for query coordinates [B, T] and key coordinates [B, S], both multiples of their tile sizes.
 
-    With limits, all tiles of a list have a mask, and they come in the order of their index: where a text owns tiles
-    whole, it meets them in its own order then, and what it is to the bit, wherever in the row they lie and whatever
-    other texts are there, whose tiles add zeros.
+    With limits, tiles come in the order of their index, and those from the first that needs a mask on have one: where a
+    text owns tiles whole, it meets them in its own order then, and what it is to the bit, wherever in the row they lie
+    and whatever other texts are there, whose tiles add zeros.
     """
     kinds = tile_kinds(rule, q, k, q_tile, k_tile, limits=limits)
     if limits is None:
         return _listed(kinds)
     first = tile_ranges(k, k_tile)[0].index.low[:, None]
     order = jnp.argsort(jnp.where(kinds == EMPTY, np.iinfo(np.int32).max, first), axis=-1, stable=True)
-    total = (kinds != EMPTY).sum(-1, dtype=jnp.int32)
-    return Tiles(order.astype(jnp.int32), 0 * total, total)
+    leading = jnp.cumprod(jnp.take_along_axis(kinds, order, axis=-1) == FULL, axis=-1, dtype=jnp.int32)
+    return Tiles(order.astype(jnp.int32), leading.sum(-1), (kinds != EMPTY).sum(-1, dtype=jnp.int32))
 
 
 class BothWays(NamedTuple):

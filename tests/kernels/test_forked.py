@@ -81,11 +81,12 @@ def test_lists_hold_every_tile_that_is_seen_in_the_order_of_index(name, seed, ru
     q, k = tiles.pad_to_tiles(queries, 4), tiles.pad_to_tiles(keys, 4)
     made = jax.device_get(tiles.make_tiles(rule, q, k, 4, 4, limits))
     pad = ((0, 0), (0, q.shape[1] - T), (0, k.shape[1] - S))
-    blocks = np.pad(shown, pad).reshape(B, q.shape[1] // 4, 4, k.shape[1] // 4, 4).any((2, 4))
+    every = np.pad(shown, pad).reshape(B, q.shape[1] // 4, 4, k.shape[1] // 4, 4)
+    blocks, real = every.any((2, 4)), np.asarray(q.segment >= 0).reshape(B, -1, 4)
     first = np.where(np.asarray(k.segment) < 0, 2**29, k.index).reshape(B, -1, 4).min(-1)
-    assert not made.full.any()
     for b, i in np.ndindex(made.total.shape):
         listed = made.keys[b, i, : made.total[b, i]]
+        assert all(every[b, i, real[b, i], j].all() for j in listed[: made.full[b, i]])
         assert {*np.flatnonzero(blocks[b, i])} <= {*listed.tolist()}
         assert (np.diff(first[b, listed]) >= 0).all()
 
@@ -103,15 +104,16 @@ def test_a_tile_of_a_node_that_is_hidden_is_left_out():
 def test_ranges_of_nodes_show_what_their_limits_do(seed):
     """Of own_branch, with every time shown: a tile is left out where no limit of its nodes shows anything."""
     rng = np.random.default_rng(seed)
-    limits = rng.choice([rules.HIDDEN, -1, rules.ENDLESS], (1, M, M), p=[0.7, 0.2, 0.1]).astype(np.int32)
+    limits = rng.choice([rules.HIDDEN, -1, rules.ENDLESS], (1, M, M), p=[0.5, 0.2, 0.3]).astype(np.int32)
     nodes = np.sort(rng.integers(0, M, (2, 12, 4)), axis=-1).astype(np.int32)  # of tiles of four queries, or keys
     at = lambda of, branch, time: Coordinates(0 * of, 0 * of + branch, 0 * of + time, 0 * of + time, of)  # noqa: E731
     queries, keys = at(nodes[0].reshape(1, -1), 1, 9), at(nodes[1].reshape(1, -1), 2, 3)
     kinds = np.asarray(tiles.tile_kinds(rules.forked(rules.own_branch), queries, keys, 4, 4, limits=limits))
     for i, j in np.ndindex(12, 12):
         (q_low, *_, q_high), (k_low, *_, k_high) = nodes[0, i], nodes[1, j]
-        shown = (limits[0, q_low : q_high + 1, k_low : k_high + 1] > -1).any()
-        assert (kinds[0, i, j] != tiles.EMPTY) == shown
+        of_pair = limits[0, q_low : q_high + 1, k_low : k_high + 1]
+        assert (kinds[0, i, j] != tiles.EMPTY) == (of_pair > -1).any()
+        assert (kinds[0, i, j] == tiles.FULL) == (of_pair == rules.ENDLESS).all()
 
 
 def test_lanes_read_their_own_tiles_alone():
