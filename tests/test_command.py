@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lab.config
-from lab import command, main, plan, report, runtime
+from lab import cluster, command, main, plan, report, runtime
 from lab.errors import UserError
 from lab.options import leaves
 
@@ -115,7 +115,7 @@ def study(tmp_path, corpus):
 @pytest.fixture
 def told(monkeypatch, capsys):
     """told(module, *arguments): (exit code, stdout, stderr) of a command run in this process, on its eight devices."""
-    monkeypatch.setattr(runtime, "start", lambda config: None)
+    monkeypatch.setattr(runtime, "start", lambda config: cluster.Cluster())
 
     def run(module, *arguments):
         monkeypatch.setattr(sys, "argv", ["lab", *map(str, arguments)])

@@ -14,7 +14,7 @@ import commands
 import matrix
 import pytest
 
-from lab import main, runtime
+from lab import cluster, main, runtime
 
 pytestmark = pytest.mark.slow
 LAST = commands.STEPS
@@ -382,7 +382,7 @@ def test_a_full_disk_loses_nothing(place, study, undisturbed, small_disk, moment
 def test_cells_that_differ_in_numbers_compile_once(place, corpus, monkeypatch):
     """Counted by JAX itself, in this process: the log cannot flatter."""
     counts = runtime.CompileCounts()
-    monkeypatch.setattr(runtime, "start", lambda config: None)
+    monkeypatch.setattr(runtime, "start", lambda config: cluster.Cluster())
     monkeypatch.setattr(runtime, "stop_requests", lambda: lambda step: False)
     study = commands.write_study(
         place / "counted.py", corpus, NUMBERS, labels=(("name", "case"),), sections=("curves",)
