@@ -56,7 +56,8 @@ HEADER = """\
 # What the lab's own studies found
 
 Each at `:cpu`, on two cores and Python's own sources: small models, so that an effect here is a hint at what a larger
-one may show. `make studies` runs what is not done, and writes these pages. What each method of a residual stream does
+one may show. `make studies` runs what is not done, and writes these pages. Tokens/s were measured while the machine did
+other work, too: what options cost alone is in [options.md](../options.md). What each method of a residual stream does
 and costs: [streams.md](streams.md).
 
 | study | question | answer |
