@@ -11,7 +11,7 @@ import tiny
 import variants
 from studies import write, write_study
 
-from lab import kernels, main, report, runtime
+from lab import cluster, kernels, main, report, runtime
 from lab.config import add_ask
 from lab.errors import UserError
 from lab.kernels import choice
@@ -189,7 +189,7 @@ def test_the_machine_is_known_by_its_driver(monkeypatch, platforms, code, out, f
 
 @pytest.mark.slow
 def test_the_choice_stands_in_the_plan_and_in_the_segments(machine, monkeypatch, tmp_path):
-    monkeypatch.setattr(runtime, "start", lambda config: None)
+    monkeypatch.setattr(runtime, "start", lambda config: cluster.Cluster())
     monkeypatch.setattr(runtime, "stop_requests", lambda: lambda step: False)
     corpus = commands.write_corpus(tmp_path / "corpus.jsonl")
     study = commands.write_study(tmp_path / "study.py", corpus, cells=commands.ONE_CELL, sections=("curves",), steps=8)
