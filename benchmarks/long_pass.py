@@ -1,6 +1,6 @@
 """What one scored pass over a long text takes: the peak memory of the process, and seconds, by the length of the text.
 
-    python benchmarks/long_pass.py --lengths 32768        # the whole pass, alone on the machine: some ten minutes
+    python benchmarks/long_pass.py --lengths 32768        # the whole pass: ten minutes or more, alone on the machine
     python benchmarks/long_pass.py [--lengths 4096 8192] [--chunk 128 256 512] [--chunks 0]
         [--most-gib 4] [--compute float32]
 
