@@ -1,6 +1,6 @@
 """What keeps training stable at a learning rate that is too high: norms, warm-up, z-loss, QK-norm, biases?
 
-    python -m lab.main --config=configs/stability_ablation.py         # :cpu, 13 cells of 5 seeds, 7 minutes
+    python -m lab.main --config=configs/stability_ablation.py         # :cpu, 13 cells of 5 seeds, minutes
     python -m lab.main --config=configs/stability_ablation.py:gpu     # 25.8M parameters
 
 Every cell but one trains at a rate that is deliberately too high, with neither warm-up nor clipping, and changes one

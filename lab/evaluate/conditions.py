@@ -56,14 +56,19 @@ def evaluate(
     them all. `model`: as it was trained. bytes_of_ids: the tokenizer's. tokenizer: of asks that write their own
     documents. Raises Stopped, the condition at hand lost, when stop() says so."""
     asked = config.evaluate[name]
+
+    def told() -> None:
+        if stop():
+            raise Stopped(f"the ask {name}")
+
     if asks.ASKS[asked.kind].find:
-        yield from _of_decoded(config, name, model, texts, mesh, done, stop, bytes_of_ids)
+        yield from _of_decoded(config, name, model, texts, mesh, done, told, bytes_of_ids)
         return
     if asks.ASKS[asked.kind].rows:
-        yield from _of_documents(config, name, model, texts, mesh, done, stop, bytes_of_ids, tokenizer)
+        yield from _of_documents(config, name, model, texts, mesh, done, told, bytes_of_ids, tokenizer)
         return
     if asks.ASKS[asked.kind].form:
-        yield from _of_questions(config, name, model, mesh, done, stop, tokenizer)
+        yield from _of_questions(config, name, model, mesh, done, told, tokenizer)
         return
     model, config = laid_over(config, asked, model, mesh), asks.remodelled(config, asked)
     hosts = dict(process_index=jax.process_index(), process_count=jax.process_count())
@@ -88,14 +93,10 @@ def evaluate(
         yield Condition(value, nats / tokens, right / tokens, int(tokens), _over_hosts(size), seconds, run)
 
 
-def _of_documents(config, name: str, plain, texts, mesh, done, stop, bytes_of_ids, tokenizer) -> Iterator[Condition]:
+def _of_documents(config, name: str, plain, texts, mesh, done, told, bytes_of_ids, tokenizer) -> Iterator[Condition]:
     """The same of an ask of long documents: one program of a chunk serves all lengths."""
     asked, kind = config.evaluate[name], asks.ASKS[config.evaluate[name].kind]
     model, how, values = laid_over(config, asked, plain, mesh), Pass.of(asked), asks.conditions(asked)
-
-    def told() -> None:
-        if stop():
-            raise Stopped(f"the ask {name}")
 
     if long.methods(asked) and values[done:]:
         of = kind.rows(config, asked, texts, tokenizer, max(values))
@@ -113,13 +114,9 @@ def _of_documents(config, name: str, plain, texts, mesh, done, stop, bytes_of_id
         yield Condition(value, *means, size, *ran, found.further, found.documents)
 
 
-def _of_decoded(config, name: str, plain, texts, mesh, done, stop, bytes_of_ids) -> Iterator[Condition]:
+def _of_decoded(config, name: str, plain, texts, mesh, done, told, bytes_of_ids) -> Iterator[Condition]:
     """The same of an ask that decodes."""
     asked = config.evaluate[name]
-
-    def told() -> None:
-        if stop():
-            raise Stopped(f"the ask {name}")
 
     model, values = laid_over(config, asked, plain, mesh), asks.conditions(asked)
     for one in asks.ASKS[asked.kind].find(asked, model, texts, mesh, values[done:], told):
@@ -128,15 +125,11 @@ def _of_decoded(config, name: str, plain, texts, mesh, done, stop, bytes_of_ids)
         yield Condition(*found, read=tokens, further=one.further)
 
 
-def _of_questions(config, name: str, plain, mesh, done, stop, tokenizer) -> Iterator[Condition]:
+def _of_questions(config, name: str, plain, mesh, done, told, tokenizer) -> Iterator[Condition]:
     """The same of an ask of questions, by method: an engine is of one device."""
     asked, values = config.evaluate[name], asks.conditions(config.evaluate[name])
     form = asks.ASKS[asked.kind].form(config, asked, tokenizer)
     model = jax.device_put(laid_over(config, asked, plain, mesh), mesh.devices.flat[0])
-
-    def told() -> None:
-        if stop():
-            raise Stopped(f"the ask {name}")
 
     for value in values[done:]:
         found = questions.answered(model, tokenizer, form, asked, value, told)
