@@ -3,12 +3,16 @@
 import decoding
 import numpy as np
 import pytest
+import tiny
+import variants
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lab.decode.generate import generate
 from lab.decode.sampling import Sampling
 from lab.errors import UserError
+from lab.model import spec
+from lab.options import set_field
 
 SHAPE = dict(rows=decoding.SHAPE["rows"], chunk=decoding.SHAPE["chunk"])  # and its branches and length: no new program
 
@@ -47,3 +51,15 @@ def test_no_prompts_give_no_texts():
 def test_an_empty_prompt_is_refused():
     with pytest.raises(UserError, match="the prompt is empty"):
         generate(model(), [[1], []], branches=3, most_tokens=4, **SHAPE)
+
+
+def test_branches_of_a_model_of_single_texts_are_kept_apart():
+    """Laid over a model whose rules are causal, greedy branches are each what the text alone is; else they are not."""
+    pattern = (("rule", "causal & window(6)"),), ()
+    made = variants.config("default", model__rule="causal", model__position__ratio=0.0, model__pattern=pattern,
+                           model__position__unselected="time")  # fmt: skip
+    model, prompt = tiny.model(made), [decoding.tokens(np.random.default_rng(2), 9)]
+    alone, together = (generate(model, prompt, branches=n, most_tokens=12, **SHAPE)[0] for n in (0, 3))
+    for name, value in spec.apart(made.model):
+        set_field(made.model, name, value)
+    assert generate(tiny.model(made), prompt, branches=3, most_tokens=12, **SHAPE)[0] == [alone] * 3 != together
