@@ -25,10 +25,10 @@ class AskKind(NamedTuple):
     the axis. check(config, ask, its field); batches(config, ask, texts, condition, process_index=, process_count=).
     version: of what is done with the outputs on the host; a change asks anew. Long documents have no batches but
     rows(config, ask, texts, tokenizer, condition), lab.evaluate.long.LongRows that are scored in chunks, a
-    summary(config, ask, condition, rows, nats, right) of what was found. What decodes has neither, but find(ask, model,
-    texts, mesh, conditions, stop). Questions have form(config, ask, tokenizer), lab.evaluate.questions.Form, and are
-    answered by the engine, by one method after the other. ready(ask, its field, texts, tokenizer) raises UserError
-    where there is too little to read.
+    summary(config, ask, condition, rows, nats, right) of what was found. What decodes has neither, but decode(config,
+    ask, model, texts, tokenizer, mesh, conditions, stop), which yields lab.evaluate.decoding.Decoded, and row_length(
+    ask), the tokens of the rows that it reads beside; None: it reads none. ready(ask, its field, texts, tokenizer)
+    raises UserError where there is too little to read.
     """
 
     column: str
@@ -40,9 +40,9 @@ class AskKind(NamedTuple):
     version: int = 1
     rows: Callable[..., long.LongRows] | None = None
     summary: Callable[..., long.LongSummary] | None = None
-    find: Callable[..., Iterator[decoding.Decoded]] | None = None
+    decode: Callable[..., Iterator[decoding.Decoded]] | None = None
+    row_length: Callable[[ConfigDict], int] | None = None
     ready: Callable[..., None] | None = None
-    form: Callable[..., questions.Form] | None = None
 
 
 SIZES = {
@@ -108,7 +108,8 @@ ASKS = {
         SIZES | COUNTS | decoding.OPTIONS,
         decoding.check,
         batches=None,
-        find=decoding.find,
+        decode=decoding.decode,
+        row_length=decoding.row_length,
         ready=decoding.check_texts,
     ),
     "facts": AskKind(
@@ -118,8 +119,8 @@ ASKS = {
         questions.OF_FACTS,
         questions.check_facts,
         batches=None,
+        decode=questions.decode_facts,
         ready=questions.ready,
-        form=questions.of_facts,
     ),
     "squad": AskKind(
         "decoding",
@@ -128,8 +129,8 @@ ASKS = {
         questions.OF_FILE,
         questions.check_file,
         batches=None,
+        decode=questions.decode_file,
         ready=questions.ready,
-        form=questions.of_file,
     ),
 }
 ASK = Room(
@@ -178,15 +179,15 @@ def check(config: ConfigDict) -> None:
             streams.check_rows(model, f"{field}.lengths: the longest,", max(asked.lengths))
             continue
         position.check_branches(spec.layer_specs(model), f"{field}.branches", max(asked.branches))
-        made = f"{field}.branches: the most" if kind.find else f"{field}.texts_per_row x data.text_length"
+        made = f"{field}.branches: the most" if kind.row_length else f"{field}.texts_per_row x data.text_length"
         streams.check_rows(model, made, tokens_at_once(config, asked))
 
 
 def tokens_at_once(config: ConfigDict, asked: ConfigDict) -> int:
     """Of a row: those that one call of an ask reads."""
     kind = ASKS[asked.kind]
-    if kind.find:
-        return decoding.row_length(asked)
+    if kind.row_length:
+        return kind.row_length(asked)
     return Pass.of(asked).chunk if kind.rows else asked.texts_per_row * config.data.text_length
 
 

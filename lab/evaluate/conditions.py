@@ -10,7 +10,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from lab.evaluate import asks, keys, long, passes, questions, reached
+from lab.evaluate import asks, keys, long, passes, reached
 from lab.evaluate.passes import Pass
 from lab.model import mesh as lab_mesh
 from lab.model.arrangement import Arrangement
@@ -61,14 +61,11 @@ def evaluate(
         if stop():
             raise Stopped(f"the ask {name}")
 
-    if asks.ASKS[asked.kind].find:
-        yield from _of_decoded(config, name, model, texts, mesh, done, told, bytes_of_ids)
+    if asks.ASKS[asked.kind].decode:
+        yield from _of_decoded(config, name, model, texts, mesh, done, told, bytes_of_ids, tokenizer)
         return
     if asks.ASKS[asked.kind].rows:
         yield from _of_documents(config, name, model, texts, mesh, done, told, bytes_of_ids, tokenizer)
-        return
-    if asks.ASKS[asked.kind].form:
-        yield from _of_questions(config, name, model, mesh, done, told, tokenizer)
         return
     model, config = laid_over(config, asked, model, mesh), asks.remodelled(config, asked)
     hosts = dict(process_index=jax.process_index(), process_count=jax.process_count())
@@ -114,28 +111,15 @@ def _of_documents(config, name: str, plain, texts, mesh, done, told, bytes_of_id
         yield Condition(value, *means, size, *ran, found.further, found.documents)
 
 
-def _of_decoded(config, name: str, plain, texts, mesh, done, told, bytes_of_ids) -> Iterator[Condition]:
+def _of_decoded(config, name: str, plain, texts, mesh, done, told, bytes_of_ids, tokenizer) -> Iterator[Condition]:
     """The same of an ask that decodes."""
-    asked = config.evaluate[name]
-
-    model, values = laid_over(config, asked, plain, mesh), asks.conditions(asked)
-    for one in asks.ASKS[asked.kind].find(asked, model, texts, mesh, values[done:], told):
-        tokens, size = len(one.ids), 0 if bytes_of_ids is None else int(bytes_of_ids[one.ids].sum())
-        found = one.branches, one.loss, one.accuracy, tokens, size, one.seconds, one.executable
-        yield Condition(*found, read=tokens, further=one.further)
-
-
-def _of_questions(config, name: str, plain, mesh, done, told, tokenizer) -> Iterator[Condition]:
-    """The same of an ask of questions, by method: an engine is of one device."""
     asked, values = config.evaluate[name], asks.conditions(config.evaluate[name])
-    form = asks.ASKS[asked.kind].form(config, asked, tokenizer)
-    model = jax.device_put(laid_over(config, asked, plain, mesh), mesh.devices.flat[0])
 
-    for value in values[done:]:
-        found = questions.answered(model, tokenizer, form, asked, value, told)
-        loss = found.nats / max(found.tokens, 1)
-        ran = found.seconds, None, found.generated
-        yield Condition(value, loss, found.accuracy, found.tokens, 0, *ran, found.further, found.documents)
+    model = laid_over(config, asked, plain, mesh)
+    for one in asks.ASKS[asked.kind].decode(config, asked, model, texts, tokenizer, mesh, values[done:], told):
+        size = 0 if bytes_of_ids is None or one.ids is None else int(bytes_of_ids[one.ids].sum())
+        means = one.loss, one.accuracy, one.tokens
+        yield Condition(one.value, *means, size, one.seconds, one.executable, one.generated, one.further, one.documents)
 
 
 def _over_hosts(count: int) -> int:

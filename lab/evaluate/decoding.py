@@ -25,7 +25,7 @@ from lab.coordinates import Coordinates
 from lab.data import Batch, checks
 from lab.data.packing import LONGEST_ROW, interleave
 from lab.decode.engine import Engine
-from lab.decode.forest import needed_for
+from lab.decode.forest import PAGE, needed_for
 from lab.decode.sampling import Sampling
 from lab.decode.sampling import check as check_sampling
 from lab.errors import UserError
@@ -34,6 +34,7 @@ from lab.model import position, spec
 from lab.options import Option
 from lab.train import compiled, instruments
 
+CHUNK = PAGE  # tokens of a prompt that an engine reads at once
 SEED = 0  # not config.seed: every cell goes on from the same texts, with the same random numbers
 PROMPTS = ("shared", "own")
 OPTIONS = {
@@ -46,16 +47,23 @@ OPTIONS = {
 
 
 class Decoded(NamedTuple):
-    """What was found at one number of branches. loss, accuracy: of all generated tokens, as they were drawn. ids: these
-    tokens. seconds: of decoding, without compiling. further: columns of the row beside these."""
+    """What an ask that decodes has found under one condition.
 
-    branches: int
+    loss in nats per token, of `tokens` that were drawn; accuracy. ids: these tokens, where their text is judged.
+    generated: how many there were in all. seconds: of decoding, without compiling. executable: what read the rows.
+    further: columns of the row beside these. documents: what is kept of each, as JSON does.
+    """
+
+    value: int | str
     loss: float
     accuracy: float
-    ids: np.ndarray
+    tokens: int
+    generated: int
     seconds: float
-    executable: object
     further: dict
+    ids: np.ndarray | None = None
+    executable: object = None
+    documents: dict | None = None
 
 
 class Drawn(NamedTuple):
@@ -146,8 +154,11 @@ def begun(ask: ConfigDict, texts: Sequence[np.ndarray], n: int) -> np.ndarray:
     return found[places_Gn]
 
 
-def find(ask: ConfigDict, model, texts, mesh, values: Sequence[int], stop: Callable[[], None]) -> Iterator[Decoded]:
-    """What is found at each number of branches, one after another. stop(): raises where the work is to end."""
+def decode(
+    config: ConfigDict, ask: ConfigDict, model, texts, tokenizer, mesh, values: Sequence[int], stop: Callable[[], None]
+) -> Iterator[Decoded]:
+    """What is found at each number of branches, one after another. stop(): raises where the work is to end. config,
+    tokenizer: not read."""
     engine = None
     for n in values:
         engine = engine or _engine(ask, model, begun(ask, texts, 1), stop)
@@ -173,8 +184,8 @@ def find(ask: ConfigDict, model, texts, mesh, values: Sequence[int], stop: Calla
             "swap_kl": moved / swapped if n > 1 else None,
             "groups": ask.texts,
         }
-        loss, accuracy = -float(drawn.log_p_GnN.mean()), float(drawn.likeliest_GnN.mean())
-        yield Decoded(n, loss, accuracy, drawn.ids_GnN.ravel(), drawn.seconds, executable, further)
+        loss, accuracy, ids = -float(drawn.log_p_GnN.mean()), float(drawn.likeliest_GnN.mean()), drawn.ids_GnN.ravel()
+        yield Decoded(n, loss, accuracy, len(ids), len(ids), drawn.seconds, further, ids, executable)
 
 
 def _finite(x: float) -> float | None:

@@ -6,7 +6,7 @@ What is found beside answers is what they cost in tokens and steps, the same on 
 import collections
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -24,9 +24,9 @@ from lab.decode.sampling import Sampling, check
 from lab.decode.text import Transcripts
 from lab.errors import UserError
 from lab.evaluate import answers, decoding
+from lab.evaluate.decoding import Decoded
 from lab.options import Option
 
-CHUNK = forest.PAGE
 ONE_BY_ONE, BRANCHES, VOTE, BEST = "one_by_one", "branches", "vote", "best-of"
 OPTIONS = {
     "methods": Option(
@@ -69,19 +69,6 @@ class Sample(NamedTuple):
     def mean(self) -> float:
         """Of an empty answer the least: nothing is known of it."""
         return float(np.mean(self.log_p)) if self.log_p else -np.inf
-
-
-class Answered(NamedTuple):
-    """What was found by one method: of answers that were taken, nats and how many tokens they are of; means over
-    questions; what is a column of its row beside that, and what is kept of each passage."""
-
-    nats: float
-    tokens: int
-    accuracy: float
-    generated: int
-    seconds: float
-    further: dict
-    documents: dict
 
 
 def parsed(name: str, field: str = "a method") -> Decoding:
@@ -133,12 +120,7 @@ def check_file(config: ConfigDict, ask: ConfigDict, field: str) -> None:
 
 
 def ready(ask: ConfigDict, field: str, texts, tokenizer) -> None:
-    """Raises UserError for a file that cannot be read or has too few passages, and for several hosts: an engine is of
-    one. texts, tokenizer: not read."""
-    if jax.process_count() > 1:
-        raise UserError(
-            f"{field}: questions are answered by one process, and there are {jax.process_count()}; ask later"
-        )
+    """Raises UserError for a file that cannot be read or has too few passages. texts, tokenizer: not read."""
     if ask.squad and (there := len(_of_file(ask.squad))) < ask.passages:
         raise UserError(
             f"{field}.passages = {ask.passages}, and {ask.squad} has {there} paragraphs with questions; choose at most "
@@ -180,7 +162,7 @@ class Decoder:
         prompt = max(len(self.prompt(one)) for one in form.paragraphs)
         question = max(len(self.encode(each.text)) for one in form.paragraphs for each in one.questions)
         length = forest.needed_for(prompt, [question] * lanes, ask.most_tokens)
-        self.engine = Engine(model, rows=1, length=length, branches=lanes, chunk=CHUNK)
+        self.engine = Engine(model, rows=1, length=length, branches=lanes, chunk=decoding.CHUNK)
         self.transcripts = Transcripts(self.engine, tokenizer, collections.defaultdict(lambda: form.stops))
         self.steps = self.generated = 0
 
@@ -208,7 +190,23 @@ class Decoder:
         return [Sample(text.strip(), tuple(nats)) for text, nats in zip(written, log_p, strict=True)]
 
 
-def answered(model, tokenizer, form: Form, ask: ConfigDict, name: str, told: Callable[[], None]) -> Answered:
+def decode_facts(config, ask, model, texts, tokenizer, mesh, values, stop) -> Iterator[Decoded]:
+    """What each method finds of the facts of the probe `passage`. texts: not read."""
+    return _decode(of_facts(config, ask, tokenizer), ask, model, tokenizer, mesh, values, stop)
+
+
+def decode_file(config, ask, model, texts, tokenizer, mesh, values, stop) -> Iterator[Decoded]:
+    """What each method finds of a file. texts: not read."""
+    return _decode(of_file(config, ask, tokenizer), ask, model, tokenizer, mesh, values, stop)
+
+
+def _decode(form: Form, ask: ConfigDict, model, tokenizer, mesh, values, stop) -> Iterator[Decoded]:
+    model = jax.device_put(model, mesh.devices.flat[0])  # an engine is of one
+    for name in values:
+        yield answered(model, tokenizer, form, ask, name, stop)
+
+
+def answered(model, tokenizer, form: Form, ask: ConfigDict, name: str, told: Callable[[], None]) -> Decoded:
     """Every question of a form by one method. The model lies on one device.
 
     Questions by themselves, and samples of one, are requests of their own, in turn; each reads its passage. Random
@@ -232,7 +230,7 @@ def answered(model, tokenizer, form: Form, ask: ConfigDict, name: str, told: Cal
             several = [decoder(one, [text] * lanes, sampling, number + i) for i, text in enumerate(texts)]
             taken.append([choose(method, samples) for samples in several])
         number += len(texts)
-    return _scored(form, taken, decoder, time.perf_counter() - begun)
+    return _scored(name, form, taken, decoder, time.perf_counter() - begun)
 
 
 def choose(method: Decoding, samples: Sequence[Sample]) -> Sample:
@@ -242,7 +240,8 @@ def choose(method: Decoding, samples: Sequence[Sample]) -> Sample:
     return samples[answers.voted([each.text for each in samples])]
 
 
-def _scored(form: Form, taken: Sequence[Sequence[Sample]], decoder: Decoder, seconds: float) -> Answered:
+def _scored(name: str, form: Form, taken: Sequence[Sequence[Sample]], decoder: Decoder, seconds: float) -> Decoded:
+    """Loss: of answers that were taken. Accuracy: a mean over questions."""
     pairs = [list(zip(given, one.questions, strict=True)) for given, one in zip(taken, form.paragraphs, strict=True)]
     right = [[answers.exact(given.text, question.answers) for given, question in of] for of in pairs]
     fits = [[answers.f1(given.text, question.answers) for given, question in of] for of in pairs]
@@ -260,5 +259,5 @@ def _scored(form: Form, taken: Sequence[Sequence[Sample]], decoder: Decoder, sec
         "f1": fits,
         "answers": [[answer.text for answer in given] for given in taken],
     }
-    accuracy = sum(map(sum, right)) / count
-    return Answered(0.0 - float(np.sum(log_p)), len(log_p), accuracy, decoder.generated, seconds, further, kept)
+    loss, accuracy = (0.0 - float(np.sum(log_p))) / max(len(log_p), 1), sum(map(sum, right)) / count
+    return Decoded(name, loss, accuracy, len(log_p), decoder.generated, seconds, further, documents=kept)

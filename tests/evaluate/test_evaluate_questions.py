@@ -51,7 +51,7 @@ def test_branches_that_see_themselves_alone_answer_to_the_token_what_one_by_one_
     plain, branches = (answered(*whole, asked, name, never) for name in ("one_by_one", "branches"))
     assert plain.documents == branches.documents and len({*itertools.chain(*plain.documents["answers"])}) > 1
     assert (plain.tokens, plain.generated) == (branches.tokens, branches.generated)
-    assert plain.nats == pytest.approx(branches.nats, rel=1e-5)
+    assert plain.loss == pytest.approx(branches.loss, rel=1e-5)
 
 
 def test_costs_are_what_is_read_and_drawn():
@@ -107,7 +107,7 @@ def test_the_answer_that_a_method_takes_is_scored(name, taken, right, f1, monkey
     assert found.documents["answers"] == [taken] and found.accuracy == right
     assert found.further["f1"] == pytest.approx(f1)
     chosen = [next(a for a in SCRIPT[q] if a.text == text) for q, text in zip(("river?", "sea?"), taken, strict=True)]
-    assert (found.nats, found.tokens) == (
+    assert (found.loss * found.tokens, found.tokens) == (
         pytest.approx(-sum(sum(a.log_p) for a in chosen)),
         sum(len(a.log_p) for a in chosen),
     )
@@ -195,7 +195,7 @@ def test_a_condition_has_what_a_row_and_a_timing_need():
     assert (found.value, found.accuracy, found.tokens, found.further) == (
         "branches", same.accuracy, same.tokens, same.further,
     )  # fmt: skip
-    assert found.loss == pytest.approx(same.nats / same.tokens, rel=1e-5) and found.documents == same.documents
+    assert found.loss == pytest.approx(same.loss, rel=1e-5) and found.documents == same.documents
     assert found.read == same.generated and found.seconds > 0 and found.executable is None
     with pytest.raises(loop.Stopped, match="the ask answers"):
         list(conditions.evaluate(config, "answers", model, None, mesh, **options | dict(stop=lambda: True)))

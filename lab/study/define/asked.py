@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 from lab import data as lab_data
 from lab.data import reading
-from lab.evaluate import asks, questions
+from lab.evaluate import asks, decoding
 from lab.evaluate.passes import Pass
 from lab.study.define.identity import versions
 from lab.train import canonical, origin
@@ -43,8 +43,8 @@ def _program(config: ConfigDict, asked: ConfigDict) -> list[str]:
     key = config.model.to_json_best_effort(), asked.to_json_best_effort(), config.data.text_length
     if key not in _programs:
         changed = asks.remodelled(config, asked)
-        if asks.ASKS[asked.kind].form:
-            step = canonical.score_chunk(changed, 1, questions.CHUNK, 2 * questions.CHUNK)  # what is read and extended
+        if asks.ASKS[asked.kind].decode:
+            step = canonical.score_chunk(changed, 1, decoding.CHUNK, 2 * decoding.CHUNK)  # what is read and extended
         elif asks.ASKS[asked.kind].rows:
             step = canonical.score_chunk(changed, *Pass.of(asked))
         else:

@@ -231,11 +231,11 @@ def check_devices(runs: list[Run]) -> None:
         rows = config.data.rows // config.run.microbatches
         lab_mesh.check_rows(mesh, "data.rows / run.microbatches", rows, config.data.texts_per_row * length)
         for name, ask in config.evaluate.items():
-            if asks.ASKS[ask.kind].form:
-                continue
-            lab_mesh.check_rows(mesh, f"evaluate.{name}.rows", ask.rows, asks.tokens_at_once(config, ask))
-            if asks.ASKS[ask.kind].find and (hosts := jax.process_count()) > 1:
+            kind = asks.ASKS[ask.kind]
+            if kind.decode and (hosts := jax.process_count()) > 1:
                 raise UserError(f"evaluate.{name} decodes, which one host does, and these are {hosts}; ask it on one")
+            if kind.row_length or not kind.decode:
+                lab_mesh.check_rows(mesh, f"evaluate.{name}.rows", ask.rows, asks.tokens_at_once(config, ask))
 
 
 def check_hosts_agree(runs: list[Run]) -> None:
