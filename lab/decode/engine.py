@@ -67,12 +67,13 @@ class Engine:
             raise UserError(f"chunk = {chunk} is not valid; choose a divisor or a multiple of {PAGE}")
         if not 0 <= alternatives <= (C := model.embedding.shape[0]):
             raise UserError(f"alternatives = {alternatives} is not valid; choose 0 to {C}, which are all tokens")
-        self.model, self.rows, self.branches = model, rows, branches
+        self.model, self.rows, self.branches = model.apart(), rows, branches
+        self.flat = programs.Flat.of(self.model)
         self.length, self.chunk, self.alternatives = PAGE * forest.pages_of(max(length, chunk)), chunk, alternatives
         self.unit = max(chunk, PAGE)
         self.apart = any(block.mixer.in_order for block in model.blocks)
         self.forests = [Forest(self.length, branches, self.apart) for _ in range(rows)]
-        self.state = programs.beginning(model, rows, self.length, branches)
+        self.state = programs.beginning(self.model, rows, self.length, branches)
         self.limits = None  # on the device; None: no longer those of the rows
         self.waiting: collections.deque[Request] = collections.deque()
         self.submitted = self.read = 0  # requests, and tokens that the model was given
@@ -324,7 +325,7 @@ class Engine:
             )  # fmt: skip
         self.read += (count := given.count)
         if count:
-            self.state = programs.prefill(self.model, self.state, *given.arrays, self.limits)
+            self.state = programs.prefill(self.flat, self.state, *given.arrays, self.limits)
 
     def give(self, given: Given, row: int, made: Request, tokens, places) -> None:
         """Own tokens of a request, to its next slots."""
@@ -356,7 +357,7 @@ class Engine:
                 made.advance()
         self.read += given.count
         found, self.state = programs.decode(
-            self.model, self.state, *given.arrays, self.limits, draws.arrays, self.alternatives
+            self.flat, self.state, *given.arrays, self.limits, draws.arrays, self.alternatives
         )
         found = jax.device_get(found)
         events = [made.take(b, Found(*(x[i, made.lanes[b.rank]] for x in found))) for i, made, b in drawn]

@@ -22,6 +22,24 @@ from lab.model import slots
 OWN = rules.forked((rules.k.branch == 0) | (rules.k.branch == rules.q.branch))  # what a penalty looks at
 
 
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["weights"], meta_fields=["structure"])
+@dataclasses.dataclass(frozen=True)
+class Flat:
+    """A model by its arrays: to flatten modules anew for each step takes longer than what is done with small ones."""
+
+    weights: tuple[jax.Array, ...]
+    structure: jax.tree_util.PyTreeDef
+
+    @classmethod
+    def of(cls, model) -> "Flat":
+        weights, structure = jax.tree.flatten(model)
+        return cls(tuple(weights), structure)
+
+    @property
+    def model(self):
+        return jax.tree.unflatten(self.structure, self.weights)
+
+
 class Held(NamedTuple):
     """What an engine keeps on the device."""
 
@@ -91,19 +109,19 @@ def empty(model, rows: int, length: int, branches: int) -> Held:
 
 
 @functools.partial(jax.jit, donate_argnames="state")
-def prefill(model, state: Held, tokens_BT, at: Coordinates, slots_BT, limits_BMM) -> Held:
+def prefill(flat: Flat, state: Held, tokens_BT, at: Coordinates, slots_BT, limits_BMM) -> Held:
     """With these tokens; no logits are made."""
-    cache = model.extend(tokens_BT, at, state.cache, slots_BT=slots_BT, limits=limits_BMM)[1]
+    cache = flat.model.extend(tokens_BT, at, state.cache, slots_BT=slots_BT, limits=limits_BMM)[1]
     return Held(cache, kept(state, tokens_BT, at, slots_BT))
 
 
 @functools.partial(jax.jit, donate_argnames="state", static_argnames="alternatives")
 def decode(
-    model, state: Held, tokens_BT, at: Coordinates, slots_BT, limits_BMM, draws: tuple, alternatives: int
+    flat: Flat, state: Held, tokens_BT, at: Coordinates, slots_BT, limits_BMM, draws: tuple, alternatives: int
 ) -> tuple[Found, Held]:
     """What each lane draws from the logits of its place in `wanted`, and the state with these tokens."""
     wanted_BN, segment_BN, node_BN, branch_BN, *of_lanes = draws
-    z_BNC, cache = model.extend(tokens_BT, at, state.cache, slots_BT=slots_BT, wanted=wanted_BN, limits=limits_BMM)
+    z_BNC, cache = flat.model.extend(tokens_BT, at, state.cache, slots_BT=slots_BT, wanted=wanted_BN, limits=limits_BMM)
     state = Held(cache, kept(state, tokens_BT, at, slots_BT))
     of_each = lambda x: x.reshape(-1, 1, *x.shape[2:])  # noqa: E731  each lane as a row, with settings of its own
     z_R1C = of_each(z_BNC)

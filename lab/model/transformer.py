@@ -204,6 +204,18 @@ class Transformer(nnx.Module):
         """Whether layers are run in a loop: their caches are stacked then, as their weights are, else apart."""
         return self.execution.scan and self.layers // len(self.blocks) > 1
 
+    def apart(self) -> "Transformer":
+        """The same model with the weights of each layer in arrays of their own, as of a pattern without repeats: out of
+        stacked ones each call copies them, which is what a step of few tokens costs. Itself where layers are scanned.
+        """
+        if self.scanned:
+            return self
+        model, P = jax.tree.map(lambda w: w, self), len(self.blocks)
+        of = lambda m: jax.tree.map(lambda w: w[m // P : m // P + 1], self.blocks[m % P])  # noqa: E731
+        model.blocks = nnx.List([of(m) for m in range(self.layers)])
+        model.rotary = nnx.List([self.rotary[m % P] for m in range(self.layers)])
+        return model
+
     def repeats(self, p: int) -> int:
         """How many layers are entry p of the pattern."""
         return len(range(p, self.layers, len(self.blocks)))
