@@ -138,7 +138,7 @@ def checkpoint(config, L: int) -> None:
 class Llm(NamedTuple):
     """A published model. told: what is to be brought. L: what it was trained to. sizes: dim, layers, width, heads,
     groups, width of a head, vocabulary, theta. bos: what it was fed before a text. preset: what else it is made of.
-    window: of every second layer, which keeps its positions: none of its distances is beyond L; 0: no layer has one."""
+    windows: whether every second layer has one, and so keeps its positions: none of its distances is beyond L."""
 
     told: str
     L: int
@@ -148,7 +148,7 @@ class Llm(NamedTuple):
     bos: int = -1
     preset: str = "llama"
     published: str = "configs/published/extrapolation_llama3.csv"
-    window: int = 0
+    windows: bool = False
 
 
 KEPT = (("position.map.name", "none"), ("position.scaling.name", "default"), ("position.log_n", False))
@@ -169,7 +169,7 @@ LLMS = {
     ),
     "gemma2": Llm(
         "Gemma 2 9B", 8192, (8192, 16384, 32768), (16384, 32768),
-        (3584, 42, 14336, 16, 8, 256, 256_000, 1e4), bos=2, preset="gemma2", window=4096,
+        (3584, 42, 14336, 16, 8, 256, 256_000, 1e4), bos=2, preset="gemma2", windows=True,
     ),
 }  # fmt: skip
 
@@ -192,8 +192,7 @@ def llm(config, name: str, part: int = 1) -> None:
     config.run.scan = True
     retrieval, bos = dict(lengths=answers, tasks=TASKS, texts=10, chat=True), of.bos if part == 1 else -1
     fields = dict(documents=10, texts=0, rows=1, chunk=min(512, L), stride=0, bos=bos)
-    local = (("rule", f"causal & window({of.window // part})"), *KEPT)
-    ask_all(config, L, lengths, retrieval, further=(("pattern", (local, ())),) if of.window else (), **fields)
+    ask_all(config, L, lengths, retrieval, further=(("pattern", (KEPT, ())),) if of.windows else (), **fields)
 
 
 SCALES = {"cpu": cpu} | {name: functools.partial(llm, name=name) for name in LLMS}

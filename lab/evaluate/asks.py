@@ -198,7 +198,8 @@ def adds_to_scores(config: ConfigDict) -> bool:
 
 
 def remodelled(config: ConfigDict, asked: ConfigDict, field: str = "an ask") -> ConfigDict:
-    """The config with an ask's overrides laid over its model, for the same weights.
+    """The config with an ask's overrides laid over its model, for the same weights. A pattern of as many entries as
+    the model's is laid over it entry by entry: what an entry does not name it keeps, such as a checkpoint's window.
 
     Raises UserError, calling the ask `field`, for an unknown field, a value that it cannot have, and overrides under
     which the weights are others.
@@ -210,8 +211,8 @@ def remodelled(config: ConfigDict, asked: ConfigDict, field: str = "an ask") -> 
     for name, value in asked.model:
         choose(f"a field of {field}.model", name, known)
         try:
-            set_field(changed.model, name, value)
-        except TypeError:
+            set_field(changed.model, name, _laid_over(config.model.pattern, value) if name == "pattern" else value)
+        except (TypeError, ValueError):
             kind = type(known[name]).__name__
             raise UserError(f"{field}.model sets {name} = {value!r}, which is no {kind}") from None
     try:
@@ -226,6 +227,13 @@ def remodelled(config: ConfigDict, asked: ConfigDict, field: str = "an ask") -> 
             "fields that leave the shapes of weights as they are, or train a cell"
         )
     return changed
+
+
+def _laid_over(pattern: tuple, entries: tuple) -> tuple:
+    """A pattern of as many entries over another, entry by entry; else itself."""
+    if len(entries) != len(pattern):
+        return entries
+    return tuple(tuple((dict(old) | dict(new)).items()) for old, new in zip(pattern, entries, strict=True))
 
 
 _shapes: dict[tuple, object] = {}  # a study lays many overrides over one model, and again wherever it is asked
