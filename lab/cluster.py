@@ -275,8 +275,9 @@ def unreached(address: str) -> str:
     return "" if answer[3:4] == bytes([SETTINGS]) else f"{at} answers, and is no coordinator{own}"
 
 
-def join(found: Cluster, patience: int, say: Callable[[str], None] | None = None) -> None:
+def join(found: Cluster, patience: int, heartbeat: int, say: Callable[[str], None] | None = None) -> None:
     """Joins the other processes. What keeps a process waiting is said; after `patience` seconds it ends the process.
+    heartbeat: seconds without a word from a process after which the lab ends the program; JAX's own end comes later.
 
     Raises UserError for a coordinator that is not reached in that time, and for what JAX refuses.
     """
@@ -299,7 +300,8 @@ def join(found: Cluster, patience: int, say: Callable[[str], None] | None = None
         try:
             jax.distributed.initialize(
                 found.address, found.processes, found.process, found.devices, cluster_detection_method="deactivate",
-                initialization_timeout=math.ceil(left()) + 600,  # JAX's own end is an abort: ours comes first
+                # JAX's own ends are aborts that name no host: ours come first.
+                initialization_timeout=math.ceil(left()) + 600, heartbeat_timeout_seconds=2 * heartbeat,
             )  # fmt: skip
         except Exception as error:  # of the network, and of what JAX reads in further variables
             failed.append(error)

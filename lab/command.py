@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 
 from ml_collections import ConfigDict
 
+from lab import watch
 from lab.errors import UserError, choose
 from lab.options import leaves, set_field
 
@@ -26,26 +27,40 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")
     try:
-        sys.exit(main(sys.argv[1:]))
+        code = main(sys.argv[1:])
+        watch.done(code or 0)
+        sys.exit(code)
     except UserError as error:
-        print(f"lab: {error}", file=sys.stderr)
-        sys.exit(getattr(error, "exit_code", 2))
+        _end(getattr(error, "exit_code", 2), str(error))
     except BrokenPipeError:  # who read the output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
         if error.errno is None:
+            _unexpected(error)
             raise
         said = (
             f"the disk is full ({error}); free space"
             if error.errno in (errno.ENOSPC, errno.EDQUOT)
             else f"{error}; mend that"
         )
-        print(f"lab: {said} and run the same command again: it goes on", file=sys.stderr)
-        sys.exit(1)
+        _end(1, f"{said} and run the same command again: it goes on")
     except KeyboardInterrupt:
-        print("lab: interrupted; run the same command again: it goes on", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
+        _end(128 + signal.SIGINT, "interrupted; run the same command again: it goes on")
+    except Exception as error:
+        _unexpected(error)
+        raise
+
+
+def _unexpected(error: Exception) -> None:
+    """Ends one of several processes; returns for a single one."""
+    watch.leave(1, watch.line(error), unexpected=True)
+
+
+def _end(code: int, text: str) -> None:
+    watch.leave(code, text)
+    print(f"lab: {text}", file=sys.stderr)
+    sys.exit(code)
 
 
 def parser(description: str) -> argparse.ArgumentParser:

@@ -37,6 +37,14 @@ RUN = Room(
         "log.every": Option(10, "steps", least=1),
         "log.instruments": instruments.OPTION,
         "join_timeout": Option(1800, "seconds that a process waits for those of other hosts", least=1, most=10**6),
+        # Of several processes (lab/watch.py):
+        "stuck_timeout": Option(
+            120, "seconds beyond the slowest step after which a process that stands still ends all", least=1, most=10**6
+        ),
+        "heartbeat_timeout": Option(
+            100, "seconds without a word from a process after which the others end", least=1, most=10**6
+        ),
+        "grace": Option(90, "seconds from SIGTERM in which all end, saved or not", least=1, most=10**6),
     }
 )
 ROOMS = {"study": STUDY, "model": MODEL, "data": DATA, "train": TRAIN, "run": RUN}

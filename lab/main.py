@@ -21,9 +21,9 @@ import sys  # noqa: E402
 import time  # noqa: E402
 from collections.abc import Callable  # noqa: E402
 
-from lab import command  # noqa: E402
+from lab import command, watch  # noqa: E402
 
-STOPPED = 75  # EX_TEMPFAIL: schedulers requeue it
+STOPPED = watch.STOPPED
 REPORTING = 0.05  # share of the time that reports may take while runs go on
 
 
@@ -43,7 +43,8 @@ class Reporter:
             from lab import report
 
             begun = time.monotonic()
-            self._guarded(report.rebuild)
+            with watch.phase("reports"):
+                self._guarded(report.rebuild)
             self._due = time.monotonic() + (time.monotonic() - begun) / REPORTING
 
     def note_look(self) -> None:
@@ -119,12 +120,14 @@ def main(argv: list[str]) -> int:
         try:
             tuning_summary = make(runs.units_of(tried, config.study.vmap))
             if tried:
+                watch.begin("", "plans", long=None)
                 ours = [each for each in study.planned(line) if each.cell.name in names]
             summary = make(runs.units_of(ours, config.study.vmap))
         except Stopped as stopped:
             reporter.rebuild()
             display.say(f"stopped and saved at {stopped}; run the same command again to go on")
             return STOPPED
+        watch.begin("", "ends", long=None)
         reporter.note_look()
         display.say(f"compiled: {counts}, for {tuning_summary.new + summary.new} new runs")
         reporter.rebuild()

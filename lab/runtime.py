@@ -13,7 +13,7 @@ import signal
 import sys
 from collections.abc import Callable
 
-from lab import cluster
+from lab import cluster, watch
 from lab.errors import UserError
 from lab.storage import cache_directory
 
@@ -62,7 +62,9 @@ def start(config) -> cluster.Cluster:
         jax.config.update("jax_num_cpu_devices", cpu_devices(rows, config.run.mesh, found.processes))
     keep_programs()
     if found.address:
-        cluster.join(found, config.run.join_timeout)
+        cluster.join(found, config.run.join_timeout, config.run.heartbeat_timeout)
+    if found.processes > 1:
+        watch.start(found.process, found.processes, config.run)
     return found
 
 
@@ -168,6 +170,7 @@ def stop_requests() -> Callable[[int], bool]:
 
     def stop_together(step: int) -> bool:
         # The hosts agree on a number that must only grow: steps begin again with every run, calls do not.
+        watch.tell(step)
         if multihost_utils.reached_preemption_sync_point(next(calls)):
             agreed.append(step)
         return bool(agreed)

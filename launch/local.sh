@@ -44,13 +44,22 @@ fi
 command -v "$python" >/dev/null || { echo "launch/local.sh: there is no $python: run 'make setup' first, or set PYTHON" >&2; exit 2; }
 port=${PORT:-$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')}
 
+LAB_PROGRESS=$(mktemp -d) # in which each process writes where it is, and its last words
+export LAB_PROGRESS
+killer=''
+# shellcheck disable=SC2329 # at the end
+cleared() {
+  [[ -z $killer ]] || kill "$killer" 2>/dev/null || true
+  rm -rf "$LAB_PROGRESS"
+}
+trap cleared EXIT
 declare -A running=() # the number of each process by its pid
 forward() { kill -TERM "${!running[@]}" 2>/dev/null || true; }
-end_others() { # JAX keeps SIGTERM for itself, and a process that has lost another waits for it in vain
+end_others() { # JAX keeps SIGTERM for itself, and a process that has lost another may wait for it in vain
+  [[ -z $killer ]] || return 0
   forward
-  (sleep 10 && kill -KILL "${!running[@]}") >/dev/null 2>&1 &
-  # shellcheck disable=SC2064 # of now
-  trap "kill $! 2>/dev/null || true" EXIT
+  (sleep "$1" && kill -KILL "${!running[@]}") >/dev/null 2>&1 &
+  killer=$!
 }
 trap forward TERM INT
 for ((process = 0; process < processes; process++)); do
@@ -59,19 +68,24 @@ for ((process = 0; process < processes; process++)); do
   running[$!]=$process
 done
 
-code=0
+# The cause is the first that ended, but for those that tell of another: 69 says so, and 134 is the runtime's own abort.
+code=0 cause='' since=0
 while ((${#running[@]})); do
   status=0
   wait -n -p ended "${!running[@]}" || status=$?
   [[ -n ${ended:-} ]] || continue # a signal to this script interrupts wait
   process=${running[$ended]}
   unset "running[$ended]"
-  if ((status != 0 && code == 0)); then
-    code=$status
-    if ((status != 75)); then # 75: all of them stop at the same step by themselves
-      echo "launch/local.sh: process $process ended with code $status" >&2
-      end_others
-    fi
+  ((status)) || continue
+  if [[ -z $cause ]] || ((SECONDS - since < 4 && (code == 69 || code == 134) && status != 69 && status != 134)); then
+    [[ $cause ]] || since=$SECONDS
+    code=$status cause=$process
   fi
+  if ((status == 75)); then end_others 120; else end_others 10; fi # 75: the others do so too, if they have all joined
 done
+if ((code != 0 && code != 75)); then
+  said=$(cat "$LAB_PROGRESS/$cause" 2>/dev/null || true)
+  ((code <= 128)) || said="killed by signal $((code - 128))${said:+; $said}"
+  echo "launch/local.sh: process $cause ended with code $code${said:+: $said}" >&2
+fi
 exit "$code"

@@ -228,7 +228,7 @@ def test_waiting_is_said_once_and_ends(monkeypatch):
     monkeypatch.setattr(cluster.time, "sleep", lambda seconds: None)
     monkeypatch.setattr("jax.distributed.initialize", lambda *given, **more: joined.append((given, more)))
     found = cluster.Cluster("Slurm job 1", "n1:99", 2, 1, 2, (4, 5))
-    cluster.join(found, 5000, said.append)
+    cluster.join(found, 5000, 100, said.append)
     assert [line.partition(": ")[2].partition(";")[0] for line in said] == ["is refused", "is silent"]
     assert said[0] == (
         "process 1 of 2 cannot reach the coordinator yet: is refused; it tries for 5000 s (run.join_timeout)"
@@ -244,7 +244,7 @@ def test_waiting_is_said_once_and_ends(monkeypatch):
     monkeypatch.setattr(cluster.os, "_exit", leave)
     never = threading.Event()
     with pytest.raises(SystemExit, match="2"):
-        cluster.join(found, 1, said.append)
+        cluster.join(found, 1, 100, said.append)
     never.set()
     assert said[-2:] == [
         f"process 1 of 2 {told} not all 2 have come to n1:99{end}"

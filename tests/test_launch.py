@@ -68,6 +68,47 @@ def test_local_processes():
     )
 
 
+PROCESS = """#!/bin/bash
+echo "host h$JAX_PROCESS_ID, at step 7" >"$LAB_PROGRESS/$JAX_PROCESS_ID"
+trap 'exit 75' TERM
+sleep 0.4  # the other has begun
+eval "$(cat "$ACTS/$JAX_PROCESS_ID")"
+"""
+SAYS = 'echo "process 1 of 2 on h1 stands still" >"$LAB_PROGRESS/0"; '
+WAITS = "while :; do sleep 0.1; done"
+KILLED = "ended with code 137: killed by signal 9; host"
+ENDS = {  # what processes 0 and 1 do; the code, and the last line
+    "one is killed": (WAITS, "kill -9 $$", 137, f"1 {KILLED} h1, at step 7"),
+    "of the coordinator": ("kill -9 $$", "sleep 0.2; exit 134", 137, f"0 {KILLED} h0, at step 7"),
+    "another is aborted before": (
+        "trap '' TERM; sleep 0.5; kill -9 $$", "sleep 0.2; exit 134", 137, f"0 {KILLED} h0, at step 7"
+    ),
+    "one tells of a process that stands still": (
+        f"sleep 0.2; {SAYS} exit 69", f"trap '' TERM; {WAITS}", 69,
+        "0 ended with code 69: process 1 of 2 on h1 stands still",
+    ),
+    "both stop": ("exit 75", "sleep 0.2; exit 75", 75, ""),
+    "one stops before it joins": ("exit 75", WAITS, 75, ""),
+    "all is well": ("exit 0", "sleep 0.2; exit 0", 0, ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_who_ended_first_is_said_last(tmp_path, name):
+    """Of processes that end as those of lab.main do; the directory of what they say is gone in the end."""
+    *acts, code, told = ENDS[name]
+    python = tmp_path / "python"
+    python.write_text(PROCESS)
+    python.chmod(0o755)
+    for number, act in enumerate(acts):
+        (tmp_path / str(number)).write_text(act)
+    (tmp_path / "told").mkdir()
+    more = dict(PYTHON=str(python), PORT="1", JAX_PLATFORMS="cpu", ACTS=str(tmp_path), TMPDIR=str(tmp_path / "told"))
+    last = f"launch/local.sh: process {told}" if told else ""
+    assert ran("local.sh", "2", STUDY, code=code, **more).stderr.strip().rpartition("\n")[2] == last
+    assert not any((tmp_path / "told").iterdir())
+
+
 JOB = """\
 sbatch {options} <<'JOB'
 #!/usr/bin/env bash

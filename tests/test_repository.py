@@ -26,12 +26,13 @@ BELOW = {
     "errors": set(),
     "options": {"errors"},
     "cluster": {"errors"},
-    "runtime": {"errors", "storage", "cluster"},
+    "watch": {"errors"},
+    "runtime": {"errors", "storage", "cluster", "watch"},
     "storage": {"errors"},
     "data": {"coordinates", "errors", "options", "storage"},
     "kernels": {"coordinates", "errors"},
     "model": {"coordinates", "errors", "options", "kernels"},
-    "train": {"coordinates", "errors", "options", "storage", "kernels", "model", "data"},
+    "train": {"coordinates", "errors", "options", "storage", "kernels", "model", "data", "watch"},
     "evaluate": {"coordinates", "errors", "options", "kernels", "model", "data", "train", "decode"},
     "decode": {"coordinates", "errors", "kernels", "model", "data"},
     "serve": {"errors", "data", "decode"},
@@ -61,6 +62,7 @@ BELOW = {
         "train",
         "evaluate",
         "exchange",
+        "watch",
     },
 }
 

@@ -20,6 +20,7 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from jax.experimental import multihost_utils
 
+from lab import watch
 from lab.errors import UserError
 from lab.model import parameter
 from lab.storage import find_json, sealed, unsealed
@@ -240,7 +241,8 @@ class Checkpoints:
 
     def _named_if_full(self, action) -> None:
         try:
-            action()
+            with watch.phase("saves"):
+                action()
         except Exception as error:  # Orbax wraps what its threads raise in many kinds
             if not is_disk_full(error):
                 raise

@@ -8,6 +8,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lab import model as lab_model
+from lab import watch
 from lab.model import mesh as lab_mesh
 from lab.model import parameter
 from lab.train import instruments, origin, step
@@ -131,7 +132,7 @@ def executable(function, mesh: Mesh, *arguments, **static):
     leaves, structure = jax.tree.flatten(abstract(arguments))
     key = (function, mesh, structure, tuple((x.shape, x.dtype, x.sharding) for x in leaves), tuple(static.items()))
     if key not in _executables:
-        with jax.set_mesh(mesh):
+        with watch.phase("compiles"), jax.set_mesh(mesh):
             options = OPTIONS.get(mesh.devices.flat[0].platform)
             _executables[key] = function.lower(*arguments, **static).compile(compiler_options=options)
     return _executables[key]
@@ -171,7 +172,7 @@ def empty_cache(model, rows: int, length: int, mesh: Mesh):
     shardings = jax.tree.map(lambda x: x.sharding, described)
     key = ("empty_cache", structure, tuple((x.shape, x.dtype, x.sharding) for x in leaves), rows, length, mesh)
     if key not in _executables:
-        with jax.set_mesh(mesh):
+        with watch.phase("compiles"), jax.set_mesh(mesh):
             made = jax.jit(lambda model: model.init_cache(rows, length), out_shardings=shardings)
             _executables[key] = made.lower(model).compile()
     return _executables[key](model)

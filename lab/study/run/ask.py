@@ -6,7 +6,7 @@ from collections.abc import Callable
 import jax
 from ml_collections import ConfigDict
 
-from lab import kernels, runtime
+from lab import kernels, runtime, watch
 from lab.errors import UserError
 from lab.evaluate import asks, conditions
 from lab.model import mesh as lab_mesh
@@ -41,6 +41,7 @@ def ask(run: Run, display: Display, stop: Callable[[int], bool], trained=None) -
         complete, done = agreed([found["complete"], len(found["conditions"])])
         if complete:
             continue
+        watch.begin(run.name, f"asks {name}")
         model = _from_checkpoint(run, config, mesh) if model is None else model
         stopped = lambda: stop(config.train.steps)  # noqa: E731
         options = dict(done=done, stop=stopped, bytes_of_ids=run.data.tokenizer.bytes_of_ids)

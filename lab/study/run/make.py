@@ -11,7 +11,7 @@ import jax
 from ml_collections import ConfigDict
 
 from lab import model as lab_model
-from lab import runtime
+from lab import runtime, watch
 from lab.errors import UserError
 from lab.model import mesh as lab_mesh
 from lab.model import parameter
@@ -61,7 +61,7 @@ def train(unit: Unit, display: Display, stop: Callable[[int], bool]) -> tuple[st
 
     checkpoints = Checkpoints(_checkpoint_directory(unit), config.run.checkpoint.keep)
     workload = Workload([Member(c, run.data.train) for c, run in zip(configs, unit, strict=True)])
-    with contextlib.ExitStack() as closing:  # all of them, whichever fails
+    with contextlib.ExitStack() as closing, _failures_told():  # all of them, whichever fails
         for log in logs:
             closing.callback(log.close)
         closing.callback(checkpoints.close)
@@ -69,6 +69,7 @@ def train(unit: Unit, display: Display, stop: Callable[[int], bool]) -> tuple[st
         checkpoints.take_back(logged, f"metrics.jsonl has no line of step {logged}, which is made again")
         callbacks = dict(on_start=on_start, on_step=on_step, on_checkpoint=on_checkpoint, stop=stop)
         trained = loop.train(workload, checkpoints, mesh, **callbacks)
+        watch.begin(unit[0].name, "writes")
         weights = learned.of_members(trained.state.model.stream, len(unit))
         if workload.vmapped:
             _keep_members(unit, trained.state, config)
@@ -84,6 +85,18 @@ def train(unit: Unit, display: Display, stop: Callable[[int], bool]) -> tuple[st
     if workload.vmapped:
         return _told(trained), None
     return _told(trained), partition.whole(compiled.laid(trained.state.model, mesh))
+
+
+@contextlib.contextmanager
+def _failures_told():
+    """What closes files and checkpoints behind an error may wait for other processes: they hear of it before."""
+    try:
+        yield
+    except (loop.NonFinite, loop.Stopped):  # all meet them at once
+        raise
+    except Exception as error:
+        watch.fails(error, unexpected=not isinstance(error, UserError))
+        raise
 
 
 def _untrained(unit: Unit, configs: list[ConfigDict], mesh) -> tuple[str, None]:

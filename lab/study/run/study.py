@@ -9,6 +9,7 @@ from typing import NamedTuple
 import filelock
 import jax
 
+from lab import watch
 from lab.exchange import companions
 from lab.storage import write_json
 from lab.study import evaluations, results
@@ -79,6 +80,7 @@ def run_study(
 
 def _make(unit: Unit, display: Display, stop: Callable[[int], bool]) -> None:
     """Makes the runs of a unit. One that fails is written down, and the others are made without it."""
+    watch.begin(unit[0].name, watch.BEGINS)
     if jax.process_index() == 0:
         for run in unit:
             (run.directory / "failure.json").unlink(missing_ok=True)
