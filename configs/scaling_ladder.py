@@ -3,6 +3,7 @@
     python -m lab.main --config=configs/scaling_ladder.py         # :cpu, 4 sizes at 3 ratios; 6 minutes, estimated
     python -m lab.main --config=configs/scaling_ladder.py:gpu --config.data.path=texts.jsonl      # 0.8M to 25M, hours
     python -m lab.main --config=configs/scaling_ladder.py:paper --config.data.path=texts.jsonl    # 25M to 1.2B
+    python -m lab.plan --config=configs/scaling_ladder.py:pod --topology=v6e:16x16    # 7B and 70B: docs/scale.md
 
 A ladder of sizes, each at several ratios of training tokens to parameters (embeddings not counted), every cell with a
 cosine of its own length: what the fit L = E + A / N^a + B / D^b needs, in the section Scaling. All sizes have the same
@@ -18,6 +19,7 @@ from typing import NamedTuple
 
 from lab.config import base
 from lab.errors import choose
+from lab.model import presets
 from lab.study.define.cells import chain, named
 
 
@@ -26,11 +28,12 @@ class Size(NamedTuple):
     layers: int
     heads: int
     kv_heads: int
+    inner: int = 0
 
     @property
     def width(self) -> int:
-        """Of the feed-forward: 8/3 of the model's, in eights."""
-        return 8 * round(self.dim / 3)
+        """Of the feed-forward: 8/3 of the model's, in eights, if none is given."""
+        return self.inner or 8 * round(self.dim / 3)
 
     @property
     def parameters(self) -> int:
@@ -108,4 +111,14 @@ def paper(config) -> None:
     set_cells(config, tuple(sizes), (5, 10, 20, 40))
 
 
-SCALES = {"cpu": cpu, "gpu": gpu, "paper": paper}
+def pod(config) -> None:
+    """Llama 2 of 7B and 70B (arXiv 2307.09288) in its steps of 4M tokens, for slices of TPUs."""
+    paper(config)
+    presets.apply(config.model, "llama")
+    config.run.remat = "full"
+    config.data.update(dict(text_length=4096, rows=1024))
+    config.train.update(dict(learning_rate=3e-4, final_learning_rate=3e-5, warmup=2000))
+    set_cells(config, (Size(4096, 32, 32, 32, 11_008), Size(8192, 80, 64, 8, 28_672)), (20,))
+
+
+SCALES = {"cpu": cpu, "gpu": gpu, "paper": paper, "pod": pod}

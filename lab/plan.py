@@ -1,15 +1,19 @@
 """Prints what a study would train and what each cell would cost; trains nothing and reads no data.
 
 python -m lab.plan --config=configs/rope_ablation.py [--json]
+python -m lab.plan --config=configs/head_dim_ablation.py:paper --topology=v5e:2x2    # docs/scale.md
 """
 
+import functools
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 
 from rich.console import Console
 from rich.table import Table
 
 from lab import command
+from lab.errors import UserError, choose
 from lab.study.numbers import short
 
 COLUMNS = {
@@ -47,7 +51,16 @@ NAMED = 4  # cells of a line, where more cost the same
 def main(argv: list[str]) -> None:
     parser = command.parser(__doc__)
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--topology", metavar="CHIP:SIDES", help="compile the training step for a slice of TPUs, such as v5e:16x16"
+    )
+    parser.add_argument("--cell", metavar="NAME", help="that of this cell alone (default: of one cell of each program)")
     flags, config, overridden = command.parse(parser, argv)
+    if flags.cell and not flags.topology:
+        raise UserError(f"--cell={flags.cell} names a cell to compile; give a slice too, such as --topology=v5e:16x16")
+    if flags.topology:
+        on_slice(flags, config, overridden)
+        return
 
     from lab.data.dataset import unnamed
     from lab.study.define import calibration
@@ -69,7 +82,7 @@ def main(argv: list[str]) -> None:
     for row in rows:
         table.add_row(*(_shown(row[name]) for name in COLUMNS))
     programs = len({row["executable"] for row in rows})
-    console = Console(width=max(Console().width, 150), highlight=False, markup=False, emoji=False)
+    console = _console()
     console.print(table)
     console.print(over_devices(rows))
     console.print(moved(rows))
@@ -86,6 +99,50 @@ def main(argv: list[str]) -> None:
         )
     for line in dict.fromkeys(filter(None, (unnamed(cell.config) for cell in study.cells))):
         console.print(line)
+
+
+def _console() -> Console:
+    return Console(width=max(Console().width, 150), highlight=False, markup=False, emoji=False)
+
+
+def on_slice(flags, config, overridden: tuple[str, ...]) -> None:
+    """Prints what the training step of each program takes on a slice of TPUs."""
+    from lab.slice import show, step
+
+    of, say = step.open_slice(flags.topology), functools.partial(print, file=sys.stderr, flush=True)
+
+    from lab.study.open import open
+
+    study = open(config, overridden)
+    if flags.cell:
+        choose("--cell", flags.cell, [cell.name for cell in study.cells])
+    programs: dict[str, list] = {}
+    for cell, row in zip(study.cells, study.rows, strict=True):
+        if flags.cell in (None, cell.name):
+            programs.setdefault(row["executable"], []).append((cell, row))
+    for cells in programs.values():  # refused before anything is compiled
+        step.check(cells[0][0].config, of)
+    every, console = [], _console()
+    for number, cells in enumerate(programs.values(), 1):
+        (cell, row), config = cells[0], cells[0][0].config
+        say(f"compiling {cell.name} for {of.name} ({number} of {len(programs)})")
+        found = show.described(config, of, step.compile_for(config, of, say), row, _keys(config))
+        every.append({"cells": [cell.name for cell, _ in cells]} | found)
+        if not flags.json:
+            more = f" and {len(cells) - 1} more of its program" if len(cells) > 1 else ""
+            for line in show.shown(f"{cell.name}{more}", found):
+                console.print(line)
+    if flags.json:
+        print(json.dumps({"study": config.study.name, "programs": every}, indent=1))
+
+
+def _keys(config) -> float:
+    """That a query sees, the mean over layers."""
+    from lab.model import abstract
+    from lab.study.define.plan import visible_keys
+
+    visible = [visible_keys(block.mixer.rule, config) for block in abstract(config.model, config.run).blocks]
+    return sum(visible[layer % len(visible)] for layer in range(config.model.layers)) / config.model.layers
 
 
 def over_devices(rows: list[dict]) -> Table:

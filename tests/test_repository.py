@@ -36,6 +36,7 @@ BELOW = {
     "evaluate": {"coordinates", "errors", "options", "kernels", "model", "data", "train", "decode"},
     "decode": {"coordinates", "errors", "kernels", "model", "data"},
     "serve": {"errors", "data", "decode"},
+    "slice": {"errors", "kernels", "model", "train"},
     "exchange": {  # the last two: of what runs as a command
         "errors",
         "options",

@@ -28,8 +28,8 @@ from lab.kernels.rules import Rule
 from lab.kernels.tiles import is_step
 
 __all__ = [
-    "IMPLEMENTATIONS", "Bias", "arrange", "attend", "interpreted", "lacks", "plan_tiles", "recorded", "resolve",
-    "rotates", "rules",
+    "IMPLEMENTATIONS", "Bias", "arrange", "attend", "compiled_for", "interpreted", "lacks", "plan_tiles", "recorded",
+    "resolve", "rotates", "rules",
 ]  # fmt: skip
 
 
@@ -65,6 +65,7 @@ UNABLE = {  # what is said of rows without
 AUTO = {"tpu": ("pallas_tpu", 2**17)}
 
 _interpreting = False
+_platform: str | None = None  # that programs are compiled for; None: this machine's
 _calls: list[dict] | None = None  # of `attend`, while they are recorded
 
 
@@ -77,6 +78,17 @@ def interpreted() -> Iterator[None]:
         yield
     finally:
         _interpreting = before
+
+
+@contextlib.contextmanager
+def compiled_for(platform: str) -> Iterator[None]:
+    """Within it, what is traced is compiled for devices of another platform, which are not here."""
+    global _platform
+    before, _platform = _platform, platform
+    try:
+        yield
+    finally:
+        _platform = before
 
 
 @contextlib.contextmanager
@@ -103,7 +115,7 @@ def resolve(
     """
     needs = _needs(biased, dropping, forking)
     if implementation in (None, "auto"):
-        return _auto(jax.default_backend(), keys, needs)
+        return _auto(_compiled_for(), keys, needs)
     choose("attention implementation", implementation, ("auto", *IMPLEMENTATIONS))
     obstacle = _obstacle(implementation)
     if obstacle and not (_interpreting and IMPLEMENTATIONS[implementation].interpretable):
@@ -111,6 +123,10 @@ def resolve(
     if why := _unable(implementation, needs):
         raise _refused(implementation, why, needs)
     return implementation
+
+
+def _compiled_for() -> str:
+    return _platform or jax.default_backend()
 
 
 def able(name: str, biased: bool = False, dropping: bool = False) -> bool:
@@ -149,7 +165,7 @@ def _module(name: str) -> ModuleType:
 def _obstacle(name: str) -> str | None:
     """What keeps an implementation from running here, if anything does."""
     wanted = IMPLEMENTATIONS[name].platform
-    if wanted is not None and wanted != (platform := jax.default_backend()):
+    if wanted is not None and wanted != (platform := _compiled_for()):
         return f"needs a {wanted.upper()}, and this is a {platform.upper()}"
     return lacks(name)
 
@@ -277,7 +293,7 @@ def attend(
     elif frequencies_3F is not None:
         q_BTHK = rotate(q_BTHK, rotation(q_coordinates, frequencies_3F))
     if row.interpretable:
-        options["interpret"] = row.platform != jax.default_backend()
+        options["interpret"] = row.platform != _compiled_for()
     arguments = q_BTHK, k_BSGK, v_BSGV, q_coordinates, k_coordinates, rule, scale, softcap
     parts = split.parts(B * H, T, S) if row.platform == "gpu" and is_step(T, S) else 1
     if parts > 1:

@@ -1,9 +1,11 @@
 """How batches, activations and attention lie over the mesh (data, fsdp, tensor, context)."""
 
 import math
+from collections.abc import Sequence
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -19,10 +21,11 @@ BATCH = ("data", "fsdp")  # rows; tokens lie over context, heads over tensor
 TOKENS = P(BATCH, "context")  # of an array [B, T]
 
 
-def make(config) -> Mesh:
-    """The mesh that `config.run.mesh` describes over all devices of all hosts; one axis may be -1: what is left."""
-    sizes = [config[axis] for axis in AXES]
-    devices = jax.device_count()
+def make(config, over: Sequence | None = None) -> Mesh:
+    """The mesh that `config.run.mesh` describes over these devices, or all of all hosts; one axis may be -1: what is
+    left. On a TPU an axis may take a part of a side of the slice."""
+    sizes, over = [config[axis] for axis in AXES], jax.devices() if over is None else over
+    devices = len(over)
     known = [size for size in sizes if size != -1]
     wanted = [devices // max(math.prod(known), 1) if size == -1 else size for size in sizes]
     if len(known) < len(sizes) - 1 or min(wanted) < 1 or math.prod(wanted) != devices:
@@ -30,7 +33,8 @@ def make(config) -> Mesh:
         raise UserError(
             f"run.mesh ({shown}) does not cover {devices} devices; their product must be {devices}, one may be -1"
         )
-    return jax.make_mesh(tuple(wanted), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    laid = mesh_utils.create_device_mesh(wanted, over, allow_split_physical_axes=True)
+    return Mesh(laid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def check_rows(mesh: Mesh, name: str, rows: int, tokens: int) -> None:

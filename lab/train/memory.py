@@ -25,15 +25,21 @@ def check(executable, config: ConfigDict) -> None:
     limit = _stats().get("bytes_limit")
     if not limit or (bytes_needed := needed(executable)) <= limit:
         return
-    told = f"a training step needs {bytes_needed / 2**30:.1f} GiB of a device, and it has {limit / 2**30:.1f}"
-    # What is left when the step is over grows with the model alone; the rest with the rows that are computed at once.
     temporary = executable.memory_analysis().temp_size_in_bytes
-    room, now = limit - (bytes_needed - temporary), config.run.microbatches
-    parts = [n for n in range(now + 1, config.data.rows + 1) if config.data.rows % n == 0]
+    raise UserError(unfit(config, bytes_needed - temporary, temporary, limit))
+
+
+def unfit(config: ConfigDict, held: int, temporary: int, limit: float, over: int = 1) -> str:
+    """What is said of a training step that does not fit, and what to choose. held: bytes that are left when it is over,
+    which grow with the model alone; temporary: those besides, which grow with the rows that are computed at once.
+    over: devices that these rows lie over."""
+    told = f"a training step needs {(held + temporary) / 2**30:.1f} GiB of a device, and it has {limit / 2**30:.1f}"
+    room, now = limit - held, config.run.microbatches
+    parts = [n for n in range(now + 1, config.data.rows + 1) if config.data.rows % (n * over) == 0]
     enough = [n for n in parts if n * room >= now * temporary]
     ways = [f"run.microbatches = {enough[0]}"] if room > 0 and enough else []
     ways += [f"run.remat = {'dots' if config.run.remat == 'none' else 'full'}"] * (config.run.remat != "full")
-    raise UserError(f"{told}; choose {' or '.join([*ways, 'more devices (run.mesh.fsdp)', 'fewer data.rows'])}")
+    return f"{told}; choose {' or '.join([*ways, 'more devices (run.mesh.fsdp)', 'fewer data.rows'])}"
 
 
 def _stats() -> dict:

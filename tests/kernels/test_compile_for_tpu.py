@@ -43,3 +43,20 @@ def test_every_width_compiles_within_memory(tpu, options):
             assert each["temporaries"] < 0.5 * cache, each
         if each["keys"] == 2**17:
             assert each["temporaries"] < 20 * cache, each  # that of scores would be thousands of times as much
+
+
+def test_a_training_step_is_planned_for_a_slice():
+    """A whole command: attention's own kernels are in the step, its weights are gathered over fsdp and its products
+    summed over tensor, and it makes at least the FLOPs of the model."""
+    environment = elsewhere.environment("tpu", elsewhere.libtpu())
+    command = [sys.executable, "-m", "lab.plan", "--config=configs/rope_ablation.py", "--topology=v5e:2x2", "--json"]
+    command += [f"--config.run.{field}" for field in ("scan=true", "mesh.data=1", "mesh.fsdp=2", "mesh.tensor=2")]
+    with filelock.FileLock(elsewhere.ROOT / ".venv-tpu.lock"):
+        made = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=elsewhere.ROOT)
+    assert made.returncode == 0, made.stderr[-3000:]
+    (found,) = json.loads(made.stdout)["programs"]
+    assert len(found["cells"]) == 10 and found["fits"] and found["unknown_loops"] == 0
+    assert {("all-gather", "fsdp"), ("all-reduce", "tensor")} <= {(c["kind"], c["axes"]) for c in found["collectives"]}
+    assert 1 <= found["flops"] / found["flops_model"] < 2
+    assert 0 < found["bytes"]["held"] < found["bytes"]["total"] < 2**30
+    assert "compiling rope_ratio=0.0" in made.stderr

@@ -1,0 +1,1 @@
+"""What a training step would take on a slice of TPUs that is not here: it is compiled for the slice, and read."""
