@@ -211,6 +211,20 @@ ROWS = {
         ("evaluation repeats its texts", "range((first + row) * n, (first + row + 1) * n)",
          "range(row * n, (row + 1) * n)"),
         ("seeds share epochs", ".shuffle(mixed)", ".shuffle(seed)"),
+        ("hosts read all rows", "return known(ids) if known else np", "return np"),
+    ],
+    "data/shards.py": [
+        ("texts of the shard before", "bisect.bisect_right(self._ends, i)", "bisect.bisect_left(self._ends, i)"),
+        ("records of any length", "if len(record) != int(self._lengths[i])", "if 0 * int(self._lengths[i])"),
+        ("kept without a look", " and reading.digest(file) == shard[part]", ""),
+        ("sizes not compared", "if there != size else", "if False else"),
+        ("large ids cut", '"<u2" if tokenizer.size <= 2**16 else "<i4"', '"<u2"'),
+    ],
+    "data/preparation.py": [
+        ("drafts stay", "if path.name != _LOCK:", "if False:"),
+        ("gone on with another", "if before.get(field) != about[field]]", "if False]"),
+        ("what is ahead stays", ">= count:", "> count + 99:"),
+        ("an endless stream", "found[s] >= most for s", "found[s] > 9 * most for s"),
     ],
     "data/probes.py": [
         ("induction asks itself", "symbols[asked + 1]", "symbols[asked]"),
@@ -228,7 +242,7 @@ ROWS = {
         ("no answer passes", "    if not answers:\n", "    if False:\n"),
         ("what cannot be answered is", 'return Question(text, ("",))', "pass"),
     ],
-    "data/dataset.py": [("fingerprint without the cap", '["digest"], len(kept), data', '["digest"], data')],
+    "data/dataset.py": [("fingerprint without the cap", '["digest"], len(kept), conf', '["digest"], conf')],
     "train/step.py": [
         ("unlabelled tokens count", "jnp.sum(jnp.where(labelled, x, 0))", "jnp.sum(x)"),
         ("z-loss rewarded", "(ce + z_loss * z) / tokens", "(ce - z_loss * z) / tokens"),

@@ -120,6 +120,12 @@ def huggingface(data: ConfigDict) -> Corpus:
     return Corpus(fingerprint, f"huggingface ({data.path})", read, streamed=True)
 
 
+def prepared(data: ConfigDict) -> Corpus:
+    """Texts that lab.prepare has cut and tokenised: lab.data.dataset opens them, and they are documents no more."""
+    others = ", ".join(each for each in CORPORA if each != data.corpus)
+    raise UserError(f"data.corpus = 'prepared' is tokenised already; choose one of: {others}")
+
+
 class CorpusKind(NamedTuple):
     """A row of the table: how a corpus is opened, of config.data, and what that reads."""
 
@@ -128,7 +134,7 @@ class CorpusKind(NamedTuple):
 
 
 TEXTS = packing.OPTIONS | OPTIONS  # what every corpus reads
-PATH = {"path": Option("", "paths or globs joined by commas, or a dataset's name")}
+PATH = {"path": Option("", "paths or globs joined by commas, a dataset's name, or a directory that was prepared")}
 FIELD = {
     "field": Option("text", "of a JSON line, a parquet column, a dataset; meta.text: in a field of it"),
     "missing": Option("refuse", "what becomes of a row that has no text there", choices=("refuse", "skip")),
@@ -139,6 +145,7 @@ CORPORA = {
     "jsonl": CorpusKind(jsonl, TEXTS | PATH | FIELD),
     "parquet": CorpusKind(parquet, TEXTS | PATH | FIELD),
     "huggingface": CorpusKind(huggingface, TEXTS | PATH | FIELD),
+    "prepared": CorpusKind(prepared, TEXTS | PATH),
 }
 
 

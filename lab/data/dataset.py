@@ -2,12 +2,17 @@
 
 import functools
 import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from lab.data import cache, corpora, texts, tokenizers
+from lab.data import cache, corpora, shards, texts, tokenizers
 from lab.data.checks import check_training
+from lab.data.corpora import Corpus
+from lab.data.shards import Shards
 from lab.data.texts import Texts
 from lab.data.tokenizers import Tokenizer
 from lab.errors import UserError
@@ -20,8 +25,8 @@ class Data(NamedTuple):
     A probe has no texts: its rows are made from numbers alone.
     """
 
-    train: Texts | None
-    validation: Texts | None
+    train: Texts | Shards | None
+    validation: Texts | Shards | None
     tokenizer: Tokenizer
     fingerprint: str
     validation_fingerprint: str
@@ -39,30 +44,100 @@ def open(config: ConfigDict) -> Data:
         raise UserError(missing)
     corpus = corpora.open(data)
     tokenizer = tokenizers.open(data, corpus)
+    check_vocabulary(config, tokenizer)
+    entry = texts.prepare(
+        corpus,
+        tokenizer,
+        data.text_length,
+        data.long_texts,
+        most(config, corpus),
+        data.lossy,
+        text_bytes=data.text_bytes,
+    )
+    splits = Texts(entry, "train", data.texts), Texts(entry, "validation")
+    return _checked(config, corpus.searched, tokenizer, texts.read_meta(entry), *splits)
+
+
+def open_prepared(config: ConfigDict) -> Data:
+    """The texts of the directory `config.data.path`, which lab.prepare has filled.
+
+    Raises UserError as `open` does, for a directory that is not whole, and for fields that are not those by which its
+    texts were cut.
+    """
+    check_training(config)
+    data = config.data
+    manifest = shards.read_manifest(data.path)
+    about, directory = manifest["about"], Path(data.path).expanduser()
+    for name in ("text_length", "long_texts", "text_bytes", "eos"):
+        if data[name] != about[name]:
+            raise _prepared_otherwise(config, name, about[name])
+    tokenizer = tokenizers.load(directory, data.eos)
+    if tokenizer.fingerprint != about["tokenizer"]:
+        raise UserError(f"{directory / tokenizers.FILE} is not the tokenizer of {directory / shards.MANIFEST}")
+    if data.tokenizer != manifest["tokenizer"] and not _is(data, tokenizer):
+        raise _prepared_otherwise(config, "tokenizer", manifest["tokenizer"])
+    check_vocabulary(config, tokenizer)
+    searched = f"prepared ({data.path}) from {manifest['searched']}"
+    texts.check_lost(data.lossy, manifest, searched, tokenizer)
+    splits = Shards(directory, "train", data.texts), Shards(directory, "validation")
+    return _checked(config, searched, tokenizer, manifest, *splits)
+
+
+def _is(data: ConfigDict, tokenizer: Tokenizer) -> bool:
+    """Whether data.tokenizer is the path of one."""
+    path = os.path.expanduser(data.tokenizer)
+    return os.path.isfile(path) and tokenizers.from_file(Path(path), data.eos).fingerprint == tokenizer.fingerprint
+
+
+def _prepared_otherwise(config: ConfigDict, name: str, there) -> UserError:
+    return UserError(
+        f"data.path = {config.data.path!r} was prepared with data.{name} = {there!r}, not {config.data[name]!r}; "
+        "set that, or prepare another directory"
+    )
+
+
+def check_vocabulary(config: ConfigDict, tokenizer: Tokenizer) -> None:
+    """Raises UserError for a tokenizer with more ids than the model has."""
     if tokenizer.size > config.model.vocabulary:
         raise UserError(
-            f"data.tokenizer = {data.tokenizer!r} has {tokenizer.size} ids, over model.vocabulary = "
+            f"data.tokenizer = {config.data.tokenizer!r} has {tokenizer.size} ids, over model.vocabulary = "
             f"{config.model.vocabulary}; raise it to at least {tokenizer.size}"
         )
-    # A capped stream stops early; its validation texts are then as many as evaluation reads, whatever the cap.
-    most = (data.texts, _of_a_stream(config)) if corpus.streamed and data.texts else (None, None)
-    entry = texts.prepare(
-        corpus, tokenizer, data.text_length, data.long_texts, most, data.lossy, text_bytes=data.text_bytes
-    )
-    meta = texts.read_meta(entry)
+
+
+def most(config: ConfigDict, corpus: Corpus) -> tuple[int | None, int | None]:
+    """Training and validation texts to read, None for all. A capped stream stops early; its validation texts are then
+    as many as evaluation reads, whatever the cap."""
+    data = config.data
+    return (data.texts, _of_a_stream(config)) if corpus.streamed and data.texts else (None, None)
+
+
+def _checked(
+    config: ConfigDict,
+    searched: str,
+    tokenizer: Tokenizer,
+    meta: dict,
+    train: Sequence,
+    validation: Sequence,
+) -> Data:
+    """The splits, once they are large enough; what a user should know of them is told."""
     if tokenizer.eos is None:
         _say(tokenizers.end_unknown(tokenizer))
     if meta["lost"]:
-        _say(f"data.lossy = 'keep': {texts.loss(meta, corpus, tokenizer)}")
+        _say(f"data.lossy = 'keep': {texts.loss(meta, searched, tokenizer)}")
     if meta["missing"]:
-        _say(f"{meta['missing']} of {meta['documents']} rows of {corpus.searched} have no text and are skipped")
-    _check_enough(config, corpus.searched, meta)
-    train, validation = Texts(entry, "train", data.texts), Texts(entry, "validation")
+        _say(f"{meta['missing']} of {meta['documents']} rows of {searched} have no text and are skipped")
+    _check_enough(config, searched, meta)
     trained, held_out = (
-        cache.digest(meta[split]["digest"], len(kept), data.text_length, tokenizer.fingerprint)
+        cache.digest(meta[split]["digest"], len(kept), config.data.text_length, tokenizer.fingerprint)
         for split, kept in (("train", train), ("validation", validation))
     )
     return Data(train, validation, tokenizer, trained, held_out)
+
+
+def empty(searched: str) -> UserError:
+    """That a corpus has nothing to learn from."""
+    return UserError(f"the corpus {searched} is empty: no text of at least 2 tokens")
 
 
 def unnamed(config: ConfigDict) -> str | None:
@@ -104,7 +179,7 @@ def _check_enough(config: ConfigDict, searched: str, meta: dict) -> None:
     data = config.data
     found = {split: meta[split]["texts"] for split in ("train", "validation")}
     if not any(found.values()):
-        raise UserError(f"the corpus {searched} is empty: no text of at least 2 tokens")
+        raise empty(searched)
     step = data.rows * data.texts_per_row
     if found["train"] < data.texts:
         raise UserError(

@@ -142,13 +142,19 @@ class _TextSteps:
 
     def __call__(self, step: int) -> tuple[Batch, Info]:
         ids = self._order[step]
-        texts = [self._texts[i] for i in ids]
         n = self._layout.texts
         rows = [
-            self._layout.row(texts[row * n : (row + 1) * n], _row_rng(self._seed, step, row)) for row in self._local
+            self._layout.row([self._texts[i] for i in ids[row * n : (row + 1) * n]], _row_rng(self._seed, step, row))
+            for row in self._local
         ]
-        tokens = sum(map(len, texts))
+        tokens = int(_lengths(self._texts, ids).sum())
         return stacked(rows), Info(_hash(ids), tokens / (self._rows * self._layout.length), tokens)
+
+
+def _lengths(texts: Sequence[np.ndarray], ids: np.ndarray) -> np.ndarray:
+    """Tokens of texts. Those of other hosts' rows are not read for it, where the texts know how long they are."""
+    known = getattr(texts, "lengths", None)
+    return known(ids) if known else np.array([len(texts[i]) for i in ids])
 
 
 def prefetched(
@@ -163,7 +169,7 @@ def prefetched(
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()
         options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
-        batches = batches.mp_prefetch(options, worker_init_fn=_follow_parent)
+        batches = batches.mp_prefetch(options, worker_init_fn=follow_parent)
     iterator = iter(batches)
     try:
         yield from iterator
@@ -171,8 +177,8 @@ def prefetched(
         iterator.close()
 
 
-def _follow_parent(index: int, count: int) -> None:
-    """A packing process outlives signals sent to the whole group, which its parent answers, but not its parent."""
+def follow_parent(*_) -> None:
+    """A worker process outlives signals sent to the whole group, which its parent answers, but not its parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 

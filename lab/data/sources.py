@@ -25,9 +25,10 @@ class Source(NamedTuple):
 
 
 TEXTS = Source(checks.check_training, dataset.open, pipeline.train_batches, pipeline.nominal_coordinates)
+PREPARED = TEXTS._replace(open=dataset.open_prepared)
 PROBE = Source(generated.check, generated.open, generated.train_batches, generated.nominal_coordinates)
 DATA = Room({}, (Part("corpus", CORPORA | PROBES, "stdlib", "where texts come from, or a probe", at=""),))
-SOURCES = dict.fromkeys(CORPORA, TEXTS) | dict.fromkeys(PROBES, PROBE)
+SOURCES = dict.fromkeys(CORPORA, TEXTS) | {"prepared": PREPARED} | dict.fromkeys(PROBES, PROBE)
 
 
 def source(config: ConfigDict) -> Source:

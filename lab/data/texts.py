@@ -50,6 +50,10 @@ class Texts:
             raise IndexError(f"text {i} of {self._count}")
         return self._tokens[self._offsets[i] : self._offsets[i + 1]].astype(np.int32)
 
+    def lengths(self, ids: np.ndarray) -> np.ndarray:
+        """Tokens of so many texts, without reading them."""
+        return self._offsets[ids + 1] - self._offsets[ids]
+
     def __reduce__(self):
         return Texts, self._opened
 
@@ -83,9 +87,7 @@ def prepare(
     key = cache.digest(_FORMAT, corpus.fingerprint, tokenizer.fingerprint, text_length, long_texts, *most, *by_bytes)
 
     def check(meta: dict) -> None:
-        if lossy == "refuse" and meta["lost"]:
-            told = loss(meta, corpus, tokenizer)
-            raise UserError(f"{told}; choose a tokenizer that has them, or set data.lossy to keep (now refuse)")
+        check_lost(lossy, meta, corpus.searched, tokenizer)
 
     entry = cache.kept(
         cache.root() / "texts" / key,
@@ -95,12 +97,19 @@ def prepare(
     return entry
 
 
-def loss(meta: dict, corpus: Corpus, tokenizer: Tokenizer) -> str:
+def check_lost(lossy: str, meta: dict, searched: str, tokenizer: Tokenizer) -> None:
+    """Refuses a tokenizer that cannot write some characters of a corpus, unless they may be lost."""
+    if lossy == "refuse" and meta["lost"]:
+        told = loss(meta, searched, tokenizer)
+        raise UserError(f"{told}; choose a tokenizer that has them, or set data.lossy to keep (now refuse)")
+
+
+def loss(meta: dict, searched: str, tokenizer: Tokenizer) -> str:
     """Which share of the characters the tokenizer lost, in words."""
     shown = ", ".join(map(repr, meta["lost_most"]))
     return (
         f"data.tokenizer = {tokenizer.name!r} loses {meta['lost']} of {meta['characters']} characters "
-        f"({meta['lost'] / meta['characters']:.2%}) of the corpus {corpus.searched}, such as {shown}"
+        f"({meta['lost'] / meta['characters']:.2%}) of the corpus {searched}, such as {shown}"
     )
 
 
@@ -183,23 +192,14 @@ def _build(
                 stack.enter_context(contextlib.closing(_Writer(entry, split, dtype, limit)))
                 for split, limit in zip(("train", "validation"), most, strict=True)
             ]
-        for chunk in _chunks(_watched(corpus)):
+        for chunk in chunks(_watched(corpus)):
             wanted = [document for document in chunk if not writers[document.validation].full]
-            pieces = [bytewise.pieces(d.text, text_bytes) if text_bytes else [d.text] for d in wanted]
-            written = list(itertools.chain.from_iterable(pieces))
-            encoded = tokenizer.encode_batch(written)
-            lost += tokenizer.lost(written, encoded)
-            count.update(documents=len(chunk), missing=sum(d.missing for d in chunk), characters=sum(map(len, written)))
-            commonest = [character for character, _ in lost.most_common(_SHOWN)]
-            meta.update(count, lost=lost.total(), lost_most=commonest)
+            characters, missed, made = tokenised(wanted, tokenizer, text_length, long_texts, text_bytes)
+            lost += missed
+            count.update(documents=len(chunk), missing=sum(d.missing for d in chunk), characters=characters)
+            meta.update(count, **told_of(lost))
             check(meta)
-            following = iter(encoded)
-            for document, of_it in zip(wanted, pieces, strict=True):
-                ids = list(itertools.islice(following, len(of_it)))
-                if text_bytes:
-                    texts = bytewise.framed(document, of_it, ids, tokenizer, text_length)
-                else:
-                    texts = cut(_ended(document, ids[0], tokenizer.eos), document.name, text_length, long_texts)
+            for document, texts in zip(wanted, made, strict=True):
                 with cache.explained():
                     writers[document.validation].add(*texts)
             if all(writer.full for writer in writers):
@@ -209,16 +209,43 @@ def _build(
             (entry / _META).write_text(json.dumps(meta, indent=1), "utf-8")
 
 
+def tokenised(
+    documents: list[Document], tokenizer: Tokenizer, text_length: int, long_texts: str, text_bytes: int
+) -> tuple[int, Counter[str], Iterator[tuple[np.ndarray, ...]]]:
+    """Characters that were read; those that the tokenizer lost, and how often; and the texts of each document: their
+    ids in a row, the tokens of each, and, where bytes cut them, its bytes."""
+    pieces = [bytewise.pieces(d.text, text_bytes) if text_bytes else [d.text] for d in documents]
+    written = list(itertools.chain.from_iterable(pieces))
+    encoded = tokenizer.encode_batch(written)
+
+    def made() -> Iterator[tuple[np.ndarray, ...]]:
+        following = iter(encoded)
+        for document, of_it in zip(documents, pieces, strict=True):
+            ids = list(itertools.islice(following, len(of_it)))
+            if text_bytes:
+                yield bytewise.framed(document, of_it, ids, tokenizer, text_length)
+            else:
+                yield cut(_ended(document, ids[0], tokenizer.eos), document.name, text_length, long_texts)
+
+    return sum(map(len, written)), tokenizer.lost(written, encoded), made()
+
+
+def told_of(lost: Counter[str]) -> dict:
+    """What is kept of the characters that were lost: how many, and the commonest."""
+    return dict(lost=lost.total(), lost_most=[character for character, _ in lost.most_common(_SHOWN)])
+
+
 def _ended(document: Document, ids: np.ndarray, eos: int | None) -> np.ndarray:
     return np.append(ids, np.int32(eos)) if document.ends and eos is not None else ids
 
 
-def _chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    chunk, characters = [], 0
+def chunks(documents: Iterable[Document], most: int | None = None) -> Iterator[list[Document]]:
+    """Documents, in order, some at a time: until they have so many characters or more. The last may be none."""
+    chunk, characters, most = [], 0, most or _CHUNK_CHARACTERS
     for document in documents:
         chunk.append(document)
         characters += len(document.text)
-        if characters >= _CHUNK_CHARACTERS:
+        if characters >= most:
             yield chunk
             chunk, characters = [], 0
     yield chunk

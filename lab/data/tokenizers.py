@@ -262,7 +262,7 @@ def open(data: ConfigDict, corpus: Corpus) -> Tokenizer:
         return Bytes()
     if size := _bpe_size(data.tokenizer):
         return _trained(corpus, size, data.eos)
-    return _from_file(Path(os.path.expanduser(data.tokenizer)), data.eos)
+    return from_file(Path(os.path.expanduser(data.tokenizer)), data.eos)
 
 
 def check(name: str, eos: str = "") -> None:
@@ -306,7 +306,7 @@ def load(directory: Path, eos: str = "") -> Tokenizer:
     if content == _BYTES.encode():
         return Bytes()
     if not content.startswith(_SYMBOLS.encode()):
-        return _from_file(path, eos)
+        return from_file(path, eos)
     try:
         return Symbols(int(json.loads(content)["size"]))
     except (ValueError, TypeError, KeyError) as error:
@@ -342,7 +342,8 @@ def _unknown(model: Mapping, vocabulary: Mapping[str, int]) -> int | None:
     return model["unk_id"] if "unk_id" in model else vocabulary.get(model.get("unk_token"))
 
 
-def _from_file(path: Path, eos: str = "") -> Json:
+def from_file(path: Path, eos: str = "") -> Json:
+    """The tokenizer of a tokenizer.json. Raises UserError for what is none."""
     try:
         return Json(path.read_text("utf-8"), eos, str(path), path.parent)
     except UserError:
