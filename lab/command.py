@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from lab.errors import UserError, choose
 from lab.options import leaves, set_field
+from lab.storage import told
 
 EPILOG = """any field of the config can be set: --config.train.steps=50 --config.model.position.unselected=time
 a config takes a scale after a colon:  --config=configs/rope_ablation.py:gpu"""
@@ -28,7 +29,7 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     try:
         sys.exit(main(sys.argv[1:]))
     except UserError as error:
-        print(f"lab: {error}", file=sys.stderr)
+        print(f"lab: {told(error)}", file=sys.stderr)
         sys.exit(getattr(error, "exit_code", 2))
     except BrokenPipeError:  # who read the output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -41,7 +42,7 @@ def run(main: Callable[[list[str]], int | None]) -> None:
             if error.errno in (errno.ENOSPC, errno.EDQUOT)
             else f"{error}; mend that"
         )
-        print(f"lab: {said} and run the same command again: it goes on", file=sys.stderr)
+        print(f"lab: {told(said)} and run the same command again: it goes on", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("lab: interrupted; run the same command again: it goes on", file=sys.stderr)
