@@ -105,8 +105,8 @@ def mirrored(url: str, name: str = "", owner: bool = True) -> Mirror:
     for an unknown scheme, and where what speaks to the store is not installed."""
     from lab.remote.mirror import Mirror  # nothing of it is loaded for a directory of this machine
 
-    scheme, _, place = url.rstrip("/").partition("://")
-    local = _room(name or _own_name(), owner) / scheme / place
+    scheme, _, place = url.partition("://")
+    local = _room(name or _own_name(), owner) / scheme / place.strip("/")
     if local not in _mirrors:
         _mirrors[local] = Mirror(url, local)
     return _mirrors[local]

@@ -302,8 +302,8 @@ class Mirror:
 def fetch(url: str, opened: Callable[[str], Mirror]) -> pathlib.Path:
     """The copy of what a URL names: a cell, one of its seeds, or one checkpoint; with the checkpoint that is meant, and
     no other. opened: makes the mirror of the cell. Raises UserError where there is none."""
-    scheme, _, path = url.rstrip("/").partition("://")
-    parts = path.split("/")
+    scheme, _, path = url.partition("://")
+    parts = path.strip("/").split("/")
     for end in range(len(parts), 0, -1):
         store = Store(f"{scheme}://{'/'.join(parts[:end])}")
         with reached(store):

@@ -50,8 +50,9 @@ class Store:
     installed that speaks to it."""
 
     def __init__(self, url: str, files=None):
-        self.url = url.rstrip("/")
-        self.scheme, _, self._root = self.url.partition("://")
+        self.scheme, _, place = url.partition("://")
+        self._root = place.strip("/")
+        self.url = f"{self.scheme}://{self._root}"
         self.bucket = self._root.partition("/")[0]
         if files is None and self.scheme not in LIBRARIES:
             raise UserError(f"{url} is of no known store; choose s3://BUCKET/DIR, gs://BUCKET/DIR, or a directory")
