@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from lab import watch
 from lab.errors import UserError, choose
 from lab.options import leaves, set_field
+from lab.storage import told
 
 EPILOG = """any field of the config can be set: --config.train.steps=50 --config.model.position.unselected=time
 a config takes a scale after a colon:  --config=configs/rope_ablation.py:gpu"""
@@ -31,7 +32,7 @@ def run(main: Callable[[list[str]], int | None]) -> None:
         watch.done(code or 0)
         sys.exit(code)
     except UserError as error:
-        _end(getattr(error, "exit_code", 2), str(error))
+        _end(getattr(error, "exit_code", 2), told(error))
     except BrokenPipeError:  # who read the output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -44,7 +45,7 @@ def run(main: Callable[[list[str]], int | None]) -> None:
             if error.errno in (errno.ENOSPC, errno.EDQUOT)
             else f"{error}; mend that"
         )
-        _end(1, f"{said} and run the same command again: it goes on")
+        _end(1, f"{told(said)} and run the same command again: it goes on")
     except KeyboardInterrupt:
         _end(128 + signal.SIGINT, "interrupted; run the same command again: it goes on")
     except Exception as error:

@@ -13,6 +13,7 @@ runtime.tune_allocator()  # before anything imports JAX
 
 import contextlib  # noqa: E402
 import functools  # noqa: E402
+import hashlib  # noqa: E402
 import logging  # noqa: E402
 import pathlib  # noqa: E402
 import shlex  # noqa: E402
@@ -21,7 +22,7 @@ import sys  # noqa: E402
 import time  # noqa: E402
 from collections.abc import Callable  # noqa: E402
 
-from lab import command, watch  # noqa: E402
+from lab import cluster, command, storage, watch  # noqa: E402
 
 STOPPED = watch.STOPPED
 REPORTING = 0.05  # share of the time that reports may take while runs go on
@@ -44,6 +45,7 @@ class Reporter:
 
             begun = time.monotonic()
             with watch.phase("reports"):
+                self._guarded(storage.refresh)
                 self._guarded(report.rebuild)
             self._due = time.monotonic() + (time.monotonic() - begun) / REPORTING
 
@@ -66,13 +68,24 @@ class Reporter:
             said = " ".join(str(error).split())
             self._say(
                 f"no report could be made ({type(error).__name__}: {said}); the runs go on, and python -m lab.report "
-                f"{shlex.quote(str(self._workdir))} makes it"
+                f"{shlex.quote(storage.told(self._workdir))} makes it"
             )
+
+
+def in_store(url: str, found: cluster.Cluster):
+    """The copy of a study in an object store. Of several hosts the first one opens it, later, when they can agree on
+    what it finds; all of them use the same copy."""
+    if found.processes == 1:
+        return storage.mirrored(url).open()
+    name = hashlib.sha256(f"{url} {found.address}".encode()).hexdigest()[:16]
+    return storage.mirrored(url, name, owner=found.process == 0)
 
 
 def main(argv: list[str]) -> int:
     parser = command.parser(__doc__)
-    parser.add_argument("--workdir", type=pathlib.Path, help="where the study's files go (default: runs/<study>)")
+    parser.add_argument(
+        "--workdir", help="where the study's files go, here or in an object store: s3://, gs:// (default: runs/<study>)"
+    )
     parser.add_argument(
         "--cells", default="1/1", metavar="I/N", help="only every N-th cell, from the I-th: for job arrays"
     )
@@ -95,13 +108,20 @@ def main(argv: list[str]) -> int:
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax tells every save, and twice what it raises
     counts = runtime.CompileCounts()
     say = functools.partial(print, file=sys.stderr, flush=True)
-    study = open(config, overridden, flags.workdir, flags.remake).decide_attention(say)  # before a device is held
+    store = in_store(flags.workdir, found) if storage.is_remote(flags.workdir) else None
+    workdir = store.local if store else None if flags.workdir is None else pathlib.Path(flags.workdir)
+    study = open(config, overridden, workdir, flags.remake).decide_attention(say)  # before a device is held
     config = study.config
     runtime.open_devices()
+    if store and found.processes > 1:
+        hosts.first(store.open)
+        hosts.check_all_see(store.local)
     names = {cell.name for cell in study.cells[resolve.share(flags.cells)]}
     workdir, line = study.workdir, shlex.join(["python", "-m", "lab.main", *argv])
     first = jax.process_index() == 0
     replaced, held = [], contextlib.ExitStack()
+    if store and first:
+        held.callback(store.close)
     hosts.first(lambda: replaced.append(places.replaced(places.check(workdir, config), config)))
     tried = [trial.run for trial in study.trials if trial.cell in names]
     ours = [each for each in study.planned(line, held) if each.cell.name in names]
@@ -111,7 +131,7 @@ def main(argv: list[str]) -> int:
         rows = [cell.config.data.rows for cell in study.cells]
         display.say(runtime.described(found, mesh.make(config.run.mesh), rows))
         devices = f"{jax.device_count()} {jax.devices()[0].platform} devices"
-        display.say(f"{config.study.name}: {len(tried) + len(ours)} runs on {devices}, in {workdir}")
+        display.say(f"{config.study.name}: {len(tried) + len(ours)} runs on {devices}, in {storage.told(workdir)}")
         for told in filter(None, (*replaced, runs.made_elsewhere(tried + ours))):
             display.say(told)
         make = functools.partial(
@@ -131,7 +151,8 @@ def main(argv: list[str]) -> int:
         reporter.note_look()
         display.say(f"compiled: {counts}, for {tuning_summary.new + summary.new} new runs")
         reporter.rebuild()
-        display.say(f"{summary.done} of {len(ours)} runs done, {summary.failed} failed; open {workdir / 'report.html'}")
+        page = storage.told(workdir / "report.html")
+        display.say(f"{summary.done} of {len(ours)} runs done, {summary.failed} failed; open {page}")
     return 1 if summary.failed else 0
 
 

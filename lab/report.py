@@ -1,6 +1,7 @@
 """What a study found, or several side by side.
 
 python -m lab.report runs/rope_ablation             # rebuilds its tables, figures and pages
+python -m lab.report s3://bucket/rope_ablation         # the same in an object store
 python -m lab.report runs/a runs/b [--output DIR]   # writes comparison.md and comparison.html, here or to DIR
 """
 
@@ -8,7 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from lab import command
+from lab import command, storage
 from lab.errors import UserError
 from lab.study import results
 
@@ -52,14 +53,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", help="where the pages of a comparison go (default: here)")
     flags = parser.parse_args(arguments)
     try:
+        directories = [str(storage.opened(directory)) for directory in flags.directories]
         if len(flags.directories) == 1 and flags.output:
             raise UserError(f"--output={flags.output} needs several studies: the report of one goes to its directory")
         several = len(flags.directories) > 1
-        paths = compare(flags.directories, flags.output or ".") if several else rebuild(flags.directories[0])
+        paths = compare(directories, flags.output or ".") if several else rebuild(directories[0])
+        if not several:
+            storage.flush(Path(directories[0]))
         for path in paths:
-            print(path)
+            print(storage.told(path))
     except (UserError, OSError) as error:
-        print(error, file=sys.stderr)
+        print(storage.told(error), file=sys.stderr)
         return 2
     return 0
 

@@ -1,16 +1,27 @@
-"""Where what is made once is kept; files that appear whole or not at all, and JSON kept in them."""
+"""Where what is made once is kept; files that appear whole or not at all, and JSON kept in them; and the door to
+object stores, whose directories are worked on in copies here (`lab.remote`)."""
 
+from __future__ import annotations
+
+import atexit
+import contextlib
 import functools
 import hashlib
 import json
 import logging
 import os
 import secrets
+import shutil
+import typing
 from pathlib import Path
 
 from lab.errors import UserError
 
+if typing.TYPE_CHECKING:
+    from lab.remote.mirror import Mirror
+
 SEAL = "checksum"
+_mirrors: dict[Path, Mirror] = {}  # of this process, by the directories of their copies
 
 
 def cache_directory() -> Path:
@@ -81,3 +92,86 @@ def _checksum(value: dict) -> str:
 def say_damaged(path: Path, told: str = "is damaged: it is taken as missing") -> None:
     """Once for each file."""
     logging.warning("%s %s", path, told)
+
+
+def is_remote(path: str | Path) -> bool:
+    """Whether a path is in an object store."""
+    return "://" in str(path)
+
+
+def mirrored(url: str, name: str = "", owner: bool = True) -> Mirror:
+    """The directory at a URL of an object store, not opened yet. Its copy is in the cache, and goes when this process
+    ends. name: of the room of the copy, where several processes share it, of which one is the owner. Raises UserError
+    for an unknown scheme, and where what speaks to the store is not installed."""
+    from lab.remote.mirror import Mirror  # nothing of it is loaded for a directory of this machine
+
+    scheme, _, place = url.partition("://")
+    local = _room(name or _own_name(), owner) / scheme / place.strip("/")
+    if local not in _mirrors:
+        _mirrors[local] = Mirror(url, local)
+    return _mirrors[local]
+
+
+def mirror(path: Path) -> Mirror | None:
+    """Of the copy that a path is in; None of a path that is in no copy."""
+    return next((one for one in _mirrors.values() if path.is_relative_to(one.local)), None)
+
+
+def opened(path: str | Path) -> Path:
+    """The directory of a study, or its copy where it is in an object store."""
+    return mirrored(str(path)).open().local if is_remote(path) else Path(path)
+
+
+def refresh(path: Path) -> None:
+    """Fetches what is new in the store, if a path is in a copy."""
+    if one := mirror(path):
+        one.pull()
+
+
+def flush(path: Path) -> None:
+    """Returns when the store has all that was written, if a path is in a copy."""
+    if one := mirror(path):
+        one.flush()
+
+
+def told(text: object) -> str:
+    """A text that names copies, with the URLs of what they are copies of."""
+    text = str(text)
+    for one in sorted(_mirrors.values(), key=lambda one: -len(str(one.local))):
+        text = text.replace(str(one.local), one.store.url)
+    return text
+
+
+def local(path: str | Path) -> Path:
+    """Where a cell, one of its seeds or one checkpoint can be read: of an object store it is fetched first."""
+    if not is_remote(path):
+        return Path(path).expanduser()
+    from lab.remote.mirror import fetch
+
+    return fetch(str(path), functools.partial(mirrored, name=f"{_own_name()}-fetched"))
+
+
+@functools.cache
+def _own_name() -> str:
+    return secrets.token_hex(8)
+
+
+@functools.cache
+def _room(name: str, owner: bool) -> Path:
+    """A directory for copies, which goes when its owner ends. Those of owners that were killed go now: the stores have
+    what is in them."""
+    root = cache_directory() / "mirrors"
+    if not owner:
+        return root / name
+    import filelock
+
+    root.mkdir(parents=True, exist_ok=True)
+    for path in root.glob("*.lock"):
+        with contextlib.suppress(filelock.Timeout, OSError), filelock.FileLock(path, blocking=False):
+            shutil.rmtree(path.with_suffix(""), ignore_errors=True)
+            path.unlink(missing_ok=True)
+    lock = filelock.FileLock(root / f"{name}.lock")
+    lock.acquire()
+    atexit.register(lock.release)
+    atexit.register(shutil.rmtree, root / name, ignore_errors=True)  # what is registered last is done first
+    return root / name

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from lab.errors import UserError
 from lab.model import parameter
 from lab.options import leaves
-from lab.storage import find_json, read_json, write_json
+from lab.storage import find_json, local, read_json, told, write_json
 from lab.train import checkpoint
 from lab.train.partition import Partition, parted, whole
 
@@ -44,7 +44,7 @@ def find(path, base=None) -> Origin:
 
     Raises UserError where there is none.
     """
-    cell, directory, step = checkpoint.locate(pathlib.Path(path).expanduser())
+    cell, directory, step = checkpoint.locate(local(path))
     stored = read_json(cell / "config.json")
     fields, partition = leaves(stored), Partition.of(stored)
     untrained = fields.get("checkpoint") and fields.get("train.steps") == 0
@@ -79,12 +79,12 @@ def keep(cell: pathlib.Path, path: str) -> None:
     write_json(cell / BASE, {"weights": digest(find(path))})
 
 
-def pinned(path) -> pathlib.Path:
-    """A path at which `find` finds these weights, whatever a run that goes on saves beside them."""
+def pinned(path) -> str:
+    """A path, or a URL, at which `find` finds these weights, whatever a run that goes on saves beside them."""
     found = find(path)
     if found.cell not in found.directory.parents:  # it trained nothing, and names where its weights are
-        return found.cell.absolute()
-    return (found.directory / str(checkpoint.newest(found.directory, found.step)[0])).absolute()
+        return told(found.cell.absolute())
+    return told((found.directory / str(checkpoint.newest(found.directory, found.step)[0])).absolute())
 
 
 def of_run(config: ConfigDict, directory: pathlib.Path) -> Origin:

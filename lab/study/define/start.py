@@ -36,7 +36,7 @@ def laid(config: ConfigDict, overridden: tuple[str, ...] = ()) -> ConfigDict:
         brings = f"; bring {config.study.brings}" if config.study.brings else ""
         raise UserError(f"config.checkpoint = {config.checkpoint!r}: {error}{brings}") from None
     changed = config.copy_and_resolve_references()
-    changed.checkpoint = str(pinned)
+    changed.checkpoint = pinned
     own = {"model.compute"} if config.model.compute != lab_config.base().model.compute else set()  # no part of weights
     for name, value in brought.items():
         if name not in {*overridden, *own}:

@@ -8,7 +8,7 @@ import shlex
 from pathlib import Path
 from statistics import fmean, stdev
 
-from lab.storage import find_json, write_atomically
+from lab.storage import find_json, told, write_atomically
 from lab.study.judge.evidence import Findings
 from lab.study.judge.residuals import MEANINGS, shown
 from lab.study.numbers import number
@@ -52,7 +52,7 @@ def command(study: Results, place: int) -> str:
         if not own and not skipped:
             kept.append(word)
         skipped = own and "=" not in word  # its value is the next word
-    share, workdir = f"--cells={place}/{len(study.plan['cells'])}", f"--workdir={study.directory}-again"
+    share, workdir = f"--cells={place}/{len(study.plan['cells'])}", f"--workdir={told(study.directory)}-again"
     return shlex.join([*kept, share, workdir])
 
 

@@ -59,7 +59,7 @@ def train(unit: Unit, display: Display, stop: Callable[[int], bool]) -> tuple[st
         for log, weights in zip(logs, learned.of_members(state.model.stream, len(unit)), strict=True):
             log.weights(step, weights)
 
-    checkpoints = Checkpoints(_checkpoint_directory(unit), config.run.checkpoint.keep)
+    checkpoints = Checkpoints(checkpoint_directory(unit), config.run.checkpoint.keep)
     workload = Workload([Member(c, run.data.train) for c, run in zip(configs, unit, strict=True)])
     with contextlib.ExitStack() as closing, _failures_told():  # all of them, whichever fails
         for log in logs:
@@ -78,9 +78,9 @@ def train(unit: Unit, display: Display, stop: Callable[[int], bool]) -> tuple[st
                 log.finish(weights[i])
                 write_json(run.directory / "result.json", _result(run, configs[i], mesh, trained))
     if workload.vmapped and writes:
-        shutil.rmtree(_checkpoint_directory(unit))
+        shutil.rmtree(checkpoint_directory(unit))
         with contextlib.suppress(OSError):  # another stack is there, or what was set aside
-            for directory in _checkpoint_directory(unit).parents[:2]:
+            for directory in checkpoint_directory(unit).parents[:2]:
                 directory.rmdir()
     if workload.vmapped:
         return _told(trained), None
@@ -102,7 +102,7 @@ def _failures_told():
 def _untrained(unit: Unit, configs: list[ConfigDict], mesh) -> tuple[str, None]:
     """The results of runs that take no step: they are asked with the weights that they begin from."""
     for run, config in zip(unit, configs, strict=True) if jax.process_index() == 0 else ():
-        _checkpoint_directory((run,)).mkdir(exist_ok=True)  # there, and empty
+        checkpoint_directory((run,)).mkdir(exist_ok=True)  # there, and empty
         segments.begin(run.directory, 0, segments.way(config, mesh, len(unit)))
         nothing = loop.Trained(None, 0, 0.0, 0.0, 0, None)
         write_json(run.directory / "result.json", _result(run, config, mesh, nothing))
@@ -121,7 +121,7 @@ class LostLines(UserError):
         )
 
 
-def _checkpoint_directory(unit: Unit) -> pathlib.Path:
+def checkpoint_directory(unit: Unit) -> pathlib.Path:
     """A run's own; of a stack, one beside the cells, named by its members, until each has its own."""
     if len(unit) == 1:
         return unit[0].directory / "checkpoints"

@@ -10,7 +10,7 @@ import filelock
 from ml_collections import ConfigDict
 
 from lab.errors import UserError
-from lab.storage import read_json
+from lab.storage import mirror, read_json
 from lab.study.define import identity
 from lab.train.checkpoint import is_disk_full
 
@@ -61,14 +61,16 @@ def held(workdir: pathlib.Path, config: ConfigDict) -> Iterator[None]:
     ours = hashlib.sha256(json.dumps(_about(_plain(config)), sort_keys=True).encode()).hexdigest()[:12]
     with writable(workdir):
         lock = _first_free(workdir, ours)
+    store = mirror(workdir)
     try:
-        for path in sorted(workdir.glob(".runs.*")):
-            if path.name.split(".")[2] != ours and not _left(path):
+        there = [path for path in workdir.glob(".runs.*") if path.name.split(".")[2] != ours and not _left(path)]
+        with store.announced(ours) if store else contextlib.nullcontext(set()) as elsewhere:
+            if there or elsewhere - {ours}:
                 raise UserError(
                     f"--workdir={workdir}: another config of the study {config.study.name!r} is running there; give "
                     "this one a --workdir of its own, or wait for the other"
                 )
-        yield
+            yield
     finally:
         lock.release()
         pathlib.Path(lock.lock_file).unlink(missing_ok=True)

@@ -11,7 +11,7 @@ import jax
 
 from lab import watch
 from lab.exchange import companions
-from lab.storage import write_json
+from lab.storage import mirror, write_json
 from lab.study import evaluations, results
 from lab.study.define import identity
 from lab.study.run import ask, make
@@ -22,6 +22,7 @@ from lab.train import loop, origin
 
 WAITING, FINISHED, FAILED = range(3)
 POLL = 1.0  # seconds between looks at runs that other processes make
+OF_STORE = 10  # times as long between looks into an object store
 
 
 class Summary(NamedTuple):
@@ -52,9 +53,11 @@ def run_study(
     waiting = [tuple(run for run in unit if found[run.directory] in to_make) for unit in units]
     waiting = [unit for unit in waiting if unit]
     display.skip_runs(len(runs) - sum(map(len, waiting)))
-    new = 0
+    new, store = 0, mirror(runs[0].directory) if runs else None
     while waiting:
         held = waiting
+        if store and jax.process_index() == 0:
+            store.pull()
         for unit in waiting:
             with _locked(unit) as ours:
                 if not ours:
@@ -69,7 +72,7 @@ def run_study(
                 new += len(left)
                 _make(left, display, stop)
             after_run()
-        if len(held) == len(waiting):
+        for _ in range((OF_STORE if store else 1) if len(held) == len(waiting) else 0):
             time.sleep(POLL)
             if stop(0):
                 raise loop.Stopped("a run that another process makes")
@@ -135,6 +138,9 @@ def _locked(unit: Unit) -> Iterator[bool]:
                 for run in unit:
                     run.directory.mkdir(parents=True, exist_ok=True)
                     locks.enter_context(filelock.FileLock(run.directory / ".lock", blocking=False))
+                if store := mirror(unit[0].directory):  # whose programs share no disk
+                    claim = store.claim([run.directory for run in unit], [make.checkpoint_directory(unit)])
+                    held = locks.enter_context(claim)
             except filelock.Timeout:
                 held = False
         yield bool(agreed([held])[0])
