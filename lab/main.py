@@ -96,7 +96,9 @@ def main(argv: list[str]) -> int:
     say = functools.partial(print, file=sys.stderr, flush=True)
     study = open(config, overridden, flags.workdir, flags.remake).decide_attention(say)  # before a device is held
     config = study.config
+    hosts.meet("opening devices", config.run.join_timeout)
     runtime.open_devices()
+    hosts.connect(mesh.make(config.run.mesh), config.run.join_timeout)
     names = {cell.name for cell in study.cells[resolve.share(flags.cells)]}
     workdir, line = study.workdir, shlex.join(["python", "-m", "lab.main", *argv])
     first = jax.process_index() == 0
