@@ -112,7 +112,9 @@ def main(argv: list[str]) -> int:
     workdir = store.local if store else None if flags.workdir is None else pathlib.Path(flags.workdir)
     study = open(config, overridden, workdir, flags.remake).decide_attention(say)  # before a device is held
     config = study.config
+    hosts.meet("opening devices", config.run.join_timeout)
     runtime.open_devices()
+    hosts.connect(mesh.make(config.run.mesh), config.run.join_timeout)
     if store and found.processes > 1:
         hosts.first(store.open)
         hosts.check_all_see(store.local)

@@ -9,11 +9,8 @@
 # DEVICES=2 sets the CPU devices of each process, PYTHON the interpreter (default: .venv/bin/python), PORT the
 # coordinator's port. Ends with the first exit code that is not 0, and ends the other processes then.
 set -euo pipefail
-dry='' given=()
-for argument in "$@"; do
-  if [[ $argument == --dry-run ]]; then dry=1; else given+=("$argument"); fi
-done
-set -- "${given[@]}"
+# shellcheck source-path=SCRIPTDIR
+. "$(dirname "$0")/dry_run.sh"
 if ! [[ ${1:-} =~ ^[1-9][0-9]*$ ]]; then
   echo "launch/local.sh: the first argument is the number of processes, not '${1:-}'; usage: launch/local.sh 2 --config=configs/rope_ablation.py" >&2
   exit 2

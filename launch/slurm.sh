@@ -13,11 +13,8 @@ usage() {
   echo "launch/slurm.sh: $1; usage: launch/slurm.sh [--dry-run] --nodes=2 -- --config=configs/rope_ablation.py" >&2
   exit 2
 }
-dry='' given=()
-for argument in "$@"; do
-  if [[ $argument == --dry-run ]]; then dry=1; else given+=("$argument"); fi
-done
-set -- "${given[@]}"
+# shellcheck source-path=SCRIPTDIR
+. "$(dirname "$0")/dry_run.sh"
 cells='' options=()
 while (($#)) && [[ $1 != -- ]]; do
   case $1 in

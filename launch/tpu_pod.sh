@@ -16,11 +16,8 @@ usage() {
   echo "launch/tpu_pod.sh: $1; usage: launch/tpu_pod.sh [--dry-run] create|queue|run|fetch|delete NAME ..." >&2
   exit 2
 }
-dry='' given=()
-for argument in "$@"; do
-  if [[ $argument == --dry-run ]]; then dry=1; else given+=("$argument"); fi
-done
-set -- "${given[@]}"
+# shellcheck source-path=SCRIPTDIR
+. "$(dirname "$0")/dry_run.sh"
 do_or_say() {
   if [[ $dry ]]; then printf '%q ' "$@" && echo; else "$@"; fi
 }

@@ -6,6 +6,7 @@ import pathlib
 import re
 import signal
 import socket
+import sys
 
 import commands
 import numpy as np
@@ -123,11 +124,59 @@ def test_stopped_then_killed_then_stopped_again_then_finished(place, study, toge
     commands.same_results(work, together)
 
 
-def test_a_process_with_another_config_is_refused(place, study):
-    """They join as tasks of a step of Slurm."""
+LATE = """
+import os, sys, time
+os.dup2(2, 1)  # Gloo and the lab write to one file, in order
+from lab import main
+from lab.study.run import hosts
+from lab.train import compiled
+connect, train_step = hosts.connect, compiled.train_step
+
+def told(*arguments):
+    connect(*arguments)
+    os.write(2, b"all is connected\\n")
+
+def late(*arguments):
+    time.sleep(float(sys.argv[1]))
+    return train_step(*arguments)
+
+hosts.connect, compiled.train_step = told, late
+sys.exit(main.main(sys.argv[2:]))
+"""
+
+
+def test_a_process_that_compiles_for_long_is_waited_for(place, study):
+    """Gloo waits for 30 seconds where it connects, so all of its connections are there before anything else is done."""
+    arguments = [f"--config={study}", f"--workdir={place / 'late'}", "--cells=1/2"]
+    arguments += [f"--config.run.mesh.{axis}={size}" for axis, size in (("data", 1), ("fsdp", 2), ("tensor", 2))]
+    joined = dict(JAX_COORDINATOR_ADDRESS=f"127.0.0.1:{free_port()}", JAX_NUM_PROCESSES="2")
+    both = [
+        commands.Process(
+            [sys.executable, "-c", LATE, seconds, *arguments], place / f"late{number}", **joined, JAX_PROCESS_ID=number
+        )
+        for number, seconds in (("0", 0), ("1", 35))
+    ]
+    try:
+        assert [process.wait() for process in both] == [0, 0], "".join(process.told() for process in both)
+    finally:
+        for process in both:
+            process.end()
+    for process in both:
+        before, after = process.err.split("all is connected")
+        several = r"connected to [1-9]\d* peer"  # a group of one device waits for none
+        assert re.search(several, before) and not re.search(several, after), process.told()
+    assert "1 of 1 runs done, 0 failed" in both[0].err
+
+
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+        return free.getsockname()[1]
+
+
+def test_a_process_with_another_config_is_refused(place, study):
+    """They join as tasks of a step of Slurm."""
+    port = str(free_port())
     work = place / "differing"
     arguments = [f"--config={study}", f"--workdir={work}"]
     step = dict(SLURM_JOB_ID="7", SLURM_STEP_NODELIST="localhost", SLURM_NTASKS="2", JAX_COORDINATOR_PORT=port)

@@ -13,11 +13,8 @@ usage() {
   echo "launch/gke/submit.sh: $1; usage: IMAGE=... CLAIM=... launch/gke/submit.sh [--dry-run] tpu|gpu NAME --config=..." >&2
   exit 2
 }
-dry='' given=()
-for argument in "$@"; do
-  if [[ $argument == --dry-run ]]; then dry=1; else given+=("$argument"); fi
-done
-set -- "${given[@]}"
+# shellcheck source-path=SCRIPTDIR
+. "$(dirname "$0")/../dry_run.sh"
 kind=${1:-}
 NAME=${2:-}
 case $kind in
