@@ -23,7 +23,7 @@ PLACEHOLDERS = ("AllocateBuffer", "AssumeGatherIndicesInBound", "AsyncCollective
 SLICES = {"dynamic-slice", "gather", "slice"}  # read of their first operand what they give
 # Products of matrices in each kernel of attention, by what they are as large as: (queries, outputs) x keys.
 ATTENTION = {"attention_forward": (1, 1), "attention_dq": (2, 1), "attention_dkv": (2, 2)}
-QUERIES, OUTPUT_GRADIENTS = 3, 8  # the operands of these kernels that say how large
+QUERIES, OUTPUT_GRADIENTS = 4, 9  # operands that say how large, after the length of the grid and three lists of steps
 
 
 class Collective(NamedTuple):
