@@ -103,6 +103,8 @@ def test_a_program_of_a_tpu_is_read():
     Of a scan's stack a turn reads and writes one layer; what lies in the core's own memory is free."""
     work = hlo.read((commands.REPOSITORY / "tests" / "tpu_program.txt").read_text())
     assert work.flops == 2 * 64 * 32 * 16
+    queries, outputs = 4 * 2 * 512 * 24, 4 * 2 * 512 * 16  # scores and outputs; then scores, dv, dp and dk
+    assert work.kernels == 2 * (queries + outputs) + 2 * (2 * queries + 2 * outputs)
     gathered, scattered = sorted(work.collectives)
     assert (scattered.kind, scattered.bytes, scattered.moved) == ("reduce-scatter", 4096, 3072)
     assert (gathered.kind, gathered.bytes, gathered.moved) == ("all-gather", 512, 512)

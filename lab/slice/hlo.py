@@ -23,18 +23,18 @@ PLACEHOLDERS = ("AllocateBuffer", "AssumeGatherIndicesInBound", "AsyncCollective
 SLICES = {"dynamic-slice", "gather", "slice"}  # read of their first operand what they give
 # Products of matrices in each kernel of attention, by what they are as large as: (queries, outputs) x keys.
 ATTENTION = {"attention_forward": (1, 1), "attention_dq": (2, 1), "attention_dkv": (2, 2)}
-QUERIES, OUTPUT_GRADIENTS = 3, 8  # the operands of these kernels that say how large
+QUERIES, OUTPUT_GRADIENTS = 4, 9  # operands that say how large, after the length of the grid and three lists of steps
 
 
 class Collective(NamedTuple):
     """kind: a name of KINDS. groups: of devices that exchange, numbered as in the mesh, flat, or pairs of who sends to
-    whom; None where the program says it in a way that is not known here. bytes: what each device puts in. channel: its
-    number in the program, where it has one: several instructions may do parts of one collective."""
+    whom; None where the program says it in a way that is not known here. bytes: what each device puts in. chain: the
+    name of its parts, where several instructions of a computation do parts of it beside other work."""
 
     kind: str
     groups: tuple[tuple[int, ...], ...] | None
     bytes: int
-    channel: str = ""
+    chain: str = ""
 
     @property
     def size(self) -> int:
@@ -151,11 +151,11 @@ class _Module:
             else:
                 work = self._alone(name, each)
                 for collective in [*work.collectives]:
-                    if collective.channel and collective.channel in seen:
+                    if collective.chain and collective in seen:
                         del work.collectives[collective]
                     elif each.kind == "fusion":
                         work.bytes += collective.bytes + collective.put_out
-                    seen.add(collective.channel)
+                    seen.add(collective)
                 found.add(work)
         return found
 
@@ -208,9 +208,9 @@ class _Module:
             found.kernels = 2 * (of_queries * queries + of_outputs * outputs)
         elif kind in KINDS:
             bytes_in = sum(array.bytes for operand in each.operands for array in within[operand].arrays)
-            channel = re.search(r"channel_id=(\d+)", each.rest)
+            chain = re.search(r'chain_id="(\w+)"', each.rest)
             groups = _groups(each.rest, self.devices)
-            found.collectives[Collective(kind, groups, bytes_in, channel[1] if channel else "")] += 1
+            found.collectives[Collective(kind, groups, bytes_in, chain[1] if chain else "")] += 1
         return found
 
     def _read(self, computation: str, place: int) -> float:
@@ -267,7 +267,6 @@ def _instruction(line: str) -> Instruction | None:
     named = re.match(r"\s+(ROOT )?%?([\w.\-]+) = ", line)
     if not named:
         return None
-    line = re.sub(r"/\*index=\d+\*/", "", line)
     start = line.index(" = ") + 3
     end = _closing(line, start) if line[start] == "(" else line.index(" ", start)
     opened = line.index("(", end)

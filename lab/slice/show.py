@@ -77,8 +77,8 @@ def shown(name: str, found: dict) -> Iterator[str | Table]:
         f"{total:.2f} of {hbm:.2f} GiB"
     )
     if "seconds" in found:
-        table = Table(title="Collectives of a step", caption="GiB: that each chip receives; at best: with links alone")
-        for column in ("kind", "over", "times", "GiB", "ms at best"):
+        table = Table(title="Collectives of a step")
+        for column in ("kind", "over", "times", "GiB received by each chip", "ms at best"):
             table.add_column(column, justify="left" if column in ("kind", "over") else "right")
         for row in found["collectives"]:
             numbers = f"{row['count']:,}", f"{row['bytes'] / GIB:.3f}", f"{1e3 * row['seconds']:.2f}"
