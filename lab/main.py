@@ -95,8 +95,9 @@ def main(argv: list[str]) -> int:
     counts = runtime.CompileCounts()
     say = functools.partial(print, file=sys.stderr, flush=True)
     study = open(config, overridden, flags.workdir, flags.remake).decide_attention(say)  # before a device is held
-    config = study.config
     runtime.open_devices()
+    study = study.decide_mesh()
+    config = study.config
     names = {cell.name for cell in study.cells[resolve.share(flags.cells)]}
     workdir, line = study.workdir, shlex.join(["python", "-m", "lab.main", *argv])
     first = jax.process_index() == 0
@@ -108,7 +109,7 @@ def main(argv: list[str]) -> int:
     with held, Display(len(tried) + len(ours), quiet=not first) as display:
         reporter = Reporter(workdir, writes=first, say=display.say)
         rows = [cell.config.data.rows for cell in study.cells]
-        display.say(runtime.described(found, mesh.make(config.run.mesh), rows))
+        display.say(runtime.described(found, study.mesh or mesh.told(mesh.make(config.run.mesh).shape), rows))
         devices = f"{jax.device_count()} {jax.devices()[0].platform} devices"
         display.say(f"{config.study.name}: {len(tried) + len(ours)} runs on {devices}, in {workdir}")
         for told in filter(None, (*replaced, runs.made_elsewhere(tried + ours))):
