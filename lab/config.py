@@ -30,6 +30,7 @@ ROUNDING = (
 )
 RUN = Room(
     ROUNDING
+    | mesh.CHOSEN
     | {
         "workers": Option(0, "processes that pack batches; 0: threads do", least=0),
         "checkpoint.every": Option(100, "steps", least=1),

@@ -111,9 +111,10 @@ def main(argv: list[str]) -> int:
     store = in_store(flags.workdir, found) if storage.is_remote(flags.workdir) else None
     workdir = store.local if store else None if flags.workdir is None else pathlib.Path(flags.workdir)
     study = open(config, overridden, workdir, flags.remake).decide_attention(say)  # before a device is held
-    config = study.config
     hosts.meet("opening devices", config.run.join_timeout)
     runtime.open_devices()
+    study = study.decide_mesh()
+    config = study.config
     hosts.connect(mesh.make(config.run.mesh), config.run.join_timeout)
     if store and found.processes > 1:
         hosts.first(store.open)
@@ -131,7 +132,7 @@ def main(argv: list[str]) -> int:
     with held, Display(len(tried) + len(ours), quiet=not first) as display:
         reporter = Reporter(workdir, writes=first, say=display.say)
         rows = [cell.config.data.rows for cell in study.cells]
-        display.say(runtime.described(found, mesh.make(config.run.mesh), rows))
+        display.say(runtime.described(found, study.mesh or mesh.told(mesh.make(config.run.mesh).shape), rows))
         devices = f"{jax.device_count()} {jax.devices()[0].platform} devices"
         display.say(f"{config.study.name}: {len(tried) + len(ours)} runs on {devices}, in {storage.told(workdir)}")
         for told in filter(None, (*replaced, runs.made_elsewhere(tried + ours))):

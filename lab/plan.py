@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from rich.console import Console
 from rich.table import Table
 
-from lab import command
+from lab import command, runtime
 from lab.errors import UserError, choose
 from lab.study.numbers import short
 
@@ -67,11 +67,15 @@ def main(argv: list[str]) -> None:
     from lab.study.open import open
 
     study = open(config, overridden)
+    if study.config.run.auto_mesh:
+        runtime.simulate_devices(config)
+        runtime.open_devices()
+        study = study.decide_mesh()
     config, rows = study.config, study.rows
     added = calibration.cost(config, study.cells, rows)
     if flags.json:
         about = {"study": config.study.name, "question": config.study.question}
-        print(json.dumps(about | {"cells": rows, "calibration": added}, indent=1))
+        print(json.dumps(about | {"mesh": study.mesh or None, "cells": rows, "calibration": added}, indent=1))
         return
     title = f"{config.study.name}: {config.study.question} {len(rows)} cells, seeds of each: {config.study.seeds}"
     table = Table(title=title, caption=CAPTION)
@@ -91,6 +95,8 @@ def main(argv: list[str]) -> None:
     for line in _matches(rows):
         console.print(line)
     console.print(f"{programs} training program{'s' * (programs > 1)} to compile")
+    if study.mesh:
+        console.print(f"mesh {study.mesh}")
     if added:
         console.print(
             f"calibration: {added['cell']} {config.study.calibrate} more times at every seed, {added['runs']} "

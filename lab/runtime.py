@@ -52,20 +52,25 @@ def cpu_devices(rows: int, mesh, processes: int = 1) -> int:
 
 def start(config) -> cluster.Cluster:
     """Configures JAX for this process and joins the others that the environment names. Call once, first."""
-    import jax
-
     found = cluster.find(os.environ)
-    explicit = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
-    if not explicit and "JAX_NUM_CPU_DEVICES" not in os.environ:
-        # Of the asks the one that every study has: a further one must fit the devices, and change none.
-        rows = math.gcd(config.data.rows // max(config.run.microbatches, 1), config.evaluate.loss.rows)
-        jax.config.update("jax_num_cpu_devices", cpu_devices(rows, config.run.mesh, found.processes))
+    simulate_devices(config, found.processes)
     keep_programs()
     if found.address:
         cluster.join(found, config.run.join_timeout, config.run.heartbeat_timeout)
     if found.processes > 1:
         watch.start(found.process, found.processes, config.run)
     return found
+
+
+def simulate_devices(config, processes: int = 1) -> None:
+    """Sets how many CPU devices this process has, unless the environment does."""
+    import jax
+
+    explicit = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if not explicit and "JAX_NUM_CPU_DEVICES" not in os.environ:
+        # Of the asks the one that every study has: a further one must fit the devices, and change none.
+        rows = math.gcd(config.data.rows // max(config.run.microbatches, 1), config.evaluate.loss.rows)
+        jax.config.update("jax_num_cpu_devices", cpu_devices(rows, config.run.mesh, processes))
 
 
 def keep_programs() -> None:
@@ -98,14 +103,13 @@ def open_devices() -> None:
         ) from error
 
 
-def described(found: cluster.Cluster, mesh, rows: list[int]) -> str:
-    """One line of what a study runs on. rows: of the batches of its cells."""
+def described(found: cluster.Cluster, mesh: str, rows: list[int]) -> str:
+    """One line of what a study runs on. mesh: in words. rows: of the batches of its cells."""
     import jax
 
-    shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "of one device"
     each = " or ".join(str(count // found.processes) for count in sorted(set(rows)))
     devices = f"{jax.device_count()} {jax.devices()[0].platform} devices, {jax.local_device_count()} here"
-    return f"{found}; {devices}; mesh {shape}; {each} rows of a batch for each process"
+    return f"{found}; {devices}; mesh {mesh}; {each} rows of a batch for each process"
 
 
 def environment(mesh) -> dict:

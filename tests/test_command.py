@@ -168,6 +168,8 @@ def refused(told, workdir, *arguments):
         ("run.mesh.data=3", "does not cover 8 devices; their product must be 8"),
         ("run.mesh.tensor=0", "does not cover 8 devices"),
         ("run.mesh.fsdp=-1", "one may be -1"),
+        ("run.mesh.tensor=4", "run.mesh.tensor = 4 does not divide 2 query heads over 1 key heads; choose a divisor"),
+        ("run.device_memory=3", "run.device_memory = 3.0 means nothing beside run.auto_mesh = False; choose 0, or"),
         ("study.seeds=0", "study.seeds = 0 must be at least 1"),
         (
             "study.vmap=seedz",

@@ -79,7 +79,7 @@ def attend_over_mesh(q_BTHK, k_BSGK, v_BSGV, view: View, mixer, scale: float | N
     over_heads = "tensor" if H > 1 else None
     if over_heads and (H % tensor or (G % tensor and tensor % G)):
         raise UserError(
-            f"mesh.tensor = {tensor} does not divide {H} query heads over {G} key heads; choose a divisor of both"
+            f"run.mesh.tensor = {tensor} does not divide {H} query heads over {G} key heads; choose a divisor of both"
         )
     if over_heads and G % tensor:  # fewer groups than devices: each device holds the group of its heads
         k_BSGK, v_BSGV = (jnp.repeat(x, tensor // G, axis=2) for x in (k_BSGK, v_BSGV))

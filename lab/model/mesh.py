@@ -1,7 +1,8 @@
 """How batches, activations and attention lie over the mesh (data, fsdp, tensor, context)."""
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -16,6 +17,10 @@ AXES = ("data", "fsdp", "tensor", "context")
 OPTIONS = {
     axis: Option(-1 if axis == "data" else 1, f"devices along {axis}; -1: what is left of them", least=-1)
     for axis in AXES
+}
+CHOSEN = {
+    "auto_mesh": Option(False, "run.mesh is chosen from what the cells need and what a device has of memory"),
+    "device_memory": Option(0.0, "GiB of a device, for auto_mesh; 0: what it says itself", least=0, most=10**6),
 }
 BATCH = ("data", "fsdp")  # rows; tokens lie over context, heads over tensor
 TOKENS = P(BATCH, "context")  # of an array [B, T]
@@ -37,12 +42,47 @@ def make(config, over: Sequence | None = None) -> Mesh:
     return Mesh(laid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def told(sizes: Mapping[str, int]) -> str:
+    """The axes of more than one device, in words."""
+    return " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1) or "of one device"
+
+
+def check_choice(run) -> None:
+    """Refuses a mesh that is both chosen and set, and memory that nothing plans with."""
+    if not run.auto_mesh:
+        if run.device_memory:
+            raise UserError(
+                f"run.device_memory = {run.device_memory} means nothing beside run.auto_mesh = False; choose 0, or "
+                "run.auto_mesh = True"
+            )
+        return
+    for axis, option in OPTIONS.items():
+        if run.mesh[axis] != option.default:
+            raise UserError(
+                f"run.mesh.{axis} = {run.mesh[axis]} means nothing beside run.auto_mesh = True, which chooses the "
+                f"mesh; choose {option.default}, or run.auto_mesh = False"
+            )
+
+
+def simplest_first(devices: int) -> Iterator[dict[str, int]]:
+    """Sizes of the axes of every mesh over so many devices. Context grows last, before it tensor, before that fsdp."""
+    divisors = [n for n in range(1, devices + 1) if devices % n == 0]
+    for context, tensor, fsdp in itertools.product(divisors, repeat=3):
+        if devices % (context * tensor * fsdp) == 0:
+            yield dict(data=devices // (context * tensor * fsdp), fsdp=fsdp, tensor=tensor, context=context)
+
+
 def check_rows(mesh: Mesh, name: str, rows: int, tokens: int) -> None:
     """Refuses a batch that does not divide over the mesh."""
     over_rows, over_tokens = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["context"]
     if rows % over_rows:
         raise UserError(
             f"{name} = {rows} does not divide over run.mesh data x fsdp = {over_rows}; choose a multiple of it"
+        )
+    if over_rows % (processes := jax.process_count()):
+        raise UserError(
+            f"run.mesh data x fsdp = {over_rows} does not divide over {processes} processes, each of which reads rows "
+            "of its own; choose a multiple of them"
         )
     if tokens % over_tokens:
         raise UserError(

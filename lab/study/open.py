@@ -15,7 +15,7 @@ from lab.study.define import calibration, plan, start, tuning
 from lab.study.define.cell import Cell, labels
 from lab.study.define.resolve import resolve
 from lab.study.report import sections
-from lab.study.run import attention, hosts, places, repeats, runs, trials
+from lab.study.run import attention, hosts, meshes, places, repeats, runs, trials
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,20 +28,32 @@ class Study:
     workdir: pathlib.Path
     remake: bool = False  # runs that were made under other versions of the libraries
     attention: dict | None = None  # what trials found, once `decide_attention` has
+    mesh: str = ""  # what `decide_mesh` chose, and why
 
     def decide_attention(self, say: Callable[[str], None]) -> "Study":
         """The study with an implementation in the place of "auto", if this host has GPUs (lab.study.run.attention)."""
         found = attention.decide(self.config, self.cells, self.workdir, say)
-        if found is None:
+        return self if found is None else self._run_as(dict(implementation=found["name"]), attention=found)
+
+    def decide_mesh(self) -> "Study":
+        """The study with axes in the place of run.auto_mesh (lab.study.run.meshes), if it asks for that."""
+        if not self.config.run.auto_mesh:
             return self
+        sizes, why = meshes.decide(self.config, self.cells)
+        study = self._run_as(dict(auto_mesh=False, device_memory=0.0, mesh=sizes), mesh=why)
+        named = [{"executable": plan.program(cell.config)} for cell in study.cells]
+        return dataclasses.replace(study, rows=[row | name for row, name in zip(study.rows, named, strict=True)])
 
-        def named(config: ConfigDict) -> ConfigDict:
-            changed = config.copy_and_resolve_references()
-            changed.run.implementation = found["name"]
-            return changed
+    def _run_as(self, fields: dict, **found) -> "Study":
+        """The study with other fields of run in all of its configs."""
 
-        cells = [dataclasses.replace(cell, config=named(cell.config)) for cell in self.cells]
-        return dataclasses.replace(self, config=named(self.config), cells=cells, attention=found)
+        def changed(config: ConfigDict) -> ConfigDict:
+            copy = config.copy_and_resolve_references()
+            copy.run.update(fields)
+            return copy
+
+        cells = [dataclasses.replace(cell, config=changed(cell.config)) for cell in self.cells]
+        return dataclasses.replace(self, config=changed(self.config), cells=cells, **found)
 
     @functools.cached_property
     def trials(self) -> list[trials.Trial]:

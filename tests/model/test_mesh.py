@@ -1,3 +1,6 @@
+import itertools
+import math
+
 import jax
 import numpy as np
 import pytest
@@ -5,6 +8,7 @@ import tiny
 
 from lab.errors import UserError
 from lab.model import mesh as lab_mesh
+from lab.study.define import plan
 
 SIZES = dict(data=-1, fsdp=1, tensor=1, context=1)
 
@@ -41,6 +45,34 @@ def test_batches_that_do_not_divide_are_refused():
         lab_mesh.check_rows(mesh, "data.rows", 8, 7)
 
 
+def test_every_process_has_rows_of_its_own(monkeypatch):
+    """Else each would take its own rows for those of all."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    lab_mesh.check_rows(tiny.mesh(fsdp=2, tensor=4), "data.rows", 8, 6)
+    with pytest.raises(UserError, match=r"run.mesh data x fsdp = 1 does not divide over 2 processes"):
+        lab_mesh.check_rows(tiny.mesh(tensor=8), "data.rows", 8, 6)
+
+
+@pytest.mark.parametrize("devices", [1, 8, 12])
+def test_meshes_come_from_the_simplest_to_the_least_simple(devices):
+    found = [tuple(sizes[axis] for axis in lab_mesh.AXES) for sizes in lab_mesh.simplest_first(devices)]
+    every = itertools.product(range(1, devices + 1), repeat=4)
+    assert found == sorted((sizes for sizes in every if math.prod(sizes) == devices), key=lambda s: s[::-1])
+    assert found[0] == (devices, 1, 1, 1) and found[-1] == (1, 1, 1, devices)
+
+
+@pytest.mark.parametrize(("fields", "told"), [
+    (dict(mesh=dict(fsdp=2), auto_mesh=True), "run.mesh.fsdp = 2 means nothing beside run.auto_mesh = True"),
+    (dict(mesh=dict(data=8), auto_mesh=True), "run.mesh.data = 8 means nothing .* choose -1, or run.auto_mesh = False"),
+    (dict(device_memory=16.0), "run.device_memory = 16.0 means nothing beside run.auto_mesh = False"),
+])  # fmt: skip
+def test_a_mesh_is_chosen_or_set(fields, told):
+    config = tiny.config()
+    config.run.update(fields)
+    with pytest.raises(UserError, match=told):
+        plan.check_run(config)
+
+
 @pytest.mark.parametrize("length", [24, 192, 1024])
 def test_tokens_are_dealt_out_over_context_with_all_that_belongs_to_them(length):
     batch, mesh = tiny.batch(rows=2, length=length), tiny.mesh(data=2, context=4)
@@ -63,5 +95,5 @@ def test_without_context_tokens_stay_where_they_are():
 def test_heads_that_do_not_divide_are_refused():
     mesh, batch = tiny.mesh(tensor=8), tiny.batch()
     model = tiny.model(tiny.config())
-    with jax.set_mesh(mesh), pytest.raises(UserError, match=r"mesh.tensor = 8 does not divide 4 query heads"):
+    with jax.set_mesh(mesh), pytest.raises(UserError, match=r"run.mesh.tensor = 8 does not divide 4 query heads"):
         jax.eval_shape(lambda: model(batch.tokens, batch.coordinates))

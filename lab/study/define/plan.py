@@ -15,6 +15,7 @@ from lab.errors import UserError, choose
 from lab.evaluate import asks
 from lab.kernels import rules
 from lab.model import abstract, accounting, intensity, position, streams
+from lab.model import mesh as lab_mesh
 from lab.model import spec as lab_spec
 from lab.model.mixers import MIXERS
 from lab.options import leaves
@@ -100,6 +101,7 @@ def check_run(config) -> None:
     """Refuses a way to run that the model or the batch cannot be run in."""
     run = config.run
     lab_config.RUN.check(leaves(run), "run.")
+    lab_mesh.check_choice(run)
     streams.check_scan(config.model, run)
     if config.data.rows % run.microbatches:
         raise UserError(

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from lab import data as lab_data
 from lab import kernels
+from lab import model as lab_model
 from lab.errors import UserError
 from lab.evaluate import asks, ready
 from lab.model import mesh as lab_mesh
@@ -23,7 +24,7 @@ from lab.study import measure, results
 from lab.study.define import asked, contrasts, identity, plan, start
 from lab.study.define.cell import Cell, labels
 from lab.study.run import places, segments
-from lab.train import dropout, partition
+from lab.train import canonical, dropout, partition
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -227,15 +228,36 @@ def check_devices(runs: list[Run]) -> None:
     for config in (run.cell.config for run in runs):
         needs = dict(biased=asks.adds_to_scores(config), dropping=dropout.of_attention(config.train))
         kernels.resolve(config.run.implementation, **needs)
-        mesh, length = lab_mesh.make(config.run.mesh), config.data.text_length
-        rows = config.data.rows // config.run.microbatches
-        lab_mesh.check_rows(mesh, "data.rows / run.microbatches", rows, config.data.texts_per_row * length)
+        check_mesh(config, lab_mesh.make(config.run.mesh))
         for name, ask in config.evaluate.items():
-            kind = asks.ASKS[ask.kind]
-            if kind.decode and (hosts := jax.process_count()) > 1:
+            if asks.ASKS[ask.kind].decode and (hosts := jax.process_count()) > 1:
                 raise UserError(f"evaluate.{name} decodes, which one host does, and these are {hosts}; ask it on one")
-            if kind.row_length or not kind.decode:
-                lab_mesh.check_rows(mesh, f"evaluate.{name}.rows", ask.rows, asks.tokens_at_once(config, ask))
+
+
+def check_mesh(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
+    """Refuses a mesh that does not divide the batches of a cell, or the heads of its model."""
+    rows, length = config.data.rows // config.run.microbatches, config.data.texts_per_row * config.data.text_length
+    lab_mesh.check_rows(mesh, "data.rows / run.microbatches", rows, length)
+    for name, ask in config.evaluate.items():
+        if asks.ASKS[ask.kind].row_length or not asks.ASKS[ask.kind].decode:
+            lab_mesh.check_rows(mesh, f"evaluate.{name}.rows", ask.rows, asks.tokens_at_once(config, ask))
+    if mesh.shape["tensor"] > 1:
+        _check_heads(config, mesh, rows, length)
+
+
+_divided: set[tuple] = set()  # models whose heads a mesh divides: seeds and cells share them
+
+
+def _check_heads(config: ConfigDict, mesh: jax.sharding.Mesh, rows: int, length: int) -> None:
+    """Raises what the model does that attends over such a mesh: it is traced, and nothing is computed."""
+    key = config.model.to_json_best_effort(), mesh
+    if key in _divided:
+        return
+    config = canonical.canonical(config)
+    model, batch = lab_model.abstract(config.model, config.run), canonical.batch_of(rows, length)
+    with jax.set_mesh(mesh), kernels.recorded():
+        jax.eval_shape(lambda model, batch: model(batch.tokens, batch.coordinates), model, batch)
+    _divided.add(key)
 
 
 def check_hosts_agree(runs: list[Run]) -> None:
