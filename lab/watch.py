@@ -208,8 +208,7 @@ class Watch:
             with contextlib.suppress(Exception):  # a coordinator that is gone: the thread that judges sees it
                 self._client.key_value_set(f"{TOLD}{self.process}", json.dumps(told), allow_overwrite=True)
                 self._read(self._client.key_value_dir_get(TOLD))
-                for key, text in self._client.key_value_dir_get(SAID):
-                    self._said[int(key.rsplit("/")[-1])] = json.loads(text)
+                self._hear()
             if self._asked is None:
                 with contextlib.suppress(Exception):  # there is none
                     self._client.key_value_try_get(NOTICE)
@@ -227,6 +226,10 @@ class Watch:
                 self._changed[one] = now
             if before.get("beat") != told["beat"]:
                 self._heard[one] = now
+
+    def _hear(self) -> None:
+        for key, text in self._client.key_value_dir_get(SAID):
+            self._said[int(key.rsplit("/")[-1])] = json.loads(text)
 
     def _judge(self) -> None:
         last = time.monotonic()
@@ -259,9 +262,9 @@ class Watch:
             while self.process == 0 and time.monotonic() < until and not all(
                 one in self._said or view.silent > GONE * self.beat for one, view in self.views().items() if one
             ):  # fmt: skip
-                time.sleep(self.beat / 4)
-            if self.process == 0:
-                time.sleep(2 * self.beat)  # they have said so, and end
+                time.sleep(min(self.beat, 0.2))
+                with contextlib.suppress(Exception):
+                    self._hear()
             with contextlib.suppress(Exception):
                 sys.stdout.flush()
             os._exit(code)

@@ -37,7 +37,8 @@ python=${PYTHON:-.venv/bin/python}
 [[ $dry ]] || command -v "$python" >/dev/null || usage "there is no $python: run 'make setup' first, or set PYTHON"
 
 # Tasks get SIGTERM before they are preempted or out of time; the shell waits for them. srun ends a step 60 s after the
-# first task has ended, and not at once: where all stop together, one may still be writing the report.
+# first task has ended, and not at once: where all stop together, one may still be writing the report. Of a job that
+# failed the last line is of the task that was heard first for the last time, and so died first; srun says how it ended.
 job=$(
   cat <<JOB
 #!/usr/bin/env bash
@@ -45,9 +46,15 @@ job=$(
 trap : TERM
 cd $(printf %q "$PWD")
 [[ -z \${SLURM_CPUS_PER_TASK:-} ]] || export SRUN_CPUS_PER_TASK=\$SLURM_CPUS_PER_TASK
+export LAB_PROGRESS=\$PWD/runs/.job-\$SLURM_JOB_ID
+mkdir -p "\$LAB_PROGRESS"
 code=0
 srun --kill-on-bad-exit=0 --wait=60 --gpu-bind=none$(printf ' %q' "$python" -m lab.main "$@")$cells || code=\$?
 echo "lab: job \$SLURM_JOB_ID ended with code \$code"
+if ((code != 0 && code != 75)); then
+  (cd "\$LAB_PROGRESS" && ls -t | while read -r task; do echo "lab: task \$task: \$(<"\$task")"; done)
+fi
+rm -rf "\$LAB_PROGRESS"
 if ((code == 75)); then scontrol requeue "\$SLURM_JOB_ID"; fi
 exit \$code
 JOB

@@ -116,9 +116,15 @@ sbatch {options} <<'JOB'
 trap : TERM
 cd {folder}
 [[ -z ${{SLURM_CPUS_PER_TASK:-}} ]] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
+export LAB_PROGRESS=$PWD/runs/.job-$SLURM_JOB_ID
+mkdir -p "$LAB_PROGRESS"
 code=0
 srun --kill-on-bad-exit=0 --wait=60 --gpu-bind=none py -m lab.main {arguments} || code=$?
 echo "lab: job $SLURM_JOB_ID ended with code $code"
+if ((code != 0 && code != 75)); then
+  (cd "$LAB_PROGRESS" && ls -t | while read -r task; do echo "lab: task $task: $(<"$task")"; done)
+fi
+rm -rf "$LAB_PROGRESS"
 if ((code == 75)); then scontrol requeue "$SLURM_JOB_ID"; fi
 exit $code
 JOB
@@ -138,7 +144,11 @@ def test_a_job_of_slurm(options, more):
 def test_a_job_that_stopped_is_queued_again(tmp_path, code, requeued):
     """The job as bash runs it, beside a srun that notes its arguments."""
     for name, script in (
-        ("srun", f'printf "%s\\n" "$@" >"{tmp_path}/srun-arguments"; exit {code}'),
+        (
+            "srun",
+            f'printf "%s\\n" "$@" >"{tmp_path}/srun-arguments"; echo "host b, at step 8" >"$LAB_PROGRESS/1"; '
+            f'touch -d "10 seconds ago" "$LAB_PROGRESS/1"; echo "last words" >"$LAB_PROGRESS/0"; exit {code}',
+        ),
         ("scontrol", f'echo "$@" >"{tmp_path}/scontrol-arguments"'),
     ):
         (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
@@ -146,7 +156,11 @@ def test_a_job_that_stopped_is_queued_again(tmp_path, code, requeued):
     told = ran("slurm.sh", "--array=1-3", "--dry-run", "--", *AWKWARD).stdout.splitlines()
     where = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2"}
     job = "\n".join(told[1:-1])
-    assert subprocess.run(["bash", "-c", job], env=where, capture_output=True).returncode == code
+    run = subprocess.run(["bash", "-c", job], env=where, capture_output=True, text=True)
+    told = [f"lab: job 7 ended with code {code}"]
+    told += ["lab: task 0: last words", "lab: task 1: host b, at step 8"] if code not in (0, 75) else []
+    assert run.returncode == code and run.stdout.splitlines() == told
+    assert not (LAUNCH.parent / "runs" / ".job-7").exists()
     assert (tmp_path / "srun-arguments").read_text().splitlines()[-4:] == ["lab.main", *AWKWARD, "--cells=2/3"]
     asked = tmp_path / "scontrol-arguments"
     assert asked.exists() == requeued and (not requeued or asked.read_text() == "requeue 7\n")

@@ -188,9 +188,11 @@ def test_a_process_with_another_config_is_refused(place, study):
         ) as other,
     ):
         assert (one.wait(), other.wait()) == (2, 2), one.told() + other.told()
+    host = socket.gethostname()
     for process in (one, other):
-        assert process.err == "lab: the hosts differ in config, data or code; " + (
-            "give each the same command and the same files\n"
+        assert process.err == (
+            f"lab: process 1 on host {host} has other config than process 0 on {host}; give all hosts the same command "
+            "and the same files\n"
         )
     assert not work.exists()
 

@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import json
 import pathlib
+import socket
 import sys
 from collections.abc import Sequence
 
@@ -13,6 +14,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
+import lab
 from lab import data as lab_data
 from lab import kernels
 from lab import model as lab_model
@@ -261,8 +263,31 @@ def _check_heads(config: ConfigDict, mesh: jax.sharding.Mesh, rows: int, length:
 
 
 def check_hosts_agree(runs: list[Run]) -> None:
-    """Stops hosts that hold other code, data or configs: they would silently train something else, or wait forever."""
-    text = json.dumps([(run.name, run.place, run.identity, run.cell.config.to_json_best_effort()) for run in runs])
-    ours = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
-    if jax.process_count() > 1 and len(np.unique(multihost_utils.process_allgather(ours), axis=0)) > 1:
-        raise UserError("the hosts differ in config, data or code; give each the same command and the same files")
+    """Stops hosts that hold other code, data or configs: they would silently train something else, or wait forever.
+    Of many that differ from process 0 the first is named."""
+    if jax.process_count() == 1:
+        return
+    told = {
+        "config": [(run.name, run.cell.config.to_json_best_effort()) for run in runs],
+        "data": [(run.data.fingerprint, run.data.validation_fingerprint) for run in runs],
+        "code": [(run.place, run.identity) for run in runs] + [_code(), identity.versions()],
+    }
+    ours = [np.frombuffer(hashlib.sha256(json.dumps(part).encode()).digest(), np.uint8) for part in told.values()]
+    name = socket.gethostname().encode()[:255]
+    ours.append(np.frombuffer(name.ljust(256, b"\0"), np.uint8))
+    found = multihost_utils.process_allgather(np.concatenate(ours))
+    hosts = [bytes(row[-256:].tolist()).rstrip(b"\0").decode(errors="replace") for row in found]
+    for process, row in enumerate(found):
+        for at, part in enumerate(told):
+            if (row != found[0])[32 * at : 32 * at + 32].any():
+                raise UserError(
+                    f"process {process} on host {hosts[process]} has other {part} than process 0 on {hosts[0]}; give "
+                    "all hosts the same command and the same files"
+                )
+
+
+def _code() -> str:
+    """A digest of the lab's own sources: what differs in them may send hosts apart at any later step."""
+    folder = pathlib.Path(lab.__file__).parent
+    files = sorted(folder.rglob("*.py"))
+    return hashlib.sha256(b"".join(str(x.relative_to(folder)).encode() + x.read_bytes() for x in files)).hexdigest()
