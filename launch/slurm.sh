@@ -37,7 +37,8 @@ python=${PYTHON:-.venv/bin/python}
 [[ $dry ]] || command -v "$python" >/dev/null || usage "there is no $python: run 'make setup' first, or set PYTHON"
 
 # Tasks get SIGTERM before they are preempted or out of time; the shell waits for them. srun ends a step 60 s after the
-# first task has ended, and not at once: where all stop together, one may still be writing the report.
+# first task has ended, and not at once: where all stop together, one may still be writing the report. Of a task that
+# died, srun tells first, and of those that it ended then, last: the last line says which it was.
 job=$(
   cat <<JOB
 #!/usr/bin/env bash
@@ -45,9 +46,11 @@ job=$(
 trap : TERM
 cd $(printf %q "$PWD")
 [[ -z \${SLURM_CPUS_PER_TASK:-} ]] || export SRUN_CPUS_PER_TASK=\$SLURM_CPUS_PER_TASK
-code=0
-srun --kill-on-bad-exit=0 --wait=60 --gpu-bind=none$(printf ' %q' "$python" -m lab.main "$@")$cells || code=\$?
-echo "lab: job \$SLURM_JOB_ID ended with code \$code"
+code=0 errors=\$(mktemp)
+srun --kill-on-bad-exit=0 --wait=60 --gpu-bind=none$(printf ' %q' "$python" -m lab.main "$@")$cells 2> >(trap '' TERM; exec tee "\$errors" >&2) || code=\$?
+wait \$!
+died=\$(grep -m1 '^srun: error: .*: task' "\$errors"; rm "\$errors")
+echo "lab: job \$SLURM_JOB_ID ended with code \$code\${died:+ (first: \${died#srun: error: })}"
 if ((code == 75)); then scontrol requeue "\$SLURM_JOB_ID"; fi
 exit \$code
 JOB

@@ -75,9 +75,11 @@ sbatch {options} <<'JOB'
 trap : TERM
 cd {folder}
 [[ -z ${{SLURM_CPUS_PER_TASK:-}} ]] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
-code=0
-srun --kill-on-bad-exit=0 --wait=60 --gpu-bind=none py -m lab.main {arguments} || code=$?
-echo "lab: job $SLURM_JOB_ID ended with code $code"
+code=0 errors=$(mktemp)
+srun --kill-on-bad-exit=0 --wait=60 --gpu-bind=none py -m lab.main {arguments} {errors} || code=$?
+wait $!
+died=$(grep -m1 '^srun: error: .*: task' "$errors"; rm "$errors")
+echo "lab: job $SLURM_JOB_ID ended with code $code${{died:+ (first: ${{died#srun: error: }})}}"
 if ((code == 75)); then scontrol requeue "$SLURM_JOB_ID"; fi
 exit $code
 JOB
@@ -90,14 +92,16 @@ JOB
 )
 def test_a_job_of_slurm(options, more):
     told = ran("slurm.sh", "--dry-run", *options.split(), "--", STUDY, PYTHON="py").stdout
-    assert told == JOB.format(options=options, folder=commands.REPOSITORY, arguments=STUDY + more)
+    errors = """2> >(trap '' TERM; exec tee "$errors" >&2)"""
+    assert told == JOB.format(options=options, folder=commands.REPOSITORY, arguments=STUDY + more, errors=errors)
 
 
 @pytest.mark.parametrize(("code", "requeued"), [(0, False), (1, False), (75, True), (137, False)])
 def test_a_job_that_stopped_is_queued_again(tmp_path, code, requeued):
-    """The job as bash runs it, beside a srun that notes its arguments."""
+    """The job as bash runs it, beside a srun that notes its arguments. Its last line names the task that died first."""
+    died = 'echo "srun: error: n2: task 1: Killed\nsrun: error: n1: task 0: Killed" >&2; ' if code == 137 else ""
     for name, script in (
-        ("srun", f'printf "%s\\n" "$@" >"{tmp_path}/srun-arguments"; exit {code}'),
+        ("srun", f'printf "%s\\n" "$@" >"{tmp_path}/srun-arguments"; {died}exit {code}'),
         ("scontrol", f'echo "$@" >"{tmp_path}/scontrol-arguments"'),
     ):
         (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
@@ -105,7 +109,9 @@ def test_a_job_that_stopped_is_queued_again(tmp_path, code, requeued):
     told = ran("slurm.sh", "--array=1-3", "--dry-run", "--", *AWKWARD).stdout.splitlines()
     where = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2"}
     job = "\n".join(told[1:-1])
-    assert subprocess.run(["bash", "-c", job], env=where, capture_output=True).returncode == code
+    done = subprocess.run(["bash", "-c", job], env=where, capture_output=True, text=True)
+    assert done.returncode == code and done.stderr.count("Killed") == 2 * bool(died)
+    assert done.stdout == f"lab: job 7 ended with code {code}{' (first: n2: task 1: Killed)' * bool(died)}\n"
     assert (tmp_path / "srun-arguments").read_text().splitlines()[-4:] == ["lab.main", *AWKWARD, "--cells=2/3"]
     asked = tmp_path / "scontrol-arguments"
     assert asked.exists() == requeued and (not requeued or asked.read_text() == "requeue 7\n")
