@@ -43,7 +43,7 @@ test-lm-eval: $(VENV)-lm-eval/.lm-eval
 
 # On a real Slurm of two nodes, on this machine: apt-get install slurm-wlm munge.
 test-slurm: $(VENV)/.tests
-	LAB_SLURM=1 $(VENV)/bin/python -m pytest -s tests/test_slurm.py
+	LAB_SLURM=1 $(VENV)/bin/python -m pytest tests/test_slurm.py
 
 smoke: $(VENV)/.tests
 	$(VENV)/bin/python -m pytest -m smoke -n 2 --dist loadfile
