@@ -6,7 +6,7 @@ VENV ?= .venv
 CONFIG ?= configs/rope_ablation.py
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: run studies setup test test-slow test-commit test-all test-tpu test-gpu test-hf test-lm-eval smoke
+.PHONY: run studies setup test test-slow test-commit test-all test-tpu test-gpu test-hf test-lm-eval test-slurm smoke
 
 run: setup
 	$(VENV)/bin/python -m lab.main --config=$(CONFIG)
@@ -40,6 +40,10 @@ test-hf: $(VENV)/.tests $(VENV)-hf/.ready
 # The harness brings much that the lab does not need: it has an environment of its own.
 test-lm-eval: $(VENV)-lm-eval/.lm-eval
 	$(VENV)-lm-eval/bin/python -m pytest tests/exchange/test_harness.py
+
+# On a real Slurm of two nodes, on this machine: apt-get install slurm-wlm munge.
+test-slurm: $(VENV)/.tests
+	LAB_SLURM=1 $(VENV)/bin/python -m pytest tests/test_slurm.py
 
 smoke: $(VENV)/.tests
 	$(VENV)/bin/python -m pytest -m smoke -n 2 --dist loadfile

@@ -38,7 +38,8 @@ python=${PYTHON:-.venv/bin/python}
 
 # Tasks get SIGTERM before they are preempted or out of time; the shell waits for them. srun ends a step 60 s after the
 # first task has ended, and not at once: where all stop together, one may still be writing the report. Of a job that
-# failed the last line is of the task that was heard first for the last time, and so died first; srun says how it ended.
+# failed, the words of each task come last, those of the one that was heard first for the last time at the end. Of a task
+# that died, srun tells first, and of those that it ended then, later: the last line says which it was.
 job=$(
   cat <<JOB
 #!/usr/bin/env bash
@@ -48,13 +49,15 @@ cd $(printf %q "$PWD")
 [[ -z \${SLURM_CPUS_PER_TASK:-} ]] || export SRUN_CPUS_PER_TASK=\$SLURM_CPUS_PER_TASK
 export LAB_PROGRESS=\$PWD/runs/.job-\$SLURM_JOB_ID
 mkdir -p "\$LAB_PROGRESS"
-code=0
-srun --kill-on-bad-exit=0 --wait=60 --gpu-bind=none$(printf ' %q' "$python" -m lab.main "$@")$cells || code=\$?
-echo "lab: job \$SLURM_JOB_ID ended with code \$code"
+code=0 errors=\$(mktemp)
+srun --kill-on-bad-exit=0 --wait=60 --gpu-bind=none$(printf ' %q' "$python" -m lab.main "$@")$cells 2> >(trap '' TERM; exec tee "\$errors" >&2) || code=\$?
+wait \$!
+died=\$(grep -m1 '^srun: error: .*: task' "\$errors"; rm "\$errors")
 if ((code != 0 && code != 75)); then
   (cd "\$LAB_PROGRESS" && ls -t | while read -r task; do echo "lab: task \$task: \$(<"\$task")"; done)
 fi
 rm -rf "\$LAB_PROGRESS"
+echo "lab: job \$SLURM_JOB_ID ended with code \$code\${died:+ (first: \${died#srun: error: })}"
 if ((code == 75)); then scontrol requeue "\$SLURM_JOB_ID"; fi
 exit \$code
 JOB

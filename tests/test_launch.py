@@ -118,13 +118,15 @@ cd {folder}
 [[ -z ${{SLURM_CPUS_PER_TASK:-}} ]] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 export LAB_PROGRESS=$PWD/runs/.job-$SLURM_JOB_ID
 mkdir -p "$LAB_PROGRESS"
-code=0
-srun --kill-on-bad-exit=0 --wait=60 --gpu-bind=none py -m lab.main {arguments} || code=$?
-echo "lab: job $SLURM_JOB_ID ended with code $code"
+code=0 errors=$(mktemp)
+srun --kill-on-bad-exit=0 --wait=60 --gpu-bind=none py -m lab.main {arguments} {errors} || code=$?
+wait $!
+died=$(grep -m1 '^srun: error: .*: task' "$errors"; rm "$errors")
 if ((code != 0 && code != 75)); then
   (cd "$LAB_PROGRESS" && ls -t | while read -r task; do echo "lab: task $task: $(<"$task")"; done)
 fi
 rm -rf "$LAB_PROGRESS"
+echo "lab: job $SLURM_JOB_ID ended with code $code${{died:+ (first: ${{died#srun: error: }})}}"
 if ((code == 75)); then scontrol requeue "$SLURM_JOB_ID"; fi
 exit $code
 JOB
@@ -137,17 +139,19 @@ JOB
 )
 def test_a_job_of_slurm(options, more):
     told = ran("slurm.sh", "--dry-run", *options.split(), "--", STUDY, PYTHON="py").stdout
-    assert told == JOB.format(options=options, folder=commands.REPOSITORY, arguments=STUDY + more)
+    errors = """2> >(trap '' TERM; exec tee "$errors" >&2)"""
+    assert told == JOB.format(options=options, folder=commands.REPOSITORY, arguments=STUDY + more, errors=errors)
 
 
 @pytest.mark.parametrize(("code", "requeued"), [(0, False), (1, False), (75, True), (137, False)])
 def test_a_job_that_stopped_is_queued_again(tmp_path, code, requeued):
-    """The job as bash runs it, beside a srun that notes its arguments."""
+    """The job as bash runs it, beside a srun that notes its arguments. Its last line names the task that died first."""
+    died = 'echo "srun: error: n2: task 1: Killed\nsrun: error: n1: task 0: Killed" >&2; ' if code == 137 else ""
     for name, script in (
         (
             "srun",
             f'printf "%s\\n" "$@" >"{tmp_path}/srun-arguments"; echo "host b, at step 8" >"$LAB_PROGRESS/1"; '
-            f'touch -d "10 seconds ago" "$LAB_PROGRESS/1"; echo "last words" >"$LAB_PROGRESS/0"; exit {code}',
+            f'touch -d "10 seconds ago" "$LAB_PROGRESS/1"; echo "last words" >"$LAB_PROGRESS/0"; {died}exit {code}',
         ),
         ("scontrol", f'echo "$@" >"{tmp_path}/scontrol-arguments"'),
     ):
@@ -156,10 +160,11 @@ def test_a_job_that_stopped_is_queued_again(tmp_path, code, requeued):
     told = ran("slurm.sh", "--array=1-3", "--dry-run", "--", *AWKWARD).stdout.splitlines()
     where = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2"}
     job = "\n".join(told[1:-1])
-    run = subprocess.run(["bash", "-c", job], env=where, capture_output=True, text=True)
-    told = [f"lab: job 7 ended with code {code}"]
-    told += ["lab: task 0: last words", "lab: task 1: host b, at step 8"] if code not in (0, 75) else []
-    assert run.returncode == code and run.stdout.splitlines() == told
+    done = subprocess.run(["bash", "-c", job], env=where, capture_output=True, text=True)
+    assert done.returncode == code and done.stderr.count("Killed") == 2 * bool(died)
+    words = ["lab: task 0: last words", "lab: task 1: host b, at step 8"] if code not in (0, 75) else []
+    ends = f"lab: job 7 ended with code {code}{' (first: n2: task 1: Killed)' * bool(died)}"
+    assert done.stdout.splitlines() == [*words, ends]
     assert not (LAUNCH.parent / "runs" / ".job-7").exists()
     assert (tmp_path / "srun-arguments").read_text().splitlines()[-4:] == ["lab.main", *AWKWARD, "--cells=2/3"]
     asked = tmp_path / "scontrol-arguments"
