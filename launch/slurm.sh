@@ -50,8 +50,9 @@ cd $(printf %q "$PWD")
 export LAB_PROGRESS=\$PWD/runs/.job-\$SLURM_JOB_ID
 mkdir -p "\$LAB_PROGRESS"
 code=0 errors=\$(mktemp)
-srun --kill-on-bad-exit=0 --wait=60 --gpu-bind=none$(printf ' %q' "$python" -m lab.main "$@")$cells 2> >(trap '' TERM; exec tee "\$errors" >&2) || code=\$?
-wait \$!
+exec 3> >(trap '' TERM; exec tee "\$errors" >&2); tee=\$!
+srun --kill-on-bad-exit=0 --wait=60 --gpu-bind=none$(printf ' %q' "$python" -m lab.main "$@")$cells 2>&3 || code=\$?
+exec 3>&-; wait \$tee
 died=\$(grep -m1 '^srun: error: .*: task' "\$errors"; rm "\$errors")
 if ((code != 0 && code != 75)); then
   (cd "\$LAB_PROGRESS" && ls -t | while read -r task; do echo "lab: task \$task: \$(<"\$task")"; done)

@@ -119,8 +119,9 @@ cd {folder}
 export LAB_PROGRESS=$PWD/runs/.job-$SLURM_JOB_ID
 mkdir -p "$LAB_PROGRESS"
 code=0 errors=$(mktemp)
-srun --kill-on-bad-exit=0 --wait=60 --gpu-bind=none py -m lab.main {arguments} {errors} || code=$?
-wait $!
+exec 3> >(trap '' TERM; exec tee "$errors" >&2); tee=$!
+srun --kill-on-bad-exit=0 --wait=60 --gpu-bind=none py -m lab.main {arguments} 2>&3 || code=$?
+exec 3>&-; wait $tee
 died=$(grep -m1 '^srun: error: .*: task' "$errors"; rm "$errors")
 if ((code != 0 && code != 75)); then
   (cd "$LAB_PROGRESS" && ls -t | while read -r task; do echo "lab: task $task: $(<"$task")"; done)
@@ -139,8 +140,7 @@ JOB
 )
 def test_a_job_of_slurm(options, more):
     told = ran("slurm.sh", "--dry-run", *options.split(), "--", STUDY, PYTHON="py").stdout
-    errors = """2> >(trap '' TERM; exec tee "$errors" >&2)"""
-    assert told == JOB.format(options=options, folder=commands.REPOSITORY, arguments=STUDY + more, errors=errors)
+    assert told == JOB.format(options=options, folder=commands.REPOSITORY, arguments=STUDY + more)
 
 
 @pytest.mark.parametrize(("code", "requeued"), [(0, False), (1, False), (75, True), (137, False)])
