@@ -1,7 +1,7 @@
 """Does a trained model learn to decode branches from low-rank adapters, and what does its plain text pay?
 
     python -m lab.main --config=configs/branch_finetune.py:cpu-base                   # trains a model to begin from
-    python -m lab.main --config=configs/branch_finetune.py --config.checkpoint=DIR    # :cpu, 17 cells of three seeds
+    python -m lab.main --config=configs/branch_finetune.py --config.checkpoint=DIR    # :cpu, 17 cells of six seeds
     python -m lab.main --config=configs/branch_finetune.py:cpu-untuned --config.checkpoint=DIR    # DIR as it is
     python -m lab.main --config=configs/branch_finetune.py:gpu --config.checkpoint=OUT    # Qwen2.5 1.5B, or its like
     python -m lab.main --config=configs/branch_finetune.py:gpu-untuned --config.checkpoint=OUT
@@ -125,6 +125,7 @@ def untuned(config) -> None:
     )
     study.cells = study.cells[: len(RATIOS)]
     study.contrasts, study.hypotheses, config.model.lora.rank = (), (), 0
+    study.seeds = 1  # which draws nothing: the weights are there, and all are asked the same
 
 
 def cpu(config) -> None:
