@@ -258,7 +258,7 @@ def test_what_does_not_fit_names_microbatches_that_divide_over_the_mesh():
     "said",
     [
         "XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 21.50G of 15.75G hbm.",
-        "Ran out of memory on HBM, the total memory required for HLO temporaries (21.50G) exceeds available HBM (15.75G)",
+        "Ran out of memory on HBM, the total required for HLO temporaries (21.50G) exceeds available HBM (15.75G).",
     ],
 )
 def test_the_compiler_is_understood_where_memory_is_too_small(said):
