@@ -112,7 +112,7 @@ def test_a_program_of_a_tpu_is_read():
     assert [hlo.axes_of(each, MESH) for each in (gathered, scattered)] == ["tensor", "fsdp"]
     layer = 64 * 16 * 4
     weights, inputs, product = 32 * 16 * 2, 64 * 32 * 2, 64 * 16 * 2
-    copied = 10 * (layer + 4 + layer + 2 * 4)  # of a turn: in, its number, out; two numbers are compared
+    copied = 10 * (layer + 4 + layer + 4 + 2 * 4)  # of a turn: in, its number, out; it is added to, and compared
     assert work.bytes == weights + inputs + product + copied + (4096 + 1024) + (512 + 1024)
 
 
@@ -254,17 +254,22 @@ def test_what_does_not_fit_names_microbatches_that_divide_over_the_mesh():
     assert "microbatches" not in memory.unfit(config, 13 * 2**30, 2**30, 12 * 2**30, over=8)
 
 
-SAID = (
-    "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 21.50G of 15.75G "
-    "hbm. Exceeded hbm capacity by 5.75G."
+@pytest.mark.parametrize(
+    "said",
+    [
+        "XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 21.50G of 15.75G hbm.",
+        "Ran out of memory on HBM, the total required for HLO temporaries (21.50G) exceeds available HBM (15.75G).",
+    ],
 )
-
-
-def test_the_compiler_is_understood_where_memory_is_too_small():
-    made = step._unfit(None, 1.0, 2**30, RuntimeError(SAID))
+def test_the_compiler_is_understood_where_memory_is_too_small(said):
+    made = step._unfit(None, 1.0, 2**30, RuntimeError(f"RESOURCE_EXHAUSTED: {said}"))
     assert (made.total, made.limit, made.work) == (int(21.5 * 2**30), 15.75 * 2**30, None)
-    with pytest.raises(RuntimeError, match="another"):
-        step._unfit(None, 1.0, 0, RuntimeError("another"))
+
+
+@pytest.mark.parametrize("said", ["another", "RESOURCE_EXHAUSTED: memory space vmem. Used 21.50M of 16.00M vmem."])
+def test_what_else_a_compiler_says_is_no_lack_of_memory(said):
+    with pytest.raises(RuntimeError, match=said):
+        step._unfit(None, 1.0, 0, RuntimeError(said))
 
 
 def test_rows_over_a_mesh_of_tpus_may_split_a_side():

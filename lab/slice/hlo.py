@@ -160,7 +160,7 @@ class _Module:
         return found
 
     def _turns(self, name: str, loop: Instruction) -> int | None:
-        """Of a loop whose length is a constant: as the program says it, or as it counts from 0 by ones."""
+        """Of a loop whose length is a constant: as the program says it, or as it counts from 0."""
         if told := re.search(r'"known_trip_count":{"n":"?(\d+)', loop.rest):
             return int(told[1])
         condition = self.computations[_called(loop, "condition")[0]]
@@ -168,8 +168,17 @@ class _Module:
         if root.kind == "compare" and "direction=LT" in root.rest:
             counter, limit = (condition[operand] for operand in root.operands)
             if (counter.kind, limit.kind) == ("get-tuple-element", "constant"):
-                return int(limit.operands[0])
+                return -(-int(limit.operands[0]) // self._step(loop, counter))
         return None
+
+    def _step(self, loop: Instruction, counter: Instruction) -> int:
+        """By which a loop counts: 2 where XLA has unrolled a product that is made as its weights arrive."""
+        body = self.computations[_called(loop, "body")[0]]
+        index = int(re.search(r"index=(\d+)", counter.rest)[1])
+        following = next(each for each in body.values() if each.root).operands[index]
+        added = [body[operand] for operand in body[following].operands if operand in body]
+        by = [int(each.operands[0]) for each in added if each.kind == "constant"]
+        return by[0] if body[following].kind == "add" and by else 1
 
     def _alone(self, computation: str, each: Instruction) -> Work:
         """Of an instruction that is started by itself, with what is fused into it."""

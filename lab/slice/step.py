@@ -129,10 +129,10 @@ def _bytes(x) -> int:
 
 def _unfit(mesh: Mesh, spent: float, held: int, error: Exception) -> Compiled:
     """What the compiler says of a program for which there is not enough HBM. Raises what is said of others again."""
-    said = re.search(r"memory space hbm\W+Used ([\d.]+[KMGT]?) of ([\d.]+[KMGT]?) hbm", str(error))
-    if not said:
+    said = re.search(r"(?:Used |temporaries \()([\d.]+[KMGT])\b.{,40}?(?: of |HBM \()([\d.]+[KMGT])\b", str(error))
+    if not said or "RESOURCE_EXHAUSTED" not in str(error) or "vmem" in str(error):
         raise error
-    used, limit = (float(n.rstrip("KMGT")) * 1024 ** "KMGT".find(n[-1]) * 1024 for n in said.groups())
+    used, limit = (float(n[:-1]) * 1024 ** (1 + "KMGT".index(n[-1])) for n in said.groups())
     return Compiled(mesh, spent, held, max(int(used) - held, 0), limit, None)
 
 
