@@ -1,16 +1,22 @@
-"""launch/local.sh: two processes of two devices train as one, stop as one, and fail as one."""
+"""Two processes of two devices train as one, stop as one, fail as one, and go on from what others have saved."""
 
 import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import socket
 import sys
 
 import commands
+import jax
 import numpy as np
 import pytest
+import restoring
+import tiny
+
+from lab.train import checkpoint, compiled
 
 pytestmark = pytest.mark.slow
 CELLS = 'product(vary("model.position.ratio", (0.0, 1.0)), vary("data.draw", ("1-3",)))'
@@ -28,8 +34,8 @@ def study(place):
     return commands.write_study(place / "tiny.py", commands.write_corpus(place / "corpus.jsonl"), CELLS)
 
 
-def launched(study, work, log):
-    return commands.Process([SCRIPT, 2, f"--config={study}", f"--workdir={work}"], log, DEVICES="2")
+def launched(study, work, log, *arguments):
+    return commands.Process([SCRIPT, 2, f"--config={study}", f"--workdir={work}", *arguments], log, DEVICES="2")
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +128,57 @@ def test_stopped_then_killed_then_stopped_again_then_finished(place, study, toge
     process = launched(study, work, place / "finished-log")
     assert process.wait() == 0, process.told()
     commands.same_results(work, together)
+
+
+def test_a_run_of_eight_devices_goes_on_over_two_processes(place):
+    """From its tenth step, in microbatches. Batches, rates and seeds are those of the run on eight; losses drift."""
+    study = commands.write_study(place / "one.py", commands.write_corpus(place / "one.jsonl"), commands.ONE_CELL)
+    over_eight, eight = ["--config.run.mesh.data=4", "--config.run.mesh.tensor=2"], place / "eight"
+    drops, kept = "--config.train.dropout.residual=0.1", "--config.run.checkpoint.keep=9"
+    arguments = f"--config={study}", f"--workdir={eight}", *over_eight, drops, kept
+    commands.finished("main", *arguments, log=place / "eight-log", JAX_NUM_CPU_DEVICES="8")
+    shutil.copytree(eight, place / "rewound")
+    (undisturbed,), (run,) = (commands.runs(work).values() for work in (eight, place / "rewound"))
+    log = run / "metrics.jsonl"
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:10]))
+    (run / "result.json").unlink()
+
+    over_four = "--config.run.mesh.data=2", "--config.run.mesh.tensor=2", "--config.run.microbatches=2"
+    process = launched(study, place / "rewound", place / "rewound-log", *over_four, drops)
+    assert process.wait() == 0, process.told()
+    assert "goes on from step 10 in another way (" in process.out and "devices 8 -> 4" in process.out
+    made = json.loads((run / "segments.json").read_text())["segments"]
+    assert [(one["first_step"], one["processes"], one["microbatches"]) for one in made] == [(0, 1, 1), (10, 2, 2)]
+    lines, others = commands.metrics(run), commands.metrics(undisturbed)
+    assert lines[:10] == others[:10] and [line["step"] for line in lines] == list(range(LAST))
+    for field in ("text_hash", "tokens", "fill", "learning_rate"):
+        assert [line[field] for line in lines] == [line[field] for line in others], field
+    losses, expected = (np.array([line["loss"] for line in each[10:]]) for each in (lines, others))
+    np.testing.assert_allclose(losses[:20], expected[:20], rtol=1e-6)
+    np.testing.assert_allclose(losses, expected, rtol=1e-3)
+
+
+def test_each_process_reads_and_holds_its_share_of_a_checkpoint(tmp_path):
+    """As TensorStore counts the bytes that it reads. Eight devices wrote them, cut along another axis too."""
+    state = compiled.initial_state(restoring.config(), restoring.PROGRAM, tiny.mesh(fsdp=4, tensor=2))
+    rng = np.random.default_rng(0)  # zeros would be compressed to nothing
+    drawn = lambda x: jax.device_put(rng.normal(size=x.shape).astype(x.dtype), x.sharding)  # noqa: E731
+    state = state._replace(optimizer=jax.tree.map(drawn, state.optimizer))
+    checkpoints = checkpoint.Checkpoints(tmp_path / "saved", keep=1)
+    checkpoints.save(checkpoint.Position(1, 0), state)
+    checkpoints.close()
+    command = [
+        sys.executable,
+        commands.REPOSITORY / "tests" / "restoring.py",
+        tmp_path / "saved",
+        f"127.0.0.1:{free_port()}",
+    ]
+    where = dict(PYTHONPATH=str(commands.REPOSITORY))
+    processes = [commands.Process([*command, number], tmp_path / f"log{number}", **where) for number in (0, 1)]
+    assert [process.wait() for process in processes] == [0, 0], processes[0].told()
+    for process in processes:
+        found = json.loads(process.out.splitlines()[-1])  # behind what Gloo says
+        assert found["held"] < 0.51 * found["whole"] and found["read"] < 0.55 * found["whole"], found
 
 
 LATE = """

@@ -171,9 +171,13 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, cleanup_tmp_directories=True)
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
+    def steps(self) -> list[int]:
+        """The checkpoints that stand, by the updates before each."""
+        return sorted(self._manager.all_steps())
+
     def save(self, position: Position, state: State) -> None:
         """Begins to save; the arrays may be donated as soon as it returns. A checkpoint that stands is kept."""
-        if position.step in self._manager.all_steps():
+        if position.step in self.steps():
             return
         saved = _saved(state)
         sums = {"numbers": int(_checksum(saved)), "weights": int(_checksum(saved["model"]))}
@@ -190,7 +194,7 @@ class Checkpoints:
     def restore(self, like: State) -> tuple[Position, State] | None:
         """The newest checkpoint that can be read, laid over devices as `like` is; None where there is none. Damaged
         ones are set aside. Raises Unreadable where one cannot be read for now, and OtherBase."""
-        for step in sorted(self._manager.all_steps(), reverse=True):
+        for step in reversed(self.steps()):
             place, found, failed = self.directory / str(step), None, None
             try:
                 found = self._read(step, like)
@@ -208,7 +212,7 @@ class Checkpoints:
 
     def take_back(self, step: int, why: str) -> None:
         """Sets aside the checkpoints of more than `step` updates, and says why."""
-        for later in [one for one in self._manager.all_steps() if one > step]:
+        for later in [one for one in self.steps() if one > step]:
             logging.warning("checkpoint %s is set aside: %s", self.directory / str(later), why)
             self._set_aside(later)
 

@@ -116,6 +116,16 @@ def abstract(tree):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)), tree)
 
 
+def emptied(state: State) -> State:
+    """A state, or stacked ones, whose weights and moments are deleted: what those of a checkpoint are laid into, so
+    that no device holds both."""
+    structure, trainable, rest = parameter.split(state.model)
+    described = State(nnx.merge(structure, abstract(trainable), rest), abstract(state.optimizer))
+    for array in jax.tree.leaves((trainable, state.optimizer)):
+        array.delete()  # a model is freed late, since it refers to itself
+    return described
+
+
 def evaluated(state: State, numbers, program: Program, mesh: Mesh, members: bool) -> State:
     """A state after its last step, or stacked ones, with the weights at which their models are evaluated: for most
     optimizers as it is."""

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 
 from lab.model import mesh as lab_mesh
-from lab.train import memory
+from lab.train import compiled, memory
 from lab.train.checkpoint import Checkpoints, Position
 from lab.train.step import State
 from lab.train.workload import Record, Workload
@@ -75,8 +75,12 @@ def train(
     Raises NonFinite with the step, its batch and the last good checkpoint; Stopped, all saved, when stop(step) says so.
     """
     config = workload.config
-    state = workload.initial_state(mesh)
-    position, state = checkpoints.restore(state) or (Position(0, 0), state)
+    state, restored = workload.initial_state(mesh), None
+    if checkpoints.steps():
+        state = compiled.emptied(state)
+        restored = checkpoints.restore(state)
+        state = state if restored else workload.initial_state(mesh)
+    position, state = restored or (Position(0, 0), state)
     checkpoints.save(position, state)  # of step 0: what Orbax does once in a process is done before steps are timed
     on_start(position.step)
     on_checkpoint(position.step, state)

@@ -42,7 +42,7 @@ def estimate(config: ConfigDict) -> Callable[[Mesh], int]:
     """Bytes of a device that a training step takes under a mesh, by shapes alone: nothing is compiled.
 
     The state and a gradient (two, where it is added up), as each array lies; what the forward pass of a microbatch
-    keeps for the backward pass; of one layer what is computed again; and twice the largest array, mostly the logits.
+    keeps for the backward pass; of one layer what is computed again; and the largest array once more, mostly logits.
     An array as wide as the residual stream lies over rows and tokens, any other one over tensor too. What is really
     kept between operations is the compiler's choice.
     """
@@ -60,7 +60,7 @@ def estimate(config: ConfigDict) -> Callable[[Mesh], int]:
         held = sum(math.prod(lies.shard_shape(x.shape)) * x.dtype.itemsize for x, lies in laid)
         over = math.prod(mesh.shape[axis] for axis in ("data", "fsdp", "context"))
         tensor = mesh.shape["tensor"]
-        return int(held + rows / over * (whole + by_heads / tensor + 2 * largest / tensor))
+        return int(held + rows / over * (whole + (by_heads + largest) / tensor))
 
     return needed
 
