@@ -94,7 +94,7 @@ def phase(name: str) -> Iterator[None]:
         _set(phase=before.phase, long=before.long)
 
 
-class View(NamedTuple):
+class Heard(NamedTuple):
     """What is known here of a process. still, silent: seconds since its notes changed, and since it told anything.
     at: where in the code its main thread is; waits: that is within JAX. said: its last words; None: it runs."""
 
@@ -114,7 +114,7 @@ def allowed(note: Note, timeout: float) -> float:
     return timeout * LONGER if note.long or note.expected is None else timeout + note.expected
 
 
-def verdict(views: Mapping[int, View], timeout: float, heartbeat: float) -> str:
+def verdict(views: Mapping[int, Heard], timeout: float, heartbeat: float) -> str:
     """Which process keeps the others from going on, where, and why; "" while all may go on."""
     of = f" of {len(views)}"
     ended = {process: view for process, view in views.items() if view.said and view.said["code"] not in (0, STOPPED)}
@@ -181,10 +181,10 @@ class Watch:
         for work in (self._exchange, self._judge):
             threading.Thread(target=work, daemon=True).start()
 
-    def views(self) -> dict[int, View]:
+    def views(self) -> dict[int, Heard]:
         now = time.monotonic()
         found = {
-            one: View(told["host"], told["note"], now - max(self._changed[one], self._awake),
+            one: Heard(told["host"], told["note"], now - max(self._changed[one], self._awake),
                       now - max(self._heard[one], self._awake), told["at"], told["waits"], self._said.get(one))
             for one, told in self._told.items()
         }  # fmt: skip

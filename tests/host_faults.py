@@ -107,9 +107,14 @@ def arm(fault: Fault, struck: pathlib.Path) -> None:
             strike()
         begin(*arguments, **more)
 
+    asked = []
+
     def telling(step: int) -> None:
         tell(step)
-        if fault.phase == watch._note.phase.split()[0] and (fault.phase == "asks" or watch._note.step >= fault.step):
+        asked.extend(["piece"] * watch._note.phase.startswith("asks"))
+        if fault.phase == "asks" and len(asked) == 3:  # by then it is known how long a piece takes
+            strike()
+        if fault.phase == "trains" == watch._note.phase and watch._note.step >= fault.step:
             strike()
 
     @contextlib.contextmanager

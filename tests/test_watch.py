@@ -16,14 +16,14 @@ import commands
 import pytest
 
 from lab import watch
-from lab.watch import Note, View
+from lab.watch import Note, Heard
 
 TIMEOUT, HEARTBEAT = 10.0, 30.0
 STEPS = dict(run="r seed 0", phase="trains", long=False, expected=1.0)
 
 
 def view(process: int, step: int = 7, still: float = 0.0, silent: float = 0.0, said=None, at="", waits=True, **note):
-    return View(f"h{process}", Note(**STEPS | dict(step=step, count=step) | note), still, silent, at, waits, said)
+    return Heard(f"h{process}", Note(**STEPS | dict(step=step, count=step) | note), still, silent, at, waits, said)
 
 
 FAILED = dict(code=1, text="disk", place="at step 8")
