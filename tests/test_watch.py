@@ -16,7 +16,7 @@ import commands
 import pytest
 
 from lab import watch
-from lab.watch import Note, Heard
+from lab.watch import Heard, Note
 
 TIMEOUT, HEARTBEAT = 10.0, 30.0
 STEPS = dict(run="r seed 0", phase="trains", long=False, expected=1.0)
