@@ -285,7 +285,9 @@ def run(injector: Injector, faults: list[list[Fault]], undisturbed: dict, keep) 
             )
         last = injector.start(work)
         check_start(last | dict(wrong=met[-1]["wrong"]), saved)
-        same = last["code"] == 0 and bits(work) == undisturbed
+        same = bits(work) == undisturbed
+        if last["code"]:
+            met[-1]["wrong"].append(f"the last start: code {last['code']}, {last['err'][-2000:]}")
         for one in met:
             one["identical"] = same
             keep(one)
