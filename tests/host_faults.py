@@ -21,13 +21,14 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 from typing import NamedTuple
 
 import commands
 import forked
 
 STEPS, EVERY = 24, 4  # of the study; between checkpoints
-STUCK, HEARTBEAT = 10, 20  # seconds: run.stuck_timeout, run.heartbeat_timeout
+STUCK, HEARTBEAT, GRACE = 10, 20, 90  # seconds: run.stuck_timeout, run.heartbeat_timeout, run.grace
 LONGEST = 600  # seconds that a start of two processes may take
 PHASES = ("starts", "compiles", "trains", "saves", "asks")
 
@@ -61,7 +62,7 @@ KINDS = {
     "stuck": Kind(("trains", "asks"), STUCK + 15, STANDS),
     "missing collective": Kind(("trains", "asks"), STUCK + 15, STANDS),
     "disk full": Kind(("saves",), 15, r"process \d ended with code \d+: .*the disk is full"),
-    "asked to stop": Kind(("starts", "compiles", "trains", "saves", "asks"), 60, ""),
+    "asked to stop": Kind(("starts", "compiles", "trains", "saves", "asks"), GRACE + 10, ""),
     "clock skewed": Kind(("trains",), LONGEST, ""),
     "checkpoint flipped": Kind(("trains",), 15, KILLED, (1,)),
     "checkpoint truncated": Kind(("trains",), 15, KILLED, (1,)),
@@ -137,9 +138,13 @@ def arm(fault: Fault, struck: pathlib.Path) -> None:
 
 def before() -> None:
     """In a forked process, before it becomes one of the study's."""
+    from jax._src import compiler
+
     from lab import main
 
     main.Reporter.rebuild = lambda self: None  # a third of what a start costs, and nothing that is compared
+    # JAX keeps compiled programs of process 0 alone, and half of what a start costs is to compile those of process 1.
+    compiler.distributed = types.SimpleNamespace(global_state=types.SimpleNamespace(process_id=0))
     if text := os.environ.get("HOST_FAULT"):
         fault = Fault(*json.loads(text))
         if str(fault.process) == os.environ["JAX_PROCESS_ID"]:
@@ -172,7 +177,7 @@ class Injector:
         more = {forked.HOOK: "host_faults"} | dict(PYTHON=str(self.server.python), PORT=str(port), DEVICES="1")
         if fault:
             more |= dict(HOST_FAULT=json.dumps(fault), HOST_STRUCK=str(struck))
-        options = dict(stuck_timeout=STUCK, heartbeat_timeout=HEARTBEAT) | {"checkpoint.every": EVERY}
+        options = dict(stuck_timeout=STUCK, heartbeat_timeout=HEARTBEAT, grace=GRACE) | {"checkpoint.every": EVERY}
         told = subprocess.run(
             [commands.REPOSITORY / "launch" / "local.sh", "2", f"--config={self.study}", f"--workdir={work}",
              *(f"--config.run.{name}={value}" for name, value in options.items())],
