@@ -145,7 +145,9 @@ def verdict(views: Mapping[int, Heard], timeout: float, heartbeat: float) -> str
         for process, view in blamed.items()
     ]
     rest = [f"process {one} is {view.note.place()}" for one, view in running.items() if one not in blamed]
-    return "; ".join([*told, *rest][:8]) + f" (run.stuck_timeout = {timeout:g} s beyond the slowest step)"
+    most = max(allowed(view.note, timeout) for view in blamed.values())
+    why = f"{most:.0f} s are allowed, by run.stuck_timeout = {timeout:g} beyond the slowest step"
+    return f"{'; '.join([*told, *rest][:8])} ({why})"
 
 
 def _place() -> tuple[str, bool]:

@@ -31,10 +31,11 @@ LOOPS = dict(at="lab/x.py line 3", waits=False, still=11.1)
 CASES = {
     "all go on": ([view(0), view(1, 8)], None),
     "one is slow, and may be": ([view(0, still=10.9), view(1, 8, still=99)], None),
-    "a loop": ([view(0, 8, still=11.2), view(1, **LOOPS)], (1, "stands still at step 7 of r seed 0 (trains): 11 s")),
+    "a loop": ([view(0, 8, still=11.2), view(1, **LOOPS)], (1, "step 7 of r seed 0 (trains): 11 s in lab/x.py")),
     "a loop behind others in a long phase": ([view(0, 8, long=True), view(1, **LOOPS)], (1, "stands still")),
     "a loop, at the step of the others": ([view(0, still=12), view(1, **LOOPS), view(2, still=12)], (1, "lab/x.py")),
     "a collective of one": ([view(0, 7, still=12), view(1, 9, still=12)], (0, "where it waits for the others")),
+    "what is allowed is said": ([view(0, 8), view(1, **LOOPS | dict(expected=0.5))], (1, "(10 s are allowed, by run.")),
     "all wait": ([view(0, still=12), view(1, still=12)], (0, "process 1 of 2 on h1 stands still at step 7")),
     "one compiles": ([view(0, long=True, still=99), view(1, still=99)], None),
     "one compiles too long": ([view(0, long=True, still=101), view(1, still=101)], (0, "stands still")),
