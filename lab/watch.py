@@ -195,11 +195,16 @@ class Watch:
         return found
 
     def say(self, code: int, text: str) -> None:
-        """Last words: the first are kept."""
-        with contextlib.suppress(Exception):
-            self._client.key_value_set(
-                f"{SAID}{self.process}", json.dumps(dict(code=code, text=text, place=_note.place()))
-            )
+        """Last words: the first are kept. A coordinator that does not answer is not waited for."""
+        words = json.dumps(dict(code=code, text=text, place=_note.place()))
+
+        def send() -> None:
+            with contextlib.suppress(Exception):
+                self._client.key_value_set(f"{SAID}{self.process}", words)
+
+        sending = threading.Thread(target=send, daemon=True)
+        sending.start()
+        sending.join(max(2 * self.beat, 2))
 
     def _exchange(self) -> None:
         host, beat = socket.gethostname(), 0
