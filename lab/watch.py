@@ -94,7 +94,7 @@ def phase(name: str) -> Iterator[None]:
         _set(phase=before.phase, long=before.long)
 
 
-class View(NamedTuple):
+class Heard(NamedTuple):
     """What is known here of a process. still, silent: seconds since its notes changed, and since it told anything.
     at: where in the code its main thread is; waits: that is within JAX. said: its last words; None: it runs."""
 
@@ -114,7 +114,7 @@ def allowed(note: Note, timeout: float) -> float:
     return timeout * LONGER if note.long or note.expected is None else timeout + note.expected
 
 
-def verdict(views: Mapping[int, View], timeout: float, heartbeat: float) -> str:
+def verdict(views: Mapping[int, Heard], timeout: float, heartbeat: float) -> str:
     """Which process keeps the others from going on, where, and why; "" while all may go on."""
     of = f" of {len(views)}"
     ended = {process: view for process, view in views.items() if view.said and view.said["code"] not in (0, STOPPED)}
@@ -145,7 +145,9 @@ def verdict(views: Mapping[int, View], timeout: float, heartbeat: float) -> str:
         for process, view in blamed.items()
     ]
     rest = [f"process {one} is {view.note.place()}" for one, view in running.items() if one not in blamed]
-    return "; ".join([*told, *rest][:8]) + f" (run.stuck_timeout = {timeout:g} s beyond the slowest step)"
+    most = max(allowed(view.note, timeout) for view in blamed.values())
+    why = f"{most:.0f} s are allowed, by run.stuck_timeout = {timeout:g} beyond the slowest step"
+    return f"{'; '.join([*told, *rest][:8])} ({why})"
 
 
 def _place() -> tuple[str, bool]:
@@ -181,10 +183,10 @@ class Watch:
         for work in (self._exchange, self._judge):
             threading.Thread(target=work, daemon=True).start()
 
-    def views(self) -> dict[int, View]:
+    def views(self) -> dict[int, Heard]:
         now = time.monotonic()
         found = {
-            one: View(told["host"], told["note"], now - max(self._changed[one], self._awake),
+            one: Heard(told["host"], told["note"], now - max(self._changed[one], self._awake),
                       now - max(self._heard[one], self._awake), told["at"], told["waits"], self._said.get(one))
             for one, told in self._told.items()
         }  # fmt: skip
@@ -193,11 +195,16 @@ class Watch:
         return found
 
     def say(self, code: int, text: str) -> None:
-        """Last words: the first are kept."""
-        with contextlib.suppress(Exception):
-            self._client.key_value_set(
-                f"{SAID}{self.process}", json.dumps(dict(code=code, text=text, place=_note.place()))
-            )
+        """Last words: the first are kept. A coordinator that does not answer is not waited for."""
+        words = json.dumps(dict(code=code, text=text, place=_note.place()))
+
+        def send() -> None:
+            with contextlib.suppress(Exception):
+                self._client.key_value_set(f"{SAID}{self.process}", words)
+
+        sending = threading.Thread(target=send, daemon=True)
+        sending.start()
+        sending.join(max(2 * self.beat, 2))
 
     def _exchange(self) -> None:
         host, beat = socket.gethostname(), 0

@@ -75,8 +75,8 @@ def serve(place: str) -> None:
         if not child:
             for file, number in zip(files, (1, 2), strict=True):
                 os.dup2(file, number)
-            for file in (listening.fileno(), connection.fileno(), *files):
-                os.close(file)
+            for each in (listening, connection):
+                each.close()
             become(json.loads(text))
             return
         connection.sendall(f"{child}\n".encode())

@@ -16,14 +16,14 @@ import commands
 import pytest
 
 from lab import watch
-from lab.watch import Note, View
+from lab.watch import Heard, Note
 
 TIMEOUT, HEARTBEAT = 10.0, 30.0
 STEPS = dict(run="r seed 0", phase="trains", long=False, expected=1.0)
 
 
 def view(process: int, step: int = 7, still: float = 0.0, silent: float = 0.0, said=None, at="", waits=True, **note):
-    return View(f"h{process}", Note(**STEPS | dict(step=step, count=step) | note), still, silent, at, waits, said)
+    return Heard(f"h{process}", Note(**STEPS | dict(step=step, count=step) | note), still, silent, at, waits, said)
 
 
 FAILED = dict(code=1, text="disk", place="at step 8")
@@ -31,10 +31,11 @@ LOOPS = dict(at="lab/x.py line 3", waits=False, still=11.1)
 CASES = {
     "all go on": ([view(0), view(1, 8)], None),
     "one is slow, and may be": ([view(0, still=10.9), view(1, 8, still=99)], None),
-    "a loop": ([view(0, 8, still=11.2), view(1, **LOOPS)], (1, "stands still at step 7 of r seed 0 (trains): 11 s")),
+    "a loop": ([view(0, 8, still=11.2), view(1, **LOOPS)], (1, "step 7 of r seed 0 (trains): 11 s in lab/x.py")),
     "a loop behind others in a long phase": ([view(0, 8, long=True), view(1, **LOOPS)], (1, "stands still")),
     "a loop, at the step of the others": ([view(0, still=12), view(1, **LOOPS), view(2, still=12)], (1, "lab/x.py")),
     "a collective of one": ([view(0, 7, still=12), view(1, 9, still=12)], (0, "where it waits for the others")),
+    "what is allowed is said": ([view(0, 8), view(1, **LOOPS | dict(expected=0.5))], (1, "(10 s are allowed, by run.")),
     "all wait": ([view(0, still=12), view(1, still=12)], (0, "process 1 of 2 on h1 stands still at step 7")),
     "one compiles": ([view(0, long=True, still=99), view(1, still=99)], None),
     "one compiles too long": ([view(0, long=True, still=101), view(1, still=101)], (0, "stands still")),
@@ -107,12 +108,13 @@ PROCESS = """
 
     class Store:
         def key_value_set(self, key, value, allow_overwrite=False):
+            while (place / "gone").exists(): time.sleep(0.1)  # as where the coordinator is stopped
             path = place / key.replace("/", "+")
             if path.exists() and not allow_overwrite: raise RuntimeError("ALREADY_EXISTS")
             draft = place / f".{process}{threading.get_ident()}"
             draft.write_text(value); draft.replace(path)
         def key_value_dir_get(self, key):
-            if key == watch.TOLD and (place / "gone").exists(): time.sleep(99)
+            while (place / "gone").exists(): time.sleep(0.1)
             start = key.replace("/", "+")
             return [(p.name.replace("+", "/"), p.read_text()) for p in place.iterdir() if p.name.startswith(start)]
         def key_value_try_get(self, key): return (place / key).read_text()
@@ -135,6 +137,7 @@ PROCESS = """
                 if fault == "barrier": threading.Event().wait()
                 if fault == "disk": raise UserError("the disk is full")
                 if fault == "bug": raise ValueError("a bug\\nof two lines")
+                if fault == "gone": (place / "gone").touch(); os.kill(os.getpid(), signal.SIGSTOP)
                 if fault == "notice": (place / watch.NOTICE).write_text("now"); threading.Event().wait()
             watch.tell(step)
             (place / f"at-{process}").write_text(str(step))
@@ -161,7 +164,9 @@ FAULTS = {
     "disk": (2, "process 1 of 3 on {host} ended at step 6 of r (trains): the disk is full"),
     "bug": (1, "process 1 of 3 on {host} ended at step 6 of r (trains): ValueError: a bug of two lines"),
     "notice": (75, "a stop was asked for"),
+    "gone": (None, "process 0 of 3 on {host} does not answer, last at step"),
 }
+STRUCK = {"gone": 0}  # else process 1
 
 
 @pytest.mark.slow
@@ -176,7 +181,8 @@ def test_processes_end_and_name_who_is_to_blame(tmp_path):
         (place / "process.py").write_text(textwrap.dedent(PROCESS))
         started = [
             subprocess.Popen(
-                [sys.executable, place / "process.py", place, str(number), "3", fault if number == 1 else ""],
+                [sys.executable, place / "process.py", place, str(number), "3",
+                 fault if number == STRUCK.get(fault, 1) else ""],
                 cwd=place, env={"PYTHONPATH": str(commands.REPOSITORY), "LAB_PROGRESS": str(place)},
                 stderr=subprocess.PIPE, text=True,
             ) for number in range(3)
@@ -185,20 +191,21 @@ def test_processes_end_and_name_who_is_to_blame(tmp_path):
     host = pathlib.Path("/proc/sys/kernel/hostname").read_text().strip()
     try:
         for fault, (code, told) in FAULTS.items():
-            zero, one, two = running[fault]
-            ends = {number: each.communicate(timeout=400)[1] for number, each in ((0, zero), (2, two))}
+            one = running[fault].pop(STRUCK.get(fault, 1))
+            ends = {each.args[3]: each.communicate(timeout=400)[1] for each in running[fault]}
             expected = {"none": 0, "clock": 0, "notice": 75}.get(fault, watch.LOST)
-            assert (zero.returncode, two.returncode) == (expected, expected), (fault, ends)
+            assert [each.returncode for each in running[fault]] == [expected] * 2, (fault, ends)
             for text in ends.values():
                 last = text.strip().rpartition("\n")[2]
                 assert last.startswith(f"lab: {told.format(host=host)}" if told else ""), (fault, text)
             if code is None:
                 one.kill()
             one.communicate(timeout=100)
+            running[fault].append(one)
             assert one.returncode == (-signal.SIGKILL if code is None else code), fault
             if fault == "bug":
                 assert "of two lines" in (tmp_path / fault / "1").read_text()
-            assert re.search("host|process 1|stop was asked", (tmp_path / fault / "0").read_text())
+            assert re.search("host|process 1|stop was asked|process 0", (tmp_path / fault / "2").read_text())
     finally:
         for each in (each for started in running.values() for each in started):
             each.kill()

@@ -5,7 +5,9 @@ or of a disk that answers, is not damaged: it stops the command.
 """
 
 import errno
+import hashlib
 import itertools
+import json
 import logging
 import math
 import os
@@ -72,6 +74,11 @@ def _checksum(tree) -> jax.Array:
         return jnp.sum(words * (2 * places + jnp.uint32(2 * number + 1)), dtype=jnp.uint32)
 
     return sum(weighed(x, 7919 * number) for number, x in enumerate(jax.tree.leaves(tree)))
+
+
+def _shapes(named: dict) -> str:
+    """A digest of the names and shapes of weights: of a model, whatever its numbers."""
+    return hashlib.sha256(json.dumps(sorted((name, x.shape) for name, x in named.items())).encode()).hexdigest()[:16]
 
 
 def _with_weights(model, named: dict):
@@ -181,6 +188,7 @@ class Checkpoints:
             return
         saved = _saved(state)
         sums = {"numbers": int(_checksum(saved)), "weights": int(_checksum(saved["model"]))}
+        sums["shapes"] = _shapes(saved["model"])
         if (frozen := _sum_of_frozen(state.model)) is not None:
             sums["frozen"] = frozen
         about = ocp.args.JsonSave(sealed(position._asdict() | sums))
@@ -193,7 +201,7 @@ class Checkpoints:
 
     def restore(self, like: State) -> tuple[Position, State] | None:
         """The newest checkpoint that can be read, laid over devices as `like` is; None where there is none. Damaged
-        ones are set aside. Raises Unreadable where one cannot be read for now, and OtherBase."""
+        ones are set aside. Raises Unreadable where one cannot be read for now, OtherBase and OtherModel."""
         for step in reversed(self.steps()):
             place, found, failed = self.directory / str(step), None, None
             try:
@@ -202,6 +210,8 @@ class Checkpoints:
                 failed = error
             if not _any_host(failed is not None):
                 return found
+            if _any_host(failed is not None and self._of_another_model(step, like)):
+                raise OtherModel(place)
             passing = failed and passing_error(place, failed)
             if _any_host(bool(passing)):
                 raise passing or Unreadable(place, "another host cannot")
@@ -209,6 +219,16 @@ class Checkpoints:
             logging.warning("checkpoint %s cannot be read (%s): taking the one before", place, reason)
             self._set_aside(step)
         return None
+
+    def _of_another_model(self, step: int, like: State) -> bool:
+        """Whether a checkpoint that cannot be laid into `like` is whole beside that, and says of what shapes it is."""
+        try:
+            about = unsealed(
+                self._manager.restore(step, args=ocp.args.Composite(position=ocp.args.JsonRestore()))["position"]
+            )
+        except Exception:  # it is damaged
+            return False
+        return about.get("shapes") not in (None, _shapes(_saved(like)["model"]))
 
     def take_back(self, step: int, why: str) -> None:
         """Sets aside the checkpoints of more than `step` updates, and says why."""
@@ -294,6 +314,16 @@ class OtherBase(UserError):
         super().__init__(
             f"checkpoint {place} cannot be read: it is a part of a model, and was trained upon other weights than "
             "those of its base; put the base back, or say where it is: lab.load(path, base=...)"
+        )
+
+
+class OtherModel(UserError):
+    """A checkpoint is whole, and of a model of other shapes."""
+
+    def __init__(self, place: pathlib.Path):
+        super().__init__(
+            f"checkpoint {place} is of another model: its weights have other names or shapes than those of this run; "
+            f"move {place.parent} away, and run the same command again"
         )
 
 

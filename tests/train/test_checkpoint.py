@@ -85,6 +85,17 @@ def test_tables_are_those_of_the_config_not_of_the_checkpoint(tmp_path):
     check_equal(found, like)
 
 
+def test_a_checkpoint_of_another_model_is_one_line_and_stays(tmp_path):
+    save(tmp_path, state_of(1), state_of(2))
+    for other in (dict(model__layers=3), dict(model__feedforward__width=16)):
+        with pytest.raises(
+            UserError, match=rf"checkpoint {tmp_path}/2 is of another model: .*move {tmp_path} away"
+        ) as told:
+            restore(tmp_path, state_of(1, **other))
+        assert "\n" not in str(told.value)
+    check_equal(restore(tmp_path, state_of(3))[1], state_of(2))
+
+
 def test_nothing_saved_gives_nothing(tmp_path):
     assert restore(tmp_path, state_of(0)) is None
 
