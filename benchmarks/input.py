@@ -28,7 +28,6 @@ runtime.tune_allocator()
 
 import numpy as np  # noqa: E402
 from rich.console import Console  # noqa: E402
-from rich.progress import track  # noqa: E402
 from rich.table import Table  # noqa: E402
 
 WARM = 8  # batches
@@ -131,26 +130,29 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8_000_000, help="of the corpus")
     parser.add_argument("--cores", type=int, default=os.cpu_count(), help="that a step computes on")
     flags = parser.parse_args()
-    rows = []
+    console, rows = Console(width=110, highlight=False), []
     with tempfile.TemporaryDirectory() as name, concurrent.futures.ThreadPoolExecutor(flags.cores) as pool:
         os.environ["LAB_CACHE"] = str(pathlib.Path(name) / "cache")
         write_documents(pathlib.Path(name) / "documents.jsonl", flags.tokens)
-        found = {what: (config, sources(config, pathlib.Path(name))) for what, config in configs().items()}
-        cells = [(what, where) for what, (_, places) in found.items() for where in places]
-        waits = {cell: [] for cell in cells}
-        for what, where in track(cells * flags.rounds, "measuring", console=Console(stderr=True)):
-            config, places = found[what]
-            waits[what, where].append(waited(config, places[where], flags.rate, flags.seconds, pool, flags.cores))
-        for what, where in cells:
-            whole, read = cost(found[what][0], found[what][1][where])
-            rows.append((what, where, waits[what, where], whole, read))
+        for what, config in configs().items():
+            places = sources(config, pathlib.Path(name))
+            costs = {where: cost(config, texts) for where, texts in places.items()}
+            waits = {where: [] for where in places}
+            for _, where in itertools.product(range(flags.rounds), places):
+                share = waited(config, places[where], flags.rate, flags.seconds, pool, flags.cores)
+                waits[where].append(share)
+                console.print(f"{what}, {where}: waits {share:.2%}")
+            rows += [(what, where, waits[where], *costs[where]) for where in places]
     table = Table(title=f"{flags.rate:,.0f} tokens/s, steps of 8,192 tokens on {flags.cores} cores")
     for column in ("packs", "texts", "wait, median", "wait, most", "make a batch, ms", "of it reading, ms"):
         table.add_column(column, justify="left" if column in ("packs", "texts") else "right")
     for what, where, shares, whole, read in rows:
-        numbers = f"{statistics.median(shares):.2%}", f"{max(shares):.2%}", f"{whole * 1e3:.2f}", f"{read * 1e3:.2f}"
+        numbers = (
+            *(f"{share:.2%}" for share in (statistics.median(shares), max(shares))),
+            *(f"{seconds * 1e3:.2f}" for seconds in (whole, read)),
+        )
         table.add_row(what, where, *numbers)
-    Console(width=110).print(table)
+    console.print(table)
 
 
 if __name__ == "__main__":
