@@ -125,7 +125,7 @@ def opened(path: str | Path) -> Path:
 def refresh(path: Path) -> None:
     """Fetches what is new in the store, if a path is in a copy."""
     if one := mirror(path):
-        one.pull()
+        one.refresh()
 
 
 def flush(path: Path) -> None:

@@ -120,6 +120,26 @@ def test_two_copies_come_to_hold_the_same(opened):
     assert not any(".draft" in name for name in one.store.list())
 
 
+def test_what_is_written_here_is_not_overwritten(opened):
+    one, other = opened(), opened()
+    for name in ("changed", "deleted", "gone there"):
+        write(one, f"cells/{name}", b"first")
+    one.flush(), other.pull()
+    for name in ("changed", "deleted", "made"):
+        write(one, f"cells/{name}", b"one")
+    (one.local / "cells/gone there").unlink()
+    one.flush()
+    for name in ("changed", "made", "gone there"):
+        write(other, f"cells/{name}", b"another")
+    (other.local / "cells/deleted").unlink()
+    for _ in range(2):
+        other.pull()
+        assert tree(other) == {f"cells/{name}": b"another" for name in ("changed", "made", "gone there")}
+        other.push()
+    one.pull()
+    assert tree(one) == tree(other)
+
+
 def test_checkpoints_are_fetched_by_who_claims_the_run(opened):
     one = opened()
     write_run(one)
@@ -189,6 +209,20 @@ def test_one_of_many_holds_a_run(opened):
         thread.join()
     assert most and max(most) == 1
     assert not any("/.lease." in name for name in copies[0].store.list())
+
+
+def test_the_end_of_a_run_waits_for_the_store(opened, files, monkeypatch, caplog):
+    monkeypatch.setattr(mirrors, "PAUSE", 0.01)
+    one = opened()
+    write_run(one)
+    files.break_next(3)
+    one.flush()
+    assert {*one.store.list()} == {*tree(one)} and caplog.text.count("it is tried again") == 1
+    monkeypatch.setattr(mirrors, "PATIENCE", 0.0)
+    write(one, "plan.json", b"{}")
+    files.break_next(0)
+    with pytest.raises(UserError, match=r"cannot be reached \(OSError: refused\)"):
+        one.flush()
 
 
 def test_a_lease_whose_answer_is_lost_is_held(opened, files):

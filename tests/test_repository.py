@@ -12,7 +12,7 @@ import commands
 import pytest
 
 import lab
-from lab import command, convert, report, runtime
+from lab import command, convert, report, runtime, storage
 from lab.serve import server
 
 REPOSITORY = commands.REPOSITORY
@@ -237,6 +237,7 @@ def test_documented_commands_parse(name, line, monkeypatch):
         raise Parsed
 
     monkeypatch.setattr(command, "parse", stop_there)
+    monkeypatch.setattr(storage, "opened", lambda directory: re.sub("^s3://[^/]+", "runs", directory))
     monkeypatch.setattr(report, "rebuild", understood_directory)
     monkeypatch.setattr(convert, "convert", lambda way, source, out: understood_directory("runs/"))
     monkeypatch.setattr(runtime, "start_alone", lambda: None)

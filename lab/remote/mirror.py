@@ -25,10 +25,11 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from lab.errors import UserError
-from lab.remote.store import Lease, Store, reached
+from lab.remote.store import Lease, Store, Unreached, reached
 
 EXPIRES = 60.0  # seconds without a renewal after which a lease is nobody's
 EVERY = 15.0  # seconds between uploads
+PATIENCE, PAUSE = 300.0, 5.0  # seconds for which what is done waits for a store that does not answer, and between tries
 AT_ONCE = 8  # requests under way
 TOLD = 64 * 2**20  # bytes from which on a transfer is told
 HEAVY = ("checkpoints", "stacks", "set_aside")  # fetched where they are needed
@@ -38,9 +39,9 @@ LAST = ("result.json", "failure.json")
 
 
 class Seen(NamedTuple):
-    """A file as it was when the copy and the store agreed. there: None for what was uploaded and not listed since."""
+    """A file as it was when the copy and the store agreed."""
 
-    there: tuple | None
+    there: tuple
     here: tuple
 
 
@@ -88,21 +89,32 @@ class Mirror:
         self.store.delete(name)
 
     def _keep_on(self, name: str, seconds: float) -> None:
-        while not self._closed.wait(seconds):
+        took = 0.0
+        while not self._closed.wait(max(seconds, took if name == "upload" else 0.0)):  # a file that grows goes up whole
+            begun = time.monotonic()
             try:
                 self._renew() if name == "renew" else self.push()
                 self._failing.discard(name)
             except Exception as error:  # whatever a library raises: it is tried again, and flush() tells in the end
-                if name not in self._failing:
-                    said = " ".join(str(error).split())[:200]
-                    logging.warning("%s is not reached (%s); it is tried again", self.store.url, said)
-                self._failing.add(name)
+                self._say_once(name, error)
+            took = time.monotonic() - begun
+
+    def _say_once(self, name: str, error: Exception) -> None:
+        if name not in self._failing:
+            said = " ".join(str(error).split())[:200]
+            logging.warning("%s is not reached (%s); it is tried again", self.store.url, said)
+        self._failing.add(name)
 
     # The copy, as the store is.
 
+    def refresh(self) -> None:
+        """Fetches what is light and new. Raises UserError where the store does not answer."""
+        with reached(self.store):
+            self.pull()
+
     def pull(self, under: str = "", heavy: bool = False) -> None:
-        """Fetches what has changed in the store below a directory, but for what is held here, and takes away what went
-        there. heavy: checkpoints too, those that are whole."""
+        """Fetches what has changed in the store below a directory, and takes away what went there; but what has changed
+        here since the two agreed stays. heavy: checkpoints too, those that are whole."""
         with self._lock:
             there = self.store.list(under)
             steps = {name.removesuffix(SEAL) for name in there if name.endswith(f"/{SEAL}")}
@@ -113,22 +125,18 @@ class Mirror:
                 if not self._fetched(name, heavy, steps):
                     continue
                 seen = self._known.get(name)
-                if seen and seen.there is None:
-                    self._known[name] = seen._replace(there=mark)
-                elif not seen or seen.there != mark:
+                if (not seen or seen.there != mark) and not self._changed(name):
                     wanted[name] = mark
             _tell("fetching", wanted, self.store.url, (mark[0] for mark in wanted.values()))
             self._all(lambda name: self._get(name, wanted[name]), wanted)
             for name in [name for name in self._known if _below(name, under) and name not in there]:
-                if not self._held(name):
-                    self._here(name).unlink(missing_ok=True)
-                    del self._known[name]
+                if not self._changed(name):
+                    self._here(name).unlink()
+                del self._known[name]
 
     def _fetched(self, name: str, heavy: bool, steps: set[str]) -> bool:
-        if _hidden(name) or self._held(name):
-            return False
-        if not _heavy(name):
-            return True
+        if _hidden(name) or not _heavy(name):
+            return not _hidden(name)
         parts = name.split("/")
         if not heavy or "set_aside" in parts:
             return False
@@ -149,9 +157,7 @@ class Mirror:
             if any(time.monotonic() - lease.renewed > EXPIRES / 2 for lease in self._leases):
                 self._renew()  # a program that stood still may have lost what it held
             found = dict(self._walk())
-            changed = [
-                name for name, state in found.items() if name not in self._known or self._known[name].here != state
-            ]
+            changed = [name for name in found if self._changed(name)]
             gone = [name for name in self._known if name not in found and not self._is_lost(name)]
             self._forget(name for name in gone if name.endswith(SEAL))
             _tell("uploading", changed, self.store.url, (found[name][1] for name in changed))
@@ -161,8 +167,7 @@ class Mirror:
 
     def _put(self, name: str, state: tuple) -> None:
         try:
-            self.store.put(self._here(name), name)
-            self._known[name] = Seen(None, state)
+            self._known[name] = Seen(self.store.put(self._here(name), name), state)
         except FileNotFoundError:
             if self._here(name).exists():
                 raise  # the bucket has gone
@@ -174,9 +179,17 @@ class Mirror:
             del self._known[name]
 
     def flush(self) -> None:
-        """Uploads all that has changed. Raises UserError where the store does not take it."""
-        with reached(self.store):
-            self.push()
+        """Uploads all that has changed. Raises UserError where the store does not take it, nor does in PATIENCE."""
+        until = time.monotonic() + PATIENCE
+        while True:
+            try:
+                with reached(self.store):
+                    return self.push()
+            except Unreached as error:
+                if time.monotonic() > until:
+                    raise
+                self._say_once("flush", error)
+                time.sleep(PAUSE)
 
     def _walk(self) -> Iterator[tuple[str, tuple]]:
         for directory, folders, files in os.walk(self.local):
@@ -202,8 +215,6 @@ class Mirror:
                 held = all(self._take(name, taken) for name in names)
                 for name in (*names, *with_them) if held else ():
                     self.pull(name, heavy=True)
-            for lease in taken if held else ():
-                lease.counts = True  # from here on, what is here
             try:
                 yield held
             finally:
@@ -285,8 +296,10 @@ class Mirror:
                 for folder in HEAVY:
                     shutil.rmtree(self.local / under / folder, ignore_errors=True)
 
-    def _held(self, name: str) -> bool:
-        return any(lease.counts and _below(name, lease.directory) for lease in self._leases)
+    def _changed(self, name: str) -> bool:
+        """Whether a file was made, written or deleted here since the two agreed."""
+        seen, path = self._known.get(name), self._here(name)
+        return (_state(path) if path.exists() else None) != (seen.here if seen else None)
 
     def _is_lost(self, name: str) -> bool:
         return any(_below(name, directory) for directory in self._lost)

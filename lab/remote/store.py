@@ -1,6 +1,7 @@
 """The objects of a store below a URL, over fsspec, and one line for what a store refuses."""
 
 import contextlib
+import errno
 import functools
 import json
 import os
@@ -27,11 +28,10 @@ class Unreached(UserError):
 
 
 class Lease:
-    """An object that is renewed for as long as it is held. directory: what it is a lease of; "" of an announcement.
-    counts: whether what is in the copy of that directory is newer than what is in the store."""
+    """An object that is renewed for as long as it is held. directory: what it is a lease of; "" of an announcement."""
 
     def __init__(self, name: str, directory: str = ""):
-        self.name, self.directory, self.counts = name, directory, False
+        self.name, self.directory = name, directory
         self.token, self.renewed = secrets.token_hex(8), time.monotonic()
 
     def content(self) -> bytes:
@@ -72,8 +72,7 @@ class Store:
         self._files.invalidate_cache()
         found = self._files.find(self._path(under), detail=True)
         start = len(self._files._strip_protocol(self._root)) + 1
-        mark = lambda about: about.get("ETag") or about.get("etag") or str(about.get("created"))  # noqa: E731
-        return {path[start:]: (about["size"], mark(about)) for path, about in found.items() if len(path) > start}
+        return {path[start:]: _mark(about) for path, about in found.items() if len(path) > start}
 
     def top(self) -> set[str]:
         """The first parts of the names of all objects."""
@@ -93,8 +92,11 @@ class Store:
         finally:
             draft.unlink(missing_ok=True)
 
-    def put(self, path: pathlib.Path, name: str) -> None:
+    def put(self, path: pathlib.Path, name: str) -> tuple:
+        """Returns what `list` has of it."""
         self._files.put_file(str(path), self._path(name))
+        self._files.invalidate_cache()
+        return _mark(self._files.info(self._path(name)))
 
     def read(self, name: str) -> bytes | None:
         try:
@@ -130,6 +132,10 @@ class Store:
             return None
 
 
+def _mark(about: dict) -> tuple:
+    return about["size"], about.get("ETag") or about.get("etag") or str(about.get("created"))
+
+
 @functools.cache
 def _files(scheme: str):
     """The file system of fsspec that speaks to a store."""
@@ -151,6 +157,8 @@ def reached(store: Store) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # each library has kinds of its own
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):  # of this machine
+            raise
         kind, said = type(error).__name__, " ".join(str(error).split())[:200]
         if "Credential" in kind or "Anonymous caller" in said:
             raise UserError(f"{store.url}: there are no credentials; {CREDENTIALS[store.scheme]}") from error

@@ -57,7 +57,7 @@ def run_study(
     while waiting:
         held = waiting
         if store and jax.process_index() == 0:
-            store.pull()
+            store.refresh()
         for unit in waiting:
             with _locked(unit) as ours:
                 if not ours:
