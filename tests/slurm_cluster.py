@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 
 PROGRAMS = ("setpriv", "munged", "munge", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
 GRACE = 120  # seconds between a preemption's SIGTERM and its SIGKILL
-# A step takes what its node has of "processors", which config_overrides lets it have more of than the machine.
+# config_overrides: the nodes may have more CPUs than the machine that they share.
 CONF = """\
 ClusterName=lab
 SlurmctldHost={host}(127.0.0.1)
