@@ -15,9 +15,9 @@ FAULTS = [
         Fault("disk full", 1, "saves", 16),
         Fault("stopped", 0, "trains", 20),
         Fault("coordinator gone", 0, "asks", STEPS),
-    ],
-    [Fault("checkpoint truncated", 1, "trains", 10), Fault("clock skewed", 1, "trains", 12)],
+    ]
 ]
+MORE = [[Fault("checkpoint truncated", 1, "trains", 10), Fault("clock skewed", 1, "trains", 12)]]
 STOPS = [[Fault("asked to stop", number % 2, phase, step) for number, (phase, step) in enumerate(
     [("starts", 0), ("compiles", 0), ("trains", 6), ("saves", 12), ("asks", STEPS)]
 )]]  # fmt: skip
@@ -39,7 +39,9 @@ def undisturbed(injector):
     return found
 
 
-@pytest.mark.parametrize("faults", [FAULTS, STOPS], ids=["faults", "stops"])
+@pytest.mark.parametrize(
+    "faults", [FAULTS, STOPS, pytest.param(MORE, marks=pytest.mark.whole)], ids=["faults", "stops", "more"]
+)
 def test_all_end_and_a_restart_gives_the_same_bits(injector, undisturbed, faults):
     """All end in time, the last line names the cause, the host and the step, and nothing that was saved is lost."""
     outcomes = host_faults.run(injector, faults, undisturbed, lambda outcome: None)
