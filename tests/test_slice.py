@@ -14,7 +14,7 @@ import lab.config
 from lab import kernels, plan
 from lab.errors import UserError
 from lab.model import mesh as lab_mesh
-from lab.slice import chips, hlo, step
+from lab.slice import chips, hlo, parse, step
 from lab.slice.chips import CHIPS
 from lab.slice.hlo import Collective
 from lab.train import canonical, memory
@@ -93,7 +93,7 @@ def test_groups_are_read_in_every_spelling():
         ("replica_groups={{0,1,2,3},{4,5,6,7}}", "?"),
         ("replica_groups=written another way", "?"),
     ):
-        groups = hlo._groups(f", channel_id=1, {told}, dimensions={{0}}", 8)
+        groups = parse.groups(f", channel_id=1, {told}, dimensions={{0}}", 8)
         kind = "collective-permute" if "pairs" in told else "all-gather"
         assert hlo.axes_of(Collective(kind, groups, 1), MESH) == axes, told
 
@@ -122,10 +122,10 @@ def test_products_with_holes_are_counted_where_numbers_meet():
         "  %c = f32[8,16,4]{2,1,0} convolution(%a, %b), window={size=8 stride=7 pad=0_0 lhs_dilate=8}, "
         "dim_labels=0bf_0io->0bf"
     )
-    found = hlo._instruction(line)
+    found = parse.instruction(line)
     arrays = {"a": (8, 16, 32), "b": (8, 32, 4)}
     within = {
-        name: hlo.Instruction(name, (hlo.Array(shape, 0, True),), "parameter", ("0",), "", False)
+        name: parse.Instruction(name, (parse.Array(shape, 0, True),), "parameter", ("0",), "", False)
         for name, shape in arrays.items()
     }
     places = [(o, k) for o in range(8) for k in range(8) if (o * 7 + k) % 8 == 0 and o * 7 + k <= 56]
