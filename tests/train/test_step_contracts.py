@@ -3,39 +3,18 @@
 import functools
 
 import jax
+import meshes
 import numpy as np
 import pytest
 import tiny
 import variants
+from meshes import ADAMW, numbers_of, state_of, trained
 
 from lab import runtime
-from lab.data import Batch
 from lab.model import mesh as lab_mesh
 from lab.model import parameter
 from lab.train import compiled, optimizer, step
-from lab.train.step import Program, State
-
-ADAMW = Program("adamw", "declared", 1)
-
-
-def numbers_of(config) -> optimizer.Numbers:
-    return optimizer.numbers_by_step(config.train)(0)
-
-
-def state_of(config, program: Program, mesh: jax.sharding.Mesh) -> State:
-    """Generic weights, laid over a mesh."""
-    state = step.initial_state(tiny.model(config), program)
-    return jax.device_put(state, parameter.shardings(state, mesh))
-
-
-def trained(config, mesh, batch: Batch, program: Program = ADAMW):
-    """(loss, gradient norm, weights and tables, moments) after one compiled step."""
-    state = state_of(config, program, mesh)
-    lab_mesh.check_rows(mesh, "rows", *batch.tokens.shape)
-    placed = lab_mesh.place(batch, mesh)
-    run = compiled.train_step(state, numbers_of(config), placed, program, mesh)
-    state, metrics = run(state, numbers_of(config), placed)
-    return jax.device_get((*metrics, jax.tree.leaves(state.model), jax.tree.leaves(state.optimizer)))
+from lab.train.step import Program
 
 
 @pytest.mark.matrix("variant")
@@ -102,6 +81,14 @@ FAST_MESHES = ("data fsdp tensor",)
 
 def check_same(got, expected) -> None:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), got, expected)
+
+
+@pytest.mark.matrix("variant")
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", meshes.MESHES)
+@pytest.mark.parametrize("variant", meshes.MODELS.values())
+def test_loss_and_gradient_norm_are_those_of_one_device_on_every_axis_and_pair_of_axes(variant, mesh):
+    assert meshes.difference(variant, mesh) <= meshes.WITHIN
 
 
 @functools.cache
