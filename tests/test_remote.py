@@ -17,6 +17,7 @@ from lab import storage
 from lab.errors import UserError
 from lab.remote import mirror as mirrors
 from lab.remote.mirror import SEAL, Mirror
+from lab.remote.store import Lease
 
 RUN = "cells/x y=[1]-abc/seed-0"
 _numbers = itertools.count()
@@ -230,6 +231,7 @@ def test_a_lease_whose_answer_is_lost_is_held(opened, files):
     files.break_next(0, lost=True)
     with one.claim([one.local / RUN]) as held, other.claim([other.local / RUN]) as there:
         assert (held, there) == (True, False)
+        assert not other.store.create(f"{RUN}/.lease.1", Lease(f"{RUN}/.lease.1", RUN))  # both found it free
 
 
 @pytest.mark.parametrize("ahead", [0.0, -1e6, 1e6])
