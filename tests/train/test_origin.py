@@ -178,7 +178,7 @@ def test_a_base_that_is_another_is_noticed_where_nothing_was_trained(place, tmp_
 def test_a_pinned_checkpoint_stays_that_of_its_step(place, tmp_path):
     shutil.copytree(place[0] / "whole", tmp_path / "base")
     pinned, digest = origin.pinned(tmp_path / "base"), origin.digest(origin.find(tmp_path / "base"))
-    assert pinned == tmp_path / "base" / "seed-0" / "checkpoints" / "2"
+    assert pinned == str(tmp_path / "base" / "seed-0" / "checkpoints" / "2")
     later = Checkpoints(tmp_path / "base" / "seed-0" / "checkpoints", keep=2)
     other = tiny.model(tiny.config(model__layers=1), seed=2)
     later.save(Position(4, 0), step.initial_state(other, Program("adamw", "declared")))

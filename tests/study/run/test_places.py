@@ -167,7 +167,7 @@ def test_evaluations_of_other_weights_never_stay(tmp_path, monkeypatch):
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
     class Named:
-        described, save, config = (lambda self: {}), (lambda self, path: None), tiny.config()
+        name, described, save, config = "one", (lambda self: {}), (lambda self, path: None), tiny.config()
 
     monkeypatch.setattr(run_study.shutil, "rmtree", refuse)
     data = type("Data", (), {"tokenizer": Named()})
