@@ -258,6 +258,7 @@ class Checkpoints:
             os.rename(self.directory / str(step), next(name for name in names if not name.exists()))
         _any_host(False)  # all wait for it
         self._manager.reload()
+        _any_host(False)  # and for those that still look: another may be moved next
 
     def close(self) -> None:
         """Waits for what was begun."""
