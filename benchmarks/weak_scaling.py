@@ -58,12 +58,14 @@ class Timed:
     """Checkpoints that note for how long the loop waits for each."""
 
     def __init__(self, checkpoints):
-        self._save, self.restore, self.wait = checkpoints.save, checkpoints.restore, checkpoints.wait
-        self.seconds = []
+        self._checkpoints, self.seconds = checkpoints, []
+
+    def __getattr__(self, name):
+        return getattr(self._checkpoints, name)
 
     def save(self, position, state) -> None:
         begun = time.perf_counter()
-        self._save(position, state)
+        self._checkpoints.save(position, state)
         if position.step:  # what is done once in a process is done then
             self.seconds.append(time.perf_counter() - begun)
 
