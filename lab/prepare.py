@@ -8,7 +8,6 @@ it was; one that is run again looks every shard over, and makes again what is da
 --workers.
 """
 
-import os
 import shlex
 import signal
 import sys
@@ -18,7 +17,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from lab import command
+from lab import command, runtime
 from lab.errors import UserError
 
 SILENCE = 10.0  # seconds between lines where there is no terminal
@@ -68,7 +67,9 @@ class PreparedTexts:
 def main(argv: list[str]) -> None:
     parser = command.parser(__doc__)
     parser.add_argument("--out", required=True, type=Path, help="a directory: a new one, or one to go on with")
-    parser.add_argument("--workers", type=int, default=cores(), help="processes (%(default)s: one for each core)")
+    parser.add_argument(
+        "--workers", type=int, default=runtime.cores(), help="processes (%(default)s: one for each core)"
+    )
     flags, config, _ = command.parse(parser, argv)
     if flags.workers < 1:
         raise UserError(f"--workers = {flags.workers} is too few; choose at least 1")
@@ -89,11 +90,6 @@ def main(argv: list[str]) -> None:
             f"{train}, {validation}; {time.monotonic() - begun:.0f} s; "
             f"--config.data.corpus=prepared --config.data.path={flags.out} reads them"
         )
-
-
-def cores() -> int:
-    """Those that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 if __name__ == "__main__":

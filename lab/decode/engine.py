@@ -27,7 +27,7 @@ __all__ = ["Engine", "Event"]
 
 
 class Engine:
-    """Decodes requests over a model.
+    """Decodes requests over a model, whose layers it keeps in arrays of their own, beside those of whoever built it.
 
     rows, length: of the cache, slots of a row, made a multiple of forest.PAGE and no less than a chunk. A row holds
     several requests as long as there is room. Those whose prompts begin alike share a row, and the slots of what they

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from rich.table import Table
 
+from lab.model import mesh as lab_mesh
 from lab.slice import chips, hlo
 from lab.slice.step import Compiled, Slice
 from lab.train import memory
@@ -46,14 +47,10 @@ def described(config, of: Slice, made: Compiled, row: dict, keys: float) -> dict
 
 
 def _verdict(config, mesh: dict, made: Compiled, fits: bool, over: int) -> str:
-    told = _over(mesh)
+    told = f"mesh {lab_mesh.told(mesh)}"
     if fits:
         return f"{told} fits: {made.total / GIB:.2f} of {made.limit / GIB:.2f} GiB of a chip"
     return f"{told} does not fit: {memory.unfit(config, made.held, made.temporary or 0, made.limit, over)}"
-
-
-def _over(mesh: dict) -> str:
-    return "mesh " + (", ".join(f"{axis} {size}" for axis, size in mesh.items() if size > 1) or "of one chip")
 
 
 def _collectives(work: hlo.Work, mesh: dict, spent: dict) -> list[dict]:
@@ -70,7 +67,7 @@ def _collectives(work: hlo.Work, mesh: dict, spent: dict) -> list[dict]:
 def shown(name: str, found: dict) -> Iterator[str | Table]:
     """For a terminal."""
     spent = f"compiled in {found['compile_seconds']:.0f} s"
-    yield f"{name}: {found['topology']}, {found['chips']} chips, {_over(found['mesh'])}; {spent}"
+    yield f"{name}: {found['topology']}, {found['chips']} chips, mesh {lab_mesh.told(found['mesh'])}; {spent}"
     held, temporary, total, hbm = (value / GIB for value in found["bytes"].values())
     yield (
         f"memory of a chip: {held:.2f} GiB of weights, optimizer and batch, {temporary:.2f} of temporaries; "

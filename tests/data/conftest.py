@@ -2,6 +2,7 @@
 
 import hypothesis
 import pytest
+from shelves import random, write_stories
 
 import lab.config
 
@@ -24,4 +25,12 @@ def config():
     config.data.update(text_length=4, texts_per_row=6, rows=4, draw="1-5")
     config.evaluate.loss.update(branches=(1, 2, 3), texts=24, texts_per_row=6, rows=4)
     config.train.steps = 5
+    return config
+
+
+@pytest.fixture
+def stories(config, tmp_path):
+    """A config over random documents of 0 to 59 letters, of more bytes than letters."""
+    config.data.update(corpus="jsonl", path=str(write_stories(tmp_path / "stories.jsonl", random())))
+    config.evaluate.loss.update(texts=6, rows=1)
     return config
