@@ -6,6 +6,7 @@ runtime's key-value store, and reads what they tell. Ages are measured by the cl
 Of a single process nothing of this runs, and notes are all that is made.
 """
 
+import atexit
 import contextlib
 import dataclasses
 import json
@@ -129,10 +130,14 @@ def verdict(views: Mapping[int, Heard], timeout: float, heartbeat: float) -> str
         behind = {}
     blamed = {process: view for process, view in behind.items() if not view.waits} or behind
     silent = {process: view for process, view in running.items() if view.silent > heartbeat}
-    silent = silent or {process: view for process, view in blamed.items() if view.silent > timeout / 2}
+    if blamed and not silent:
+        silent = {process: view for process, view in running.items() if view.silent > timeout / 2}
+        if len(silent) < len(views) - 1:
+            silent = {process: view for process, view in silent.items() if process in blamed}
     if silent:
+        # Where all others are silent, the coordinator is: they tell through it, and what they told is old.
         process = min(silent) if len(silent) == len(views) - 1 else max(silent, key=lambda one: silent[one].silent)
-        view = silent[process]  # where all others are silent, the coordinator is: they tell through it
+        view = silent[process]
         return (
             f"process {process}{of} on {view.host} does not answer, last {view.note.place()}: no word for "
             f"{view.silent:.0f} s; it was stopped or killed, or cannot be reached"
@@ -176,12 +181,22 @@ class Watch:
         self._awake = time.monotonic()
         self._changed, self._heard = (dict.fromkeys(self._told, self._awake) for _ in range(2))
         self._said: dict[int, dict] = {}
-        self._asked, self.failed, self.over = None, None, threading.Event()
+        self._asked, self.failed, self.over, self._ends = None, None, threading.Event(), threading.Event()
         self._lock = threading.Lock()
+        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._exchange, self._judge)]
 
     def start(self) -> None:
-        for work in (self._exchange, self._judge):
-            threading.Thread(target=work, daemon=True).start()
+        for thread in self._threads:
+            thread.start()
+        atexit.register(self.end)
+
+    def end(self) -> None:
+        """Ends the threads: one that Python's own end meets within the runtime's C++ aborts the process. One that waits
+        for a coordinator which is gone is left."""
+        self.over.set()
+        self._ends.set()
+        for thread in self._threads:
+            thread.join(max(2 * self.beat, 2))
 
     def views(self) -> dict[int, Heard]:
         now = time.monotonic()
@@ -208,7 +223,7 @@ class Watch:
 
     def _exchange(self) -> None:
         host, beat = socket.gethostname(), 0
-        while True:
+        while not self._ends.is_set():
             at, waits = _place()
             told = dict(host=host, beat=beat, at=at, waits=waits, note=dataclasses.asdict(_note))
             _keep(self.process, f"host {host}, {_note.place()}", self.over)
@@ -221,7 +236,7 @@ class Watch:
                     self._client.key_value_try_get(NOTICE)
                     self._asked = time.monotonic()
             beat += 1
-            time.sleep(self.beat)
+            self._ends.wait(self.beat)
 
     def _read(self, found: list[tuple[str, str]]) -> None:
         now = time.monotonic()

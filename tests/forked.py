@@ -98,7 +98,12 @@ def stand(place: str, arguments: list[str]) -> None:
     socket.send_fds(connection, [json.dumps(asked).encode()], [1, 2])
     lines = connection.makefile()
     child = int(lines.readline())
-    signal.signal(signal.SIGTERM, lambda *_: os.kill(child, signal.SIGTERM))
+
+    def forward(*_) -> None:
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            os.kill(child, signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, forward)
     code = int(lines.readline())
     if code < 0:
         os.kill(os.getpid(), signal.SIGKILL if code == -9 else -code)

@@ -169,6 +169,14 @@ def read_model(directory: pathlib.Path, model, step: int | None = None):
         raise passing_error(place, error) or damaged from error
 
 
+class _Manager(ocp.CheckpointManager):
+    """Does not ask whether to stop: the loop does. What the hosts agree on is a number of their calls, and Orbax would
+    write numbers of steps among them: a host that has passed the number which is agreed on would never stop."""
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
+
+
 class Checkpoints:
     """The checkpoints of one run. Every host calls every method."""
 
@@ -176,7 +184,7 @@ class Checkpoints:
         self.directory = pathlib.Path(directory).absolute()
         tell_failures_once()
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, cleanup_tmp_directories=True)
-        self._manager = ocp.CheckpointManager(self.directory, options=options)
+        self._manager = _Manager(self.directory, options=options)
 
     def steps(self) -> list[int]:
         """The checkpoints that stand, by the updates before each."""

@@ -12,6 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import tiny
+from jax.experimental import multihost_utils
 
 from lab.errors import UserError
 from lab.model import parameter
@@ -109,6 +110,14 @@ def test_the_last_ones_are_kept_and_one_that_stands_is_not_written_again(tmp_pat
     position, found = checkpoints.restore(state_of(8))
     assert position == Position(4, 40)
     check_equal(found, state_of(3))
+
+
+def test_a_save_does_not_ask_whether_to_stop(tmp_path, monkeypatch):
+    """Hosts agree on a number of calls: only the loop may make them."""
+    asked = []
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", lambda step: bool(asked.append(step)))
+    save(tmp_path, state_of(1))
+    assert (tmp_path / "1").is_dir() and not asked
 
 
 def test_arrays_may_be_donated_while_they_are_saved(tmp_path):
