@@ -98,8 +98,8 @@ def write_page(study: str, before: str | None) -> str:
     A page whose runs are not on this machine stays as it is, and so does its line, `before`.
     """
     from lab import report
-    from lab.study.judge import evidence
-    from lab.study.report import headline
+    from lab.study.judge import documents, evidence
+    from lab.study.report import headline, lengths
 
     work, name = RUNS / directory(study), directory(study)
     by_hand = PAGES / "notes" / f"{name}.md"
@@ -122,7 +122,10 @@ def write_page(study: str, before: str | None) -> str:
         shutil.copy(work / "figures" / figure, figures / figure)
     page = page.replace("](figures/", f"](figures/{name}/").replace(f"{ROOT}/", "")
     (PAGES / f"{name}.md").write_text(page + notes)
-    answer = headline.answer(found, evidence.find(found)).replace("|", r"\|")
+    answer = headline.answer(found, evidence.find(found))
+    if len(found.plan["cells"]) == 1 and documents.methods(found):  # what is compared are the methods of its asks
+        answer = " ".join([piece.text for piece in lengths.answer(found)] or [answer])
+    answer = answer.replace("|", r"\|")
     return f"| [{study}]({name}.md) | {found.plan['question']} | {answer} {headline.progress(found)} |"
 
 
