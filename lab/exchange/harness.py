@@ -1,10 +1,13 @@
 """Any checkpoint as the model `lab` of the LM Evaluation Harness, which must be installed (lab/exchange/lm_eval.py)."""
 
+from collections.abc import Sequence
+
 from lm_eval import utils
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 
+from lab.data.chat import Chat
 from lab.decode.engine import Engine
 from lab.decode.forest import needed_for
 from lab.decode.sampling import Sampling
@@ -43,6 +46,7 @@ class Lab(TemplateLM):
             raise UserError(f"batch_size = {batch_size!r} is no number of rows; choose a whole one from 1 on")
         self.model, self.tokens = lab.load(checkpoint)
         self.first = self.tokens.bos if str(add_bos_token).lower() == "true" else None
+        self.talks = False  # texts are written by the chat template
         self.batch_size, self.max_length, self.max_gen_toks = int(batch_size), int(max_length), int(max_gen_toks)
 
     @property
@@ -62,11 +66,30 @@ class Lab(TemplateLM):
         return self.tokens.eos
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
+        if self.talks:  # the template has written what a text begins with
+            return self.tokens.encode_chat(string).tolist()
         first = [] if self.first is None or add_special_tokens is False else [self.first]
         return first + self.tokens.encode(string).tolist()
 
-    def apply_chat_template(self, chat_history, add_generation_prompt: bool = True) -> str:
-        raise UserError("chat templates are not applied: leave --apply_chat_template out")
+    def chat_template(self, chat_template: bool | str = False) -> str:
+        """The text that messages are written by, which the harness keeps with what it finds."""
+        if isinstance(chat_template, str):
+            raise UserError(f"--apply_chat_template {chat_template}: no template is chosen by name; leave the name out")
+        return self._talking().text
+
+    def apply_chat_template(self, chat_history: Sequence[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The text of messages; without a prompt for an answer the last one is an answer that is begun."""
+        *said, begun = chat_history if not add_generation_prompt else [*chat_history, {"content": ""}]
+        return self._talking().talk(said) + begun["content"]
+
+    def _talking(self) -> Chat:
+        """The template; from now on it writes what is read here."""
+        if self.tokens.chat is None:
+            raise UserError(
+                f"--apply_chat_template: no chat template came with the tokenizer {self.tokens.name!r}; leave it out"
+            )
+        self.talks = True
+        return self.tokens.chat
 
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         pairs = [self.cut(context, continuation) for _, context, continuation in requests]
@@ -127,7 +150,7 @@ class Lab(TemplateLM):
         return {
             "prompt": prompt,
             "sampling": Sampling(temperature, **settings) if draws else Sampling(**penalty),
-            "stop": () if self.tokens.eos is None else (self.tokens.eos,),
+            "stop": self.tokens.ends if self.talks else () if self.tokens.eos is None else (self.tokens.eos,),
             "most_tokens": most,
             "until": [stop for stop in until if stop],
         }

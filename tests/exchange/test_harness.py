@@ -8,10 +8,12 @@ import jax
 import numpy as np
 import pytest
 import tiny
+import tokenizers as library
 import variants
 
 import lab
 from lab import runtime
+from lab.data import chat, tokenizers
 from lab.data.tokenizers import Bytes
 from lab.errors import UserError
 
@@ -127,6 +129,56 @@ def test_the_command_is_that_of_the_harness(model, monkeypatch, tmp_path, capsys
     monkeypatch.setattr(sys, "argv", ["lm_eval"])
     lm_eval.main(["--tasks", "choice", "--checkpoint", name, "--include_path", str(tmp_path), "--batch_size", "2"])
     assert "|choice|" in capsys.readouterr().out and opened == [name]
+
+
+TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m.role }}:{{ m.content }}<end>{% endfor %}assistant:"
+
+
+@pytest.fixture
+def talking(tmp_path):
+    """A tokenizer of letters with special tokens, and a chat template beside it."""
+    names = ["<s>", "<end>", *map(chr, range(32, 127))]
+    made = library.Tokenizer(library.models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="?"))
+    made.pre_tokenizer = library.pre_tokenizers.Split(library.Regex("."), "isolated")
+    made.add_special_tokens(["<s>", "<end>"])
+    made.save(str(tmp_path / tokenizers.FILE))
+    (tmp_path / chat.FILE).write_text(TEMPLATE)
+    (tmp_path / chat.SETTINGS).write_text(json.dumps({"bos_token": "<s>"}))
+    return tokenizers.load(tmp_path, "<end>")
+
+
+def test_a_task_in_a_chat_template(model, talking, monkeypatch, tmp_path):
+    """What the model reads is what the template writes, special tokens and all, once; an answer may be begun."""
+    monkeypatch.setattr(lab, "load", lambda path: (model, talking))
+    begun = dict(TASKS["choice"], gen_prefix="it is")
+    monkeypatch.setitem(TASKS, "choice", begun)
+    write_tasks(tmp_path)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    read = []
+    monkeypatch.setattr(
+        harness, "log_likelihoods", lambda model, pairs, rows: read.extend(pairs) or [(0.0, False)] * len(pairs)
+    )
+    simple_evaluate(
+        model="lab", model_args="checkpoint=somewhere,add_bos_token=true", tasks=["choice"], batch_size=2,
+        task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False), bootstrap_iters=0,
+        apply_chat_template=True, system_instruction="Be so kind.",
+    )  # fmt: skip
+    ids = lambda text: [made + 2 - 32 for made in text.encode()]  # noqa: E731
+    for question, choices in QUESTIONS:
+        user = [*ids(f"user:{question}"), 1]
+        context = [0, *ids("system:Be so kind."), 1, *user, *ids("assistant:it is")]
+        for choice in choices:
+            whole = [*context, *ids(choice)]
+            assert whole in [[*before, *after] for before, after in read]
+
+
+def test_a_template_that_is_not_there_or_chosen_by_name_is_refused(adapter, talking):
+    with pytest.raises(UserError, match="no chat template came with the tokenizer 'bytes'; leave it out"):
+        adapter.chat_template(True)
+    adapter.tokens = talking
+    with pytest.raises(UserError, match="apply_chat_template tools: no template is chosen by name"):
+        adapter.chat_template("tools")
+    assert not adapter.talks
 
 
 @pytest.mark.parametrize(("settings", "says"), [
