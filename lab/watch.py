@@ -126,9 +126,10 @@ def verdict(views: Mapping[int, Heard], timeout: float, heartbeat: float) -> str
     running = {process: view for process, view in views.items() if not view.said}
     least = min((view.note.count for view in running.values()), default=0)
     behind = {process: view for process, view in running.items() if view.note.count == least}
-    if any(view.still <= allowed(view.note, timeout) for view in behind.values()):
-        behind = {}
-    blamed = {process: view for process, view in behind.items() if not view.waits} or behind
+    over = {process: view for process, view in behind.items() if view.still > allowed(view.note, timeout)}
+    # Who waits within JAX may wait for one who does not, in a long phase, too: a save begins with a wait for all.
+    blamed = {process: view for process, view in over.items() if not view.waits}
+    blamed = blamed or (over if len(over) == len(behind) else {})
     silent = {process: view for process, view in running.items() if view.silent > heartbeat}
     if blamed and not silent:
         silent = {process: view for process, view in running.items() if view.silent > timeout / 2}

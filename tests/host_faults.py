@@ -234,11 +234,19 @@ def newest(work: pathlib.Path) -> int:
     return max((step for run in commands.runs(work).values() for step in commands.steps_saved(run)), default=0)
 
 
-def check_start(found: dict, saved: int) -> None:
-    """A start goes on from the newest checkpoint, if any step is left to make, and from no older one."""
-    began = re.search(r"seed 0: (?:begins|from step (\d+))\n", found["out"])
-    if began and int(began[1] or 0) != saved and "taking the one before" not in found["err"]:
+BEGAN = re.compile(r"seed 0: (?:begins|from step (\d+))\n")
+FELL_BACK = "taking the one before"
+
+
+def check_start(found: dict, saved: int, damaged: dict | None) -> dict | None:
+    """A start goes on from the newest checkpoint, if any step is left to make, and from no older one; of one that was
+    `damaged` by a fault it says so. Returns the fault whose damage is still to be met."""
+    began, fell_back = BEGAN.search(found["out"]), FELL_BACK in found["err"]
+    if began and int(began[1] or 0) != saved and not fell_back:
         found["wrong"].append(f"the start went on from {began[1] or 0}, and {saved} was saved")
+    if damaged and began and not fell_back:
+        damaged["wrong"].append("the next start says nothing of the checkpoint")
+    return None if began or fell_back else damaged
 
 
 def bits(work: pathlib.Path) -> dict:
@@ -281,13 +289,13 @@ def run(injector: Injector, faults: list[list[Fault]], undisturbed: dict, keep) 
     """Outcomes of all faults; keep(outcome) comes with those of a study once it is done."""
     outcomes = []
     for life in faults:
-        work, met, saved = pathlib.Path(tempfile.mkdtemp(prefix="life-", dir=injector.place)), [], 0
+        work, met, saved, damaged = pathlib.Path(tempfile.mkdtemp(prefix="life-", dir=injector.place)), [], 0, None
         for fault in life:
             met.append(injector.strike(work, fault))
-            check_start(met[-1], saved)
+            damaged = check_start(met[-1], saved, damaged)
             saved = newest(work)
-            if met[1:] and met[-2]["kind"].startswith("checkpoint") and "taking the one before" not in met[-1]["err"]:
-                met[-2]["wrong"].append("the next start says nothing of the checkpoint")
+            if fault.kind.startswith("checkpoint"):
+                damaged = met[-1]
             ours = bits(work)["losses"]
             if ours != undisturbed["losses"][: len(ours)]:
                 met[-1]["wrong"].append("the losses so far are others")
@@ -295,7 +303,7 @@ def run(injector: Injector, faults: list[list[Fault]], undisturbed: dict, keep) 
                 f"{fault}: {met[-1]['wrong'] or 'as it must be'}; {met[-1]['seconds']} s", file=sys.stderr, flush=True
             )
         last = injector.start(work)
-        check_start(last | dict(wrong=met[-1]["wrong"]), saved)
+        check_start(last | dict(wrong=met[-1]["wrong"]), saved, damaged)
         same = bits(work) == undisturbed
         if last["code"]:
             met[-1]["wrong"].append(f"the last start: code {last['code']}, {last['err'][-2000:]}")

@@ -33,6 +33,7 @@ CASES = {
     "one is slow, and may be": ([view(0, still=10.9), view(1, 8, still=99)], None),
     "a loop": ([view(0, 8, still=11.2), view(1, **LOOPS)], (1, "step 7 of r seed 0 (trains): 11 s in lab/x.py")),
     "a loop behind others in a long phase": ([view(0, 8, long=True), view(1, **LOOPS)], (1, "stands still")),
+    "a loop, and one that saves waits for it": ([view(0, long=True, still=12), view(1, **LOOPS)], (1, "stands still")),
     "a loop, at the step of the others": ([view(0, still=12), view(1, **LOOPS), view(2, still=12)], (1, "lab/x.py")),
     "a collective of one": ([view(0, 7, still=12), view(1, 9, still=12)], (0, "where it waits for the others")),
     "what is allowed is said": ([view(0, 8), view(1, **LOOPS | dict(expected=0.5))], (1, "(10 s are allowed, by run.")),
