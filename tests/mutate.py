@@ -1,4 +1,4 @@
-"""Plants the faults of tests/faults.py one by one, and tells which test notices each: what the tests are worth.
+"""Plants the faults of tests/faults one by one, and tells which test notices each: what the tests are worth.
 
 python tests/mutate.py faults.jsonl                 all of them; hours. Those that the file has are done: it goes on
 python tests/mutate.py faults.jsonl --only NAME ... some
