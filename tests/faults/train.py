@@ -37,5 +37,11 @@ ROWS = {
         ("gradient norms unchecked", " and math.isfinite(record.grad_norm)", ""),
         ("schedule-free ends where it trains", "            if last:\n", "            if stopping:\n"),
     ],
+    "train/checkpoint.py": [
+        ("Orbax asks whether to stop", "step: int) -> bool:\n        return False",
+         "step: int) -> bool:\n        return super().reached_preemption(step)"),
+        ("hosts look before it is moved", "        _any_host(False)  # all wait for it\n", ""),
+        ("the next is moved while hosts look", "_any_host(False)  # and for those that still", "pass  #"),
+    ],
     "train/canonical.py": [("microbatches are another program", ", microbatches=1)", ")")],
 }  # fmt: skip
