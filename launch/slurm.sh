@@ -7,7 +7,8 @@
 #
 # --dry-run prints what it would submit, PYTHON names the interpreter (default: .venv/bin/python). One task runs on each
 # node and takes all its GPUs. Submit from nodes that share this directory, in which runs/ lies. A job that is preempted,
-# or has two to three minutes left of its time, saves, ends with code 75 and is queued again, to go on where it was.
+# or has two to three minutes left of its time, saves, ends with code 75 and is queued again, to go on where it was: so it
+# needs --time=4 (minutes) or more, and one that has less is refused, here or, if its partition says so, where it starts.
 set -euo pipefail
 usage() {
   echo "launch/slurm.sh: $1; usage: launch/slurm.sh [--dry-run] --nodes=2 -- --config=configs/rope_ablation.py" >&2
@@ -23,6 +24,10 @@ while (($#)) && [[ $1 != -- ]]; do
       [[ $1 =~ ^--array=1-([1-9][0-9]*)(%[0-9]+)?$ ]] || usage "cells are numbered from 1 on: --array=1-N or --array=1-N%AT_ONCE, not $1"
       # shellcheck disable=SC2016 # the job knows its number
       cells=' --cells=$SLURM_ARRAY_TASK_ID'"/${BASH_REMATCH[1]}"
+      options+=("$1")
+      ;;
+    --time=*)
+      [[ ! $1 =~ ^--time=(0+:)?0*[1-3](:0+)?$ ]] || usage "a job is stopped up to 3 minutes before its end: --time=4 or more, not $1"
       options+=("$1")
       ;;
     -a | -a*) usage "write --array=1-N, not $1" ;;
@@ -46,6 +51,11 @@ job=$(
 #SBATCH --job-name=lab --ntasks-per-node=1 --requeue --open-mode=append --signal=TERM@120
 trap : TERM
 cd $(printf %q "$PWD")
+limit=\$(squeue -h -o %l -j "\$SLURM_JOB_ID")
+if [[ \$limit == [1-3]:?? ]]; then
+  echo "lab: job \$SLURM_JOB_ID ended with code 2: it has \$limit minutes, and is stopped up to 3 before its end: --time=4 or more"
+  exit 2
+fi
 [[ -z \${SLURM_CPUS_PER_TASK:-} ]] || export SRUN_CPUS_PER_TASK=\$SLURM_CPUS_PER_TASK
 export LAB_PROGRESS=\$PWD/runs/.job-\$SLURM_JOB_ID
 mkdir -p "\$LAB_PROGRESS"

@@ -1,4 +1,4 @@
-"""Plants the faults of tests/faults.py one by one, and tells which test notices each: what the tests are worth.
+"""Plants the faults of tests/faults one by one, and tells which test notices each: what the tests are worth.
 
 python tests/mutate.py faults.jsonl                 all of them; hours. Those that the file has are done: it goes on
 python tests/mutate.py faults.jsonl --only NAME ... some
@@ -26,6 +26,7 @@ SECONDS = 1800  # for the tests of a room; a fault may hang them
 OF_THE_TEXT = ("tests/test_repository.py", "tests/test_faults.py", "tests/test_matrix.py")  # notice any change of it
 ROOMS = {  # the longest that begins the name of a file, below lab/: its tests, in the order in which they run
     "cluster": ["tests/test_cluster.py"],
+    "watch": ["tests/test_watch.py"],
     "remote": ["tests/test_remote.py"],
     "kernels": ["tests/kernels"],
     "model/streams/v": ["tests/model/test_streams.py"],

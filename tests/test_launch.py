@@ -115,6 +115,12 @@ sbatch {options} <<'JOB'
 #SBATCH --job-name=lab --ntasks-per-node=1 --requeue --open-mode=append --signal=TERM@120
 trap : TERM
 cd {folder}
+limit=$(squeue -h -o %l -j "$SLURM_JOB_ID")
+if [[ $limit == [1-3]:?? ]]; then
+  echo "lab: job $SLURM_JOB_ID ended with code 2: it has $limit minutes, and is stopped up to 3 before its end: \
+--time=4 or more"
+  exit 2
+fi
 [[ -z ${{SLURM_CPUS_PER_TASK:-}} ]] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 export LAB_PROGRESS=$PWD/runs/.job-$SLURM_JOB_ID
 mkdir -p "$LAB_PROGRESS"
@@ -154,6 +160,7 @@ def test_a_job_that_stopped_is_queued_again(tmp_path, code, requeued):
             f'touch -d "10 seconds ago" "$LAB_PROGRESS/1"; echo "last words" >"$LAB_PROGRESS/0"; {died}exit {code}',
         ),
         ("scontrol", f'echo "$@" >"{tmp_path}/scontrol-arguments"'),
+        ("squeue", "echo UNLIMITED"),
     ):
         (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
         (tmp_path / name).chmod(0o755)
@@ -169,6 +176,33 @@ def test_a_job_that_stopped_is_queued_again(tmp_path, code, requeued):
     assert (tmp_path / "srun-arguments").read_text().splitlines()[-4:] == ["lab.main", *AWKWARD, "--cells=2/3"]
     asked = tmp_path / "scontrol-arguments"
     assert asked.exists() == requeued and (not requeued or asked.read_text() == "requeue 7\n")
+
+
+@pytest.mark.parametrize("limit", ["1:00", "3:30", "4:00", "1:00:00", "UNLIMITED"])
+def test_a_job_that_would_be_stopped_as_it_starts_runs_nothing(tmp_path, limit):
+    for name, script in (
+        ("srun", f'touch "{tmp_path}/ran"'),
+        ("squeue", f'[ "$*" = "-h -o %l -j 7" ] && echo {limit}'),
+    ):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    job = "\n".join(ran("slurm.sh", "--dry-run", "--", STUDY).stdout.splitlines()[1:-1])
+    where = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+    done = subprocess.run(["bash", "-c", job], env=where, capture_output=True, text=True)
+    short = limit in ("1:00", "3:30")
+    assert (tmp_path / "ran").exists() != short and done.returncode == 2 * short
+    told = f"2: it has {limit} minutes, and is stopped up to 3 before its end: --time=4 or more" if short else "0"
+    assert done.stdout == f"lab: job 7 ended with code {told}\n"
+
+
+@pytest.mark.parametrize(("time", "refused"), [
+    *((short, True) for short in ("1", "3", "03", "2:00", "0:03:00", "00:01:00")),
+    *((long, False) for long in ("0", "4", "30", "10", "3:00:00", "1-00", "1-0:2", "0:30:00", "UNLIMITED")),
+])  # fmt: skip
+def test_times_too_short_to_get_anywhere_are_refused(time, refused):
+    told = ran("slurm.sh", "--dry-run", f"--time={time}", "--", STUDY, code=2 * refused)
+    says = f"a job is stopped up to 3 minutes before its end: --time=4 or more, not --time={time}"
+    assert told.stderr.startswith(f"launch/slurm.sh: {says}; usage: ") if refused else f"--time={time}" in told.stdout
 
 
 def test_a_slice_of_a_pod():

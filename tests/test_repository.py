@@ -17,6 +17,7 @@ from lab.serve import server
 
 REPOSITORY = commands.REPOSITORY
 SOURCES = sorted((REPOSITORY / "lab").rglob("*.py"))
+TESTS = sorted((REPOSITORY / "tests").rglob("*.py"))
 LONGEST = 400
 
 # What a room of lab/ may import of it, beside itself. The commands at the top, and those in a room, may import all.
@@ -180,7 +181,7 @@ def test_every_room_has_its_place():
         assert not {name for name in imported(path) if name.split(".")[0] == "configs"}, f"{path} imports a config"
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(REPOSITORY).as_posix())
+@pytest.mark.parametrize("path", SOURCES + TESTS, ids=lambda path: path.relative_to(REPOSITORY).as_posix())
 def test_files_are_short(path):
     assert len(path.read_text().splitlines()) <= LONGEST
 

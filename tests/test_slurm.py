@@ -1,7 +1,7 @@
 """launch/slurm.sh on a real Slurm: `make test-slurm`, where Debian's slurm-wlm and munge are installed.
 
 Two nodes of one machine run a study; a killed task ends the step, and is named; a job that is preempted saves, is
-queued again, and ends as one that nobody disturbed.
+queued again, and ends as one that nobody disturbed; one whose time is too short for anything ends at once.
 """
 
 import os
@@ -43,13 +43,13 @@ def study(place):
 class Job:
     """A job that launch/slurm.sh submits: the study over both nodes, in the partition that may be preempted."""
 
-    def __init__(self, slurm: slurm_cluster.Cluster, study: pathlib.Path, work: pathlib.Path, name: str):
+    def __init__(self, slurm: slurm_cluster.Cluster, study: pathlib.Path, work: pathlib.Path, name: str, *more: str):
         self._slurm, self._log = slurm, work.parent / f"{name}.log"
         settings = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2", "PYTHON": sys.executable}
         settings |= {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"} | slurm.environment
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "SLURM_"))}
         arguments = [f"--config={study}", f"--workdir={work}", "--config.run.checkpoint.every=100"]
-        options = ["--partition=low", "--nodes=2", "--exclusive", f"--output={self._log}"]
+        options = ["--partition=low", "--nodes=2", "--exclusive", f"--output={self._log}", *more]
         told = subprocess.run(
             [SCRIPT, *options, "--", *arguments], env=inherited | settings, capture_output=True, text=True
         )
@@ -101,6 +101,14 @@ def undisturbed(slurm, study, place):
     assert job.log.count("2 of 2 runs done, 0 failed") == 1 and "ended with code 0" in job.log
     assert "Traceback" not in job.log, job.log
     return work
+
+
+def test_a_job_that_would_be_stopped_as_it_starts_ends_and_says_so(slurm, study, place):
+    job = Job(slurm, study, place / "short", "short", "-t2")
+    job.end("FAILED")
+    told = "it has 2:00 minutes, and is stopped up to 3 before its end: --time=4 or more"
+    assert job.log == f"lab: job {job.number} ended with code 2: {told}\n"
+    assert slurm.job(job.number)["Restarts"] == "0" and not (place / "short").exists()
 
 
 def test_a_killed_task_is_named_and_a_preempted_job_goes_on(slurm, study, place, undisturbed):

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 
 import commands
 import pytest
@@ -101,6 +102,70 @@ def test_notes_of_a_run(monkeypatch):
     watch.begin("r", "asks loss")
     watch.tell(40)
     assert watch._note.place() == "at step 40 of r (asks loss)" and watch._note.count == 6
+
+
+GRACE = 5.0
+
+
+def judged(monkeypatch, seconds: float, stands_still: float = 0.0, **known) -> list[tuple[float, int, str]]:
+    """(seconds after its start, code, last words) of a watch that judges for so long, by a clock that waits for nobody.
+    stands_still: seconds for which this process itself is stopped, behind the first three."""
+    clock = [1000.0]
+
+    class Beats(threading.Event):
+        def wait(self, seconds):
+            clock[0] += seconds + stands_still * (clock[0] <= 1003 < clock[0] + seconds)
+            return self.is_set() or clock[0] > until
+
+    until, left = clock[0] + seconds + stands_still, []
+    monkeypatch.setattr(watch.time, "monotonic", lambda: clock[0])
+    one = watch.Watch(None, 0, 2, TIMEOUT, HEARTBEAT, GRACE)
+    one.over = Beats()
+    monkeypatch.setattr(one, "leave", lambda *told: (left.append((clock[0] - 1000, *told)), one.over.set()))
+    for name, value in known.items():
+        setattr(one, name, value)
+    one._judge()
+    return left
+
+
+def test_a_stop_waits_for_its_step_as_long_as_the_grace(monkeypatch):
+    assert judged(monkeypatch, GRACE, _asked=1000.0) == []
+    ((when, code, text),) = judged(monkeypatch, 20, _asked=1000.0)
+    assert GRACE < when <= GRACE + TIMEOUT / watch.BEATS and code == watch.STOPPED
+    assert text.startswith("a stop was asked for 6 s ago (run.grace), ")
+
+
+def test_who_fails_leaves_and_who_was_stopped_itself_blames_nobody(monkeypatch):
+    ((when, *told),) = judged(monkeypatch, 20, failed="the disk is full")
+    assert told == [1, "the disk is full"] and when < TIMEOUT
+    ((when, code, text),) = judged(monkeypatch, 2 * HEARTBEAT)
+    assert HEARTBEAT < when < HEARTBEAT + 2 and code == watch.LOST and "process 1 of 2 on ? does not answer" in text
+    assert judged(monkeypatch, HEARTBEAT, stands_still=2 * HEARTBEAT) == []
+
+
+class Store(dict):
+    """The runtime's, of one process."""
+
+    def key_value_set(self, key, value, allow_overwrite=False):
+        self[key] = value
+
+    def key_value_dir_get(self, key):
+        return [one for one in self.items() if one[0].startswith(key)]
+
+    key_value_try_get = dict.__getitem__
+
+
+def test_the_threads_end_before_python_does(monkeypatch):
+    at_the_end, before = [], threading.active_count()
+    monkeypatch.setattr(watch.atexit, "register", at_the_end.append)
+    one = watch.Watch(Store(), 0, 2, 2.0, HEARTBEAT, GRACE)
+    one.start()
+    assert threading.active_count() == before + 2
+    for work in at_the_end:
+        work()
+    left = threading.active_count() - before
+    one.end()
+    assert left == 0
 
 
 PROCESS = """

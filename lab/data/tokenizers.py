@@ -36,6 +36,7 @@ _SEEN = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
 _BYTES_OF = {chr(byte): byte for byte in _SEEN}
 _BYTES_OF |= {chr(0x100 + n): byte for n, byte in enumerate(byte for byte in range(0x100) if byte not in _SEEN)}
 _SPACE = "▁"  # what SentencePiece writes for one
+_UNKNOWN = "\0unknown"  # no text has it
 
 
 class Tokenizer(Protocol):
@@ -139,14 +140,7 @@ class Json:
         """`eos`: the token that ends a text; empty: the first of the usual names that it has. beside: the directory of
         what came with it."""
         self._text, self.name, self._beside = text, name, beside
-        self._tokenizer = tokenizers.Tokenizer.from_str(text)
-        # A corpus that spells out a special token must not end its texts with it.
-        self._tokenizer.encode_special_tokens = True
-        # How its maker fed a model is no part of how a text is written: whole, unpadded and always alike.
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        if getattr(self._tokenizer.model, "dropout", None):
-            self._tokenizer.model.dropout = None
+        self._tokenizer = _plain(text)
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         if not vocabulary:
             raise ValueError("it has no tokens")
@@ -180,9 +174,8 @@ class Json:
 
     @functools.cached_property
     def _special(self) -> tokenizers.Tokenizer:
-        made = tokenizers.Tokenizer.from_str(self._text)
-        made.no_truncation()
-        made.no_padding()
+        made = _plain(self._text)
+        made.encode_special_tokens = False
         return made
 
     @functools.cached_property
@@ -191,7 +184,9 @@ class Json:
         added = self._tokenizer.get_added_tokens_decoder()
         learned = {id: token for token, id in self._tokenizer.get_vocab(False).items() if id not in added}
         alphabet = {*pre_tokenizers.ByteLevel.alphabet()}
-        if not _byte_level(json.loads(self._text)) or any({*token} - alphabet for token in learned.values()):
+        decoder = json.loads(self._text).get("decoder") or {}
+        byte_level = "ByteLevel" in [step.get("type") for step in decoder.get("decoders", [decoder])]
+        if not byte_level or any({*token} - alphabet for token in learned.values()):
             return None
         counts = np.zeros(self.size, np.int64)
         for id, token in learned.items():
@@ -231,25 +226,22 @@ class Json:
         again = self._tokenizer.decode_batch([one.tolist() for one in ids], skip_special_tokens=True)
         doubtful = [text for text, decoded in zip(texts, again, strict=True) if text != decoded]
         found: Counter[str] = Counter()
-        # The rest is slow: most tokenizers give most texts back as they were, and then there is nothing to look for.
-        for text, encoding in zip(
-            doubtful, self._tokenizer.encode_batch(doubtful, add_special_tokens=False), strict=True
-        ):
-            if not self._covers(text, encoding):  # a decoder may only spell it otherwise
-                normalizer = self._tokenizer.normalizer
-                written = Counter(normalizer.normalize_str(text) if normalizer else text)
-                found += written - Counter(self.decode(id for id in encoding.ids if id != self._unknown))
+        tokenizer, unknown = self._marking if doubtful else (self._tokenizer, None)  # slow, and mostly there are none
+        for text, encoding in zip(doubtful, tokenizer.encode_batch(doubtful, add_special_tokens=False), strict=True):
+            if not _covers(text, encoding, unknown):  # a decoder may only spell it otherwise
+                written = Counter(tokenizer.normalizer.normalize_str(text) if tokenizer.normalizer else text)
+                found += written - Counter(self.decode(id for id in encoding.ids if id != unknown))
         return Counter({character: count for character, count in found.items() if _visible(character)})
 
-    def _covers(self, text: str, encoding: tokenizers.Encoding) -> bool:
-        """Whether every visible character belongs to a token that is not the unknown one."""
-        edges = np.zeros(len(text) + 1, np.int64)
-        for id, (begin, end) in zip(encoding.ids, encoding.offsets, strict=True):
-            if id != self._unknown:
-                edges[begin] += 1
-                edges[end] -= 1
-        bare = np.flatnonzero(np.cumsum(edges)[:-1] == 0)
-        return not any(_visible(text[i]) for i in bare)
+    @functools.cached_property
+    def _marking(self) -> tuple[tokenizers.Tokenizer, int | None]:
+        """One that has an id for what it cannot write, and that id. A BPE without an unknown token leaves such letters
+        out, and tells of the next ones that they stand in their places."""
+        if self._unknown is not None or not isinstance(self._tokenizer.model, models.BPE):
+            return self._tokenizer, self._unknown
+        made = json.loads(self._text)
+        made["model"] |= {"unk_token": _UNKNOWN, "vocab": made["model"]["vocab"] | {_UNKNOWN: self.size}}
+        return _plain(json.dumps(made)), self.size
 
     def save(self, directory: Path) -> None:
         write_atomically(Path(directory) / FILE, self._text.encode())
@@ -326,15 +318,30 @@ def _bpe_size(name: str) -> int | None:
     return int(match[1][:20]) if match else None  # more digits say nothing more
 
 
+def _plain(text: str) -> tokenizers.Tokenizer:
+    """A tokenizer that writes a text whole, unpadded and always alike: how its maker fed a model is no part of that."""
+    made = tokenizers.Tokenizer.from_str(text)
+    made.encode_special_tokens = True  # a corpus that spells out a special token must not end its texts with it
+    made.no_truncation()
+    made.no_padding()
+    if getattr(made.model, "dropout", None):
+        made.model.dropout = None
+    return made
+
+
+def _covers(text: str, encoding: tokenizers.Encoding, unknown: int | None) -> bool:
+    """Whether every visible character belongs to a token that is not the unknown one."""
+    edges = np.zeros(len(text) + 1, np.int64)
+    for id, (begin, end) in zip(encoding.ids, encoding.offsets, strict=True):
+        if id != unknown:
+            edges[begin] += 1
+            edges[end] -= 1
+    return not any(_visible(text[i]) for i in np.flatnonzero(np.cumsum(edges)[:-1] == 0))
+
+
 def _visible(character: str) -> bool:
     """Whether it is a character that a reader would miss."""
     return character.isprintable() and not character.isspace() and character != _SPACE
-
-
-def _byte_level(made: Mapping) -> bool:
-    """Whether what a tokenizer.json describes puts texts together from bytes that stand as characters."""
-    decoder = made.get("decoder") or {}
-    return "ByteLevel" in [step.get("type") for step in decoder.get("decoders", [decoder])]
 
 
 def _unknown(model: Mapping, vocabulary: Mapping[str, int]) -> int | None:

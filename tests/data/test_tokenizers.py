@@ -171,6 +171,9 @@ LOWER = normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents(), nor
         (Tokenizer(models.Unigram(PIECES, unk_id=0)), "aXb", "X"),
         (removing("x"), "axbx", "xx"),
         (letters("a"), "", ""),
+        (letters("ab "), "axb ", "x"),  # as many letters are left out as spaces are at the end
+        (letters("ab "), "x天axb \n  ", "xx天"),
+        (Tokenizer(models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")])), "axb \n", "x"),
     ],
 )
 def test_lost_characters_are_counted(made, text, lost):
@@ -178,6 +181,12 @@ def test_lost_characters_are_counted(made, text, lost):
     batch = [text, text, ""]
     found = tokenizer.lost(batch, tokenizer.encode_batch(batch))
     assert found == Counter(lost * 2)
+
+
+@given(st.text("abxé天 \t\n"))
+def test_a_bpe_loses_the_letters_that_it_does_not_have(text):
+    tokenizer = tokenizers.Json(letters("ab é\n").to_str())
+    assert tokenizer.lost([text], [tokenizer.encode(text)]) == Counter(c for c in text if c in "x天")
 
 
 @given(st.text())

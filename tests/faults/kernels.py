@@ -1,0 +1,59 @@
+"""Faults of attention: rules, tiles, kernels."""
+
+ROWS = {
+    "kernels/rules.py": [
+        ("causal hides the token itself", "causal = k.index <= q.index", "causal = k.index < q.index"),
+        ("all branches see their own time", "all_branches = (k.time < q.time)", "all_branches = (k.time <= q.time)"),
+        ("own branch without its prompt", "((k.branch == 0) | (k.branch == q.branch))", "(k.branch == q.branch)"),
+        ("window one longer", "return q.time - k.time < n", "return q.time - k.time <= n"),
+        ("strided is a window", "return window(n) | every(n)", "return window(n)"),
+        ("one summary less", "return k.time % n >= n - c", "return k.time % n > n - c"),
+        ("padding sees padding", "(q.segment == k.segment) & (q.segment >= 0)", "(q.segment == k.segment)"),
+        ("& taken for |", "text, levels - 1) & _rule(", "text, levels - 1) | _rule("),
+        ("padding counts as a query", "tokens += int(np.sum(queries.segment >= 0))", "tokens += queries.segment.size"),
+    ],
+    "kernels/expressions.py": [
+        ("range of a difference", "Range(a.low - b.high, a.high - b.low)", "Range(a.low - b.low, a.high - b.high)"),
+        ("certain when possible", 'Range(a.high < b.low, a.low < b.high)', 'Range(a.low < b.high, a.low < b.high)'),
+        ("differences begin at a multiple", "Range(period, period)).low == 0", "Range(period, period)).high == 0"),
+        ("any limit shows all", "jnp.where(shown, -1, HIDDEN)", "jnp.where(shown, ENDLESS, HIDDEN)"),
+        ("all of some nodes is all", "_any(limits < ENDLESS, q.node, k.node)", "~own"),
+        ("nodes beside a range count", "1 + jnp.clip(x.high, 0, M - 1)", "jnp.clip(x.high, 0, M - 1)"),
+        ("q.x > k.x read as <", 'return term(other)._rule("<", self)', 'return self._rule("<", other)'),
+    ],
+    "kernels/tiles.py": [
+        ("padded keys in full tiles", "(k_any & ~k_padded)[:, None, :]", "k_any[:, None, :]"),
+        ("full tiles of two segments", "        & (columns.segment.low == columns.segment.high)\n", ""),
+        ("transposed lists unsorted", "jnp.take_along_axis(kind, jnp.argsort(tiles.keys, axis=-1), axis=-1)", "kind"),
+    ],
+    "kernels/tiled.py": [
+        ("running sum grows", "shrink_GR = jnp.exp(max_GR - new_GR)", "shrink_GR = jnp.exp(new_GR - max_GR)"),
+        ("gradient of the cap", "1 - jnp.square(s_GRk / static.softcap)", "1 - s_GRk / static.softcap"),
+        ("gradient of the log sum", "- jnp.where(saw_NGR, dlse_NGR, 0)", "+ jnp.where(saw_NGR, dlse_NGR, 0)"),
+        ("rows share tile lists", "[:, None, None] * m", "[:, None, None] * 0"),
+        ("queries scaled back once", "(dq_NGRK * static.scale)", "dq_NGRK"),
+    ],
+    "kernels/folding.py": [
+        ("heads and tokens swapped", ".transpose(0, 1, 3, 4, 2, 5)", ".transpose(0, 1, 3, 2, 4, 5)"),
+    ],
+    "kernels/split.py": [
+        ("parts weigh alike", "/ total_BTH[..., None]", "/ weight_BPTH.shape[1]"),
+        ("log sum without its top", "jnp.where(saw_BTH, top_B1TH[:, 0] + jnp.log(", "jnp.where(saw_BTH, jnp.log("),
+    ],
+    "kernels/pallas_triton.py": [
+        ("Triton: hidden keys are seen", "_coordinates(k_at, j).map(_row)), s_Rk, MASKED)",
+         "_coordinates(k_at, j).map(_row)), s_Rk, s_Rk)"),
+    ],
+    "kernels/bias.py": [
+        ("bias of negative indices", "(index >= 0) & (index < N)", "(index < N)"),
+        ("gradient of slopes", "slope_H=(d_H * index.astype(d_H.dtype)).sum(pairs)", "slope_H=d_H.sum(pairs)"),
+    ],
+    "kernels/dropout.py": [
+        ("as many are kept as should be dropped", "jnp.where(bits >= (rate", "jnp.where(bits < (rate"),
+        ("heads drop alike", "absorb(self.head_H, self.query", "absorb(self.head_H * 0, self.query"),
+    ],
+    "kernels/rotary.py": [("a shear for a rotation", "b * cos + a * sin", "b * cos - a * sin")],
+    "kernels/bands.py": [
+        ("keys turn by the time of queries", "k_coordinates, band.k_time)", "k_coordinates, band.q_time)"),
+    ],
+}  # fmt: skip
