@@ -30,6 +30,16 @@ ROWS = {
         ("leases are not renewed", '("renew", EXPIRES / 4)', '("renew", 2**30)'),
         ("the store keeps what went here", "self._forget(name for name in gone if not name.endswith(SEAL))", "pass"),
     ],
+    "remote/fetching.py": [
+        ("what is damaged in the cache is used", "path.stat().st_size == one.size and self._digest(path) == one.digest",
+         "path.stat().st_size > 0"),
+        ("all processes fetch", "with filelock.FileLock(one.path.with_name(f\".{one.path.name}.lock\")):", "if True:"),
+    ],
+    "data/outgoing.py": [
+        ("kept in a store without a look", "return shards.kept(here, number)", "return told"),
+        ("what is of others is deleted", " and _OURS.fullmatch(name)", ""),
+        ("what is ahead stays in a store", "_all(store.delete, [name", "_all(str, [name"),
+    ],
     "kernels/rules.py": [
         ("causal hides the token itself", "causal = k.index <= q.index", "causal = k.index < q.index"),
         ("all branches see their own time", "all_branches = (k.time < q.time)", "all_branches = (k.time <= q.time)"),
@@ -234,6 +244,8 @@ ROWS = {
         ("records of any length", "if len(record) != int(self._lengths[i])", "if 0 * int(self._lengths[i])"),
         ("kept without a look", " and reading.digest(file) == shard[part]", ""),
         ("sizes not compared", "if there != size else", "if False else"),
+        ("shards by their names alone", "_cached(shard[\"digest\"]) if url", "_cached(shard[\"file\"]) if url"),
+        ("shards after those of the rows", "self._bring({*places.tolist()})", "self._bring({*(places + 1).tolist()})"),
         ("large ids cut", '"<u2" if tokenizer.size <= 2**16 else "<i4"', '"<u2"'),
     ],
     "data/preparation.py": [

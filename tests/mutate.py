@@ -26,6 +26,7 @@ SECONDS = 1800  # for the tests of a room; a fault may hang them
 OF_THE_TEXT = ("tests/test_repository.py", "tests/test_faults.py", "tests/test_matrix.py")  # notice any change of it
 ROOMS = {  # the longest that begins the name of a file, below lab/: its tests, in the order in which they run
     "cluster": ["tests/test_cluster.py"],
+    "remote/fetching": ["tests/data/test_fetched.py"],
     "remote": ["tests/test_remote.py"],
     "kernels": ["tests/kernels"],
     "model/streams/v": ["tests/model/test_streams.py"],

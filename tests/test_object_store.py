@@ -16,7 +16,9 @@ import object_store
 import pytest
 
 import lab
-from lab import storage
+import lab.data
+from lab import command, storage
+from lab.data import preparation, reading
 from lab.errors import UserError
 from lab.model import parameter
 from lab.remote import store as stores
@@ -163,6 +165,64 @@ def test_it_is_read_as_if_it_were_here(place, server, one_cell):
         lab.load(f"{url}/cells/{run.parent.name}/seed-0/checkpoints/35")
     with pytest.raises(UserError, match="is in no cell"):
         lab.load(f"{url}/nowhere")
+
+
+READER = """
+import hashlib, sys
+import lab.data
+from lab import command
+
+config = command.load_config(sys.argv[1])
+config.data.update(corpus="prepared", path=sys.argv[2], draw="1-3")
+sums = hashlib.sha256()
+for batch, info in lab.data.train_batches(config, lab.data.open(config).train):
+    sums.update(batch.tokens.tobytes() + batch.coordinates.time.tobytes() + repr(info).encode())
+print(sums.hexdigest())
+"""
+
+
+def test_shards_in_a_bucket_train_as_those_of_a_directory(place, server, corpus, one_cell):
+    """Two processes of one machine fetch them at once, and a study finds them there. Then one is damaged."""
+    study, peaceful = one_cell
+    url, here = f"s3://{object_store.BUCKET}/corpora/texts", place / "texts"
+    config = command.load_config(str(study))
+    made = preparation.prepare(config, here, 1, "python -m lab.prepare ...", lambda *_: None, characters=2000)
+    assert len(made["shards"]) > 10
+    for path in (path for path in here.rglob("*") if path.is_file()):
+        files().put_file(str(path), f"{url}/{path.relative_to(here).as_posix()}")
+    cache = place / "cache"
+    readers = [
+        commands.Process([sys.executable, "-c", READER, study, path], place / f"reader-{number}", LAB_CACHE=str(cache))
+        for number, path in enumerate((url, url, here))
+    ]
+    assert [reader.wait() for reader in readers] == [0, 0, 0], [reader.told() for reader in readers]
+    assert len({reader.out for reader in readers}) == 1
+    fetched = {path: path.stat().st_mtime_ns for path in (cache / "shards").glob("*.array_record")}
+    assert fetched and all(reading.digest(path) == path.stem for path in fetched)
+    assert not [path for path in (cache / "shards").iterdir() if path.is_dir()]
+    words = f"--config={study}", "--config.data.corpus=prepared", f"--config.data.path={url}"
+    commands.finished("main", *words, f"--workdir={place / 'read'}", log=place / "read-log", LAB_CACHE=str(cache))
+    assert (place / "read" / "results.csv").read_bytes() == (peaceful / "results.csv").read_bytes()
+    (ours,), (theirs,) = (commands.runs(each).values() for each in (place / "read", peaceful))
+    assert commands.metrics(ours) == commands.metrics(theirs)
+    assert all(path.stat().st_mtime_ns == time for path, time in fetched.items())
+    (first, *_) = (shard["train"] for shard in made["shards"] if "train" in shard)
+    content = bytearray(files().cat_file(f"{url}/{first['file']}"))
+    content[len(content) // 2] ^= 1
+    files().pipe_file(f"{url}/{first['file']}", bytes(content))
+    again = *words, "--config.train.steps=50", f"--workdir={place / 'refused'}"
+    refused = commands.finished("main", *again, log=place / "bad-log", code=2, LAB_CACHE=str(place / "other-cache"))
+    assert refused.err.splitlines()[-1].startswith(
+        f"lab: {url}/{first['file']} is damaged: it is not what was prepared"
+    )
+    assert "Traceback" not in refused.err
+    for bucket, told in (("nowhere", "there is no bucket 'nowhere'"), (object_store.THEIRS, "is not ours to use")):
+        config.data.update(corpus="prepared", path=f"s3://{bucket}/texts")
+        with pytest.raises(UserError, match=rf"^s3://{bucket}/texts: .*{told}"):
+            lab.data.open(config)
+    config.data.path = f"s3://{object_store.BUCKET}/nothing"
+    with pytest.raises(UserError, match=r"has no manifest\.json"):
+        lab.data.open(config)
 
 
 @pytest.mark.parametrize(

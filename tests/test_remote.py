@@ -16,6 +16,7 @@ import lab
 from lab import storage
 from lab.errors import UserError
 from lab.remote import mirror as mirrors
+from lab.remote import store as stores
 from lab.remote.mirror import SEAL, Mirror
 from lab.remote.store import Lease
 
@@ -213,13 +214,13 @@ def test_one_of_many_holds_a_run(opened):
 
 
 def test_the_end_of_a_run_waits_for_the_store(opened, files, monkeypatch, caplog):
-    monkeypatch.setattr(mirrors, "PAUSE", 0.01)
+    monkeypatch.setattr(stores, "PAUSE", 0.01)
     one = opened()
     write_run(one)
     files.break_next(3)
     one.flush()
     assert {*one.store.list()} == {*tree(one)} and caplog.text.count("it is tried again") == 1
-    monkeypatch.setattr(mirrors, "PATIENCE", 0.0)
+    monkeypatch.setattr(stores, "PATIENCE", 0.0)
     write(one, "plan.json", b"{}")
     files.break_next(0)
     with pytest.raises(UserError, match=r"cannot be reached \(OSError: refused\)"):

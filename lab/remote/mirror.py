@@ -12,6 +12,7 @@ The only thing that is asked of a store beside reads and writes is to create an 
 
 import concurrent.futures
 import contextlib
+import functools
 import itertools
 import logging
 import os
@@ -25,11 +26,10 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from lab.errors import UserError
-from lab.remote.store import Lease, Store, Unreached, reached
+from lab.remote.store import Lease, Store, patient, reached
 
 EXPIRES = 60.0  # seconds without a renewal after which a lease is nobody's
 EVERY = 15.0  # seconds between uploads
-PATIENCE, PAUSE = 300.0, 5.0  # seconds for which what is done waits for a store that does not answer, and between tries
 AT_ONCE = 8  # requests under way
 TOLD = 64 * 2**20  # bytes from which on a transfer is told
 HEAVY = ("checkpoints", "stacks", "set_aside")  # fetched where they are needed
@@ -180,16 +180,7 @@ class Mirror:
 
     def flush(self) -> None:
         """Uploads all that has changed. Raises UserError where the store does not take it, nor does in PATIENCE."""
-        until = time.monotonic() + PATIENCE
-        while True:
-            try:
-                with reached(self.store):
-                    return self.push()
-            except Unreached as error:
-                if time.monotonic() > until:
-                    raise
-                self._say_once("flush", error)
-                time.sleep(PAUSE)
+        patient(self.store, self.push, functools.partial(self._say_once, "flush"))
 
     def _walk(self) -> Iterator[tuple[str, tuple]]:
         for directory, folders, files in os.walk(self.local):
