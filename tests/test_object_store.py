@@ -1,8 +1,9 @@
-"""A study in an object store whose server fails 5% of all requests: killed, damaged, divided, read.
+"""A study in an object store whose server fails 5% of all requests: killed, damaged, divided, read; and its corpus.
 
 In an environment of its own, which has s3fs and a server: make test-storage, in ten minutes or so.
 """
 
+import json
 import os
 import pathlib
 import signal
@@ -165,6 +166,42 @@ def test_it_is_read_as_if_it_were_here(place, server, one_cell):
         lab.load(f"{url}/cells/{run.parent.name}/seed-0/checkpoints/35")
     with pytest.raises(UserError, match="is in no cell"):
         lab.load(f"{url}/nowhere")
+
+
+PREPARE = "import functools, sys; from lab import prepare; from lab.data import preparation; "
+PREPARE += "preparation.prepare = functools.partial(preparation.prepare, characters=1000); prepare.main(sys.argv[1:])"
+
+
+def shards_in(url: str) -> list[str]:
+    return [name for name in there(url) if name.startswith("train-")]
+
+
+def test_a_killed_preparation_goes_on_in_a_bucket(place, server, corpus):
+    """Twice, on other machines: nothing but the bucket is left. It is that of a directory then."""
+    study = commands.write_study(place / "prepared.py", corpus)
+    url, here = f"s3://{object_store.BUCKET}/corpora/killed", place / "killed-here"
+    made = preparation.prepare(command.load_config(str(study)), here, 1, "", lambda *_: None, characters=1000)
+    assert len(made["shards"]) > 20
+    for number, enough in enumerate((3, 12, None)):
+        words = [sys.executable, "-c", PREPARE, f"--config={study}", f"--out={url}", "--workers=2"]
+        process = commands.Process(words, place / f"prepare-{number}", LAB_CACHE=str(place / f"machine-{number}"))
+        if enough:
+            assert process.until(lambda enough=enough: len(shards_in(url)) >= enough), process.told()
+            process.signal(signal.SIGKILL)
+            process.wait()
+            assert "shards" not in json.loads(files().cat_file(f"{url}/manifest.json"))
+        else:
+            assert process.wait() == 0 and process.err.count("\n") <= 1, process.told()
+    found = {path.relative_to(here).as_posix() for path in here.rglob("*") if path.is_file()} - {"parts/.lock"}
+    assert {*there(url)} == found
+    for name in found - {"manifest.json"}:
+        assert files().cat_file(f"{url}/{name}") == (here / name).read_bytes(), name
+    ours, theirs = (
+        json.loads(files().cat_file(f"{url}/manifest.json")),
+        json.loads((here / "manifest.json").read_text()),
+    )
+    assert ours.pop("command").endswith(f"--out={url}") and theirs.pop("command") == ""
+    assert ours | {storage.SEAL: ""} == theirs | {storage.SEAL: ""}
 
 
 READER = """
