@@ -108,7 +108,8 @@ class Shards:
         return Shards, self._opened
 
     def _damaged(self, shard: int, place: int, why: str) -> UserError:
-        return UserError(f"{self._paths[shard]}: record {place} cannot be read: {why} ({_mend(self._command)})")
+        mend = "run the same command again: it is fetched again" if self._url else _mend(self._command)
+        return UserError(f"{self._paths[shard]}: record {place} cannot be read: {why} ({mend})")
 
 
 def _at_once(shards: int) -> int:

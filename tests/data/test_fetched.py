@@ -157,6 +157,13 @@ def test_what_is_damaged_in_the_cache_is_fetched_again(shelf, cache_root, caplog
     equal(batches(there), batches(here))
     assert caplog.text.count("is damaged: it is fetched again") == 2 and not left_over(cache_root)
     assert flipped.read_bytes() == content
+    train = lab.data.open(there).train
+    train.bring(range(len(train)))
+    for path in cached(cache_root):  # behind what has looked it over
+        path.write_bytes(bytes(path.stat().st_size))
+    with pytest.raises(UserError, match=r"array_record: record 0 cannot be read: .*\(run the same command again"):
+        train[0]
+    equal(batches(there), batches(here))
 
 
 def test_what_is_damaged_in_the_store_is_refused(shelf, files, cache_root):
