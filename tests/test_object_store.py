@@ -116,7 +116,7 @@ def test_killed_and_damaged_it_ends_as_if_nothing_had_been(place, server, one_ce
     study, peaceful = one_cell
     url = f"s3://{object_store.BUCKET}/killed"
     killed = launched(study, url, place / "killed-log", SLOWLY)
-    assert killed.until(lambda: len(sealed(url)) > 1 and sealed(url)[-1] < commands.STEPS), killed.told()
+    assert killed.until(lambda: len(found := sealed(url)) > 1 and found[-1] < commands.STEPS), killed.told()
     killed.signal(signal.SIGKILL)
     killed.wait()
     assert any("/.lease." in name for name in there(url))

@@ -159,10 +159,14 @@ class Mirror:
             found = dict(self._walk())
             changed = [name for name in found if self._changed(name)]
             gone = [name for name in self._known if name not in found and not self._is_lost(name)]
-            self._forget(name for name in gone if name.endswith(SEAL))
+            seals = [name for name in gone if name.endswith(SEAL)]
+            # Before other numbers come to stand behind them; else once newer checkpoints are there.
+            early = [seal for seal in seals if any(name.startswith(seal.removesuffix(SEAL)) for name in changed)]
+            self._forget(early)
             _tell("uploading", changed, self.store.url, (found[name][1] for name in changed))
             for _, names in itertools.groupby(sorted(changed, key=_rank), key=_rank):
                 self._all(lambda name: self._put(name, found[name]), list(names))
+            self._forget(seal for seal in seals if seal not in early)
             self._forget(name for name in gone if not name.endswith(SEAL))
 
     def _put(self, name: str, state: tuple) -> None:
