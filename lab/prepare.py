@@ -5,14 +5,13 @@
 
 The corpus, the tokenizer and how documents are cut are those of config.data. A command that was stopped goes on where
 it was; one that is run again looks every shard over, and makes again what is damaged. What is made does not depend on
---workers.
+--workers. --out and config.data.path may be in an object store: s3://BUCKET/DIR, gs://BUCKET/DIR.
 """
 
 import shlex
 import signal
 import sys
 import time
-from pathlib import Path
 
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -66,7 +65,9 @@ class PreparedTexts:
 
 def main(argv: list[str]) -> None:
     parser = command.parser(__doc__)
-    parser.add_argument("--out", required=True, type=Path, help="a directory: a new one, or one to go on with")
+    parser.add_argument(
+        "--out", required=True, help="a directory here or in an object store: a new one, or one to go on with"
+    )
     parser.add_argument(
         "--workers", type=int, default=runtime.cores(), help="processes (%(default)s: one for each core)"
     )
@@ -79,7 +80,7 @@ def main(argv: list[str]) -> None:
 
     fields = [argument for argument in argv if argument.startswith("--config.")]
     ours = ["python", "-m", "lab.prepare", f"--config={flags.config}", *fields, f"--out={flags.out}"]
-    with PreparedTexts(str(flags.out)) as display:
+    with PreparedTexts(flags.out) as display:
         display.console.print(f"{flags.out}: reading {config.data.corpus} {config.data.path}".rstrip())
         made = preparation.prepare(config, flags.out, flags.workers, shlex.join(ours), display.made)
         train, validation = (

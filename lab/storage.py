@@ -13,11 +13,13 @@ import os
 import secrets
 import shutil
 import typing
+from collections.abc import Callable
 from pathlib import Path
 
 from lab.errors import UserError
 
 if typing.TYPE_CHECKING:
+    from lab.remote.fetching import Directory
     from lab.remote.mirror import Mirror
 
 SEAL = "checksum"
@@ -149,6 +151,18 @@ def local(path: str | Path) -> Path:
     from lab.remote.mirror import fetch
 
     return fetch(str(path), functools.partial(mirrored, name=f"{_own_name()}-fetched"))
+
+
+def directory(url: str, digest: Callable[[Path], str], writes: bool = False) -> Directory:
+    """A directory in an object store whose files are known by digests. Raises UserError as `mirrored` does."""
+    from lab.remote import fetching, store
+
+    return fetching.Directory(url, digest, store.ALL_RIGHTS if writes else fetching.RIGHTS)
+
+
+def room() -> Path:
+    """A directory for what is on its way to an object store; it goes when this process ends."""
+    return _room(_own_name(), True)
 
 
 @functools.cache

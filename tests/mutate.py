@@ -27,6 +27,7 @@ OF_THE_TEXT = ("tests/test_repository.py", "tests/test_faults.py", "tests/test_m
 ROOMS = {  # the longest that begins the name of a file, below lab/: its tests, in the order in which they run
     "cluster": ["tests/test_cluster.py"],
     "watch": ["tests/test_watch.py"],
+    "remote/fetching": ["tests/data/test_fetched.py"],
     "remote": ["tests/test_remote.py"],
     "kernels": ["tests/kernels"],
     "model/streams/v": ["tests/model/test_streams.py"],

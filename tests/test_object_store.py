@@ -1,8 +1,9 @@
-"""A study in an object store whose server fails 5% of all requests: killed, damaged, divided, read.
+"""A study in an object store whose server fails 5% of all requests: killed, damaged, divided, read; and its corpus.
 
 In an environment of its own, which has s3fs and a server: make test-storage, in ten minutes or so.
 """
 
+import json
 import os
 import pathlib
 import signal
@@ -16,7 +17,9 @@ import object_store
 import pytest
 
 import lab
-from lab import storage
+import lab.data
+from lab import command, storage
+from lab.data import preparation, reading
 from lab.errors import UserError
 from lab.model import parameter
 from lab.remote import store as stores
@@ -113,7 +116,7 @@ def test_killed_and_damaged_it_ends_as_if_nothing_had_been(place, server, one_ce
     study, peaceful = one_cell
     url = f"s3://{object_store.BUCKET}/killed"
     killed = launched(study, url, place / "killed-log", SLOWLY)
-    assert killed.until(lambda: len(sealed(url)) > 1 and sealed(url)[-1] < commands.STEPS), killed.told()
+    assert killed.until(lambda: len(found := sealed(url)) > 1 and found[-1] < commands.STEPS), killed.told()
     killed.signal(signal.SIGKILL)
     killed.wait()
     assert any("/.lease." in name for name in there(url))
@@ -163,6 +166,100 @@ def test_it_is_read_as_if_it_were_here(place, server, one_cell):
         lab.load(f"{url}/cells/{run.parent.name}/seed-0/checkpoints/35")
     with pytest.raises(UserError, match="is in no cell"):
         lab.load(f"{url}/nowhere")
+
+
+PREPARE = "import functools, sys; from lab import prepare; from lab.data import preparation; "
+PREPARE += "preparation.prepare = functools.partial(preparation.prepare, characters=1000); prepare.main(sys.argv[1:])"
+
+
+def shards_in(url: str) -> list[str]:
+    return [name for name in there(url) if name.startswith("train-")]
+
+
+def test_a_killed_preparation_goes_on_in_a_bucket(place, server, corpus):
+    """Twice, on other machines: nothing but the bucket is left. It is that of a directory then."""
+    study = commands.write_study(place / "prepared.py", corpus)
+    url, here = f"s3://{object_store.BUCKET}/corpora/killed", place / "killed-here"
+    made = preparation.prepare(command.load_config(str(study)), here, 1, "", lambda *_: None, characters=1000)
+    assert len(made["shards"]) > 20
+    for number, enough in enumerate((3, 12, None)):
+        words = [sys.executable, "-c", PREPARE, f"--config={study}", f"--out={url}", "--workers=2"]
+        process = commands.Process(words, place / f"prepare-{number}", LAB_CACHE=str(place / f"machine-{number}"))
+        if enough:
+            assert process.until(lambda enough=enough: len(shards_in(url)) >= enough), process.told()
+            process.signal(signal.SIGKILL)
+            process.wait()
+            assert "shards" not in json.loads(files().cat_file(f"{url}/manifest.json"))
+        else:
+            assert process.wait() == 0 and process.err.count("\n") <= 1, process.told()
+    found = {path.relative_to(here).as_posix() for path in here.rglob("*") if path.is_file()} - {"parts/.lock"}
+    assert {*there(url)} == found
+    for name in found - {"manifest.json"}:
+        assert files().cat_file(f"{url}/{name}") == (here / name).read_bytes(), name
+    ours, theirs = (
+        json.loads(files().cat_file(f"{url}/manifest.json")),
+        json.loads((here / "manifest.json").read_text()),
+    )
+    assert ours.pop("command").endswith(f"--out={url}") and theirs.pop("command") == ""
+    assert ours | {storage.SEAL: ""} == theirs | {storage.SEAL: ""}
+
+
+READER = """
+import hashlib, sys
+import lab.data
+from lab import command
+
+config = command.load_config(sys.argv[1])
+config.data.update(corpus="prepared", path=sys.argv[2], draw="1-3")
+sums = hashlib.sha256()
+for batch, info in lab.data.train_batches(config, lab.data.open(config).train):
+    sums.update(batch.tokens.tobytes() + batch.coordinates.time.tobytes() + repr(info).encode())
+print(sums.hexdigest())
+"""
+
+
+def test_shards_in_a_bucket_train_as_those_of_a_directory(place, server, corpus, one_cell):
+    """Two processes of one machine fetch them at once, and a study finds them there. Then one is damaged."""
+    study, peaceful = one_cell
+    url, here = f"s3://{object_store.BUCKET}/corpora/texts", place / "texts"
+    config = command.load_config(str(study))
+    made = preparation.prepare(config, here, 1, "python -m lab.prepare ...", lambda *_: None, characters=2000)
+    assert len(made["shards"]) > 10
+    for path in (path for path in here.rglob("*") if path.is_file()):
+        files().put_file(str(path), f"{url}/{path.relative_to(here).as_posix()}")
+    cache = place / "cache"
+    readers = [
+        commands.Process([sys.executable, "-c", READER, study, path], place / f"reader-{number}", LAB_CACHE=str(cache))
+        for number, path in enumerate((url, url, here))
+    ]
+    assert [reader.wait() for reader in readers] == [0, 0, 0], [reader.told() for reader in readers]
+    assert len({reader.out for reader in readers}) == 1
+    fetched = {path: path.stat().st_mtime_ns for path in (cache / "shards").glob("*.array_record")}
+    assert fetched and all(reading.digest(path) == path.stem for path in fetched)
+    assert not [path for path in (cache / "shards").iterdir() if path.is_dir()]
+    words = f"--config={study}", "--config.data.corpus=prepared", f"--config.data.path={url}"
+    commands.finished("main", *words, f"--workdir={place / 'read'}", log=place / "read-log", LAB_CACHE=str(cache))
+    assert (place / "read" / "results.csv").read_bytes() == (peaceful / "results.csv").read_bytes()
+    (ours,), (theirs,) = (commands.runs(each).values() for each in (place / "read", peaceful))
+    assert commands.metrics(ours) == commands.metrics(theirs)
+    assert all(path.stat().st_mtime_ns == time for path, time in fetched.items())
+    (first, *_) = (shard["train"] for shard in made["shards"] if "train" in shard)
+    content = bytearray(files().cat_file(f"{url}/{first['file']}"))
+    content[len(content) // 2] ^= 1
+    files().pipe_file(f"{url}/{first['file']}", bytes(content))
+    again = *words, "--config.train.steps=50", f"--workdir={place / 'refused'}"
+    refused = commands.finished("main", *again, log=place / "bad-log", code=2, LAB_CACHE=str(place / "other-cache"))
+    assert refused.err.splitlines()[-1].startswith(
+        f"lab: {url}/{first['file']} is damaged: it is not what was prepared"
+    )
+    assert "Traceback" not in refused.err
+    for bucket, told in (("nowhere", "there is no bucket 'nowhere'"), (object_store.THEIRS, "is not ours to use")):
+        config.data.update(corpus="prepared", path=f"s3://{bucket}/texts")
+        with pytest.raises(UserError, match=rf"^s3://{bucket}/texts: .*{told}"):
+            lab.data.open(config)
+    config.data.path = f"s3://{object_store.BUCKET}/nothing"
+    with pytest.raises(UserError, match=r"has no manifest\.json"):
+        lab.data.open(config)
 
 
 @pytest.mark.parametrize(

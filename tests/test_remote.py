@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import os
 import random
+import shutil
 import signal
 import sys
 import threading
@@ -16,6 +17,7 @@ import lab
 from lab import storage
 from lab.errors import UserError
 from lab.remote import mirror as mirrors
+from lab.remote import store as stores
 from lab.remote.mirror import SEAL, Mirror
 from lab.remote.store import Lease
 
@@ -212,14 +214,34 @@ def test_one_of_many_holds_a_run(opened):
     assert not any("/.lease." in name for name in copies[0].store.list())
 
 
+def test_a_whole_checkpoint_is_there_while_newer_ones_go_up(opened, files):
+    """Though all that the store has went here meanwhile, as when an upload takes longer than the steps between two."""
+    one = opened()
+    write_run(one, steps=(10, 20), result=False)
+    one.push()
+    shutil.rmtree(one.local / RUN / "checkpoints")
+    write_run(one, steps=(30, 40), result=False)
+    for after in range(4):
+        files.break_next(after)
+        with pytest.raises(OSError, match="refused"):
+            one.push()
+        there = one.store.list()
+        whole = {name.split("/")[-2] for name in there if name.endswith(f"/{SEAL}")}
+        assert whole, after
+        for step in whole:
+            assert sum(f"/checkpoints/{step}/" in name for name in there) == 4, (after, step)
+    one.push()
+    assert {name.split("/")[-2] for name in one.store.list() if name.endswith(f"/{SEAL}")} == {"30", "40"}
+
+
 def test_the_end_of_a_run_waits_for_the_store(opened, files, monkeypatch, caplog):
-    monkeypatch.setattr(mirrors, "PAUSE", 0.01)
+    monkeypatch.setattr(stores, "PAUSE", 0.01)
     one = opened()
     write_run(one)
     files.break_next(3)
     one.flush()
     assert {*one.store.list()} == {*tree(one)} and caplog.text.count("it is tried again") == 1
-    monkeypatch.setattr(mirrors, "PATIENCE", 0.0)
+    monkeypatch.setattr(stores, "PATIENCE", 0.0)
     write(one, "plan.json", b"{}")
     files.break_next(0)
     with pytest.raises(UserError, match=r"cannot be reached \(OSError: refused\)"):

@@ -16,6 +16,7 @@ from lab.data.shards import Shards
 from lab.data.texts import Texts
 from lab.data.tokenizers import Tokenizer
 from lab.errors import UserError
+from lab.storage import is_remote
 
 
 class Data(NamedTuple):
@@ -66,20 +67,21 @@ def open_prepared(config: ConfigDict) -> Data:
     """
     check_training(config)
     data = config.data
-    manifest = shards.read_manifest(data.path)
-    about, directory = manifest["about"], Path(data.path).expanduser()
+    directory, manifest = shards.read_manifest(data.path)
+    about, url = manifest["about"], data.path if is_remote(data.path) else ""
+    place = url or directory
     for name in ("text_length", "long_texts", "text_bytes", "eos"):
         if data[name] != about[name]:
             raise _prepared_otherwise(config, name, about[name])
     tokenizer = tokenizers.load(directory, data.eos)
     if tokenizer.fingerprint != about["tokenizer"]:
-        raise UserError(f"{directory / tokenizers.FILE} is not the tokenizer of {directory / shards.MANIFEST}")
+        raise UserError(f"{place}/{tokenizers.FILE} is not the tokenizer of {place}/{shards.MANIFEST}")
     if data.tokenizer != manifest["tokenizer"] and not _is(data, tokenizer):
         raise _prepared_otherwise(config, "tokenizer", manifest["tokenizer"])
     check_vocabulary(config, tokenizer)
     searched = f"prepared ({data.path}) from {manifest['searched']}"
     texts.check_lost(data.lossy, manifest, searched, tokenizer)
-    splits = Shards(directory, "train", data.texts), Shards(directory, "validation")
+    splits = Shards(directory, "train", data.texts, url), Shards(directory, "validation", url=url)
     return _checked(config, searched, tokenizer, manifest, *splits)
 
 

@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import grain
@@ -143,12 +143,19 @@ class _TextSteps:
     def __call__(self, step: int) -> tuple[Batch, Info]:
         ids = self._order[step]
         n = self._layout.texts
+        _bring(self._texts, ids[self._local.start * n : self._local.stop * n])
         rows = [
             self._layout.row([self._texts[i] for i in ids[row * n : (row + 1) * n]], _row_rng(self._seed, step, row))
             for row in self._local
         ]
         tokens = int(_lengths(self._texts, ids).sum())
         return stacked(rows), Info(_hash(ids), tokens / (self._rows * self._layout.length), tokens)
+
+
+def _bring(texts: Sequence[np.ndarray], ids: Iterable[int]) -> None:
+    """Returns when the texts are here, where they may have to be fetched first."""
+    if getattr(texts, "fetches", False):
+        texts.bring(ids)
 
 
 def _lengths(texts: Sequence[np.ndarray], ids: np.ndarray) -> np.ndarray:
@@ -193,7 +200,10 @@ def _evaluation_calls(ask: ConfigDict, texts, layout: Layout, local: range) -> I
     n = layout.texts
     order = _permutation(len(texts), _EVALUATION_SEED)
     rng = np.random.default_rng(_EVALUATION_SEED)  # nothing is random in this layout
-    for first in range(0, ask.texts // n, ask.rows):
+    calls = range(0, ask.texts // n, ask.rows)
+    ours = (range((first + local.start) * n, (first + local.stop) * n) for first in calls)
+    _bring(texts, (order[i] for ids in ours for i in ids))
+    for first in calls:
         rows = (range((first + row) * n, (first + row + 1) * n) for row in local)
         yield stacked([layout.row([texts[order[i]] for i in row], rng) for row in rows])
 

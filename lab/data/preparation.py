@@ -19,7 +19,8 @@ from pathlib import Path
 import filelock
 from ml_collections import ConfigDict
 
-from lab.data import bytewise, cache, corpora, dataset, reading, shards, sources, texts, tokenizers
+from lab import storage
+from lab.data import bytewise, cache, corpora, dataset, outgoing, reading, shards, sources, texts, tokenizers
 from lab.data.corpora import Document
 from lab.data.pipeline import follow_parent
 from lab.data.shards import MANIFEST, PARTS, SPLITS
@@ -39,9 +40,10 @@ Told = Callable[[dict, bool], None]
 
 
 def prepare(
-    config: ConfigDict, out: Path, workers: int, command: str, told: Told, characters: int = CHARACTERS
+    config: ConfigDict, out: str | Path, workers: int, command: str, told: Told, characters: int = CHARACTERS
 ) -> dict:
-    """Fills `out` with the texts of config.data, tokenised, and gives its manifest.
+    """Fills `out`, a directory here or in an object store, with the texts of config.data, tokenised, and gives its
+    manifest.
 
     told: is called with what is told of each run of documents, in order, and whether its shards were there and whole.
     Of a streamed corpus no more is read than config.data.texts and the asks want, in whole runs. Raises UserError for
@@ -61,12 +63,16 @@ def prepare(
     wanted = dataset.most(config, corpus)
     about = dict(cut, format=_FORMAT, corpus=data.corpus, contents=corpus.fingerprint, characters=characters)
     about |= dict(eos=data.eos, tokenizer=tokenizer.fingerprint, texts=data.texts if corpus.streamed else 0)
-    with _held(out):
-        there = _begin(out, about, command, data.tokenizer, tokenizer)
+    url = str(out) if storage.is_remote(out) else ""
+    with outgoing.room(url) if url else _held(Path(out)) as here:
+        there = _begin(here, out, about, command, data.tokenizer, tokenizer)
+        if url:
+            outgoing.put(here, url, MANIFEST, tokenizers.FILE)
         made, found, lost = [], Counter(), Counter()
         runs = (run for run in texts.chunks(corpus.read(), characters) if run)
         with _processes(workers) as submit:
-            for one, kept in _made(runs, out, functools.partial(submit, _write, out, data.eos, cut), 2 * workers):
+            write = functools.partial(submit, _write, here, url, data.eos, cut)
+            for one, kept in _made(runs, functools.partial(_kept, here, url), write, 2 * workers):
                 made.append(one)
                 found.update({name: one[name] for name in _COUNTS})
                 found.update({split: one[split]["texts"] for split in SPLITS if split in one})
@@ -78,15 +84,18 @@ def prepare(
         if not any(found[split] for split in SPLITS):
             raise dataset.empty(corpus.searched)
         counts = {name: found[name] for name in _COUNTS} | texts.told_of(lost)
-        return _finish(out, there | {"searched": corpus.searched} | counts, made, shards.dtype_of(tokenizer))
+        manifest = _finish(here, there | {"searched": corpus.searched} | counts, made, shards.dtype_of(tokenizer))
+        if url:
+            outgoing.finish(here, url, manifest)
+        return manifest
 
 
 @contextlib.contextmanager
-def _held(out: Path) -> Iterator[None]:
+def _held(out: Path) -> Iterator[Path]:
     """Makes the directory, and keeps other commands out of it. Raises UserError, also where it holds anything else."""
     try:
         if out.is_dir() and not (out / MANIFEST).exists() and any(entry.name != PARTS for entry in out.iterdir()):
-            raise UserError(f"--out={out} holds other files and no preparation; choose an empty or new directory")
+            raise outgoing.taken(out)
         (out / PARTS).mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(out / PARTS / _LOCK)
         lock.acquire(timeout=0)
@@ -97,14 +106,14 @@ def _held(out: Path) -> Iterator[None]:
             f"--out={out} cannot be used ({error.strerror or error}); choose a directory that can be written"
         ) from error
     try:
-        yield
+        yield out
     finally:
         lock.release()
 
 
-def _begin(out: Path, about: dict, command: str, name: str, tokenizer: Tokenizer) -> dict:
+def _begin(here: Path, out: str | Path, about: dict, command: str, name: str, tokenizer: Tokenizer) -> dict:
     """Says in the directory what is prepared there. Raises UserError where that is something else."""
-    path = out / MANIFEST
+    path = here / MANIFEST
     there = read_json(path) if path.exists() else {}
     if there:
         before = there.get("about", {})
@@ -116,7 +125,7 @@ def _begin(out: Path, about: dict, command: str, name: str, tokenizer: Tokenizer
     else:
         there = {"command": command, "about": about, "tokenizer": name}
         write_json(path, there)
-    tokenizer.save(out)
+    tokenizer.save(here)
     return {field: there[field] for field in ("command", "about", "tokenizer")}
 
 
@@ -147,15 +156,15 @@ def _start() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # every core has a process already
 
 
-def _made(runs: Iterable[list[Document]], out: Path, write: Callable, most: int) -> Iterator[tuple[dict, bool]]:
+def _made(runs: Iterable[list[Document]], kept: Callable, write: Callable, most: int) -> Iterator[tuple[dict, bool]]:
     """What is told of each run, in order, and whether it was there before. So many runs are in memory at most."""
     waiting: collections.deque = collections.deque()
     for number, run in enumerate(runs):
-        kept = shards.kept(out, number)
+        there = kept(number)
         # A stream may hold other documents than before.
-        if kept and [kept["documents"], kept["characters"]] != [len(run), sum(len(each.text) for each in run)]:
-            kept = None
-        waiting.append(kept or write(number, run))
+        if there and [there["documents"], there["characters"]] != [len(run), sum(len(each.text) for each in run)]:
+            there = None
+        waiting.append(there or write(number, run))
         if len(waiting) >= most:
             yield _settled(waiting.popleft())
     yield from map(_settled, waiting)
@@ -173,8 +182,15 @@ def _settled(one: dict | concurrent.futures.Future) -> tuple[dict, bool]:
         ) from error
 
 
-def _write(out: Path, eos: str, cut: dict, number: int, documents: list[Document]) -> dict:
-    return shards.write(out, number, documents, _tokenizer(out, eos), cut)
+def _kept(here: Path, url: str, number: int) -> dict | None:
+    return outgoing.kept(here, url, number) if url else shards.kept(here, number)
+
+
+def _write(here: Path, url: str, eos: str, cut: dict, number: int, documents: list[Document]) -> dict:
+    told = shards.write(here, number, documents, _tokenizer(here, eos), cut)
+    if url:
+        outgoing.put_run(here, url, number, told)
+    return told
 
 
 @functools.cache

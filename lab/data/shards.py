@@ -14,16 +14,17 @@ import os
 import resource
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 
-from lab.data import reading, texts
+from lab import storage
+from lab.data import cache, reading, texts, tokenizers
 from lab.data.corpora import Document
 from lab.data.tokenizers import Tokenizer
 from lab.errors import UserError
-from lab.storage import find_json, read_json, write_atomically, write_json
+from lab.storage import find_json, is_remote, read_json, write_atomically, write_json
 
 MANIFEST = "manifest.json"
 PARTS = "parts"  # what is told of each run of documents, and the lengths of its texts: a command that is killed goes on
@@ -40,17 +41,19 @@ class Shards:
     """A split of a prepared directory: texts[i] is int32 [n], 2 <= n <= text_length. Reads what is asked for and no
     more; pickles as its path.
 
-    mean_bytes: of its texts, where bytes cut them; else None. Raises UserError for a shard that is damaged, when a text
-    of it is read.
+    mean_bytes: of its texts, where bytes cut them; else None. fetches: whether shards may have to come from a store
+    first. Raises UserError for a shard that is damaged, when a text of it is read.
     """
 
-    def __init__(self, directory: Path, split: str, most: int = 0):
-        """`most` keeps only the first so many texts; 0 keeps all. The directory has been checked (`read_manifest`)."""
-        self._opened = directory, split, most
+    def __init__(self, directory: Path, split: str, most: int = 0, url: str = ""):
+        """`most` keeps only the first so many texts; 0 keeps all. The directory has been checked (`read_manifest`).
+        url: where its shards lie, if that is an object store."""
+        self._opened = directory, split, most, url
         manifest = read_json(directory / MANIFEST)
         self._dtype, self._command = np.dtype(manifest["dtype"]), manifest["command"]
         told = [shard[split] for shard in manifest["shards"] if split in shard]
-        self._paths = [directory / shard["file"] for shard in told]
+        self._told, self._url, self._here = told, url, set()  # the last: shards that have been fetched or looked over
+        self._paths = [_cached(shard["digest"]) if url else directory / shard["file"] for shard in told]
         self._ends = [*itertools.accumulate(shard["texts"] for shard in told)]
         count = self._ends[-1] if told else 0
         self._count = min(count, most) if most else count
@@ -67,6 +70,7 @@ class Shards:
             raise IndexError(f"text {i} of {self._count}")
         shard = bisect.bisect_right(self._ends, i)
         place = int(i) - (self._ends[shard - 1] if shard else 0)
+        self._bring({shard})
         try:
             with self._lock:
                 reader = self._reader(self._paths[shard])
@@ -78,6 +82,24 @@ class Shards:
             raise self._damaged(shard, place, f"it has {len(record)} bytes, and {self._lengths[i]} tokens are told of")
         return np.frombuffer(record, self._dtype).astype(np.int32)
 
+    @property
+    def fetches(self) -> bool:
+        return bool(self._url)
+
+    def bring(self, ids: Iterable[int]) -> None:
+        """Returns when the shards of so many texts are here; several come at once."""
+        if self._url:
+            places = np.searchsorted(self._ends, np.fromiter(ids, np.int64), side="right")
+            self._bring({*places.tolist()})
+
+    def _bring(self, shards: set[int]) -> None:
+        if self._url and (missing := sorted(shards - self._here)):
+            told = [self._told[shard] for shard in missing]
+            wanted = {one["file"]: (_cached(one["digest"]), one["size"], one["digest"]) for one in told}
+            with cache.explained():
+                storage.directory(self._url, reading.digest).fetch(wanted, _mend(self._command))
+            self._here |= {*missing}
+
     def lengths(self, ids: np.ndarray) -> np.ndarray:
         """Tokens of so many texts, without reading them."""
         return self._lengths[ids]
@@ -86,7 +108,8 @@ class Shards:
         return Shards, self._opened
 
     def _damaged(self, shard: int, place: int, why: str) -> UserError:
-        return UserError(f"{self._paths[shard]}: record {place} cannot be read: {why} ({_mend(self._command)})")
+        mend = "run the same command again: it is fetched again" if self._url else _mend(self._command)
+        return UserError(f"{self._paths[shard]}: record {place} cannot be read: {why} ({mend})")
 
 
 def _at_once(shards: int) -> int:
@@ -111,39 +134,90 @@ def lengths_of(split: str) -> str:
     return f"{split}.lengths"
 
 
-def read_manifest(path: str) -> dict:
-    """What is told of a prepared directory, once its files are there in the sizes that it tells of. Raises UserError.
+def read_manifest(path: str) -> tuple[Path, dict]:
+    """Of a prepared directory, once its files are there in the sizes that are told of: where manifest, tokenizer and
+    lengths are, of a directory in an object store copies in the cache; and the manifest. Raises UserError.
 
-    It has counts of all documents; of each split texts, tokens, digest of contents, and bytes where these cut texts;
-    and of each shard its file, size, digest and counts.
+    A manifest has counts of all documents; of each split texts, tokens, digest of contents, and bytes where these cut
+    texts; and of each shard its file, size, digest and counts.
     """
     if not path:
         raise UserError("data.path is empty; corpus prepared needs the directory that python -m lab.prepare has filled")
+    if is_remote(path):
+        return _fetched_manifest(path)
     directory = Path(path).expanduser()
     if not (directory / MANIFEST).is_file():
-        raise UserError(f"data.path = {path!r} has no {MANIFEST}: python -m lab.prepare fills such a directory")
-    manifest = read_json(directory / MANIFEST)
-    if "shards" not in manifest:
-        raise UserError(f"data.path = {path!r} is not finished; run its command again: {manifest.get('command')}")
-    for shard in manifest["shards"]:
-        for split in SPLITS:
-            if split in shard and (fault := _other_size(directory / shard[split]["file"], shard[split]["size"])):
-                raise UserError(f"{directory / shard[split]['file']} {fault} ({_mend(manifest['command'])})")
+        raise _none(path)
+    manifest = _finished(read_json(directory / MANIFEST), path)
+    _check_sizes(manifest, directory, lambda file: _size(directory / file))
     for split in SPLITS:
         file = directory / lengths_of(split)
         if not file.is_file() or reading.digest(file) != manifest[split]["lengths"]:
             fault = "is not what was prepared" if file.is_file() else "is missing"
             raise UserError(f"{file} {fault} ({_mend(manifest['command'])})")
+    return directory, manifest
+
+
+def _fetched_manifest(url: str) -> tuple[Path, dict]:
+    store = storage.directory(url, reading.digest)
+    sizes = store.sizes()
+    if MANIFEST not in sizes:
+        raise _none(url)
+    content = store.read(MANIFEST)
+    directory = cache.root() / "prepared" / cache.digest(content)
+    with cache.explained():
+        write_atomically(directory / MANIFEST, content)
+    try:
+        manifest = read_json(directory / MANIFEST)
+    except UserError as error:
+        raise UserError(str(error).replace(str(directory), store.url)) from error
+    mend = _mend(_finished(manifest, url)["command"])
+    _check_sizes(manifest, store.url, sizes.get)
+    lengths = {
+        lengths_of(split): (directory / lengths_of(split), told["texts"] * LENGTH.itemsize, told["lengths"])
+        for split, told in ((split, manifest[split]) for split in SPLITS)
+    }
+    content = store.read(tokenizers.FILE)
+    with cache.explained():
+        write_atomically(directory / tokenizers.FILE, content)
+        store.fetch(lengths, mend)
+    return directory, manifest
+
+
+def _none(path: str) -> UserError:
+    return UserError(f"data.path = {path!r} has no {MANIFEST}: python -m lab.prepare fills such a directory")
+
+
+def _finished(manifest: dict, path: str) -> dict:
+    if "shards" not in manifest:
+        raise UserError(f"data.path = {path!r} is not finished; run its command again: {manifest.get('command')}")
     return manifest
 
 
-def _other_size(path: Path, size: int) -> str:
+def _check_sizes(manifest: dict, place: str | Path, size: Callable[[str], int | None]) -> None:
+    """Raises UserError for a shard that is missing or of another size. size: of a file, None where there is none."""
+    for shard in (shard[split] for shard in manifest["shards"] for split in SPLITS if split in shard):
+        if fault := _other_size(size(shard["file"]), shard["size"]):
+            raise UserError(f"{place}/{shard['file']} {fault} ({_mend(manifest['command'])})")
+
+
+def _cached(digest: str) -> Path:
+    """Where a shard of a directory in a store is kept."""
+    return cache.root() / "shards" / f"{digest}.array_record"
+
+
+def _size(path: Path) -> int | None:
     try:
-        there = path.stat().st_size
+        return path.stat().st_size
     except FileNotFoundError:
-        return "is missing"
+        return None
     except OSError as error:
         raise reading.unreadable(path, error) from error
+
+
+def _other_size(there: int | None, size: int) -> str:
+    if there is None:
+        return "is missing"
     return f"has {there} bytes, not {size}" if there != size else ""
 
 
@@ -184,13 +258,18 @@ def write(directory: Path, number: int, documents: list[Document], tokenizer: To
 
 def kept(directory: Path, number: int) -> dict | None:
     """What is told of a run of documents whose shards are there and whole; else None. Reads all of them."""
-    told = find_json(_told_of(directory, number))
+    told = told_of(directory, number)
     for split in SPLITS:
         if told and (shard := told.get(split)):
             files = {directory / shard["file"]: "digest", lengths_of_part(directory, split, number): "lengths"}
             if not all(file.is_file() and reading.digest(file) == shard[part] for file, part in files.items()):
                 return None
     return told
+
+
+def told_of(directory: Path, number: int) -> dict | None:
+    """What is told of a run of documents, whether its shards are there or not."""
+    return find_json(_told_of(directory, number))
 
 
 def _told_of(directory: Path, number: int) -> Path:

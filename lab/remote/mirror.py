@@ -12,6 +12,7 @@ The only thing that is asked of a store beside reads and writes is to create an 
 
 import concurrent.futures
 import contextlib
+import functools
 import itertools
 import logging
 import os
@@ -25,11 +26,10 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from lab.errors import UserError
-from lab.remote.store import Lease, Store, Unreached, reached
+from lab.remote.store import Lease, Store, patient, reached
 
 EXPIRES = 60.0  # seconds without a renewal after which a lease is nobody's
 EVERY = 15.0  # seconds between uploads
-PATIENCE, PAUSE = 300.0, 5.0  # seconds for which what is done waits for a store that does not answer, and between tries
 AT_ONCE = 8  # requests under way
 TOLD = 64 * 2**20  # bytes from which on a transfer is told
 HEAVY = ("checkpoints", "stacks", "set_aside")  # fetched where they are needed
@@ -159,10 +159,14 @@ class Mirror:
             found = dict(self._walk())
             changed = [name for name in found if self._changed(name)]
             gone = [name for name in self._known if name not in found and not self._is_lost(name)]
-            self._forget(name for name in gone if name.endswith(SEAL))
+            seals = [name for name in gone if name.endswith(SEAL)]
+            # Before other numbers come to stand behind them; else once newer checkpoints are there.
+            early = [seal for seal in seals if any(name.startswith(seal.removesuffix(SEAL)) for name in changed)]
+            self._forget(early)
             _tell("uploading", changed, self.store.url, (found[name][1] for name in changed))
             for _, names in itertools.groupby(sorted(changed, key=_rank), key=_rank):
                 self._all(lambda name: self._put(name, found[name]), list(names))
+            self._forget(seal for seal in seals if seal not in early)
             self._forget(name for name in gone if not name.endswith(SEAL))
 
     def _put(self, name: str, state: tuple) -> None:
@@ -180,16 +184,7 @@ class Mirror:
 
     def flush(self) -> None:
         """Uploads all that has changed. Raises UserError where the store does not take it, nor does in PATIENCE."""
-        until = time.monotonic() + PATIENCE
-        while True:
-            try:
-                with reached(self.store):
-                    return self.push()
-            except Unreached as error:
-                if time.monotonic() > until:
-                    raise
-                self._say_once("flush", error)
-                time.sleep(PAUSE)
+        patient(self.store, self.push, functools.partial(self._say_once, "flush"))
 
     def _walk(self) -> Iterator[tuple[str, tuple]]:
         for directory, folders, files in os.walk(self.local):

@@ -9,7 +9,7 @@ import pathlib
 import secrets
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from lab.errors import UserError
 
@@ -19,6 +19,8 @@ CREDENTIALS = {
     "gs": "set GOOGLE_APPLICATION_CREDENTIALS to a key file, or log in with gcloud",
 }
 TRIES = 6  # of a request, by the library that makes it; the pauses between them grow
+ALL_RIGHTS = "list, read, write and delete"
+PATIENCE, PAUSE = 300.0, 5.0  # seconds for which a store that does not answer is waited for, and between tries
 
 
 class Unreached(UserError):
@@ -149,9 +151,23 @@ def _files(scheme: str):
     return made
 
 
+def patient(store: Store, action: Callable, tell: Callable[[Exception], None], rights: str = ALL_RIGHTS):
+    """What an action gives. A store that does not answer is asked again, which is told; Unreached after PATIENCE."""
+    until = time.monotonic() + PATIENCE
+    while True:
+        try:
+            with reached(store, rights):
+                return action()
+        except Unreached as error:
+            if time.monotonic() > until:
+                raise
+            tell(error)
+            time.sleep(PAUSE)
+
+
 @contextlib.contextmanager
-def reached(store: Store) -> Iterator[None]:
-    """One line for what a store refuses, or does not answer."""
+def reached(store: Store, rights: str = ALL_RIGHTS) -> Iterator[None]:
+    """One line for what a store refuses, or does not answer. rights: what is to be done there."""
     try:
         yield
     except UserError:
@@ -169,7 +185,7 @@ def reached(store: Store) -> Iterator[None]:
         if isinstance(error, PermissionError):
             raise UserError(
                 f"{store.url}: the bucket {store.bucket!r} is not ours to use ({said}); choose another, or credentials "
-                "that may list, read, write and delete there"
+                f"that may {rights} there"
             ) from error
         raise Unreached(
             f"{store.url} cannot be reached ({kind}: {said}); what is there stays; run the same command again"

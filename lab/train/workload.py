@@ -1,5 +1,6 @@
 """What one training loop trains: one run, or several that share a program as one vmapped run."""
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -9,12 +10,15 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from lab import watch
 from lab.data import Batch, nominal_coordinates, train_batches
 from lab.model.arrangement import Arrangement
 from lab.train import compiled, dropout, instruments, memory, optimizer
 from lab.train.instruments import Measured
 from lab.train.optimizer import Numbers
 from lab.train.step import Metrics, Program, State
+
+FETCHES = "fetches texts"  # a phase of a run (lab.watch)
 
 
 class Member(NamedTuple):
@@ -78,7 +82,9 @@ class Workload:
         """This host's rows of each step from `start`, arranged for the model, and what is known of each member's."""
         hosts = dict(process_index=jax.process_index(), process_count=jax.process_count(), then=self._then())
         each = [train_batches(member.config, member.texts, start=start, **hosts) for member in self.members]
-        for step in zip(*each, strict=True):
+        steps = zip(*each, strict=True)
+        fetches = any(getattr(member.texts, "fetches", False) for member in self.members)
+        while step := _next(steps, fetches):
             arranged, infos = zip(*step, strict=True)
             batches, shares = zip(*arranged, strict=True)
             sent = [Sent(*info, share) for info, share in zip(infos, shares, strict=True)]
@@ -130,6 +136,12 @@ class Workload:
             Record(step, loss[i], grad_norm[i], rate[i], of.fill, of.tokens, of.text_hash, of.tiles, told[i])
             for i, of in enumerate(sent)
         ]
+
+
+def _next(steps: Iterator[tuple], fetches: bool) -> tuple | None:
+    """None behind the last. fetches: a step may wait for shards, and is not taken for standing still meanwhile."""
+    with watch.phase(FETCHES) if fetches else contextlib.nullcontext():
+        return next(steps, None)
 
 
 def _numbered_and_arranged(arrange: Arrangement, first: int, batch: Batch) -> tuple[Batch, float]:

@@ -7,6 +7,16 @@ import numpy as np
 from lab.data import preparation
 
 LETTERS = [*"abcdefgh \nßü€"]  # of one to three bytes
+STUDY = """
+from lab.config import base
+
+def get_config():
+    config = base()
+    config.study.update(name="tiny", question="?")
+    config.data.update(corpus="jsonl", path={path!r}, text_length=4, rows=4)
+    config.evaluate.loss.texts = 6
+    return config
+"""
 
 
 def nothing(told, kept):

@@ -11,7 +11,7 @@ import time
 
 import psutil
 import pytest
-from shelves import files_of, of_prepared, prepared, random, write_stories
+from shelves import STUDY, files_of, of_prepared, prepared, random, write_stories
 
 import lab.data
 from lab import prepare
@@ -215,18 +215,6 @@ def test_a_shard_that_a_full_disk_cuts_is_none(stories, tmp_path, monkeypatch, u
     assert not [*out.glob("*-00002.*")] and not (out / "parts" / "00002.json").exists()
     prepared(stories, out)
     assert files_of(out) == undisturbed
-
-
-STUDY = """
-from lab.config import base
-
-def get_config():
-    config = base()
-    config.study.update(name="tiny", question="?")
-    config.data.update(corpus="jsonl", path={path!r}, text_length=4, rows=4)
-    config.evaluate.loss.texts = 6
-    return config
-"""
 
 
 def test_the_command_says_what_it_made(stories, tmp_path, capsys):

@@ -1,6 +1,11 @@
 """Faults of processes, and stores."""
 
 ROWS = {
+    "remote/fetching.py": [
+        ("what is damaged in the cache is used", "path.stat().st_size == one.size and self._digest(path) == one.digest",
+         "path.stat().st_size > 0"),
+        ("all processes fetch", "with filelock.FileLock(one.path.with_name(f\".{one.path.name}.lock\")):", "if True:"),
+    ],
     "remote/store.py": [
         ("a lost answer is a refusal", "return lease.is_of(content)", "return False"),
         ("any lease is ours", '["token"] == self.token', '["token"] is not None'),
@@ -10,6 +15,7 @@ ROWS = {
         ("a result before its checkpoint", 'return 3 if name.rpartition("/")[2] in LAST else 0', "return 0"),
         ("checkpoints that are not whole are fetched", '+ "/" in steps', '+ "/" is not None'),
         ("what is written here is overwritten", "mark) and not self._changed(name)", "mark)"),
+        ("no checkpoint while newer ones go up", "self._forget(early)", "self._forget(seals)"),
         ("leases never expire", "self._clock - modified > EXPIRES", "self._clock - modified > 2**60"),
         ("leases by this machine's clock", "time.monotonic() + self._clock - modified", "time.time() - modified"),
         ("a run that was taken over is uploaded", "not _hidden(name) and not self._is_lost(name)", "not _hidden(name)"),

@@ -1,6 +1,11 @@
 """Faults of corpora, packing, batches."""
 
 ROWS = {
+    "data/outgoing.py": [
+        ("kept in a store without a look", "return shards.kept(here, number)", "return told"),
+        ("what is of others is deleted", " and _OURS.fullmatch(name)", ""),
+        ("what is ahead stays in a store", "_all(store.delete, [name", "_all(str, [name"),
+    ],
     "data/skipping.py": [
         ("a skip beyond the range", "rng.integers(0, within - n + 1)", "rng.integers(0, within + 1)"),
     ],
@@ -24,6 +29,8 @@ ROWS = {
         ("records of any length", "if len(record) != int(self._lengths[i])", "if 0 * int(self._lengths[i])"),
         ("kept without a look", " and reading.digest(file) == shard[part]", ""),
         ("sizes not compared", "if there != size else", "if False else"),
+        ("shards by their names alone", "_cached(shard[\"digest\"]) if url", "_cached(shard[\"file\"]) if url"),
+        ("shards after those of the rows", "self._bring({*places.tolist()})", "self._bring({*(places + 1).tolist()})"),
         ("large ids cut", '"<u2" if tokenizer.size <= 2**16 else "<i4"', '"<u2"'),
     ],
     "data/preparation.py": [

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 import tiny
 
-from lab import kernels
+from lab import kernels, watch
 from lab.data import train_batches
 from lab.kernels import order, rules, tiled
-from lab.train import compiled, loop
+from lab.train import compiled, loop, workload
 from lab.train.checkpoint import Checkpoints
 from lab.train.workload import Member, Workload
 
@@ -105,3 +105,30 @@ def test_batches_are_arranged_where_they_are_made_by_processes_that_ask_jax_for_
     for (one, told), (other, also_told) in zip(threads.batches(0), processes.batches(0), strict=True):
         assert told == also_told
         jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+class Fetched:
+    """Texts that come from elsewhere, and note where the main thread is when they are asked for."""
+
+    def __init__(self, fetches):
+        self.fetches, self.seen, self._texts = fetches, [], tiny.texts()
+
+    def __len__(self):
+        return len(self._texts)
+
+    def __getitem__(self, i):
+        self.seen.append(watch._note.phase)
+        return self._texts[i]
+
+    def bring(self, ids):
+        self.seen.append(watch._note.phase)
+
+
+@pytest.mark.parametrize("fetches", [True, False])
+def test_who_waits_for_texts_does_not_stand_still(fetches):
+    config, texts = tiny.config(), Fetched(fetches)
+    before = watch._note.phase
+    steps = Workload([Member(config, texts)]).batches(0)
+    next(steps)
+    steps.close()
+    assert (workload.FETCHES in texts.seen) == fetches and watch._note.phase == before
