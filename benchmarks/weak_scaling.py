@@ -7,14 +7,15 @@ Three groups take turns, so that what is compared stands beside each other in ti
 know nothing of each other, at the same time on the same cores (what sharing cores and memory costs); and the same N as
 one program (what coordination costs). All run the loop that studies run, on real batches, with checkpoints.
 
-Printed: a Markdown table of medians, in milliseconds. "Sums" are the collectives of a step, and the bytes of all
-gradients; "all-reduce" is the sum of gradients by itself, without a step around it; "stop" is the question after every
-step whether a stop was asked for; "rest" is what of coordination is neither: waiting for the slowest process, mostly.
-"Save" is how long a step waits where a checkpoint is due.
+Printed, after each of its rows: a Markdown table of medians, in milliseconds. "Sums" are the collectives of a step, and
+the bytes of all gradients; "all-reduce" is the sum of gradients by itself, without a step around it; "stop" is the
+question after every step whether a stop was asked for; "rest" is what of coordination is neither: waiting for the
+slowest process, mostly. "Save" is how long a step waits where a checkpoint is due.
 """
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import pathlib
@@ -242,10 +243,11 @@ def main() -> None:
         parser.error(f"--steps {flags.steps} leaves no step to count: give at least {4 * WARM}")
     models, counts = (["tiny"], PROCESSES[:1]) if flags.quick else (list(MODELS), PROCESSES)
     rounds, steps = (1, 4 * WARM) if flags.quick else (flags.rounds, flags.steps)
-    rows = [measure(model, processes, rounds, steps) for model in models for processes in counts]
-    about = {"cores": runtime.cores(), "rounds": rounds, "steps": steps}
-    flags.out.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
-    print(table(rows))
+    found = {"cores": runtime.cores(), "rounds": rounds, "steps": steps, "rows": []}
+    for model, processes in itertools.product(models, counts):
+        found["rows"].append(measure(model, processes, rounds, steps))
+        flags.out.write_text(json.dumps(found, indent=1) + "\n")
+        print(table(found["rows"]), flush=True)
 
 
 if __name__ == "__main__":
