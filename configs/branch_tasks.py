@@ -4,7 +4,7 @@
     python -m lab.main --config=configs/branch_tasks.py:gpu     # 8 layers of width 512, 64 facts, 32 questions
     python -m lab.main --config=configs/branch_tasks.py --config.evaluate.answers.facts=2    # of easier passages
 
-Rows are the probe `passage` (lab/data/probes.py): facts, and 1 to 8 questions on them as branches. Every trained model
+Rows are the probe `passage` (lab/data/probes.py): facts, and questions on them as branches. Every trained model
 is then asked, by the engine, for the answers to further passages (the ask `answers`, lab/evaluate/questions.py):
 greedy, one question after the other and all of a passage at once; and sampled, one answer or several of each, of which
 the one is taken that most agree with, or that is likeliest. The report sets accuracy beside tokens, steps and time.
@@ -51,7 +51,7 @@ def get_config(scale: str = "cpu"):
 def cpu(config) -> None:
     """2 layers of width 64; passages of 1 to 4 facts in 40 tokens.
 
-    With AdamW a model still takes any value of the passage for as likely as another after as many steps.
+    After as many steps of AdamW, at the better of two rates, one answer in six is exact.
     """
     config.model.update(dict(dim=64, layers=2, vocabulary=18))
     config.model.mixer.update(dict(heads=2, kv_heads=2, head_dim=32))
