@@ -90,7 +90,7 @@ def _damage(entry: Path) -> str:
     try:
         sums = json.loads((entry / _SUMS).read_text("utf-8"))
         if sums["entry"] != entry.name:
-            return f"it is a copy of {sums['entry']}"
+            return f"it is a copy of {sums['entry']!r}"
         for name, (size, crc) in sums["files"].items():
             if (there := (entry / name).stat().st_size) != size:
                 return f"{name} has {there} bytes, not {size}"
