@@ -206,7 +206,9 @@ def of_no_name(path):
 PARTS = ("train.tokens", "train.offsets.npy", "validation.tokens", "meta.json", "sums.json")
 
 
-@pytest.mark.parametrize("fault", [cut_short, overwrite, lengthen, scribble, of_another, of_no_name, type(PLACE).unlink])
+@pytest.mark.parametrize(
+    "fault", [cut_short, overwrite, lengthen, scribble, of_another, of_no_name, type(PLACE).unlink]
+)
 @pytest.mark.parametrize("part", PARTS)
 def test_a_damaged_entry_is_made_again(cache_root, caplog, part, fault):
     documents = corpus([Document("a", "abcdefg", False), Document("b", "xyz", True)])
@@ -216,7 +218,8 @@ def test_a_damaged_entry_is_made_again(cache_root, caplog, part, fault):
     assert texts.prepare(documents, BYTES, 4, "split") == entry
     assert (opened(entry), opened(entry, "validation"), texts.read_meta(entry)) == expected
     (line,) = (record.getMessage() for record in caplog.records)
-    assert line.startswith(f"the cache's {entry} is damaged (") and line.encode()  # whatever is there, it can be printed
+    assert line.startswith(f"the cache's {entry} is damaged (")
+    line.encode()  # whatever is there, it can be printed
     texts.prepare(Corpus(documents.fingerprint, "", None), BYTES, 4, "split")  # whole again: not read
     assert not [path for path in (cache_root / "texts").iterdir() if path.name.startswith((".building", ".damaged"))]
 
