@@ -21,7 +21,7 @@ from lab.decode.programs import Draws, Given
 from lab.decode.request import Branch, Event, Request
 from lab.decode.sampling import Found, Sampling
 from lab.errors import UserError
-from lab.kernels.tiles import LANES
+from lab.kernels.tiles import LANES, LONGEST
 
 __all__ = ["Engine", "Event"]
 
@@ -29,10 +29,11 @@ __all__ = ["Engine", "Event"]
 class Engine:
     """Decodes requests over a model, whose layers it keeps in arrays of their own, beside those of whoever built it.
 
-    rows, length: of the cache, slots of a row, made a multiple of forest.PAGE and no less than a chunk. A row holds
-    several requests as long as there is room. Those whose prompts begin alike share a row, and the slots of what they
-    begin with: whole stems of max(chunk, PAGE) tokens, and a prompt that is the same to its end, but for its very last
-    token, which each gives the model itself. Where a mixer has a state for each branch, a request has a row to itself.
+    rows, length: of the cache, slots of a row, made a multiple of forest.PAGE and no less than a chunk; of a long row
+    with one branch, a multiple of the keys that attention takes at once there. A row holds several requests as long as
+    there is room. Those whose prompts begin alike share a row, and the slots of what they begin with: whole stems of
+    max(chunk, PAGE) tokens, and a prompt that is the same to its end, but for its very last token, which each gives the
+    model itself. Where a mixer has a state for each branch, a request has a row to itself.
     branches: of a row, so at most so many of one request, with those that forks and joins may add; and the highest
     number of one.
     chunk: tokens of a prompt that one program takes at once, a divisor or multiple of PAGE. They begin at the first.
@@ -69,7 +70,8 @@ class Engine:
             raise UserError(f"alternatives = {alternatives} is not valid; choose 0 to {C}, which are all tokens")
         self.model, self.rows, self.branches = model.apart(), rows, branches
         self.flat = programs.Flat.of(self.model)
-        self.length, self.chunk, self.alternatives = PAGE * forest.pages_of(max(length, chunk)), chunk, alternatives
+        whole = LONGEST if branches == 1 and length > LONGEST else PAGE
+        self.length, self.chunk, self.alternatives = whole * -(-max(length, chunk) // whole), chunk, alternatives
         self.unit = max(chunk, PAGE)
         self.apart = any(block.mixer.in_order for block in model.blocks)
         self.forests = [Forest(self.length, branches, self.apart) for _ in range(rows)]

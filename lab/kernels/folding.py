@@ -31,3 +31,20 @@ def unfold_queries(x_NCRK, B: int, T: int, H: int):
 def key_tiles(x_BSGK, tile: int):
     """[B, S, G, K] -> [M, k, G, K]: nothing moves where the tile divides S."""
     return whole(x_BSGK, tile).reshape(-1, tile, *x_BSGK.shape[2:])
+
+
+def spread_queries(q_BTHK, G: int):
+    """[B, T, H, G K]: each query with zeros for the groups that are not its own, so that one product takes all heads.
+
+    It multiplies G times as much, and puts no keys of a head apart from those of others, which takes a CPU longer.
+    """
+    B, T, H, K = q_BTHK.shape
+    own_GG = jnp.eye(G, dtype=q_BTHK.dtype)
+    return jnp.einsum("btgrk,gh->btgrhk", q_BTHK.reshape(B, T, G, H // G, K), own_GG).reshape(B, T, H, G * K)
+
+
+def own_values(o_BTHV, G: int):
+    """[B, T, H, V] of [B, T, H, G V]: of the sums of all groups' values that of its own."""
+    B, T, H, _ = o_BTHV.shape
+    o = o_BTHV.reshape(B, T, G, H // G, G, -1)
+    return jnp.stack([o[:, :, g, :, g] for g in range(G)], axis=2).reshape(B, T, H, -1)

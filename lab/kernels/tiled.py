@@ -1,7 +1,8 @@
 """Attention over lists of non-empty tiles, in plain XLA: memory linear in length, tuned for a CPU.
 
 An outer loop over query tiles, an inner loop over the key tiles of its list: first those that need no mask, then
-those that do. The query heads of a group are folded into rows. The backward pass computes each tile again.
+those that do. The query heads of a group are folded into rows. The backward pass computes each tile again. A single
+query a row has longer key tiles, and no heads are put apart for it: one product with all of them costs less.
 
 N query tiles of all rows of the batch, M key tiles; q and k: tokens of a tile; R = H / G * q rows. P runs of query
 tiles have a bias each: a single one, but under jax.vmap. FlashAttention-2 (arXiv 2307.08691, algorithms 1 and 2) on
@@ -19,11 +20,12 @@ from lab.coordinates import Coordinates
 from lab.kernels import bias as biases
 from lab.kernels.bias import Bias
 from lab.kernels.dropout import Dropped, factors
-from lab.kernels.folding import fold_queries, key_tiles, unfold_queries
+from lab.kernels.folding import fold_queries, key_tiles, own_values, spread_queries, unfold_queries
 from lab.kernels.residuals import kept
 from lab.kernels.rules import Rule, visible
-from lab.kernels.tiles import LANES, Tiles, is_step, make_tiles, pad_to_tiles
+from lab.kernels.tiles import LANES, LONGEST, Tiles, is_step, make_tiles, pad_to_tiles
 
+SPREAD = 32  # query heads at most that one product takes: what it multiplies in vain grows with them
 MASKED = -1e30  # not -inf: a tile may hide every key of a query, and inf - inf is nan
 
 
@@ -47,7 +49,12 @@ class TiledStatic(NamedTuple):
 
 
 def tile_sizes(T: int, S: int) -> tuple[int, int]:
-    """Tokens of a query tile and of a key tile: 64, or less for short inputs; all queries of a step of decoding."""
+    """Tokens of a query tile and of a key tile: 64, or less for short inputs; all queries of a step of decoding.
+
+    Keys of a single query come in larger tiles if those divide S: none are copied to fill the last one.
+    """
+    if T == 1:
+        return 1, next((tile for tile in (LONGEST, 256, 128) if S % tile == 0), min(64, S))
     return T if is_step(T, S) else min(64, T), min(64, S)
 
 
@@ -87,13 +94,18 @@ def attend(
         q_tile = -(-T // tiles.keys.shape[1])  # as planned, of lanes or of one text
     q_coordinates, k_coordinates = pad_to_tiles(q_coordinates, q_tile), pad_to_tiles(k_coordinates, k_tile)
     to_tiles = lambda x, tile: x.reshape(-1, tile)  # noqa: E731
-    static = TiledStatic(rule, float(scale), float(softcap or 0.0), q_tile, k_tile, is_step(T, k_BSGK.shape[1]))
+    step = is_step(T, k_BSGK.shape[1])
+    static = TiledStatic(rule, float(scale), float(softcap or 0.0), q_tile, k_tile, step)
     G = k_BSGK.shape[2]
+    keys, values = key_tiles(k_BSGK, k_tile), key_tiles(v_BSGV, k_tile)
+    if spread := T == 1 and step and H <= SPREAD:
+        groups, G, q_BTHK = G, 1, spread_queries(q_BTHK, G)
+        keys, values = (x.reshape(*x.shape[:2], -1) for x in (keys, values))
     o_NGRV, lse_NGR = _attend(
         static,
         fold_queries(q_BTHK, q_tile, G),
-        key_tiles(k_BSGK, k_tile),
-        key_tiles(v_BSGV, k_tile),
+        keys,
+        values,
         q_coordinates.map(lambda x: to_tiles(x, q_tile)),
         k_coordinates.map(lambda x: to_tiles(x, k_tile)),
         _flat_lists(tiles),
@@ -101,7 +113,8 @@ def attend(
         None if dropout is None else _dropout_of_tiles(dropout, q_tile, k_tile, G),
         limits,
     )
-    return unfold_queries(o_NGRV, B, T, H), unfold_queries(lse_NGR[..., None], B, T, H)[..., 0]
+    o_BTHV, lse_BTH = unfold_queries(o_NGRV, B, T, H), unfold_queries(lse_NGR[..., None], B, T, H)[..., 0]
+    return own_values(o_BTHV, groups) if spread else o_BTHV, lse_BTH
 
 
 def _dropout_of_tiles(dropout: Dropped, q_tile: int, k_tile: int, G: int) -> TileDropout:
@@ -206,8 +219,11 @@ def _forward(static, q_NGRK, k_MkGK, v_MkGV, q_coordinates, k_coordinates, lists
 
 
 def _tile(static: TiledStatic, x, j):
-    """[G, k, ..] of keys or values [M, k, G, ..] of a step, else [M, G, k, ..]."""
-    return _at(x, j).swapaxes(0, 1) if static.step else _at(x, j)
+    """[G, k, ..] of keys or values [M, k, G, ..] of a step, else [M, G, k, ..]; [M, k, ..] are of one group."""
+    tile = _at(x, j)
+    if tile.ndim == 2:
+        return tile[None]
+    return tile.swapaxes(0, 1) if static.step else tile
 
 
 def _forward_loop(static, q_NGRK, keys, values, q_coordinates, k_coordinates, lists, bias_P, dropout, limits):
@@ -257,8 +273,8 @@ def _backward(static, residuals, cotangents):
     dq_NGRK, dk_MGKk, dv_MGVk, dbias_P = _foldable(_backward_loop, static)(*inputs, *rows, bias_P, dropout, limits)
     return (
         (dq_NGRK * static.scale).astype(q_NGRK.dtype),
-        dk_MGKk.transpose(0, 3, 1, 2).astype(keys.dtype),  # q was scaled before the scores
-        dv_MGVk.transpose(0, 3, 1, 2).astype(values.dtype),
+        _like(keys, dk_MGKk),  # q was scaled before the scores
+        _like(values, dv_MGVk),
         None,
         None,
         None,
@@ -266,6 +282,12 @@ def _backward(static, residuals, cotangents):
         None,
         None,
     )
+
+
+def _like(keys, d_MGKk):
+    """A gradient as `_attend` was given the keys or values."""
+    d = d_MGKk.transpose(0, 3, 1, 2).astype(keys.dtype)
+    return d.reshape(keys.shape) if keys.ndim == 3 else d
 
 
 def _backward_loop(

@@ -14,6 +14,7 @@ from lab.kernels.rules import Range, Rule
 
 FULL, PARTIAL, EMPTY = range(3)  # tiles in the order of a list: no pair is hidden, some may be, all are
 LANES = 16  # queries of a tile where each goes on with a text of its own
+LONGEST = 512  # keys of a tile that a single query reads
 SHARED = 8  # keys for each query from which on reading them is what a call costs
 FIRST, LAST, ADD_FULL, ADD_PARTIAL = 1, 2, 4, 8  # what a step does: begins and ends its tile, adds another to it
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from lab.decode import programs
 from lab.decode.engine import Engine
+from lab.decode.sampling import Sampling
 from lab.errors import UserError
 from lab.model.mixers import MIXERS
 
@@ -94,6 +95,26 @@ def test_what_a_request_samples_is_the_same_to_the_bit_at_every_occupancy(rule, 
             found = {b: [e for e in events if e.ended != "cancelled"] for b, events in found.items()}
             expected = {b: expected[b][: len(events)] for b, events in found.items()}
         assert found == {b: [e._replace(request=number) for e in events] for b, events in expected.items()}
+
+
+@pytest.mark.parametrize("rule", [RULES[0], pytest.param(RULES[1], marks=pytest.mark.slow)])
+@pytest.mark.parametrize("before", [18, pytest.param(3, marks=pytest.mark.slow)])
+def test_many_branches_are_the_same_to_the_bit_beside_others(rule, before):
+    """Of more than a tile of queries: alone all of them read the prompt at once, beside others not."""
+    model = decoding.built("default", **decoding.ALONE | dict(model__rule=rule))
+    found = []
+    for others in (0, before):
+        engine = Engine(model, rows=1, length=1024, branches=44, chunk=64)
+        if others:
+            engine.submit(PREFIXES[1], branches=others, most_tokens=9, stream=7)
+            engine.step()
+        asked = engine.submit(PREFIXES[2], branches=20, most_tokens=5, sampling=Sampling(temperature=0.9), stream=1)
+        events = []
+        while engine.busy:
+            events += [event._replace(request=0) for event in engine.step() if event.request == asked]
+        assert len(events) == 100
+        found.append(sorted(events, key=lambda event: event.branch))
+    assert found[0] == found[1]
 
 
 def counted(monkeypatch) -> list[int]:

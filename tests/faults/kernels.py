@@ -35,6 +35,8 @@ ROWS = {
     ],
     "kernels/folding.py": [
         ("heads and tokens swapped", ".transpose(0, 1, 3, 4, 2, 5)", ".transpose(0, 1, 3, 2, 4, 5)"),
+        ("a query meets keys of all groups", "jnp.eye(G, dtype=", "jnp.ones((G, G), dtype="),
+        ("values of the first group", "o[:, :, g, :, g]", "o[:, :, g, :, 0]"),
     ],
     "kernels/split.py": [
         ("parts weigh alike", "/ total_BTH[..., None]", "/ weight_BPTH.shape[1]"),

@@ -1,0 +1,79 @@
+"""A step of decoding of one query a row, which reads long tiles with one product for all heads."""
+
+import functools
+
+import exact
+import jax
+import numpy as np
+import packs
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lab import kernels
+from lab.kernels import rules, tiled
+from lab.kernels.bias import Bias
+
+K, V, SCALE = 8, 6, 0.7
+SEED = st.integers(0, 2**32 - 1)
+
+
+@functools.cache
+def attending(rule: rules.Rule, softcap: float | None, lanes: bool):
+    """(arrays, coordinates, slopes or None, limits or None, cotangents) -> (o, lse), gradients of arrays and slopes"""
+
+    def run(arrays, at, slope_H, limits, cotangents):
+        planned = kernels.plan_tiles(*at, rule, "tiled", limits=limits, lanes=True) if lanes else None
+
+        def attend(arrays, slope_H):
+            bias = None if slope_H is None else Bias(rules.k.time - rules.q.time, slope_H=slope_H)
+            return kernels.attend(
+                *arrays, *at, rule, scale=SCALE, softcap=softcap, implementation="tiled", tiles=planned,
+                return_lse=True, bias=bias, limits=limits,
+            )  # fmt: skip
+
+        outputs, pull = jax.vjp(attend, arrays, slope_H)
+        return outputs, pull(cotangents)
+
+    return jax.jit(run)
+
+
+def check(rule, at, heads, rng, *, softcap=None, sloped=False, limits=None) -> None:
+    """Against matrices of float64, forward and backward."""
+    (H, G), (queries, keys), (B, T), S = heads, at, at[0].shape, at[1].shape[1]
+    normal = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
+    q, k, v, do, dlse = normal(B, T, H, K), normal(B, S, G, K), normal(B, S, G, V), normal(B, T, H, V), normal(B, T, H)
+    slope_H = normal(H) / S if sloped else None
+    shown = np.asarray(rules.visible(rule if limits is None else rules.forked(rule), queries, keys, limits))
+    far_BTS = np.asarray(keys.time)[:, None] - np.asarray(queries.time)[:, :, None]
+    added = far_BTS[:, None] * np.float64(slope_H)[:, None, None] if sloped else 0.0
+    outputs, (ds, dbias, dv) = exact.attend(exact.scores(q, k, SCALE), v, shown, do, dlse, added, softcap)
+    run = attending(rule, softcap, limits is not None)
+    found, ((*of_arrays, dv_found), dslope_H) = run((q, k, v), at, slope_H, limits, (do, dlse))
+    np.testing.assert_allclose(found[0], outputs[0], atol=2e-5)
+    np.testing.assert_allclose(found[1], outputs[1], atol=2e-5)
+    for one, other in zip((*of_arrays, dv_found), (*exact.of_scores(ds, q, k, SCALE), dv), strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-5 * max(1, np.abs(other).max()))
+    if sloped:
+        other = np.einsum("bhts,bts->h", dbias, far_BTS)
+        np.testing.assert_allclose(dslope_H, other, atol=2e-5 * max(1, np.abs(other).max()))
+
+
+@pytest.mark.parametrize(
+    ("S", "tile", "heads", "softcap", "sloped"),
+    [
+        (1024, 512, (8, 2), None, False),
+        (768, 256, (6, 6), 1.5, True),
+        pytest.param(640, 128, (4, 1), None, True, marks=pytest.mark.slow),
+        pytest.param(1024, 512, (tiled.SPREAD + 2, 2), 1.5, False, marks=pytest.mark.slow),
+        pytest.param(200, 64, (8, 4), None, False, marks=pytest.mark.slow),  # which no longer tile divides
+    ],
+)
+@given(SEED, st.sampled_from(["ragged", "scattered"]))
+@settings(max_examples=3)
+def test_one_query_reads_long_tiles(S, tile, heads, softcap, sloped, seed, pack):
+    assert tiled.tile_sizes(1, S) == (1, tile)
+    rng = np.random.default_rng(seed)
+    keys = packs.PACKS[pack](rng, 2, S)
+    some = rng.integers(0, S, 1)
+    check(rules.causal, (keys.map(lambda x: x[:, some]), keys), heads, rng, softcap=softcap, sloped=sloped)
