@@ -2,7 +2,7 @@
 
 import io
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 from matplotlib import colormaps
@@ -50,7 +50,7 @@ def by_condition(
             low, high = trained[title]
             axes.axvspan(low / 1.03, high * 1.03, color="0.93", linewidth=0, zorder=0)
         drawn = _lines(axes, curves, errors.get(title, {}))
-        _log2(axes, sorted({x for curve in curves.values() for x in curve}), axis)
+        _log2(axes, sorted({x for curve in curves.values() for x in curve}), axis, curves)
         _name_lines(axes, *drawn)
 
     return _panels(rows, draw, measure.title)
@@ -66,8 +66,7 @@ def by_label(rows: Sequence[Mapping[str, Curves]], axis: str, vertical: str = NA
         drawn = _lines(axes, {name: {places[x]: y for x, y in curve.items()} for name, curve in curves.items()}, {})
         axes.set_xticks(list(places.values()), [f"{x:g}" if numeric else str(x) for x in ticks])
         low, high = min(places.values()), max(places.values())
-        longest = max(len(str(name)) for name in curves)
-        axes.set_xlim(low - 0.05 * (high - low or 1), high + max(0.24, 0.12 + 0.036 * longest) * (high - low or 1))
+        axes.set_xlim(low - 0.05 * (high - low or 1), high + _room(curves) * (high - low or 1))
         axes.set_xlabel(axis)
         _name_lines(axes, *drawn)
 
@@ -138,8 +137,7 @@ def learning_curves(
             axes.plot(steps, middle, color=palette[name], linewidth=1.6)
             ends[name] = (steps[-1], float(middle[-1]))
             tops += [loss for points in finite for step, loss in points.items() if 10 * step >= steps[-1]]
-        longest = max((len(str(name)) for name in ends), default=0)
-        axes.set_xlim(0, max((step for step, _ in ends.values()), default=1) * (1.12 + 0.036 * longest))
+        axes.set_xlim(0, max((step for step, _ in ends.values()), default=1) * (1 + _room(ends)))
         if tops:
             axes.set_ylim(top=max(tops))
         _style(axes)
@@ -327,10 +325,16 @@ def _perplexity(axes: Axes) -> None:
     right.spines["right"].set_visible(False)
 
 
-def _log2(axes: Axes, ticks: Sequence[int], label: str) -> None:
+def _room(names: Collection) -> float:
+    """What the longest name needs on the right of lines, as a share of their width; no more than twice it."""
+    needed = 0.08 + 0.022 * max((len(str(name)) for name in names), default=0)  # of the panel
+    return min(max(0.24, needed / max(1 - needed, 0.1)), 2)
+
+
+def _log2(axes: Axes, ticks: Sequence[int], label: str, names: Collection) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
-    axes.set_xlim(ticks[0] / 1.15, ticks[-1] * 2.0)
+    axes.set_xlim(ticks[0] / 1.15, ticks[-1] * (ticks[-1] / ticks[0] if len(ticks) > 1 else 2) ** _room(names))
     axes.tick_params(axis="x", which="minor", bottom=False)
     axes.set_xlabel(label)
 
