@@ -3,7 +3,7 @@
 
     python launch/studies.py                             # all of them; stopped, the same command goes on
     python launch/studies.py rope_ablation:cpu           # some
-    python launch/studies.py --pages                     # runs nothing: the pages of what is there
+    python launch/studies.py --pages                     # runs nothing: the pages of what is there, or of some
 
 A study runs in runs/studies/<name>. docs/studies/README.md has a line for each, also for those that were not run. What
 was written by hand about a study, docs/studies/notes/<name>.md, is part of its page.
@@ -15,6 +15,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Collection
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
@@ -129,13 +130,14 @@ def write_page(study: str, before: str | None) -> str:
     return f"| [{study}]({name}.md) | {found.plan['question']} | {answer} {headline.progress(found)} |"
 
 
-def write_pages() -> None:
-    """All pages, and the index."""
+def write_pages(studies: Collection[str]) -> None:
+    """The pages of these, and their lines of the index."""
     PAGES.mkdir(parents=True, exist_ok=True)
     index = PAGES / "README.md"
     text = index.read_text() if index.exists() else ""
     before = {study: line for line in text.splitlines() for study in re.findall(r"^\| (?:\[|`)([\w:-]+)[\]`]", line)}
-    lines = [write_page(study, before.get(study)) for study in STUDIES]
+    stays = {study: line for study, line in before.items() if study not in studies}
+    lines = [stays.get(study) or write_page(study, before.get(study)) for study in STUDIES]
     index.write_text(HEADER + "\n".join(lines) + "\n")
 
 
@@ -147,12 +149,14 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         for study in flags.studies:
             choose("a study", study, STUDIES)
-        for study in () if flags.pages else flags.studies or STUDIES:
+        if flags.pages:
+            write_pages(flags.studies or STUDIES)
+            return 0
+        for study in flags.studies or STUDIES:
             code = run(study)
-            write_pages()
+            write_pages([study])
             if code not in (0, 1):  # 1: some of its runs failed, and its page says which
                 return code
-        write_pages()
     except UserError as error:
         print(f"studies: {error}", file=sys.stderr)
         return 2

@@ -51,6 +51,15 @@ def test_a_page_whose_runs_are_elsewhere_stays(place):
     assert (place / "docs" / "README.md").read_text() == index
 
 
+def test_the_pages_of_other_studies_stay(place, monkeypatch):
+    assert studies.main(["--pages"]) == 0
+    first = place / "docs" / "rope_ablation-cpu.md"
+    first.write_text("as it was")
+    monkeypatch.setattr(studies, "run", lambda study: 0)
+    assert studies.main(["muon_ablation:cpu"]) == 0 and first.read_text() == "as it was"
+    assert studies.main(["rope_ablation:cpu", "--pages"]) == 0 and "## Answer" in first.read_text()
+
+
 @pytest.mark.parametrize(("codes", "code", "begun"), [([0, 1], 0, 2), ([75], 75, 1), ([2], 2, 1)])
 def test_a_study_that_stops_stops_all_and_one_that_fails_does_not(place, monkeypatch, codes, code, begun):
     made = []
