@@ -146,6 +146,7 @@ def part_batch(config) -> None:
     """As many tokens for all; a learning rate for each size of a batch."""
     study, rows = config.study, config.data.rows
     study.question = "Which learning rate does a batch want?"
+    study.seeds = min(study.seeds, 4)  # of twelve cells
     study.labels = (("data.rows", "rows"), ("train.learning_rate", "rate"))
     rate = config.train.learning_rate
     config.train.final_learning_rate = 0.0
