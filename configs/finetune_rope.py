@@ -3,8 +3,8 @@
     python -m lab.main --config=configs/architecture_ablation.py --cells=1/100        # trains a cell to begin from
     python -m lab.main --config=configs/finetune_rope.py --config.checkpoint=DIR      # :cpu, 6 cells, minutes
 
-DIR: a trained cell of a study of plain language models under RoPE, such as the one in runs/architecture_ablation/cells,
-which knows texts of 128 bytes; or an imported model. The checkpoint's model replaces the one of this file, which is
+DIR: a trained cell of a study of plain language models under RoPE, such as the one in
+runs/architecture_ablation_norm/cells, which knows texts of 128 bytes; or an imported model. The checkpoint's model replaces the one of this file, which is
 planned where no checkpoint is given, and not run.
 
 Every cell goes on from the same weights for 60 steps on texts of 512 bytes: with the base of RoPE's frequencies at 1e4

@@ -64,34 +64,41 @@ def _end(code: int, text: str) -> None:
     sys.exit(code)
 
 
-def parser(description: str) -> argparse.ArgumentParser:
-    """A parser with --config; further flags are the command's own."""
-    made = argparse.ArgumentParser(
-        description=description, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+class Parser(argparse.ArgumentParser):
+    """Of a command: a mistake in its flags is one line, too."""
+
+    def __init__(self, **settings):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **settings)
+
+    def error(self, message: str):
+        raise UserError(f"{message}; {' '.join(self.format_usage().split())}")
+
+
+def parser(description: str, name: str) -> Parser:
+    """A parser with --config; further flags are the command's own. name: of its module."""
+    made = Parser(prog=f"python -m {name}", description=description, epilog=EPILOG)
     made.add_argument(
         "--config", required=True, metavar="FILE[:SCALE]", help="the study, such as configs/rope_ablation.py"
     )
     return made
 
 
-def parse(
-    parser: argparse.ArgumentParser, argv: Sequence[str]
-) -> tuple[argparse.Namespace, ConfigDict, tuple[str, ...]]:
+def parse(parser: Parser, argv: Sequence[str]) -> tuple[argparse.Namespace, ConfigDict, tuple[str, ...]]:
     """The flags, the study's config with its overrides applied, and the names of the overridden fields."""
     overrides, rest = [], []
     for argument in argv:
-        (overrides if argument.startswith("--config.") else rest).append(argument)
-    flags = parser.parse_args(rest)
-    config = load_config(flags.config)
-    names = []
-    for argument in overrides:
+        if not argument.startswith("--config."):
+            rest.append(argument)
+            continue
         name, equals, text = argument.removeprefix("--config.").partition("=")
         if not equals:
             raise UserError(f"--config.{name} needs a value: --config.{name}=VALUE")
+        overrides.append((name, text))
+    flags = parser.parse_args(rest)
+    config = load_config(flags.config)
+    for name, text in overrides:
         override(config, name, text)
-        names.append(name)
-    return flags, config, tuple(names)
+    return flags, config, tuple(name for name, _ in overrides)
 
 
 def load_config(spec: str) -> ConfigDict:

@@ -8,7 +8,6 @@ Llama 2, 3 and 3.1, Qwen2.5, Qwen3, Mistral, Gemma 2 and the text of Gemma 3. We
 be larger than memory; OUT appears whole or not at all.
 """
 
-import argparse
 import signal
 import sys
 import time
@@ -58,9 +57,7 @@ class WrittenBytes:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m lab.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command.Parser(prog="python -m lab.convert", description=__doc__)
     ways = parser.add_subparsers(dest="way", required=True)
     read = ways.add_parser("from-hf", help="a Hugging Face model, to be opened by lab.load")
     read.add_argument("source", metavar="DIR_OR_NAME", help="a directory, or a name on the hub")

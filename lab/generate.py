@@ -60,19 +60,9 @@ class Asked:
     place: str  # that a mistake is found at
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UserError(message)
-
-
-def parser(description: str, settings: dict) -> Parser:
+def parser(description: str, settings: dict) -> command.Parser:
     """What both ways of calling the command have."""
-    made = Parser(
-        prog="python -m lab.generate",
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    made = command.Parser(prog="python -m lab.generate", description=description)
     made.add_argument("checkpoint", help="the directory of a cell, of one of its seeds, or of one checkpoint")
     made.add_argument(
         "--rule",

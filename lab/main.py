@@ -82,7 +82,7 @@ def in_store(url: str, found: cluster.Cluster):
 
 
 def main(argv: list[str]) -> int:
-    parser = command.parser(__doc__)
+    parser = command.parser(__doc__, "lab.main")
     parser.add_argument(
         "--workdir", help="where the study's files go, here or in an object store: s3://, gs:// (default: runs/<study>)"
     )

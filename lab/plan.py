@@ -49,7 +49,7 @@ NAMED = 4  # cells of a line, where more cost the same
 
 
 def main(argv: list[str]) -> None:
-    parser = command.parser(__doc__)
+    parser = command.parser(__doc__, "lab.plan")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument(
         "--topology", metavar="CHIP:SIDES", help="compile the training step for a slice of TPUs, such as v5e:16x16"

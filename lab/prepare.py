@@ -64,7 +64,7 @@ class PreparedTexts:
 
 
 def main(argv: list[str]) -> None:
-    parser = command.parser(__doc__)
+    parser = command.parser(__doc__, "lab.prepare")
     parser.add_argument(
         "--out", required=True, help="a directory here or in an object store: a new one, or one to go on with"
     )

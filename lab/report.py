@@ -5,7 +5,6 @@ python -m lab.report s3://bucket/rope_ablation         # the same in an object s
 python -m lab.report runs/a runs/b [--output DIR]   # writes comparison.md and comparison.html, here or to DIR
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -46,9 +45,7 @@ def compare(directories: list[str], output: str | Path) -> list[Path]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m lab.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command.Parser(prog="python -m lab.report", description=__doc__)
     parser.add_argument("directories", nargs="+", help="of studies, such as runs/rope_ablation")
     parser.add_argument("--output", help="where the pages of a comparison go (default: here)")
     flags = parser.parse_args(arguments)

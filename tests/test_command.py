@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lab.config
-from lab import cluster, command, main, plan, report, runtime
+from lab import cluster, command, convert, main, plan, report, runtime
 from lab.errors import UserError
 from lab.options import leaves
 
@@ -216,6 +216,23 @@ def test_no_config_no_scale(told, tmp_path):
     assert code == 2 and err.count("\n") == 1 and "configs/rope_ablation.py" in err
     code, _, err = told(main, "--config=configs/rope_ablation.py:large")
     assert code == 2 and err.count("\n") == 1 and "'large' is unknown; choose one of: cpu, gpu, paper" in err
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "expected"),
+    [
+        (main, (), "required: --config; usage: python -m lab.main [-h] --config FILE[:SCALE] [--workdir"),
+        (main, ("--config=a.py", "--stpes=3"), "unrecognized arguments: --stpes=3; usage: python -m lab.main"),
+        (main, ("--config=a.py", "--config.train.steps", "5"), "a value: --config.train.steps=VALUE"),
+        (plan, ("--config=a.py", "--jsonl"), "unrecognized arguments: --jsonl; usage: python -m lab.plan"),
+        (report, (), "directories; usage: python -m lab.report [-h] [--output OUTPUT] directories"),
+        (convert, ("to-hff", "a", "b"), "invalid choice: 'to-hff' (choose from"),
+        (convert, ("to-hf", "a"), "OUT; usage: python -m lab.convert to-hf [-h] CKPT OUT"),
+    ],
+)
+def test_a_flag_that_is_not_there_is_one_line(told, module, arguments, expected):
+    code, out, err = told(module, *arguments)
+    assert (code, out) == (2, "") and err.startswith("lab: ") and err.count("\n") == 1 and expected in err
 
 
 def test_a_directory_of_other_things_is_left_alone(told, tmp_path, study):

@@ -131,7 +131,7 @@ def test_what_a_config_holds(tmp_path):
     @given(hostile.damages(sound))
     def tried(content):
         place.write_bytes(content)
-        outcome(lambda: command.parse(command.parser(""), [f"--config={place}"]))
+        outcome(lambda: command.parse(command.parser("", "lab"), [f"--config={place}"]))
 
     tried()
 

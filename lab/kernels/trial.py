@@ -242,7 +242,7 @@ def main(argv: list[str]) -> None:
     from lab.study.open import open
     from lab.study.run import attention
 
-    _, config, overridden = command.parse(command.parser(__doc__), argv)
+    _, config, overridden = command.parse(command.parser(__doc__, "lab.kernels.trial"), argv)
     attention.show(open(config, overridden).cells)
 
 
