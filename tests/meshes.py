@@ -1,6 +1,6 @@
 """One step of a tiny model on any mesh of eight devices, and how far it is from that of one device.
 
-python tests/meshes.py    # the table of docs/scale.md; --keep FILE goes on where it was stopped
+PYTHONPATH=. python tests/meshes.py    # the table of docs/scale.md; --keep FILE goes on where it was stopped
 """
 
 import argparse
