@@ -4,8 +4,8 @@
     python -m lab.main --config=configs/finetune_rope.py --config.checkpoint=DIR      # :cpu, 6 cells, minutes
 
 DIR: a trained cell of a study of plain language models under RoPE, such as the one in
-runs/architecture_ablation_norm/cells, which knows texts of 128 bytes; or an imported model. The checkpoint's model replaces the one of this file, which is
-planned where no checkpoint is given, and not run.
+runs/architecture_ablation_norm/cells, which knows texts of 128 bytes; or an imported model. The checkpoint's model
+replaces the one of this file, which is planned where no checkpoint is given, and not run.
 
 Every cell goes on from the same weights for 60 steps on texts of 512 bytes: with the base of RoPE's frequencies at 1e4
 (the default), 4 and 16 times as large; all weights, or adapters of rank 8 (LoRA) beside all matrices.

@@ -259,6 +259,8 @@ def within(ask: dict) -> None:
     """Raises UserError for a request over what one may have: before a cache is made that has room for it."""
     if not 0 <= ask["branches"] <= MOST_BRANCHES:
         raise UserError(f"branches = {ask['branches']} is not within the budget; choose 0 to {MOST_BRANCHES}")
+    if ask["most_tokens"] < 1:
+        raise UserError(f"max_tokens = {ask['most_tokens']} generates nothing; choose at least 1")
     if (needed := slots(ask)) > LONGEST:
         raise UserError(
             f"a prompt of {len(ask['prompt'])} tokens and {max(ask['branches'], 1)} x {ask['most_tokens']} to generate "

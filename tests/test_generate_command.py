@@ -118,6 +118,8 @@ JSONL = ("--jsonl", "--json")
     (("--prompt", "a", "--top-p", "2"), b"", "top_p = 2.0 is not valid"),
     (("--prompt", "a", "--temperature", "1e-38"), b"", "temperature = 1e-38 is not valid"),
     (("--prompt", "a", "--max-tokens", "2000"), b"", "need 2048 slots, over 1024"),
+    (("--prompt", "a", "--max-tokens", "0"), b"", "max_tokens = 0 generates nothing; choose at least 1"),
+    (JSONL, b'{"prompt": "a", "max_tokens": -1}', "line 1: max_tokens = -1 generates nothing; choose at least 1"),
     (("--prompt", "a", "--chat"), b"", "--chat: no chat template came with the tokenizer 'bytes'; leave it out"),
 ])  # fmt: skip
 def test_a_mistake_is_one_line(run, monkeypatch, arguments, stdin, says):

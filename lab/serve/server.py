@@ -31,7 +31,9 @@ def bound(host: str, port: int) -> socket.socket:
         made.bind(address)
     except (OSError, OverflowError) as error:
         said = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot serve on port {port} of {host}: {said}; choose another port, or 0 for any") from None
+        raise UserError(
+            f"cannot serve on port {port} of {host}: {said}; choose another port (0: any), or host"
+        ) from None
     return made
 
 

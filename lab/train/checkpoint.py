@@ -104,7 +104,10 @@ def locate(path: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path, int | None]:
     path = pathlib.Path(path)
     cell = next((p for p in (path, *path.parents) if (p / "config.json").is_file()), None)
     if cell is None:
-        raise UserError(f"{path} is in no cell: neither it nor a directory above it has a config.json")
+        raise UserError(
+            f"{path} is in no cell: neither it nor a directory above it has a config.json; "
+            "choose one such as runs/STUDY/cells/NAME-IDENTITY"
+        )
     if "model_type" in (find_json(cell / "config.json") or {}):
         raise UserError(
             f"{cell} is of Hugging Face's format; convert it first: python -m lab.convert from-hf {cell} OUT"
