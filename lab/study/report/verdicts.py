@@ -187,7 +187,7 @@ def _notes(study: Results, findings: Findings) -> Iterable[str]:
     looks = [look["seeds"] for look in study.plan.get("looks", [])]
     if len(set(looks)) > 1:
         shown = ", then ".join(map(str, dict.fromkeys(looks)))
-        yield f"**The number of seeds changed after a look at the results** ({shown}): no p-value is corrected for that."
+        yield f"**The number of seeds changed after a look at results** ({shown}): no p-value is corrected for that."
     if open_runs := sum(run.status != "done" for run in study.runs):
         yield f"**Provisional**: {open_runs} of {len(study.runs)} runs are not done."
     failed = [run_label(study, run) for run in study.runs if run.status == "failed" and not run.rows()]

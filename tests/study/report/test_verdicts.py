@@ -191,7 +191,7 @@ def test_seeds_that_failed_are_said_to_be_missing(tmp_path):
 @pytest.mark.parametrize(("looks", "said"), [((), False), ((4, 4), False), ((3, 4), True)])
 def test_seeds_added_after_a_look_are_said(tmp_path, looks, said):
     text, _, _ = built(tmp_path, looks=looks)
-    assert ("The number of seeds changed after a look at the results** (3, then 4)" in text) == said
+    assert ("The number of seeds changed after a look at results** (3, then 4)" in text) == said
 
 
 def test_a_study_that_has_just_begun_has_a_page(tmp_path):
