@@ -1,6 +1,6 @@
 """How does the loss of the baseline fall with parameters and tokens?
 
-    python -m lab.main --config=configs/scaling_ladder.py         # :cpu, 4 sizes at 3 ratios; 6 minutes, estimated
+    python -m lab.main --config=configs/scaling_ladder.py         # :cpu, 4 sizes at 3 ratios; 18 minutes of a core
     python -m lab.main --config=configs/scaling_ladder.py:gpu --config.data.path=texts.jsonl      # 0.8M to 25M, hours
     python -m lab.main --config=configs/scaling_ladder.py:paper --config.data.path=texts.jsonl    # 25M to 1.2B
     python -m lab.plan --config=configs/scaling_ladder.py:pod --topology=v6e:16x16    # 7B and 70B: docs/scale.md
