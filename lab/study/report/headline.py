@@ -18,7 +18,7 @@ from lab.study.judge.pairing import Scores
 from lab.study.judge.residuals import COSTS, beside, relative
 from lab.study.judge.statistics import detectable, half_widths
 from lab.study.numbers import number
-from lab.study.report import costs
+from lab.study.report import costs, scaling
 from lab.study.report.layout import describe
 from lab.study.report.page import Piece, Section, Table, Text
 from lab.study.results import Results
@@ -38,13 +38,13 @@ def section(study: Results, findings: Findings | None, figure: Sequence[Piece] =
 
 
 def answer(study: Results, findings: Findings | None) -> str:
-    """One sentence: the best verdict with its interval, or which cell has the lowest loss; else what cannot be told and
-    why."""
+    """One sentence: the best verdict with its interval, or the law of a ladder, or which cell has the lowest loss; else
+    what cannot be told and why."""
     scores = _scores(study, findings)
     if not any(scores.values()):
         return _nothing(study)
     pending = any(run.status == "pending" for run in study.runs)
-    said = _verdict(study, findings) if findings else _lowest(study, scores)
+    said = _verdict(study, findings) if findings else scaling.answer(study) or _lowest(study, scores)
     failed = sum(run.status == "failed" and not run.rows() for run in study.runs)
     lost = f"; {failed} failed run{'s' * (failed > 1)} count{'s' * (failed == 1)} in nothing" if failed else ""
     return f"{'So far: ' if pending else ''}{said}{lost}."

@@ -1,5 +1,6 @@
 """The report on scale: the law of losses over sizes, what a variant is worth in compute, and whether that lasts."""
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -21,6 +22,7 @@ from lab.study.report.layout import describe
 from lab.study.report.page import Chart, Heading, Piece, Table, Text
 from lab.study.results import Results
 
+NAME = "scaling"  # in SECTIONS
 COUNTS = {"parameters_non_embedding": "not embedding", "parameters": "all parameters"}  # two ways of counting N
 AXES = {STEPS: "training FLOPs", TIME: "seconds of training"}
 DRAWN = 60  # points of a line
@@ -41,6 +43,24 @@ Panels = dict[str, tuple[figures.Curves, figures.Curves]]  # see figures.ladder
 
 def has_rungs(study: Results) -> bool:
     return any(field == RUNG for field, _ in study.plan["labels"])
+
+
+def answer(study: Results) -> str:
+    """What a ladder of one model found, for a study that names the section and compares nothing; "" without a law."""
+    if NAME not in study.plan["sections"] or has_rungs(study):
+        return ""
+    scores = pairing.scores(study, settings(study.plan["config"].get("study", {})).judged)
+    runs = [score for by_seed in scores.values() for score in by_seed.values() if 0 < score.loss < np.inf]
+    count = next(iter(COUNTS))
+    try:
+        fit = laws.of_parameters_and_tokens(*(_planned(study, runs, name) for name in (count, "tokens")), _losses(runs))
+    except UserError:
+        return ""
+    told = {name: _around(fit.constants[name], fit.intervals[name], ".2f") for name in ("E", "a", "b")}
+    return (
+        f"**The loss falls as N^-a and D^-b** with parameters N ({COUNTS[count]}) and training tokens D: "
+        f"a {told['a']}, b {told['b']}, towards {told['E']} {study.measure.unit}"
+    )
 
 
 def section(study: Results) -> list[Piece]:
@@ -74,14 +94,14 @@ def _ladders(study: Results) -> dict[str, list[str]]:
 
 def _fit(study: Results, runs: Sequence[Score]) -> tuple[list[Piece], Panels]:
     """The law of parameters and tokens for both counts of N; else why there is none, and the law of compute."""
-    planned = {cell["name"]: cell for cell in study.plan["cells"]}
-    cells, losses = [planned[score.run.cell["name"]] for score in runs], [score.loss for score in runs]
-    of = lambda quantity: [float(cell.get(quantity, np.nan)) for cell in cells]  # noqa: E731
+    of, losses = functools.partial(_planned, study, runs), _losses(runs)
     tokens = of("tokens")
     try:
         fits = {told: laws.of_parameters_and_tokens(of(count), tokens, losses) for count, told in COUNTS.items()}
     except UserError as error:
-        told, panels = _fit_of_compute([COSTS["training FLOPs"].of(cell) for cell in cells], losses)
+        cells = {cell["name"]: cell for cell in study.plan["cells"]}
+        compute = [COSTS["training FLOPs"].of(cells[score.run.cell["name"]]) for score in runs]
+        told, panels = _fit_of_compute(compute, losses)
         return [Text(f"**{error}**."), *told], panels
     rows = [[told, *_constants(fit), str(len(runs)), f"{fit.residual:.2%}"] for told, fit in fits.items()]
     rows += [[name, *(f"{value:.4g}" for value in values), "—", "—"] for name, values in laws.PUBLISHED.items()]
@@ -95,6 +115,16 @@ def _fit(study: Results, runs: Sequence[Score]) -> tuple[list[Piece], Panels]:
         ["N", *laws.NAMES[2], "runs", "misfit"], rows, f"**{laws.formula(2)}**. {NOTE.format(unit=study.measure.unit)}"
     )
     return [table], {f"training tokens, by N {told}": (points, lines)}
+
+
+def _planned(study: Results, runs: Sequence[Score], quantity: str) -> list[float]:
+    """What the plan says of the cell of each run."""
+    cells = {cell["name"]: cell for cell in study.plan["cells"]}
+    return [float(cells[score.run.cell["name"]].get(quantity, np.nan)) for score in runs]
+
+
+def _losses(runs: Sequence[Score]) -> list[float]:
+    return [score.loss for score in runs]
 
 
 def _fit_of_compute(compute: Sequence[float], losses: Sequence[float]) -> tuple[list[Piece], Panels]:

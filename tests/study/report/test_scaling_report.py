@@ -12,7 +12,7 @@ from test_verdicts import table
 from lab import report
 from lab.study import results
 from lab.study.judge import scaling as laws
-from lab.study.report import live, page, scaling
+from lab.study.report import headline, live, page, scaling
 
 COMPUTE = {"s": 1e11, "m": 1e12, "l": 1e13}
 ABOVE = {"xl": 1e14}
@@ -164,3 +164,6 @@ def test_a_ladder_of_sizes_and_tokens_has_the_law_of_both(tmp_path):
     assert found == pytest.approx([1.69, 406.4, 0.34, 410.7, 0.28], rel=0.02)
     assert rows["Besiroglu et al. 2024"]["b"] == "0.3658" and rows["not embedding"]["runs"] == "9"
     assert "Compute-equivalent" not in text and "![scaling_fit]" in text
+    answer = headline.answer(results.collect(tmp_path), None)
+    said = re.search(r"loss falls as N\^-a and D\^-b\*\* .*: a (\S+).*, b (\S+).*, towards (\S+)", answer).groups()
+    assert [float(x) for x in said] == pytest.approx([0.34, 0.28, 1.69], abs=0.011)
