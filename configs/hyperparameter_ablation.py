@@ -17,7 +17,7 @@ dropout is for data that is read more than once.
 from lab.config import SIZES, base, sized
 from lab.errors import choose
 from lab.evaluate.asks import ask
-from lab.study.define.cells import chain, matched, named, product, vary
+from lab.study.define.cells import chain, matched, named, product, vary, zipped
 
 RATIOS = (1, 2, 8 / 3, 4, 8, 16, 32, 64)  # of a gated feed-forward to the model
 HEADS = (0.5, 1, 2, 4, 8, 16)  # of all query heads to the model
@@ -150,11 +150,12 @@ def part_batch(config) -> None:
     study.labels = (("data.rows", "rows"), ("train.learning_rate", "rate"))
     rate = config.train.learning_rate
     config.train.final_learning_rate = 0.0
+    sizes = (rows // 2, rows, 2 * rows)
+    steps = tuple(config.train.steps * rows // size for size in sizes)
     study.cells = product(
-        vary("data.rows", (rows // 2, rows, 2 * rows)),
+        zipped(vary("data.rows", sizes), vary("train.steps", steps)),
         vary("train.learning_rate", (rate / 4, rate / 2, rate, 2 * rate)),
     )
-    study.length = "tokens"
     study.baseline = (("rate", rate),)
 
 
