@@ -170,6 +170,7 @@ def test_checkpoints_are_fetched_by_who_claims_the_run(opened):
 def test_who_is_cut_off_leaves_nothing_that_says_too_much(opened, files, lost):
     for after in range(12):
         one = opened()
+        one._closed.set()  # nothing goes up but here
         with one.claim([one.local / RUN]) as held:
             assert held
             for name in [name for name in one.store.list() if "/.lease." not in name]:
@@ -217,10 +218,12 @@ def test_one_of_many_holds_a_run(opened):
 def test_a_whole_checkpoint_is_there_while_newer_ones_go_up(opened, files):
     """Though all that the store has went here meanwhile, as when an upload takes longer than the steps between two."""
     one = opened()
+    one._closed.set()  # nothing goes up but here
     write_run(one, steps=(10, 20), result=False)
     one.push()
     shutil.rmtree(one.local / RUN / "checkpoints")
-    write_run(one, steps=(30, 40), result=False)
+    # Enough of them, though one more file may go up beside each that is refused.
+    write_run(one, steps=(30, 40, 50, 60), result=False)
     for after in range(4):
         files.break_next(after)
         with pytest.raises(OSError, match="refused"):
@@ -231,7 +234,7 @@ def test_a_whole_checkpoint_is_there_while_newer_ones_go_up(opened, files):
         for step in whole:
             assert sum(f"/checkpoints/{step}/" in name for name in there) == 4, (after, step)
     one.push()
-    assert {name.split("/")[-2] for name in one.store.list() if name.endswith(f"/{SEAL}")} == {"30", "40"}
+    assert {name.split("/")[-2] for name in one.store.list() if name.endswith(f"/{SEAL}")} == {"30", "40", "50", "60"}
 
 
 def test_the_end_of_a_run_waits_for_the_store(opened, files, monkeypatch, caplog):
