@@ -57,17 +57,21 @@ def by_condition(
 
 
 def by_label(rows: Sequence[Mapping[str, Curves]], axis: str, vertical: str = NATS.title) -> Figure:
-    """Loss, or something else, against the values of a label, numbers or names: one line for each name."""
+    """Loss, or something else, against the values of a label, numbers or names: one line for each name. Numbers of more
+    than three octaves have a log2 axis."""
 
     def draw(axes: Axes, title: str, curves: Curves) -> None:
         ticks = list(dict.fromkeys(x for curve in curves.values() for x in curve))
         numeric = all(isinstance(x, (int, float)) for x in ticks)
         places = {x: x if numeric else place for place, x in enumerate(ticks)}
         drawn = _lines(axes, {name: {places[x]: y for x, y in curve.items()} for name, curve in curves.items()}, {})
-        axes.set_xticks(list(places.values()), [f"{x:g}" if numeric else str(x) for x in ticks])
         low, high = min(places.values()), max(places.values())
-        axes.set_xlim(low - 0.05 * (high - low or 1), high + _room(curves) * (high - low or 1))
-        axes.set_xlabel(axis)
+        if numeric and 8 * low <= high and low > 0:
+            _log2(axes, sorted(ticks), axis, curves)
+        else:
+            axes.set_xticks(list(places.values()), [f"{x:g}" if numeric else str(x) for x in ticks])
+            axes.set_xlim(low - 0.05 * (high - low or 1), high + _room(curves) * (high - low or 1))
+            axes.set_xlabel(axis)
         _name_lines(axes, *drawn)
 
     return _panels(rows, draw, vertical)
@@ -331,9 +335,9 @@ def _room(names: Collection) -> float:
     return min(max(0.24, needed / max(1 - needed, 0.1)), 2)
 
 
-def _log2(axes: Axes, ticks: Sequence[int], label: str, names: Collection) -> None:
+def _log2(axes: Axes, ticks: Sequence[float], label: str, names: Collection) -> None:
     axes.set_xscale("log", base=2)
-    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.set_xlim(ticks[0] / 1.15, ticks[-1] * (ticks[-1] / ticks[0] if len(ticks) > 1 else 2) ** _room(names))
     axes.tick_params(axis="x", which="minor", bottom=False)
     axes.set_xlabel(label)
