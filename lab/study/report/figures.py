@@ -337,7 +337,7 @@ def _room(names: Collection) -> float:
 
 def _log2(axes: Axes, ticks: Sequence[float], label: str, names: Collection) -> None:
     axes.set_xscale("log", base=2)
-    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.set_xticks(ticks, [f"{tick:g}" if isinstance(tick, float) else str(tick) for tick in ticks])
     axes.set_xlim(ticks[0] / 1.15, ticks[-1] * (ticks[-1] / ticks[0] if len(ticks) > 1 else 2) ** _room(names))
     axes.tick_params(axis="x", which="minor", bottom=False)
     axes.set_xlabel(label)

@@ -26,3 +26,13 @@ def test_names_of_lines_stay_in_their_panel(kind, names, counts):
     for axes in figure.axes:
         for text in axes.texts:
             assert text.get_window_extent(canvas.get_renderer()).x1 <= axes.get_window_extent().x1 + 2, text.get_text()
+
+
+@pytest.mark.parametrize(
+    ("counts", "told"), [((4, 2**20), ["4", "1048576"]), ((0.001, 0.032), ["0.001", "0.032"]), ((0.0, 1.0), ["0", "1"])]
+)
+def test_ticks_are_the_values_of_a_label(counts, told):
+    figure = figures.by_label([{"title": {"name": dict.fromkeys(counts, 2.0)}}], "ratio")
+    (axes,) = figure.axes
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == told
+    assert axes.get_xscale() == ("log" if counts[0] else "linear")
