@@ -21,7 +21,8 @@ from lab.decode.programs import Draws, Given
 from lab.decode.request import Branch, Event, Request
 from lab.decode.sampling import Found, Sampling
 from lab.errors import UserError
-from lab.kernels.tiles import LANES, LONGEST
+from lab.kernels import rules
+from lab.kernels.tiles import FEW, LONGEST
 
 __all__ = ["Engine", "Event"]
 
@@ -73,6 +74,7 @@ class Engine:
         whole = LONGEST if branches == 1 and length > LONGEST else PAGE
         self.length, self.chunk, self.alternatives = whole * -(-max(length, chunk) // whole), chunk, alternatives
         self.unit = max(chunk, PAGE)
+        self.own_pages = branches > FEW and not any(rules.shows_others(block.mixer.rule) for block in self.model.blocks)
         self.apart = any(block.mixer.in_order for block in model.blocks)
         self.forests = [Forest(self.length, branches, self.apart) for _ in range(rows)]
         self.state = programs.beginning(self.model, rows, self.length, branches)
@@ -129,6 +131,7 @@ class Engine:
             further=further,
             alone=alone,
             unit=self.unit,
+            own_pages=self.own_pages,
         )
         self.check(made)
         self.waiting.append(made)
@@ -334,7 +337,7 @@ class Engine:
         if not tokens:
             return
         rank, branch, time, index, ids = map(np.array, zip(*tokens, strict=True))
-        held, group, node = np.zeros_like(rank), rank // LANES, np.array(made.lanes)[rank]
+        held, group, node = np.zeros_like(rank), rank // made.group, np.array(made.lanes)[rank]
         for i in np.unique(group):
             count = int((group == i).sum())
             held[group == i] = forest.slots(made.pages[i], made.held[i] + np.arange(count))

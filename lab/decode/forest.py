@@ -1,9 +1,10 @@
 """Where the texts of a row lie in the cache, and who sees whom: prompts stored once, pages of slots, lanes of branches.
 
-A row of S slots is cut into pages. A page belongs to one stem of a prompt or to a group of branches of one request, so
-that what a branch sees lies in whole tiles of its own request, in its own order, whatever else is in the row. A row
-also has N lanes: the branches of its requests, each with a place in a step of decoding. Stems and lanes are the M nodes
-of a table that says how far one sees another (`lab.kernels.rules.forked`).
+A row of S slots is cut into pages. A page belongs to one stem of a prompt or to a group of branches of one request: to
+a single one, where it may fill a page and the rules of the model hide the others from it. So what a branch sees lies in
+whole tiles of its own request, in its own order, whatever else is in the row. A row also has N lanes: the branches of
+its requests, each with a place in a step of decoding. Lanes and stems are the M nodes of a table that says how far one
+sees another (`lab.kernels.rules.forked`).
 """
 
 from collections.abc import Sequence
@@ -11,10 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lab.decode.request import Request, grouped
+from lab.decode.request import PAGE, Request, group_size, grouped
 from lab.kernels.rules import ENDLESS, HIDDEN
-
-PAGE = 64  # slots: a tile of keys
 
 
 @dataclass(eq=False)
@@ -136,7 +135,11 @@ def needed(shared: int, owns: Sequence[int], unit: int = PAGE) -> int:
     return PAGE * (whole * pages_of(unit) + pages_of(rest) + sum(map(pages_of, owns)))
 
 
-def needed_for(prompt: int, texts: Sequence[int], most_tokens: int, unit: int = PAGE) -> int:
-    """The same of a prompt of so many tokens, and branches that begin with so many; of one text with it if of none."""
-    owns = grouped([given + most_tokens for given in texts], int(prompt > 0)) if texts else [most_tokens]
+def needed_for(prompt: int, texts: Sequence[int], most_tokens: int, unit: int = PAGE, own_pages: bool = True) -> int:
+    """The same of a prompt of so many tokens, and branches that begin with so many; of one text with it if of none.
+
+    own_pages: that of an engine; with them it is enough for any.
+    """
+    each = [given + most_tokens for given in texts]
+    owns = grouped(each, int(prompt > 0), group_size(each, own_pages)) if texts else [most_tokens]
     return needed(max(prompt - 1, 0), owns, unit)

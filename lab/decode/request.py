@@ -11,6 +11,8 @@ from lab.decode.sampling import Found, Sampling
 from lab.errors import UserError
 from lab.kernels.tiles import LANES
 
+PAGE = 64  # slots: a tile of keys
+
 
 class Event(NamedTuple):
     """What a branch of a request has generated: a token, or none where it ends without.
@@ -72,10 +74,16 @@ class Token(NamedTuple):
     id: int
 
 
-def grouped(tokens: Sequence[int], further: int) -> list[int]:
-    """How many tokens groups of LANES branches may have in the cache, of those of each branch; further: of the first
+def group_size(tokens: Sequence[int], own_pages: bool) -> int:
+    """Branches whose own tokens lie together, in the order of time, of the tokens that each may have: one where they
+    may have pages of their own, and fill them."""
+    return 1 if own_pages and min(tokens) >= PAGE else LANES
+
+
+def grouped(tokens: Sequence[int], further: int, group: int) -> list[int]:
+    """How many tokens groups of so many branches may have in the cache, of those of each branch; further: of the first
     group. The very last token is given to no model; of several groups it may be that of any."""
-    owns = [sum(tokens[i : i + LANES]) for i in range(0, len(tokens), LANES)]
+    owns = [sum(tokens[i : i + group]) for i in range(0, len(tokens), group)]
     owns[0] += further - (len(owns) == 1)
     return owns
 
@@ -95,6 +103,8 @@ class Request:
     further: int  # branches that forks and joins may add
     alone: bool  # whether its prompt is the beginning of its only branch
     unit: int  # tokens of a stem of a prompt
+    own_pages: bool  # whether a branch may have some: what it writes, the others do not see
+    group: int = field(init=False)  # branches whose own tokens lie together
     shared: list[int] = field(init=False)  # tokens that are stored once for all requests that begin with them
     pieces: list[tuple[int, ...]] = field(init=False)  # the same, stem by stem
     time: int = field(init=False)  # at which the next tokens are given to the model, one by one
@@ -116,7 +126,8 @@ class Request:
             self.ahead += self.tokens()
             self.advance()
         each = [b.given + b.most for b in self.branches] + self.further * [self.most_tokens]
-        self.owns = grouped(each, len(self.prompt[-1:]) - (len(self.shared) if self.alone else 0))
+        self.group = group_size(each, self.own_pages)
+        self.owns = grouped(each, len(self.prompt[-1:]) - (len(self.shared) if self.alone else 0), self.group)
         self.held = [0] * len(self.owns)
 
     @property

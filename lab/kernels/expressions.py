@@ -106,12 +106,16 @@ def _limit(q: Coordinates, k: Coordinates, on_ranges: bool, limits):
 
 
 def _any(table, q_node: Range, k_node: Range):
-    """Whether a table bool [*, M, M] has a true entry for nodes of these ranges, which are clipped to it."""
+    """Whether a table bool [*, M, M] has a true entry for nodes of ranges [*, n, 1] and [*, 1, m], clipped to it.
+
+    By products: counts that are not exact are no zeros. Sums along the table take a CPU ten times as long.
+    """
     M = table.shape[-1]
-    before = jnp.pad(table.astype(jnp.int32).cumsum(-1).cumsum(-2), [(0, 0)] * (table.ndim - 2) + [(1, 0)] * 2)
-    rows, columns = ((jnp.clip(x.low, 0, M - 1), 1 + jnp.clip(x.high, 0, M - 1)) for x in (q_node, k_node))
-    count = lambda i, j: _at(before, rows[i], columns[j])  # noqa: E731
-    return count(1, 1) - count(0, 1) - count(1, 0) + count(0, 0) > 0
+    node_M = np.arange(M)
+    within = lambda low, high: (jnp.clip(low, 0, M - 1) <= node_M) & (node_M <= jnp.clip(high, 0, M - 1))  # noqa: E731
+    rows_nM = within(q_node.low, q_node.high).astype(jnp.float32)
+    columns_mM = within(k_node.low.swapaxes(-1, -2), k_node.high.swapaxes(-1, -2)).astype(jnp.float32)
+    return rows_nM @ table.astype(jnp.float32) @ columns_mM.swapaxes(-1, -2) > 0
 
 
 Known = Mapping[tuple, Range]  # of some numbers, by their trees: ranges that are narrower than those of coordinates

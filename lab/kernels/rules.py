@@ -16,7 +16,7 @@ from lab.kernels.expressions import ENDLESS, HIDDEN, Range, Rule, Term, k, limit
 __all__ = [
     "ENDLESS", "HIDDEN", "RULES", "SIZED", "Range", "Rule", "Term", "all_branches", "block", "causal", "every", "fixed",
     "forked", "k", "limit", "maximum", "mean_visible_keys", "minimum", "own_branch", "pairs_visible", "parse", "q",
-    "shows_later", "strided", "summary", "visible", "window",
+    "shows_later", "shows_others", "strided", "summary", "visible", "window",
 ]  # fmt: skip
 
 causal = k.index <= q.index
@@ -35,6 +35,14 @@ def forked(rule: Rule) -> Rule:
     for own in (k.branch == q.branch, q.branch == k.branch):
         shown = shown.replaced(own.tree, (k.time <= limit).tree)
     return (limit > HIDDEN) & shown
+
+
+def shows_others(rule: Rule) -> bool:
+    """Whether it may show a branch what another, which is not the prompt, has of its own."""
+    among = lambda low, high: Range(np.array([[low]]), np.array([[high]]))  # noqa: E731
+    numbers, limits = among(0, LARGEST), np.array([[ENDLESS, -1], [-1, ENDLESS]])
+    of = lambda node: Coordinates(among(0, 0), among(1, LARGEST), numbers, numbers, among(node, node))  # noqa: E731
+    return bool(np.any(forked(rule).visible_range(of(0), of(1), limits=limits).high))
 
 
 def window(n: int) -> Rule:

@@ -18,12 +18,13 @@ from jax import lax
 
 from lab.coordinates import Coordinates
 from lab.kernels import bias as biases
+from lab.kernels import split
 from lab.kernels.bias import Bias
 from lab.kernels.dropout import Dropped, factors
 from lab.kernels.folding import fold_queries, key_tiles, own_values, spread_queries, unfold_queries
 from lab.kernels.residuals import kept
 from lab.kernels.rules import Rule, visible
-from lab.kernels.tiles import LANES, LONGEST, Tiles, is_step, make_tiles, pad_to_tiles
+from lab.kernels.tiles import FEW, LANES, LONGEST, Lanes, Tiles, is_step, make_lanes, make_tiles, pad_to_tiles
 
 SPREAD = 32  # query heads at most that one product takes: what it multiplies in vain grows with them
 MASKED = -1e30  # not -inf: a tile may hide every key of a query, and inf - inf is nan
@@ -58,18 +59,19 @@ def tile_sizes(T: int, S: int) -> tuple[int, int]:
     return T if is_step(T, S) else min(64, T), min(64, S)
 
 
-def plan(rule: Rule, q_coordinates: Coordinates, k_coordinates: Coordinates, limits=None, lanes=False) -> Tiles:
+def plan(rule: Rule, q_coordinates: Coordinates, k_coordinates: Coordinates, limits=None, lanes=False) -> Tiles | Lanes:
     """The tile lists `attend` needs: made once per batch and rule, shared by layers.
 
     lanes: whether the queries of a step go on with texts of their own, so that a tile of all of them would read for
-    each what the others alone see: then in tiles of LANES at most, as even as they can be.
+    each what the others alone see: then, if they are no FEW, in tiles of LANES at most, as even as they can be, and
+    what one alone sees by itself.
     """
     T, S = q_coordinates.shape[1], k_coordinates.shape[1]
     q_tile, k_tile = tile_sizes(T, S)
-    if lanes and is_step(T, S):
-        q_tile = -(-T // -(-T // LANES))
-    padded = pad_to_tiles(q_coordinates, q_tile), pad_to_tiles(k_coordinates, k_tile)
-    return make_tiles(rule, *padded, q_tile, k_tile, limits)
+    k_coordinates = pad_to_tiles(k_coordinates, k_tile)
+    if lanes and T > FEW and is_step(T, S):
+        return make_lanes(rule, q_coordinates, k_coordinates, -(-T // -(-T // LANES)), k_tile, limits)
+    return make_tiles(rule, pad_to_tiles(q_coordinates, q_tile), k_coordinates, q_tile, k_tile, limits)
 
 
 def attend(
@@ -81,12 +83,16 @@ def attend(
     rule,
     scale,
     softcap,
-    tiles: Tiles | None = None,
+    tiles: Tiles | Lanes | None = None,
     bias: Bias | None = None,
     dropout: Dropped | None = None,
     limits=None,
 ):
     """Returns (o_BTHV, lse_BTH) as lab.kernels.reference.attend does."""
+    if isinstance(tiles, Lanes):
+        inputs = q_BTHK, k_BSGK, v_BSGV, q_coordinates, k_coordinates, rule, scale, softcap
+        parts = [attend(*inputs, part, bias, dropout, limits) for part in tiles]
+        return split.merge(*(jnp.stack(x, axis=1) for x in zip(*parts, strict=True)))
     tiles = plan(rule, q_coordinates, k_coordinates, limits) if tiles is None else tiles
     B, T, H, _ = q_BTHK.shape
     q_tile, k_tile = tile_sizes(T, k_BSGK.shape[1])
@@ -98,7 +104,7 @@ def attend(
     static = TiledStatic(rule, float(scale), float(softcap or 0.0), q_tile, k_tile, step)
     G = k_BSGK.shape[2]
     keys, values = key_tiles(k_BSGK, k_tile), key_tiles(v_BSGV, k_tile)
-    if spread := T == 1 and step and H <= SPREAD:
+    if spread := q_tile == 1 and step and H <= SPREAD:
         groups, G, q_BTHK = G, 1, spread_queries(q_BTHK, G)
         keys, values = (x.reshape(*x.shape[:2], -1) for x in (keys, values))
     o_NGRV, lse_NGR = _attend(

@@ -14,6 +14,7 @@ from lab.kernels.rules import Range, Rule
 
 FULL, PARTIAL, EMPTY = range(3)  # tiles in the order of a list: no pair is hidden, some may be, all are
 LANES = 16  # queries of a tile where each goes on with a text of its own
+FEW = 8  # such queries that read all texts together, at no more cost than each its own
 LONGEST = 512  # keys of a tile that a single query reads
 SHARED = 8  # keys for each query from which on reading them is what a call costs
 FIRST, LAST, ADD_FULL, ADD_PARTIAL = 1, 2, 4, 8  # what a step does: begins and ends its tile, adds another to it
@@ -104,12 +105,51 @@ def make_tiles(rule: Rule, q: Coordinates, k: Coordinates, q_tile: int, k_tile: 
     and whatever other texts are there, whose tiles add zeros.
     """
     kinds = tile_kinds(rule, q, k, q_tile, k_tile, limits=limits)
-    if limits is None:
-        return _listed(kinds)
-    first = tile_ranges(k, k_tile)[0].index.low[:, None]
-    order = jnp.argsort(jnp.where(kinds == EMPTY, np.iinfo(np.int32).max, first), axis=-1, stable=True)
-    leading = jnp.cumprod(jnp.take_along_axis(kinds, order, axis=-1) == FULL, axis=-1, dtype=jnp.int32)
-    return Tiles(order.astype(jnp.int32), leading.sum(-1), (kinds != EMPTY).sum(-1, dtype=jnp.int32))
+    return _listed(kinds) if limits is None else _in_order(kinds, tile_ranges(k, k_tile)[0].index.low)
+
+
+def _in_order(kind_Bnm, first_Bm) -> Tiles:
+    """first: the number that key tiles are ordered by."""
+    order = jnp.argsort(jnp.where(kind_Bnm == EMPTY, np.iinfo(np.int32).max, first_Bm[:, None]), axis=-1, stable=True)
+    leading = jnp.cumprod(jnp.take_along_axis(kind_Bnm, order, axis=-1) == FULL, axis=-1, dtype=jnp.int32)
+    return Tiles(order.astype(jnp.int32), leading.sum(-1), (kind_Bnm != EMPTY).sum(-1, dtype=jnp.int32))
+
+
+class Lanes(NamedTuple):
+    """Of queries that each go on with a text of their own: key tiles that tiles of several queries read, and those that
+    each query reads by itself. Attention over both is merged."""
+
+    together: Tiles
+    alone: Tiles
+
+
+def make_lanes(rule: Rule, q: Coordinates, k: Coordinates, q_tile: int, k_tile: int, limits) -> Lanes:
+    """`make_tiles` of queries whose texts have the nodes below T; what they share with other rows' has nodes from T on.
+
+    A query reads by itself the tiles of a text that it alone sees. What has a node from T on it reads with others, be
+    there some or not: they may come and go, and what it is to the bit must not.
+    """
+    T = q.shape[1]
+    q = pad_to_tiles(q, q_tile)
+    kind_BTm, of_tile = tile_kinds(rule, q, k, 1, k_tile, limits=limits), tile_ranges(k, k_tile)[0]
+    seen_BTm, first_Bm = kind_BTm != EMPTY, of_tile.index.low
+    alone_Bm = (seen_BTm.sum(1) == 1) & (of_tile.node.low < T)
+    kind_Bnqm = kind_BTm.reshape(len(kind_BTm), -1, q_tile, kind_BTm.shape[2])
+    padded_Bnq1 = (q.segment < 0).reshape(*kind_Bnqm.shape[:3], 1)
+    full_Bnm, empty_Bnm = ((kind_Bnqm == FULL) | padded_Bnq1).all(2), (kind_Bnqm == EMPTY).all(2)
+    kind_Bnm = jnp.where(empty_Bnm | alone_Bm[:, None], EMPTY, jnp.where(full_Bnm, FULL, PARTIAL))
+    return Lanes(_in_order(kind_Bnm, first_Bm), _of_one(seen_BTm & alone_Bm[:, None], first_Bm))
+
+
+def _of_one(seen_BTm, first_Bm) -> Tiles:
+    """Lists of tiles that are each on one at most: all in one line, of which each query has a piece; all with masks."""
+    m = first_Bm.shape[1]
+    query_Bm = jnp.where(seen_BTm.any(1), seen_BTm.argmax(1), seen_BTm.shape[1])
+    line_Bm = jnp.lexsort((first_Bm, query_Bm), axis=-1).astype(jnp.int32)
+    total_BT = seen_BTm.sum(-1, dtype=jnp.int32)
+    place_BTm = (total_BT.cumsum(-1) - total_BT)[..., None] + jnp.arange(m, dtype=jnp.int32)
+    keys_BTm = jax.vmap(lambda line_m, place_Tm: line_m[jnp.minimum(place_Tm, m - 1)])(line_Bm, place_BTm)
+    return Tiles(keys_BTm, 0 * total_BT, total_BT)
 
 
 class BothWays(NamedTuple):

@@ -54,13 +54,14 @@ class Served:
     branches: int
     length: int  # slots of a row of the cache
     unit: int  # of them, those of a stem of a prompt
+    own_pages: bool  # whether a branch has some of it to itself
     alternatives: int
     most_prompts: int
     since: int = field(default_factory=lambda: int(time.time()))
 
     def needed(self, prompt: Sequence[int], n: int, most: int) -> int:
         """Slots that n texts of at most so many tokens take, with their prompt."""
-        return needed_for(len(prompt), [0] * branches(n), most, self.unit)
+        return needed_for(len(prompt), [0] * branches(n), most, self.unit, self.own_pages)
 
     def describe(self) -> dict:
         about = {"id": self.name, "object": "model", "created": self.since, "owned_by": "lab"}

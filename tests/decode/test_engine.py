@@ -227,9 +227,9 @@ def test_log_probabilities_are_those_of_the_full_pass_and_change_no_token():
 
 @pytest.mark.parametrize(("prompt", "options", "says"), [
     ([], {}, "the prompt is empty"),
-    ([1], dict(branches=(2, 7)), "branch 7 is over the budget of 6 branches"),
-    ([1], dict(branches=10**12), "branches = 1000000000000 is not within the budget; choose 0 to 6"),
-    ([1], dict(branches=-1), "branches = -1 is not within the budget; choose 0 to 6"),
+    ([1], dict(branches=(2, 11)), "branch 11 is over the budget of 10 branches"),
+    ([1], dict(branches=10**12), "branches = 1000000000000 is not within the budget; choose 0 to 10"),
+    ([1], dict(branches=-1), "branches = -1 is not within the budget; choose 0 to 10"),
     ([1], dict(branches=(2, 1)), "choose distinct ones from 1 on, in order"),
     ([1], dict(branches=2, texts=[[1]]), "1 texts for 2 branches"),
     ([1, tiny.VOCABULARY], {}, f"token {tiny.VOCABULARY} is outside of the model's vocabulary; choose 0 to 28"),

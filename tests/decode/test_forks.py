@@ -99,16 +99,21 @@ def test_what_a_request_samples_is_the_same_to_the_bit_at_every_occupancy(rule, 
 
 @pytest.mark.parametrize("rule", [RULES[0], pytest.param(RULES[1], marks=pytest.mark.slow)])
 @pytest.mark.parametrize("before", [18, pytest.param(3, marks=pytest.mark.slow)])
-def test_many_branches_are_the_same_to_the_bit_beside_others(rule, before):
-    """Of more than a tile of queries: alone all of them read the prompt at once, beside others not."""
+@pytest.mark.parametrize("given", [0, 60])
+def test_many_branches_are_the_same_to_the_bit_beside_others(rule, before, given):
+    """Of more than a tile of queries: alone all of them read the prompt at once, beside others not. Those that are
+    given some tokens fill pages of their own where no other sees these."""
     model = decoding.built("default", **decoding.ALONE | dict(model__rule=rule))
     found = []
     for others in (0, before):
-        engine = Engine(model, rows=1, length=1024, branches=44, chunk=64)
+        engine = Engine(model, rows=1, length=4096, branches=44, chunk=64)
         if others:
             engine.submit(PREFIXES[1], branches=others, most_tokens=9, stream=7)
             engine.step()
-        asked = engine.submit(PREFIXES[2], branches=20, most_tokens=5, sampling=Sampling(temperature=0.9), stream=1)
+        texts = [decoding.tokens(np.random.default_rng(i), given) for i in range(20)]
+        asked = engine.submit(
+            PREFIXES[2], branches=20, texts=texts, most_tokens=5, sampling=Sampling(temperature=0.9), stream=1
+        )
         events = []
         while engine.busy:
             events += [event._replace(request=0) for event in engine.step() if event.request == asked]
@@ -203,7 +208,7 @@ def test_a_fixed_set_of_programs_serves_every_schedule(variant):
     (lambda e: e.join(0, (1, 1), [5]), "branches = (1, 1) of request 0; choose distinct ones"),
     (lambda e: e.join(0, (1, 2), []), "a join without a text has no token to go on from"),
     (lambda e: (e.cancel(0, 1), e.step(), e.step(), e.join(0, (1,), [5])), "branches (1,) of request 0 ended before"),
-    (lambda e: e.submit([1], branches=3, further=4), "branch 7 is over the budget of 6 branches"),
+    (lambda e: e.submit([1], branches=3, further=8), "branch 11 is over the budget of 10 branches"),
     (lambda e: e.submit([1], further=-1), "further = -1 is no number of branches"),
 ])  # fmt: skip
 def test_what_cannot_be_is_refused_and_changes_nothing(act, says):

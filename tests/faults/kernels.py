@@ -18,10 +18,12 @@ ROWS = {
         ("differences begin at a multiple", "Range(period, period)).low == 0", "Range(period, period)).high == 0"),
         ("any limit shows all", "jnp.where(shown, -1, HIDDEN)", "jnp.where(shown, ENDLESS, HIDDEN)"),
         ("all of some nodes is all", "_any(limits < ENDLESS, q.node, k.node)", "~own"),
-        ("nodes beside a range count", "1 + jnp.clip(x.high, 0, M - 1)", "jnp.clip(x.high, 0, M - 1)"),
+        ("the last node of a range is none of it", "(node_M <= jnp.clip(high, 0, M - 1))", "(node_M < jnp.clip(high, 0, M - 1))"),
         ("q.x > k.x read as <", 'return term(other)._rule("<", self)', 'return self._rule("<", other)'),
     ],
     "kernels/tiles.py": [
+        ("a stem read alone until it is shared", "(seen_BTm.sum(1) == 1) & (of_tile.node.low < T)",
+         "seen_BTm.sum(1) == 1"),
         ("padded keys in full tiles", "(k_any & ~k_padded)[:, None, :]", "k_any[:, None, :]"),
         ("full tiles of two segments", "        & (columns.segment.low == columns.segment.high)\n", ""),
         ("transposed lists unsorted", "jnp.take_along_axis(kind, jnp.argsort(tiles.keys, axis=-1), axis=-1)", "kind"),

@@ -117,23 +117,29 @@ def test_ranges_of_nodes_show_what_their_limits_do(seed):
 
 
 def test_lanes_read_their_own_tiles_alone():
-    """Each of many queries has keys of its own, a page for each group of them: all see them as without a table."""
+    """Each of many queries has keys of its own: in a page for each group, or in pages of one. What one alone sees it
+    reads by itself, but for a stem, which others may come to share. All see them as without a table."""
     lanes, page = 3 * tiles.LANES - 2, 64
     groups, rng = -(-lanes // tiles.LANES), np.random.default_rng(0)
-    node = np.arange(lanes, dtype=np.int32)
+    node, stem = np.arange(lanes, dtype=np.int32), lanes
     held = np.full((1, 8 * groups, page), -1, np.int32)
     for group in range(groups):
         own = node[group * tiles.LANES : (group + 1) * tiles.LANES]
         held[0, 5 * group, : 3 * len(own)] = np.tile(own, 3)
+    held[0, 3, :9], held[0, 12, :], held[0, 7, :50], held[0, 1, :20] = 20, 20, 2, stem
     held = held.reshape(1, -1)
-    at = lambda node, time: Coordinates(np.where(node < 0, -1, 0), 1 + node, 0 * node + time, 0 * node, node)  # noqa: E731
+    branch = np.arange(lanes + 1) + 1
+    branch[stem] = branch[5]  # of its prompt
+    at = lambda node, time: Coordinates(np.where(node < 0, -1, 0), branch[node], 0 * node + time, 0 * node, node)  # noqa: E731
     queries, keys = at(node[None], 1), at(held, 0)
-    limits = np.full((1, lanes, lanes), -1, np.int32)
-    limits[0, node, node] = rules.ENDLESS
+    limits = np.full((1, lanes + 1, lanes + 1), -1, np.int32)
+    limits[0, node, node] = limits[0, 5, stem] = rules.ENDLESS
     q, k, v = (rng.normal(size=(1, at.shape[1], 2, 8)).astype(np.float32) for at in (queries, keys, keys))
     rule, options = rules.own_branch, dict(scale=1.0, implementation="tiled", limits=limits)
     planned = kernels.plan_tiles(queries, keys, rule, "tiled", limits=limits, lanes=True)
-    assert planned.total.shape == (1, groups) and (np.asarray(planned.total) == 1).all()
+    together, alone = ([list(keys[:n]) for keys, n in zip(one.keys[0], one.total[0], strict=True)] for one in planned)
+    assert together == [[0, 1], [5], [10]]
+    assert {lane: found for lane, found in enumerate(alone) if found} == {20: [3, 12], 2: [7]}
     shown = np.asarray(keys.branch)[:, None] == np.asarray(queries.branch)[:, :, None]
     (o, _), _ = exact.attend(
         exact.scores(q, k, 1.0), v, shown & (held >= 0)[:, None], np.zeros((1, lanes, 2, 8)), np.zeros((1, lanes, 2))
