@@ -18,7 +18,8 @@ ROWS = {
         ("differences begin at a multiple", "Range(period, period)).low == 0", "Range(period, period)).high == 0"),
         ("any limit shows all", "jnp.where(shown, -1, HIDDEN)", "jnp.where(shown, ENDLESS, HIDDEN)"),
         ("all of some nodes is all", "_any(limits < ENDLESS, q.node, k.node)", "~own"),
-        ("the last node of a range is none of it", "(node_M <= jnp.clip(high, 0, M - 1))", "(node_M < jnp.clip(high, 0, M - 1))"),
+        ("the last node of a range is none of it", "(node_M <= jnp.clip(high, 0, M - 1))",
+         "(node_M < jnp.clip(high, 0, M - 1))"),
         ("q.x > k.x read as <", 'return term(other)._rule("<", self)', 'return self._rule("<", other)'),
     ],
     "kernels/tiles.py": [
