@@ -36,6 +36,7 @@ STUDIES = (
     "hyperparameter_ablation:cpu", "hyperparameter_ablation:cpu-heads", "hyperparameter_ablation:cpu-aspect",
     "hyperparameter_ablation:cpu-regularisation", "hyperparameter_ablation:cpu-repeated",
     "hyperparameter_ablation:cpu-batch", "hyperparameter_ablation:cpu-recall", "length_extrapolation:cpu",
+    "finetune_rope:cpu",
     "branch_positions:cpu", "branch_positions:cpu-drawn",
     "branch_finetune:cpu", "branch_finetune:cpu-untuned",
     "branch_tasks:cpu",
@@ -47,7 +48,8 @@ FLAGS = {  # of a study that is asked more than its config says
     ),
 }
 CELLS_OF = {"branch_decoding:cpu": "rope_ablation:cpu"}  # of a study that asks the cells of another
-UPON = {  # of a study that goes on from the one cell of another, which is run before it
+UPON = {  # of a study that goes on from the first cell of another, which is run before it
+    "finetune_rope:cpu": "architecture_ablation:cpu",
     "branch_finetune:cpu": "branch_finetune:cpu-base",
     "branch_finetune:cpu-untuned": "branch_finetune:cpu-base",
 }

@@ -97,8 +97,7 @@ def test_every_study_is_a_scale_of_a_config():
 
     scales = {path.stem: module(path).SCALES for path in CONFIGS}
     assert all(scale in scales[name] for name, _, scale in (study.partition(":") for study in studies.STUDIES))
-    upon_a_checkpoint = {"finetune_rope"}
-    assert {name for name, _, _ in (study.partition(":") for study in studies.STUDIES)} == {*scales} - upon_a_checkpoint
+    assert {name for name, _, _ in (study.partition(":") for study in studies.STUDIES)} == {*scales}
 
 
 def test_a_study_upon_another_runs_that_first_and_goes_on_from_its_cell(place, monkeypatch):
