@@ -31,7 +31,7 @@ def _train_flops(cell: Mapping) -> float:
 
 
 COSTS = {
-    "parameters": Cost("residual_parameters", _said("parameters"), short, "trained numbers"),
+    "parameters": Cost("residual_parameters", _said("parameters"), short, "numbers of the model"),
     "training FLOPs": Cost("residual_flops", _train_flops, short, "per token x tokens"),
     "cache": Cost("residual_cache", _said("cache_per_token_per_layer"), whole, "numbers per token and layer"),
     "attention work": Cost(
