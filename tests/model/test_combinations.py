@@ -1,6 +1,6 @@
 """Random combinations of the options of an architecture: each builds, sees nothing later, learns and is counted.
 
-COMBINATIONS=200 python -m pytest tests/model/test_combinations.py       # CI draws 20
+COMBINATIONS=200 python -m pytest tests/model/test_combinations.py       # CI draws 14
 """
 
 import os
@@ -76,7 +76,7 @@ LOOK = jax.jit(looked_at)
 
 
 @pytest.mark.slow
-@settings(max_examples=int(os.environ.get("COMBINATIONS", 20)), suppress_health_check=list(HealthCheck))
+@settings(max_examples=int(os.environ.get("COMBINATIONS", 14)), suppress_health_check=list(HealthCheck))
 @given(chosen=st.fixed_dictionaries({field: st.sampled_from(values) for field, values in CHOICES.items()}))
 def test_any_combination_is_built_counted_and_learns_and_sees_nothing_later(chosen):
     made = config(chosen)
