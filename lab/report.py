@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
         for path in paths:
             print(storage.told(path))
     except (UserError, OSError) as error:
-        print(storage.told(error), file=sys.stderr)
+        print(f"lab: {storage.told(error)}", file=sys.stderr)
         return 2
     return 0
 
