@@ -13,7 +13,7 @@ from pathlib import Path
 
 import filelock
 
-from lab.errors import UserError
+from lab.errors import UserError, shown
 from lab.storage import cache_directory as root
 
 _SUMS = "sums.json"  # of an entry: its name, and for each file its bytes and their CRC-32
@@ -91,7 +91,10 @@ def _damage(entry: Path) -> str:
         sums = json.loads((entry / _SUMS).read_text("utf-8"))
         if sums["entry"] != entry.name:
             return f"it is a copy of {sums['entry']!r}"
+        held = {path.name for path in entry.iterdir()}
         for name, (size, crc) in sums["files"].items():
+            if name not in held:  # asked before it is looked for: a damaged name may be any, and no file's
+                return f"{shown(name)} is not there"
             if (there := (entry / name).stat().st_size) != size:
                 return f"{name} has {there} bytes, not {size}"
             if _sum(entry / name) != crc:

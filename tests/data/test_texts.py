@@ -248,6 +248,12 @@ def test_an_entry_that_another_process_made_again_stays(monkeypatch):
     assert texts.prepare(Corpus(documents.fingerprint, "", None), BYTES, 4, "split") == entry
 
 
+@pytest.mark.parametrize("name", ["a" * 300, "/etc/hosts", "..", "a\0b", "\ud800"])
+def test_a_name_that_is_no_file_of_an_entry_is_damage(tmp_path, name):
+    (tmp_path / "sums.json").write_text(json.dumps(dict(entry=tmp_path.name, files={name: [1, 2]})))
+    assert cache._damage(tmp_path).endswith("is not there")
+
+
 def test_an_entry_that_cannot_be_read_is_no_damage(monkeypatch):
     documents = corpus([Document("a", "abcdefg", False)])
     entry = texts.prepare(documents, BYTES, 4, "split")
