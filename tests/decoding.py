@@ -22,8 +22,8 @@ def built(variant: str, **overrides):
     return tiny.model(variants.config(variant, **overrides))
 
 
-def engine(model) -> Engine:
-    return Engine(model, **SHAPE)
+def engine(model, **changed) -> Engine:
+    return Engine(model, **SHAPE | changed)
 
 
 def tokens(rng, count: int) -> list[int]:

@@ -43,6 +43,7 @@ class Text:
     sources: tuple[int, ...] = ()
     given: int = field(init=False)
     events: list = field(default_factory=list)
+    cancelled: bool = False  # its last event comes with the next step
 
     def __post_init__(self):
         self.given = len(self.tokens)
@@ -90,9 +91,19 @@ class Played:
 
     def join(self, number: int, texts: dict[int, Text], op: Op) -> None:
         texts[self.engine.join(number, op.branches, op.texts[0])] = Text(list(op.texts[0]), None, op.branches)
+        self.begin(texts)  # at once where all have ended
+
+    @staticmethod
+    def begin(texts: dict[int, Text]) -> None:
+        """Joins whose branches have all ended begin."""
+        for text in texts.values():
+            if text.begin is None and all(texts[s].ended or texts[s].cancelled for s in text.sources):
+                text.begin = max(texts[source].end for source in text.sources)
 
     def cancel(self, number: int, texts: dict[int, Text], op: Op) -> None:
         self.engine.cancel(number, op.branches[0])
+        texts[op.branches[0]].cancelled = True
+        self.begin(texts)
 
     def step(self) -> None:
         changed = set()
@@ -104,9 +115,7 @@ class Played:
             changed.add(event.request)
         for number in sorted(changed):
             texts = self.texts[number]
-            for text in texts.values():
-                if text.begin is None and all(texts[source].ended for source in text.sources):
-                    text.begin = max(texts[source].end for source in text.sources)
+            self.begin(texts)
             self.act(number)
 
     def finish(self) -> None:

@@ -74,7 +74,7 @@ class Engine:
         whole = LONGEST if branches == 1 and length > LONGEST else PAGE
         self.length, self.chunk, self.alternatives = whole * -(-max(length, chunk) // whole), chunk, alternatives
         self.unit = max(chunk, PAGE)
-        self.own_pages = branches > FEW and not any(rules.shows_others(block.mixer.rule) for block in self.model.blocks)
+        self.own_pages = branches > FEW and not any(map(rules.shows_others, {b.mixer.rule for b in self.model.blocks}))
         self.apart = any(block.mixer.in_order for block in model.blocks)
         self.forests = [Forest(self.length, branches, self.apart) for _ in range(rows)]
         self.state = programs.beginning(self.model, rows, self.length, branches)

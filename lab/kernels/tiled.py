@@ -63,8 +63,8 @@ def plan(rule: Rule, q_coordinates: Coordinates, k_coordinates: Coordinates, lim
     """The tile lists `attend` needs: made once per batch and rule, shared by layers.
 
     lanes: whether the queries of a step go on with texts of their own, so that a tile of all of them would read for
-    each what the others alone see: then, if they are no FEW, in tiles of LANES at most, as even as they can be, and
-    what one alone sees by itself.
+    each what the others alone see: more than FEW go in tiles of LANES at most, as even as they can be, and each reads
+    by itself what it alone sees.
     """
     T, S = q_coordinates.shape[1], k_coordinates.shape[1]
     q_tile, k_tile = tile_sizes(T, S)

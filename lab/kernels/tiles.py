@@ -124,10 +124,10 @@ class Lanes(NamedTuple):
 
 
 def make_lanes(rule: Rule, q: Coordinates, k: Coordinates, q_tile: int, k_tile: int, limits) -> Lanes:
-    """`make_tiles` of queries whose texts have the nodes below T; what they share with other rows' has nodes from T on.
+    """`make_tiles` of T queries whose own texts have the nodes below T; what requests may share has nodes from T on.
 
-    A query reads by itself the tiles of a text that it alone sees. What has a node from T on it reads with others, be
-    there some or not: they may come and go, and what it is to the bit must not.
+    A query reads by itself the tiles of own texts that it alone sees. What may be shared it reads together with others,
+    be there any or not: they come and go, and its numbers must stay what they are to the bit.
     """
     T = q.shape[1]
     q = pad_to_tiles(q, q_tile)
@@ -148,7 +148,7 @@ def _of_one(seen_BTm, first_Bm) -> Tiles:
     line_Bm = jnp.lexsort((first_Bm, query_Bm), axis=-1).astype(jnp.int32)
     total_BT = seen_BTm.sum(-1, dtype=jnp.int32)
     place_BTm = (total_BT.cumsum(-1) - total_BT)[..., None] + jnp.arange(m, dtype=jnp.int32)
-    keys_BTm = jax.vmap(lambda line_m, place_Tm: line_m[jnp.minimum(place_Tm, m - 1)])(line_Bm, place_BTm)
+    keys_BTm = jnp.take_along_axis(line_Bm[:, None], jnp.minimum(place_BTm, m - 1), axis=-1)
     return Tiles(keys_BTm, 0 * total_BT, total_BT)
 
 

@@ -49,8 +49,9 @@ def serve(
     if engine.length < 2 * PAGE:
         raise UserError(f"length = {length} has no room for a prompt and what follows it; choose at least {2 * PAGE}")
     worker = Worker(engine, tokenizer, WAITING)
-    shape = engine.length, engine.unit, engine.own_pages, alternatives
-    server = Server(worker, app(worker, Served(name, tokenizer, branches, *shape, worker.room)))
+    cache = dict(length=engine.length, unit=engine.unit, own_pages=engine.own_pages)
+    served = Served(name, tokenizer, branches, **cache, alternatives=alternatives, most_prompts=worker.room)
+    server = Server(worker, app(worker, served))
     print(f"lab: compiling for {rows} rows of {engine.length} tokens and up to {branches} branches", flush=True)
     engine.submit([0, 0], branches=min(2, branches), most_tokens=1)
     while engine.busy:

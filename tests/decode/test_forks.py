@@ -13,6 +13,7 @@ from lab.decode import programs
 from lab.decode.engine import Engine
 from lab.decode.sampling import Sampling
 from lab.errors import UserError
+from lab.kernels.tiles import LANES
 from lab.model.mixers import MIXERS
 
 CLOSE = 1e-3  # float32 in another order
@@ -70,13 +71,14 @@ RULES = ("own_branch", "all_branches")
 
 
 @pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("branches", [decoding.SHAPE["branches"], pytest.param(6, marks=pytest.mark.slow)])
 @given(st.lists(st.tuples(SEED, st.integers(0, 60), st.booleans()), min_size=2, max_size=5), st.data())
 @settings(max_examples=4)
-def test_what_a_request_samples_is_the_same_to_the_bit_at_every_occupancy(rule, asked, data):
+def test_what_a_request_samples_is_the_same_to_the_bit_at_every_occupancy(rule, branches, asked, data):
     """Whoever else is there, in whatever row, lanes and pages: tokens and log probabilities alike. Others are cancelled
     at any time; and nothing is compiled for any of it."""
     model = decoding.built("default", **decoding.ALONE | dict(model__rule=rule))
-    crowd, cancelled = Played(decoding.engine(model)), set()
+    crowd, cancelled = Played(decoding.engine(model, branches=branches)), set()
     scripts = [forking.drawn_script(seed, sampled=True, shared=PREFIXES) for seed, _, _ in asked]
     for number, (script, (_, steps, gone)) in enumerate(zip(scripts, asked, strict=True)):
         assert crowd.submit(script) == number
@@ -87,7 +89,7 @@ def test_what_a_request_samples_is_the_same_to_the_bit_at_every_occupancy(rule, 
             crowd.engine.cancel(victim)
     crowd.finish()
     for number, script in enumerate(scripts):
-        alone = Played(decoding.engine(model))
+        alone = Played(decoding.engine(model, branches=branches))
         alone.submit(script, stream=number)
         alone.finish()
         found, expected = ({b: text.events for b, text in p.texts[n].items()} for p, n in ((crowd, number), (alone, 0)))
@@ -114,6 +116,7 @@ def test_many_branches_are_the_same_to_the_bit_beside_others(rule, before, given
         asked = engine.submit(
             PREFIXES[2], branches=20, texts=texts, most_tokens=5, sampling=Sampling(temperature=0.9), stream=1
         )
+        assert engine.find(asked).group == (1 if given and rule == "own_branch" else LANES)
         events = []
         while engine.busy:
             events += [event._replace(request=0) for event in engine.step() if event.request == asked]

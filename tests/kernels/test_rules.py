@@ -336,3 +336,14 @@ def test_parse_refuses_by_name(text, names):
     told = str(refused.value)
     assert told.startswith("model.rule = ") and "\n" not in told and len(told) < 400
     assert all(name in told for name in names) and ("choose" in told or "join causal, all_branches" in told)
+
+
+@pytest.mark.parametrize("others", [True, False])
+def test_which_rules_show_branches_each_other(others):
+    """Compared with every pair of small coordinates of two branches, neither of them the prompt."""
+    shown = ["all_branches", "causal", "window(3)", "own_branch | window(3)", "all_branches & every(4)"]
+    hidden = ["own_branch", "own_branch & window(3)", "all_branches & own_branch", "own_branch & every(4)"]
+    time = np.arange(8)
+    q, k = (Coordinates(0 * time, 0 * time + branch, time, 2 * time + branch) for branch in (1, 2))
+    for rule in map(rules.parse, shown if others else hidden):
+        assert rules.shows_others(rule) == bool(rules.visible(rule, q, k).any()) == others
