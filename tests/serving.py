@@ -94,6 +94,7 @@ def served(worker: Worker) -> Served:
         engine.branches,
         engine.length,
         engine.unit,
+        engine.page,
         engine.own_pages,
         engine.alternatives,
         worker.room,

@@ -108,7 +108,7 @@ JSONL = ("--jsonl", "--json")
     (JSONL, b'{"prompt": "a"}\n{"prompt": ""}', "line 2: the prompt is empty"),
     (JSONL, b'{"prompt": "a", "branches": 257}', "line 1: branches = 257 is not within the budget; choose 0 to 256"),
     (JSONL, b"\xff", "- is not UTF-8 at byte 0"),
-    ((), b"a" * 2**17, "standard input: a prompt of 131072 tokens and 1 x 128 to generate need 131200 slots"),
+    ((), b"a" * 2**17, "standard input: a prompt of 131072 tokens and 1 x 128 to generate need 131328 slots"),
     (JSONL, b"\n", "there is no prompt"),
     (("--file", "no/such.jsonl"), b"", "cannot read no/such.jsonl: No such file"),
     (("--prompt", "a", "--top-k", "x"), b"", "argument --top-k: invalid int value: 'x'"),

@@ -22,7 +22,7 @@ from lab.decode.request import Branch, Event, Request
 from lab.decode.sampling import Found, Sampling
 from lab.errors import UserError
 from lab.kernels import rules
-from lab.kernels.tiles import FEW, LONGEST
+from lab.kernels.tiles import FEW, LANES
 
 __all__ = ["Engine", "Event"]
 
@@ -30,11 +30,12 @@ __all__ = ["Engine", "Event"]
 class Engine:
     """Decodes requests over a model, whose layers it keeps in arrays of their own, beside those of whoever built it.
 
-    rows, length: of the cache, slots of a row, made a multiple of forest.PAGE and no less than a chunk; of a long row
-    with one branch, a multiple of the keys that attention takes at once there. A row holds several requests as long as
-    there is room. Those whose prompts begin alike share a row, and the slots of what they begin with: whole stems of
-    max(chunk, PAGE) tokens, and a prompt that is the same to its end, but for its very last token, which each gives the
-    model itself. Where a mixer has a state for each branch, a request has a row to itself.
+    rows, length: of the cache, slots of a row, made whole pages and no less than a chunk; of a long row with one
+    branch, a multiple of the keys that attention takes at once there. A page has forest.PAGE slots, in a long row with
+    few branches more. A row holds several requests as long as there is room. Those whose prompts begin alike share a
+    row, and the slots of what they begin with: whole pages of tokens, as many as a chunk fills, and a prompt that is
+    the same to its end, but for its very last token, which each gives the model itself. Where a mixer has a state for
+    each branch, a request has a row to itself.
     branches: of a row, so at most so many of one request, with those that forks and joins may add; and the highest
     number of one.
     chunk: tokens of a prompt that one program takes at once, a divisor or multiple of PAGE. They begin at the first.
@@ -71,12 +72,11 @@ class Engine:
             raise UserError(f"alternatives = {alternatives} is not valid; choose 0 to {C}, which are all tokens")
         self.model, self.rows, self.branches = model.apart(), rows, branches
         self.flat = programs.Flat.of(self.model)
-        whole = LONGEST if branches == 1 and length > LONGEST else PAGE
-        self.length, self.chunk, self.alternatives = whole * -(-max(length, chunk) // whole), chunk, alternatives
-        self.unit = max(chunk, PAGE)
+        self.chunk, self.alternatives = chunk, alternatives
+        self.length, self.page, self.unit = forest.row_of(length, branches, chunk)
         self.own_pages = branches > FEW and not any(map(rules.shows_others, {b.mixer.rule for b in self.model.blocks}))
         self.apart = any(block.mixer.in_order for block in model.blocks)
-        self.forests = [Forest(self.length, branches, self.apart) for _ in range(rows)]
+        self.forests = [Forest(self.length, self.page, branches, self.apart) for _ in range(rows)]
         self.state = programs.beginning(self.model, rows, self.length, branches)
         self.limits = None  # on the device; None: no longer those of the rows
         self.waiting: collections.deque[Request] = collections.deque()
@@ -131,6 +131,7 @@ class Engine:
             further=further,
             alone=alone,
             unit=self.unit,
+            page=self.page,
             own_pages=self.own_pages,
         )
         self.check(made)
@@ -166,7 +167,7 @@ class Engine:
             raise UserError(f"alternatives = {made.alternatives} is not valid; choose 0 to {self.alternatives}")
         if len(made.prompt) + min(b.given for b in made.branches) < 1:
             raise UserError("the prompt is empty: there is nothing to continue; give at least one token")
-        if (needed := forest.needed(len(made.shared), made.owns, self.unit)) > self.length:
+        if (needed := forest.needed(len(made.shared), made.owns, self.unit, self.page)) > self.length:
             n = len(made.branches) + made.further
             raise UserError(
                 f"a prompt of {len(made.prompt) + most} tokens and {n} x {made.most_tokens} to generate need {needed} "
@@ -294,7 +295,7 @@ class Engine:
     def leave(self) -> None:
         """Takes out requests all of whose branches have ended, and frees what is nobody's then."""
         self.waiting = collections.deque(made for made in self.waiting if made.live)
-        freed_BP = np.zeros((self.rows, self.length // PAGE), bool)
+        freed_BP = np.zeros((self.rows, self.length // self.page), bool)
         for pages, row in zip(freed_BP, self.forests, strict=True):
             for made in [made for made in row.requests if not made.live]:
                 pages[row.remove(made)] = True
@@ -310,7 +311,7 @@ class Engine:
 
     def fill(self) -> None:
         """Puts the next chunk into the cache, in each row that of the first request that lacks some."""
-        given = Given(self.rows, self.chunk)
+        given = Given(self.rows, max(self.chunk, LANES))  # fewer would be read in tiles that are wider than a page
         for i, row in enumerate(self.forests):
             made = next((made for made in row.requests if not made.ready), None)
             if made is None:
@@ -325,7 +326,7 @@ class Engine:
             stem.filled += len(places)
             time = stem.start + places
             given.put(
-                i, slice(len(places)), np.array(stem.tokens)[places], forest.slots(stem.pages, places),
+                i, slice(len(places)), np.array(stem.tokens)[places], row.slots(stem.pages, places),
                 segment=self.segment(made), branch=stem.branch, time=time, index=time, node=stem.node,
             )  # fmt: skip
         self.read += (count := given.count)
@@ -340,7 +341,7 @@ class Engine:
         held, group, node = np.zeros_like(rank), rank // made.group, np.array(made.lanes)[rank]
         for i in np.unique(group):
             count = int((group == i).sum())
-            held[group == i] = forest.slots(made.pages[i], made.held[i] + np.arange(count))
+            held[group == i] = self.forests[row].slots(made.pages[i], made.held[i] + np.arange(count))
             made.held[i] += count
         given.put(row, places, ids, held, segment=self.segment(made), branch=branch, time=time, index=index, node=node)
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from lab.decode.request import PAGE, Request, group_size, grouped
 from lab.kernels.rules import ENDLESS, HIDDEN
+from lab.kernels.tiles import FEW, LONGEST, WIDE, WIDE_FROM, key_tile
 
 
 @dataclass(eq=False)
@@ -41,8 +42,8 @@ class Stem:
 class Forest:
     """What a row of the cache holds. apart: whether a request has it to itself, as states of its branches have."""
 
-    def __init__(self, slots: int, lanes: int, apart: bool):
-        self.apart, pages = apart, slots // PAGE
+    def __init__(self, slots: int, page: int, lanes: int, apart: bool):
+        self.apart, self.page, pages = apart, page, slots // page
         self.lanes, self.pages = list(range(lanes)), list(range(pages))  # that are free
         self.stems: dict[tuple, Stem] = {}
         self.requests: list[Request] = []
@@ -64,7 +65,7 @@ class Forest:
         if self.apart and self.requests:
             return False
         new = made.pieces[len(self.found(made)) :]
-        needed = sum(pages_of(len(tokens)) for tokens in new) + sum(map(pages_of, made.owns))
+        needed = sum(pages_of(tokens, self.page) for tokens in (*map(len, new), *made.owns))
         return needed <= len(self.pages) and len(made.branches) + made.further <= len(self.lanes)
 
     def put(self, made: Request) -> None:
@@ -73,7 +74,7 @@ class Forest:
         start = sum(len(stem.tokens) for stem in made.stems)
         for tokens in made.pieces[len(made.stems) :]:
             before = made.stems[-1] if made.stems else None
-            held = self.free(self.pages, pages_of(len(tokens)))
+            held = self.free(self.pages, pages_of(len(tokens), self.page))
             stem = Stem(before, int(made.alone), tokens, start, held, self.first_stem + held[0])
             made.stems.append(stem)
             self.stems[stem.key] = stem
@@ -82,7 +83,7 @@ class Forest:
             start += len(tokens)
         for stem in made.stems:
             stem.users += 1
-        made.pages = [self.free(self.pages, pages_of(own)) for own in made.owns]
+        made.pages = [self.free(self.pages, pages_of(own, self.page)) for own in made.owns]
         made.lanes = self.free(self.lanes, len(made.branches) + made.further)
         self.requests.append(made)
         self.see(made)
@@ -111,6 +112,10 @@ class Forest:
         self.pages, self.lanes = sorted(self.pages + left), sorted(self.lanes + made.lanes)
         return left
 
+    def slots(self, held: list[int], places: np.ndarray) -> np.ndarray:
+        """Of the places 0, 1, ... of tokens in these pages."""
+        return np.array(held)[places // self.page] * self.page + places % self.page
+
     @staticmethod
     def free(among: list[int], count: int) -> list[int]:
         """The first that are free, no longer so."""
@@ -119,27 +124,45 @@ class Forest:
         return taken
 
 
-def pages_of(tokens: int) -> int:
+def pages_of(tokens: int, page: int) -> int:
     """That hold so many."""
-    return -(-tokens // PAGE)
+    return -(-tokens // page)
 
 
-def slots(held: list[int], places: np.ndarray) -> np.ndarray:
-    """Of the places 0, 1, ... of tokens in these pages."""
-    return np.array(held)[places // PAGE] * PAGE + places % PAGE
+def row_of(length: int, branches: int, chunk: int) -> tuple[int, int, int]:
+    """(slots of a row, of a page, tokens of a stem of a prompt) of an engine that was asked for so many slots: pages
+    are whole tiles of keys. A row of one branch has one request, so that its tiles may have several pages."""
+    least = max(length, chunk)
+    page = max(PAGE, key_tile(branches, whole(least, WIDE))) if branches > 1 else PAGE
+    return whole(least, LONGEST if branches == 1 and length > LONGEST else page), page, whole(chunk, page)
 
 
-def needed(shared: int, owns: Sequence[int], unit: int = PAGE) -> int:
+def whole(count: int, of: int) -> int:
+    """The least multiple of `of` that is no less than a count."""
+    return of * -(-count // of)
+
+
+def needed(shared: int, owns: Sequence[int], unit: int, page: int) -> int:
     """Slots that a request takes of an empty row: of its prompt, and of own tokens of each group of branches."""
-    whole, rest = divmod(shared, unit)
-    return PAGE * (whole * pages_of(unit) + pages_of(rest) + sum(map(pages_of, owns)))
+    stems, rest = divmod(shared, unit)
+    return stems * whole(unit, page) + sum(whole(tokens, page) for tokens in (rest, *owns))
 
 
-def needed_for(prompt: int, texts: Sequence[int], most_tokens: int, unit: int = PAGE, own_pages: bool = True) -> int:
+def needed_for(
+    prompt: int, texts: Sequence[int], most_tokens: int, unit: int = PAGE, page: int = 0, own_pages: bool = True
+) -> int:
     """The same of a prompt of so many tokens, and branches that begin with so many; of one text with it if of none.
 
-    own_pages: that of an engine; with them it is enough for any.
+    unit, page, own_pages: those of an engine; with page = 0 it is enough for any that takes chunks of `unit` tokens.
     """
     each = [given + most_tokens for given in texts]
-    owns = grouped(each, int(prompt > 0), group_size(each, own_pages)) if texts else [most_tokens]
-    return needed(max(prompt - 1, 0), owns, unit)
+
+    def slots(page: int) -> int:
+        owns = grouped(each, int(prompt > 0), group_size(each, own_pages, page)) if texts else [most_tokens]
+        return needed(max(prompt - 1, 0), owns, whole(unit, page), page)
+
+    if page:
+        return slots(page)
+    least = slots(PAGE)
+    # Less than half of the least row that has wide pages fits into it, whatever they leave empty.
+    return max(least, slots(WIDE)) if len(texts) <= FEW and 2 * least >= WIDE_FROM else least

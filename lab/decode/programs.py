@@ -14,7 +14,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lab.coordinates import Coordinates
 from lab.decode import sampling
-from lab.decode.forest import PAGE
 from lab.decode.sampling import Found, Sampling
 from lab.kernels import rules
 from lab.model import slots
@@ -149,7 +148,7 @@ def kept(state: Held, tokens_BT, at: Coordinates, slots_BT):
 @jax.jit
 def released(segment_BS, freed_BP):
     """Segments of the cache in which these pages are free."""
-    return jnp.where(jnp.repeat(freed_BP, PAGE, axis=1), -1, segment_BS)
+    return jnp.where(jnp.repeat(freed_BP, segment_BS.shape[1] // freed_BP.shape[1], axis=1), -1, segment_BS)
 
 
 @functools.partial(jax.jit, donate_argnames="cache")

@@ -11,7 +11,7 @@ from lab.decode.sampling import Found, Sampling
 from lab.errors import UserError
 from lab.kernels.tiles import LANES
 
-PAGE = 64  # slots: a tile of keys
+PAGE = 64  # slots, at least: whole tiles of keys
 
 
 class Event(NamedTuple):
@@ -74,10 +74,10 @@ class Token(NamedTuple):
     id: int
 
 
-def group_size(tokens: Sequence[int], own_pages: bool) -> int:
+def group_size(tokens: Sequence[int], own_pages: bool, page: int) -> int:
     """Branches whose own tokens lie together, in the order of time, of the tokens that each may have: one where they
     may have pages of their own, and fill them."""
-    return 1 if own_pages and min(tokens) >= PAGE else LANES
+    return 1 if own_pages and min(tokens) >= page else LANES
 
 
 def grouped(tokens: Sequence[int], further: int, group: int) -> list[int]:
@@ -103,6 +103,7 @@ class Request:
     further: int  # branches that forks and joins may add
     alone: bool  # whether its prompt is the beginning of its only branch
     unit: int  # tokens of a stem of a prompt
+    page: int  # slots
     own_pages: bool  # whether a branch may have some: what it writes, the others do not see
     group: int = field(init=False)  # branches whose own tokens lie together
     shared: list[int] = field(init=False)  # tokens that are stored once for all requests that begin with them
@@ -126,7 +127,7 @@ class Request:
             self.ahead += self.tokens()
             self.advance()
         each = [b.given + b.most for b in self.branches] + self.further * [self.most_tokens]
-        self.group = group_size(each, self.own_pages)
+        self.group = group_size(each, self.own_pages, self.page)
         self.owns = grouped(each, len(self.prompt[-1:]) - (len(self.shared) if self.alone else 0), self.group)
         self.held = [0] * len(self.owns)
 

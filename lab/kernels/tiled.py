@@ -24,7 +24,7 @@ from lab.kernels.dropout import Dropped, factors
 from lab.kernels.folding import fold_queries, key_tiles, own_values, spread_queries, unfold_queries
 from lab.kernels.residuals import kept
 from lab.kernels.rules import Rule, visible
-from lab.kernels.tiles import FEW, LANES, LONGEST, Lanes, Tiles, is_step, make_lanes, make_tiles, pad_to_tiles
+from lab.kernels.tiles import FEW, LANES, Lanes, Tiles, is_step, key_tile, make_lanes, make_tiles, pad_to_tiles
 
 SPREAD = 32  # query heads at most that one product takes: what it multiplies in vain grows with them
 MASKED = -1e30  # not -inf: a tile may hide every key of a query, and inf - inf is nan
@@ -50,13 +50,8 @@ class TiledStatic(NamedTuple):
 
 
 def tile_sizes(T: int, S: int) -> tuple[int, int]:
-    """Tokens of a query tile and of a key tile: 64, or less for short inputs; all queries of a step of decoding.
-
-    Keys of a single query come in larger tiles if those divide S: none are copied to fill the last one.
-    """
-    if T == 1:
-        return 1, next((tile for tile in (LONGEST, 256, 128) if S % tile == 0), min(64, S))
-    return T if is_step(T, S) else min(64, T), min(64, S)
+    """Tokens of a query tile and of a key tile: 64, or less for short inputs; all queries of a step of decoding."""
+    return T if is_step(T, S) else min(64, T), key_tile(T, S)
 
 
 def plan(rule: Rule, q_coordinates: Coordinates, k_coordinates: Coordinates, limits=None, lanes=False) -> Tiles | Lanes:

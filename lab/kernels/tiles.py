@@ -16,6 +16,7 @@ FULL, PARTIAL, EMPTY = range(3)  # tiles in the order of a list: no pair is hidd
 LANES = 16  # queries of a tile where each goes on with a text of its own
 FEW = 8  # such queries that read all texts together, at no more cost than each its own
 LONGEST = 512  # keys of a tile that a single query reads
+WIDE, WIDE_FROM = 256, 1024  # keys of a tile that FEW queries read, and of a row from which on they do
 SHARED = 8  # keys for each query from which on reading them is what a call costs
 FIRST, LAST, ADD_FULL, ADD_PARTIAL = 1, 2, 4, 8  # what a step does: begins and ends its tile, adds another to it
 
@@ -34,6 +35,13 @@ class Tiles(NamedTuple):
 def is_step(T: int, S: int) -> bool:
     """Whether T queries over S keys are a step of decoding: one tile of queries then reads each key once for all."""
     return T <= 256 and S >= SHARED * T
+
+
+def key_tile(T: int, S: int) -> int:
+    """Keys of a tile that T queries over S keys read: 64, or less for short inputs. One query, or a few over many keys,
+    read larger tiles, so that a loop has fewer turns, if these divide S: none are copied to fill the last one."""
+    larger = (LONGEST, 256, 128) if T == 1 else (WIDE,) if T <= FEW and S >= WIDE_FROM else ()
+    return next((tile for tile in larger if S % tile == 0), min(64, S))
 
 
 def pad_to_tiles(coordinates: Coordinates, tile: int) -> Coordinates:

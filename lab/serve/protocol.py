@@ -54,6 +54,7 @@ class Served:
     branches: int
     length: int  # slots of a row of the cache
     unit: int  # of them, those of a stem of a prompt
+    page: int
     own_pages: bool  # whether a branch has some of it to itself
     alternatives: int
     most_prompts: int
@@ -61,7 +62,7 @@ class Served:
 
     def needed(self, prompt: Sequence[int], n: int, most: int) -> int:
         """Slots that n texts of at most so many tokens take, with their prompt."""
-        return needed_for(len(prompt), [0] * branches(n), most, self.unit, self.own_pages)
+        return needed_for(len(prompt), [0] * branches(n), most, self.unit, self.page, self.own_pages)
 
     def describe(self) -> dict:
         about = {"id": self.name, "object": "model", "created": self.since, "owned_by": "lab"}

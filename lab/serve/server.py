@@ -8,7 +8,6 @@ from starlette.applications import Starlette
 
 from lab.data.tokenizers import Tokenizer
 from lab.decode.engine import Engine
-from lab.decode.forest import PAGE
 from lab.errors import UserError
 from lab.serve.app import app
 from lab.serve.protocol import Served
@@ -46,10 +45,10 @@ def serve(
     """
     alternatives = min(ALTERNATIVES, model.embedding.shape[0])
     engine = Engine(model, rows=rows, length=length, branches=branches, alternatives=alternatives)
-    if engine.length < 2 * PAGE:
-        raise UserError(f"length = {length} has no room for a prompt and what follows it; choose at least {2 * PAGE}")
+    if engine.length < (least := 2 * engine.page):
+        raise UserError(f"length = {length} has no room for a prompt and what follows it; choose at least {least}")
     worker = Worker(engine, tokenizer, WAITING)
-    cache = dict(length=engine.length, unit=engine.unit, own_pages=engine.own_pages)
+    cache = dict(length=engine.length, unit=engine.unit, page=engine.page, own_pages=engine.own_pages)
     served = Served(name, tokenizer, branches, **cache, alternatives=alternatives, most_prompts=worker.room)
     server = Server(worker, app(worker, served))
     print(f"lab: compiling for {rows} rows of {engine.length} tokens and up to {branches} branches", flush=True)

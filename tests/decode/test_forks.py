@@ -9,11 +9,12 @@ from forking import Op, Played, Script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lab.decode import programs
+from lab.decode import forest, programs
 from lab.decode.engine import Engine
 from lab.decode.sampling import Sampling
 from lab.errors import UserError
-from lab.kernels.tiles import LANES
+from lab.kernels import tiled
+from lab.kernels.tiles import FEW, LANES
 from lab.model.mixers import MIXERS
 
 CLOSE = 1e-3  # float32 in another order
@@ -105,24 +106,35 @@ def test_what_a_request_samples_is_the_same_to_the_bit_at_every_occupancy(rule, 
 def test_many_branches_are_the_same_to_the_bit_beside_others(rule, before, given):
     """Of more than a tile of queries: alone all of them read the prompt at once, beside others not. Those that are
     given some tokens fill pages of their own where no other sees these."""
+    texts = [decoding.tokens(np.random.default_rng(i), given) for i in range(20)]
+    group = 1 if given and rule == "own_branch" else LANES
+    alone, beside = (found_beside(n, rule, 44, PREFIXES[2], texts, group) for n in (0, before))
+    assert alone == beside
+
+
+def test_few_branches_in_a_long_row_are_the_same_to_the_bit_beside_others():
+    """Their prompt has more than a tile of keys: were pages smaller than a tile, it would begin within one."""
+    prompt = decoding.tokens(np.random.default_rng(9), 300)
+    alone, beside = (found_beside(n, "own_branch", FEW, prompt, [[], [3]], LANES) for n in (0, 3))
+    assert alone == beside
+
+
+def found_beside(others: int, rule: str, branches: int, prompt: list[int], texts: list[list[int]], group: int) -> list:
+    """What the branches of a request draw, beside so many of another one. group: how many of them share pages."""
     model = decoding.built("default", **decoding.ALONE | dict(model__rule=rule))
-    found = []
-    for others in (0, before):
-        engine = Engine(model, rows=1, length=4096, branches=44, chunk=64)
-        if others:
-            engine.submit(PREFIXES[1], branches=others, most_tokens=9, stream=7)
-            engine.step()
-        texts = [decoding.tokens(np.random.default_rng(i), given) for i in range(20)]
-        asked = engine.submit(
-            PREFIXES[2], branches=20, texts=texts, most_tokens=5, sampling=Sampling(temperature=0.9), stream=1
-        )
-        assert engine.find(asked).group == (1 if given and rule == "own_branch" else LANES)
-        events = []
-        while engine.busy:
-            events += [event._replace(request=0) for event in engine.step() if event.request == asked]
-        assert len(events) == 100
-        found.append(sorted(events, key=lambda event: event.branch))
-    assert found[0] == found[1]
+    engine = Engine(model, rows=1, length=4096, branches=branches, chunk=64)
+    if others:
+        engine.submit(PREFIXES[1], branches=others, most_tokens=9, stream=7)
+        engine.step()
+    asked = engine.submit(
+        prompt, branches=len(texts), texts=texts, most_tokens=5, sampling=Sampling(temperature=0.9), stream=1
+    )
+    assert engine.find(asked).group == group
+    events = []
+    while engine.busy:
+        events += [event._replace(request=0) for event in engine.step() if event.request == asked]
+    assert len(events) == 5 * len(texts)
+    return sorted(events, key=lambda event: event.branch)
 
 
 def counted(monkeypatch) -> list[int]:
@@ -244,6 +256,31 @@ def test_implementations_that_read_no_limits_refuse_by_name():
         pytest.raises(UserError, match=r"'pallas_tpu' reads no limits .* among: auto, reference"),
     ):
         kernels.resolve("pallas_tpu", forking=True)
+
+
+@given(
+    st.integers(0, 3000), st.lists(st.integers(0, 300), max_size=20), st.integers(1, 300), st.integers(0, 20),
+    st.integers(0, 3000), st.sampled_from([1, 16, 64, 128, 320]),
+)  # fmt: skip
+@settings(max_examples=200)
+def test_what_is_needed_for_a_request_is_enough_in_any_engine(prompt, texts, most, more, longer, chunk):
+    """Of as many branches and slots, or of more, that gives branches pages of their own or not."""
+    n = max(len(texts), 1)
+    length = forest.needed_for(prompt + 1, texts, most, chunk)
+    row, page, unit = forest.row_of(length + longer, n + more if texts else 1, chunk)
+    assert row >= length + longer and not row % page and not unit % page and unit >= chunk
+    for own_pages in (False, n + more > FEW):
+        assert forest.needed_for(prompt + 1, texts, most, unit, page, own_pages) <= row
+
+
+@pytest.mark.parametrize("branches", [1, 2, FEW, FEW + 1])
+@given(st.integers(1, 5000), st.sampled_from([1, 64, 2048]))
+@settings(max_examples=50)
+def test_pages_are_whole_tiles(branches, length, chunk):
+    """But in a row of one branch, where a request is alone: so none reads what others have in a tile of its own."""
+    row, page, _ = forest.row_of(length, branches, chunk)
+    for T in (branches, max(chunk, LANES)):
+        assert branches == 1 or page % tiled.tile_sizes(T, row)[1] == 0
 
 
 def test_chunks_that_cut_pages_are_refused():

@@ -1,4 +1,4 @@
-"""A step of decoding of one query a row, which reads long tiles with one product for all heads."""
+"""A step of decoding of few queries a row, which read large tiles; one does with one product for all heads."""
 
 import functools
 
@@ -60,20 +60,23 @@ def check(rule, at, heads, rng, *, softcap=None, sloped=False, limits=None) -> N
 
 
 @pytest.mark.parametrize(
-    ("S", "tile", "heads", "softcap", "sloped"),
+    ("T", "S", "tile", "heads", "softcap", "sloped"),
     [
-        (1024, 512, (8, 2), None, False),
-        (768, 256, (6, 6), 1.5, True),
-        pytest.param(640, 128, (4, 1), None, True, marks=pytest.mark.slow),
-        pytest.param(1024, 512, (tiled.SPREAD + 2, 2), 1.5, False, marks=pytest.mark.slow),
-        pytest.param(200, 64, (8, 4), None, False, marks=pytest.mark.slow),  # which no longer tile divides
+        (1, 1024, 512, (8, 2), None, False),
+        (1, 768, 256, (6, 6), 1.5, True),
+        (3, 1280, 256, (4, 2), 1.5, False),
+        pytest.param(1, 640, 128, (4, 1), None, True, marks=pytest.mark.slow),
+        pytest.param(1, 1024, 512, (tiled.SPREAD + 2, 2), 1.5, False, marks=pytest.mark.slow),
+        pytest.param(1, 200, 64, (8, 4), None, False, marks=pytest.mark.slow),  # which no longer tile divides
+        pytest.param(tiled.FEW, 1024, 256, (8, 8), None, True, marks=pytest.mark.slow),
+        pytest.param(2, 1100, 64, (8, 2), None, False, marks=pytest.mark.slow),
     ],
 )
 @given(SEED, st.sampled_from(["ragged", "scattered"]))
 @settings(max_examples=3)
-def test_one_query_reads_long_tiles(S, tile, heads, softcap, sloped, seed, pack):
-    assert tiled.tile_sizes(1, S) == (1, tile)
+def test_few_queries_read_large_tiles(T, S, tile, heads, softcap, sloped, seed, pack):
+    assert tiled.tile_sizes(T, S) == (T, tile)
     rng = np.random.default_rng(seed)
     keys = packs.PACKS[pack](rng, 2, S)
-    some = rng.integers(0, S, 1)
+    some = rng.integers(0, S, T)
     check(rules.causal, (keys.map(lambda x: x[:, some]), keys), heads, rng, softcap=softcap, sloped=sloped)

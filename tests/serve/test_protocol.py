@@ -13,7 +13,9 @@ from lab.decode.text import Transcripts
 from lab.serve import protocol
 from lab.serve.protocol import Refusal, Reply, Served
 
-SERVED = Served("tiny", Bytes(), branches=3, length=256, unit=64, own_pages=False, alternatives=2, most_prompts=4)
+SERVED = Served(
+    "tiny", Bytes(), branches=3, length=256, unit=64, page=64, own_pages=False, alternatives=2, most_prompts=4
+)
 
 
 def read(**body) -> protocol.Completion:

@@ -23,7 +23,9 @@ class Talking(Bytes):
     encode_chat = Bytes.encode
 
 
-SERVED = Served("tiny", Talking(), branches=3, length=256, unit=64, own_pages=False, alternatives=2, most_prompts=4)
+SERVED = Served(
+    "tiny", Talking(), branches=3, length=256, unit=64, page=64, own_pages=False, alternatives=2, most_prompts=4
+)
 HELLO = [{"role": "user", "content": "ab"}]
 
 
