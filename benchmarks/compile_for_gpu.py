@@ -62,8 +62,7 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 KIND = AbstractDevice("NVIDIA H100 80GB HBM3", 1, "gpu")
 CASES = [  # implementation, K, V, pairs that rotate inside, softcap
     *(("pallas_gpu", K, V, 0, None) for K, V in ((64, 64), (128, 128), (192, 128), (256, 256))),
-    ("pallas_gpu", 64, 64, 32, None),
-    ("pallas_gpu", 128, 128, 64, None),
+    ("pallas_gpu", 64, 64, 32, None),  # wider ones rotate before: their kernels are those above
     ("pallas_gpu", 64, 64, 0, 30.0),
     *(("pallas_triton", K, V, 0, None) for K, V in ((32, 32), (64, 64), (128, 128))),  # of which ptxas tells nothing
 ]
