@@ -44,7 +44,7 @@ OTHERS = {
 }
 SERVED = {  # of lab.decode.engine.Engine
     "rows": (int, ROWS, "of the cache; each holds as many requests as it has room for"),
-    "length": (int, 2048, "tokens of a row: of prompts and branches, in pages of 64"),
+    "length": (int, 2048, "tokens of a row: of prompts and branches, in pages of 64 or 256"),
     "branches": (int, 16, "of a row, so of a request"),
 }
 TEXTS = {"stop": "a string that ends a branch", "begin": "what one branch begins with after the prompt"}
