@@ -1,7 +1,7 @@
 """Branches that share a prompt, one after the other, as a batch, and by `transformers`: tokens a second and memory.
 
     python benchmarks/decode.py [--prefixes 128 512 2048 8192] [--branches 1 2 4 8 16 32 64] [--shares 1 4]
-                                [--own 64] [--rounds 5] [--steps 3] [--dim 256] [--heads 8] [--layers 4]
+                                [--own 64] [--rounds 7] [--steps 5] [--dim 256] [--heads 8] [--layers 4]
                                 [--chunk 64] [--read 16384] [--most 8] [--torch-python PATH] [--out DIR] [--quick]
 
 N branches go on from one prefix of P tokens, each after `own` tokens of its own, greedily, under own_branch, so that
@@ -253,8 +253,8 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--branches", nargs="+", default=[1, 2, 4, 8, 16, 32, 64], **whole)
     parser.add_argument("--shares", nargs="+", default=[1, 4], **whole, help="query heads of a key head")
     parser.add_argument("--own", default=64, **whole, help="tokens of each branch when it is measured")
-    parser.add_argument("--rounds", default=5, **whole, help="turns of each way")
-    parser.add_argument("--steps", default=3, **whole, help="of a turn")
+    parser.add_argument("--rounds", default=7, **whole, help="turns of each way")
+    parser.add_argument("--steps", default=5, **whole, help="of a turn; the first finds nothing in caches")
     parser.add_argument("--dim", default=256, **whole, help="width; heads are dim / heads wide")
     parser.add_argument("--heads", default=8, **whole)
     parser.add_argument("--layers", default=4, **whole)
