@@ -130,9 +130,8 @@ def check_empty(engine: Engine) -> None:
     assert engine.free_slots == engine.rows * engine.length
     for forest in engine.forests:
         assert not forest.requests and not forest.stems
-        assert forest.pages == list(range(engine.length // engine.page)) and forest.lanes == list(
-            range(engine.branches)
-        )
+        assert forest.pages == list(range(engine.length // engine.page))
+        assert forest.lanes == list(range(engine.branches))
 
 
 def drawn_script(seed: int, sampled: bool, longest: int = 10, shared=()) -> Script:
