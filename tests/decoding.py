@@ -11,7 +11,7 @@ from lab.coordinates import Coordinates
 from lab.decode.engine import Engine
 from lab.kernels import tiles
 
-SHAPE = dict(rows=2, length=384, branches=tiles.FEW + 2, chunk=4)  # some read their own texts alone
+SHAPE = dict(rows=2, length=960, branches=tiles.FEW + 2, chunk=4)  # some read their own texts alone
 LENGTH = 64  # tokens of a full pass
 # The prompt and a branch of its own are all that a token sees, and nothing turns by the flat index.
 ALONE = dict(model__rule="own_branch", model__position__unselected="time")

@@ -22,7 +22,7 @@ from lab.decode.request import Branch, Event, Request
 from lab.decode.sampling import Found, Sampling
 from lab.errors import UserError
 from lab.kernels import rules
-from lab.kernels.tiles import FEW, LANES
+from lab.kernels.tiles import FEW
 
 __all__ = ["Engine", "Event"]
 
@@ -131,7 +131,6 @@ class Engine:
             further=further,
             alone=alone,
             unit=self.unit,
-            page=self.page,
             own_pages=self.own_pages,
         )
         self.check(made)
@@ -311,7 +310,7 @@ class Engine:
 
     def fill(self) -> None:
         """Puts the next chunk into the cache, in each row that of the first request that lacks some."""
-        given = Given(self.rows, max(self.chunk, LANES))  # fewer would be read in tiles that are wider than a page
+        given = Given(self.rows, max(self.chunk, 2 * FEW))  # fewer would be read in tiles that are wider than a page
         for i, row in enumerate(self.forests):
             made = next((made for made in row.requests if not made.ready), None)
             if made is None:
@@ -338,10 +337,10 @@ class Engine:
         if not tokens:
             return
         rank, branch, time, index, ids = map(np.array, zip(*tokens, strict=True))
-        held, group, node = np.zeros_like(rank), rank // made.group, np.array(made.lanes)[rank]
-        for i in np.unique(group):
-            count = int((group == i).sum())
-            held[group == i] = self.forests[row].slots(made.pages[i], made.held[i] + np.arange(count))
+        held, own, node = np.zeros_like(rank), rank * made.own_pages, np.array(made.lanes)[rank]
+        for i in np.unique(own):
+            count = int((own == i).sum())
+            held[own == i] = self.forests[row].slots(made.pages[i], made.held[i] + np.arange(count))
             made.held[i] += count
         given.put(row, places, ids, held, segment=self.segment(made), branch=branch, time=time, index=index, node=node)
 

@@ -1,9 +1,9 @@
 """Where the texts of a row lie in the cache, and who sees whom: prompts stored once, pages of slots, lanes of branches.
 
-A row of S slots is cut into pages. A page belongs to one stem of a prompt or to a group of branches of one request: to
-a single one, where it may fill a page and the rules of the model hide the others from it. So what a branch sees lies in
-whole tiles of its own request, in its own order, whatever else is in the row. A row also has N lanes: the branches of
-its requests, each with a place in a step of decoding. Lanes and stems are the M nodes of a table that says how far one
+A row of S slots is cut into pages. A page belongs to one stem of a prompt, or to one branch of a request: to all of
+them where there are few, or the rules of the model show them to each other. So what a branch sees lies in whole tiles
+of its own request, in its own order, whatever else is in the row. A row also has N lanes: the branches of its
+requests, each with a place in a step of decoding. Lanes and stems are the M nodes of a table that says how far one
 sees another (`lab.kernels.rules.forked`).
 """
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lab.decode.request import PAGE, Request, group_size, grouped
+from lab.decode.request import PAGE, Request, owns
 from lab.kernels.rules import ENDLESS, HIDDEN
 from lab.kernels.tiles import FEW, LONGEST, WIDE, WIDE_FROM, key_tile
 
@@ -142,10 +142,10 @@ def whole(count: int, of: int) -> int:
     return of * -(-count // of)
 
 
-def needed(shared: int, owns: Sequence[int], unit: int, page: int) -> int:
-    """Slots that a request takes of an empty row: of its prompt, and of own tokens of each group of branches."""
+def needed(shared: int, own: Sequence[int], unit: int, page: int) -> int:
+    """Slots that a request takes of an empty row: of its prompt, and of own tokens that lie together."""
     stems, rest = divmod(shared, unit)
-    return stems * whole(unit, page) + sum(whole(tokens, page) for tokens in (rest, *owns))
+    return stems * whole(unit, page) + sum(whole(tokens, page) for tokens in (rest, *own))
 
 
 def needed_for(
@@ -157,12 +157,12 @@ def needed_for(
     """
     each = [given + most_tokens for given in texts]
 
-    def slots(page: int) -> int:
-        owns = grouped(each, int(prompt > 0), group_size(each, own_pages, page)) if texts else [most_tokens]
-        return needed(max(prompt - 1, 0), owns, whole(unit, page), page)
+    def slots(page: int, own_pages: bool) -> int:
+        own = owns(each, int(prompt > 0), own_pages) if texts else [most_tokens]
+        return needed(max(prompt - 1, 0), own, whole(unit, page), page)
 
     if page:
-        return slots(page)
-    least = slots(PAGE)
+        return slots(page, own_pages)
+    least = slots(PAGE, True)
     # Less than half of the least row that has wide pages fits into it, whatever they leave empty.
-    return max(least, slots(WIDE)) if len(texts) <= FEW and 2 * least >= WIDE_FROM else least
+    return max(least, slots(WIDE, False)) if len(texts) <= FEW and 2 * least >= WIDE_FROM else least

@@ -9,7 +9,6 @@ import numpy as np
 
 from lab.decode.sampling import Found, Sampling
 from lab.errors import UserError
-from lab.kernels.tiles import LANES
 
 PAGE = 64  # slots, at least: whole tiles of keys
 
@@ -74,18 +73,13 @@ class Token(NamedTuple):
     id: int
 
 
-def group_size(tokens: Sequence[int], own_pages: bool, page: int) -> int:
-    """Branches whose own tokens lie together, in the order of time, of the tokens that each may have: one where they
-    may have pages of their own, and fill them."""
-    return 1 if own_pages and min(tokens) >= page else LANES
-
-
-def grouped(tokens: Sequence[int], further: int, group: int) -> list[int]:
-    """How many tokens groups of so many branches may have in the cache, of those of each branch; further: of the first
-    group. The very last token is given to no model; of several groups it may be that of any."""
-    owns = [sum(tokens[i : i + group]) for i in range(0, len(tokens), group)]
-    owns[0] += further - (len(owns) == 1)
-    return owns
+def owns(tokens: Sequence[int], before: int, own_pages: bool) -> list[int]:
+    """How many tokens lie together in the cache, of those that each branch may have: each branch's with own pages, else
+    all. before: of the first, beside them. The very last token is given to no model; of several it may be that of any.
+    """
+    counts = list(tokens) if own_pages else [sum(tokens)]
+    counts[0] += before - (len(counts) == 1)
+    return counts
 
 
 @dataclass(eq=False)
@@ -103,19 +97,17 @@ class Request:
     further: int  # branches that forks and joins may add
     alone: bool  # whether its prompt is the beginning of its only branch
     unit: int  # tokens of a stem of a prompt
-    page: int  # slots
-    own_pages: bool  # whether a branch may have some: what it writes, the others do not see
-    group: int = field(init=False)  # branches whose own tokens lie together
+    own_pages: bool  # whether each branch has some to itself; else all have them together, in the order of time
     shared: list[int] = field(init=False)  # tokens that are stored once for all requests that begin with them
     pieces: list[tuple[int, ...]] = field(init=False)  # the same, stem by stem
     time: int = field(init=False)  # at which the next tokens are given to the model, one by one
     index: int = field(init=False)  # of the first of them
     ahead: list[Token] = field(init=False)  # own tokens before: prefill takes them
-    owns: list[int] = field(init=False)  # tokens that each group of its branches may have to itself
+    owns: list[int] = field(init=False)  # own tokens that may lie together: of each branch, or of all
     filled: int = 0  # of these, how many are in the cache
-    held: list[int] = field(init=False)  # of each group, own tokens in the cache
+    held: list[int] = field(init=False)  # of these, each time, how many are in the cache
     lanes: list[int] = field(default_factory=list)  # of its row, one for each branch that it may have
-    pages: list[list[int]] = field(default_factory=list)  # of its row, for own tokens of each group
+    pages: list[list[int]] = field(default_factory=list)  # of its row, for each of these
     stems: list = field(default_factory=list)  # of its prompt (lab.decode.forest)
 
     def __post_init__(self):
@@ -127,8 +119,7 @@ class Request:
             self.ahead += self.tokens()
             self.advance()
         each = [b.given + b.most for b in self.branches] + self.further * [self.most_tokens]
-        self.group = group_size(each, self.own_pages, self.page)
-        self.owns = grouped(each, len(self.prompt[-1:]) - (len(self.shared) if self.alone else 0), self.group)
+        self.owns = owns(each, len(self.prompt[-1:]) - (len(self.shared) if self.alone else 0), self.own_pages)
         self.held = [0] * len(self.owns)
 
     @property

@@ -24,7 +24,7 @@ from lab.kernels.dropout import Dropped, factors
 from lab.kernels.folding import fold_queries, key_tiles, own_values, spread_queries, unfold_queries
 from lab.kernels.residuals import kept
 from lab.kernels.rules import Rule, visible
-from lab.kernels.tiles import FEW, LANES, Lanes, Tiles, is_step, key_tile, make_lanes, make_tiles, pad_to_tiles
+from lab.kernels.tiles import FEW, MANY, Lanes, Tiles, is_step, key_tile, make_lanes, make_tiles, pad_to_tiles
 
 SPREAD = 32  # query heads at most that one product takes: what it multiplies in vain grows with them
 MASKED = -1e30  # not -inf: a tile may hide every key of a query, and inf - inf is nan
@@ -58,14 +58,14 @@ def plan(rule: Rule, q_coordinates: Coordinates, k_coordinates: Coordinates, lim
     """The tile lists `attend` needs: made once per batch and rule, shared by layers.
 
     lanes: whether the queries of a step go on with texts of their own, so that a tile of all of them would read for
-    each what the others alone see: more than FEW go in tiles of LANES at most, as even as they can be, and each reads
-    by itself what it alone sees.
+    each what the others alone see: of more than FEW each reads by itself what it alone sees, and they read the rest in
+    tiles of MANY at most, as even as they can be. To put the keys of a tile in order costs more than their products.
     """
     T, S = q_coordinates.shape[1], k_coordinates.shape[1]
     q_tile, k_tile = tile_sizes(T, S)
     k_coordinates = pad_to_tiles(k_coordinates, k_tile)
     if lanes and T > FEW and is_step(T, S):
-        return make_lanes(rule, q_coordinates, k_coordinates, -(-T // -(-T // LANES)), k_tile, limits)
+        return make_lanes(rule, q_coordinates, k_coordinates, -(-T // -(-T // MANY)), k_tile, limits)
     return make_tiles(rule, pad_to_tiles(q_coordinates, q_tile), k_coordinates, q_tile, k_tile, limits)
 
 

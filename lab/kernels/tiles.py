@@ -13,8 +13,8 @@ from lab.coordinates import Coordinates
 from lab.kernels.rules import Range, Rule
 
 FULL, PARTIAL, EMPTY = range(3)  # tiles in the order of a list: no pair is hidden, some may be, all are
-LANES = 16  # queries of a tile where each goes on with a text of its own
-FEW = 8  # such queries that read all texts together, at no more cost than each its own
+FEW = 8  # queries that each go on with a text of their own, but read all texts together, at no more cost
+MANY = 64  # queries of a tile at most where there are more: each reads its own text by itself
 LONGEST = 512  # keys of a tile that a single query reads
 WIDE, WIDE_FROM = 256, 1024  # keys of a tile that FEW queries read, and of a row from which on they do
 SHARED = 8  # keys for each query from which on reading them is what a call costs

@@ -234,8 +234,8 @@ def test_log_probabilities_are_those_of_the_full_pass_and_change_no_token():
     ([1], dict(branches=2, texts=[[1]]), "1 texts for 2 branches"),
     ([1, tiny.VOCABULARY], {}, f"token {tiny.VOCABULARY} is outside of the model's vocabulary; choose 0 to 28"),
     ([1], dict(most_tokens=0), "most_tokens = 0 generates nothing"),
-    ([1] * 321, dict(most_tokens=65), "a prompt of 321 tokens and 1 x 65 to generate need 448 slots, and a row of the "
-                                      "cache has 384"),
+    ([1] * 897, dict(most_tokens=65), "a prompt of 897 tokens and 1 x 65 to generate need 1024 slots, and a row of the "
+                                      "cache has 960"),
     ([1], dict(sampling=Sampling(top_k=-1)), "top_k = -1 is not valid"),
     ([1], dict(alternatives=1), "alternatives = 1 is not valid; choose 0 to 0"),
 ])  # fmt: skip

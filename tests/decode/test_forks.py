@@ -14,7 +14,7 @@ from lab.decode.engine import Engine
 from lab.decode.sampling import Sampling
 from lab.errors import UserError
 from lab.kernels import tiled
-from lab.kernels.tiles import FEW, LANES
+from lab.kernels.tiles import FEW, MANY
 from lab.model.mixers import MIXERS
 
 CLOSE = 1e-3  # float32 in another order
@@ -102,34 +102,34 @@ def test_what_a_request_samples_is_the_same_to_the_bit_at_every_occupancy(rule, 
 
 @pytest.mark.parametrize("rule", [RULES[0], pytest.param(RULES[1], marks=pytest.mark.slow)])
 @pytest.mark.parametrize("before", [18, pytest.param(3, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("given", [0, 60])
-def test_many_branches_are_the_same_to_the_bit_beside_others(rule, before, given):
-    """Of more than a tile of queries: alone all of them read the prompt at once, beside others not. Those that are
-    given some tokens fill pages of their own where no other sees these."""
-    texts = [decoding.tokens(np.random.default_rng(i), given) for i in range(20)]
-    group = 1 if given and rule == "own_branch" else LANES
-    alone, beside = (found_beside(n, rule, 44, PREFIXES[2], texts, group) for n in (0, before))
+def test_many_branches_are_the_same_to_the_bit_beside_others(rule, before):
+    """Of more than a tile of queries: alone all of them read the prompt at once, beside others not. Where no other sees
+    what they write, they fill pages of their own."""
+    texts = [decoding.tokens(np.random.default_rng(i), 60) for i in range(20)]
+    alone, beside = (found_beside(n, rule, MANY + 6, PREFIXES[2], texts, rule == "own_branch") for n in (0, before))
     assert alone == beside
 
 
 def test_few_branches_in_a_long_row_are_the_same_to_the_bit_beside_others():
     """Their prompt has more than a tile of keys: were pages smaller than a tile, it would begin within one."""
     prompt = decoding.tokens(np.random.default_rng(9), 300)
-    alone, beside = (found_beside(n, "own_branch", FEW, prompt, [[], [3]], LANES) for n in (0, 3))
+    alone, beside = (found_beside(n, "own_branch", FEW, prompt, [[], [3]], False) for n in (0, 3))
     assert alone == beside
 
 
-def found_beside(others: int, rule: str, branches: int, prompt: list[int], texts: list[list[int]], group: int) -> list:
-    """What the branches of a request draw, beside so many of another one. group: how many of them share pages."""
+def found_beside(
+    others: int, rule: str, branches: int, prompt: list[int], texts: list[list[int]], own_pages: bool
+) -> list:
+    """What the branches of a request draw, beside so many of another one. own_pages: whether each has some."""
     model = decoding.built("default", **decoding.ALONE | dict(model__rule=rule))
-    engine = Engine(model, rows=1, length=4096, branches=branches, chunk=64)
+    engine = Engine(model, rows=1, length=8192, branches=branches, chunk=64)
     if others:
         engine.submit(PREFIXES[1], branches=others, most_tokens=9, stream=7)
         engine.step()
     asked = engine.submit(
         prompt, branches=len(texts), texts=texts, most_tokens=5, sampling=Sampling(temperature=0.9), stream=1
     )
-    assert engine.find(asked).group == group
+    assert len(engine.find(asked).owns) == (len(texts) if own_pages else 1)
     events = []
     while engine.busy:
         events += [event._replace(request=0) for event in engine.step() if event.request == asked]
@@ -142,7 +142,7 @@ def counted(monkeypatch) -> list[int]:
     calls, prefill = [], programs.prefill
 
     def watched(model, held, tokens_BT, at, *rest):
-        assert tokens_BT.shape[1] >= LANES  # which read tiles of a page at most
+        assert tokens_BT.shape[1] > FEW  # which read tiles of a page at most
         calls.append(int((at.segment >= 0).sum()))
         return prefill(model, held, tokens_BT, at, *rest)
 
@@ -281,7 +281,7 @@ def test_what_is_needed_for_a_request_is_enough_in_any_engine(seed):
 def test_pages_are_whole_tiles(branches, length, chunk):
     """But in a row of one branch, where a request is alone: so none reads what others have in a tile of its own."""
     row, page, _ = forest.row_of(length, branches, chunk)
-    for T in (branches, max(chunk, LANES)):
+    for T in (branches, max(chunk, 2 * FEW)):
         assert branches == 1 or page % tiled.tile_sizes(T, row)[1] == 0
 
 
