@@ -10,16 +10,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.ticker import LogLocator, NullLocator
+from scipy import signal
 
 from lab.study.judge.evidence import UNKNOWN, Comparison
 from lab.study.judge.trends import Trend
 from lab.study.measure import NATS, Measure
 from lab.study.numbers import short
+from lab.study.report.labels import SMALL, name_lines, name_points
 from lab.study.report.layout import panel_rows
 
 MARKERS = "osD^vPX*<>"
 PANEL = (4.6, 3.5)  # inches
-SMALL = 8.5  # points
 BAND = dict(alpha=0.2, linewidth=0)
 EFFECT = {"better": "#1b6ca8", "worse": "#c0532b", UNKNOWN: "0.45"}
 
@@ -51,7 +52,7 @@ def by_condition(
             axes.axvspan(low / 1.03, high * 1.03, color="0.93", linewidth=0, zorder=0)
         drawn = _lines(axes, curves, errors.get(title, {}))
         _log2(axes, sorted({x for curve in curves.values() for x in curve}), axis, curves)
-        _name_lines(axes, *drawn)
+        name_lines(axes, *drawn)
 
     return _panels(rows, draw, measure.title)
 
@@ -72,7 +73,7 @@ def by_label(rows: Sequence[Mapping[str, Curves]], axis: str, vertical: str = NA
             axes.set_xticks(list(places.values()), [f"{x:g}" if numeric else str(x) for x in ticks])
             axes.set_xlim(low - 0.05 * (high - low or 1), high + _room(curves) * (high - low or 1))
             axes.set_xlabel(axis)
-        _name_lines(axes, *drawn)
+        name_lines(axes, *drawn)
 
     return _panels(rows, draw, vertical)
 
@@ -145,7 +146,7 @@ def learning_curves(
         if tops:
             axes.set_ylim(top=max(tops))
         _style(axes)
-        _name_lines(axes, ends, palette)
+        name_lines(axes, ends, palette)
         axes.set_xlabel("optimizer step")
         if measure is NATS:
             _perplexity(axes)
@@ -207,8 +208,8 @@ def pareto(panels: Mapping[str, Mapping[str, tuple[float, float]]], measure: Mea
         axes.plot(*zip(*(points[name] for name in front), strict=True), color="0.75", linewidth=1.2, zorder=1)
         for name, (x, y) in points.items():
             axes.plot(x, y, "o", color=EFFECT["better"] if name in front else EFFECT[UNKNOWN], markersize=5)
-            axes.annotate(name, (x, y), (4, 3), textcoords="offset points", fontsize=SMALL)
         axes.margins(0.15)
+        name_points(axes, points)
         axes.xaxis.set_major_formatter(lambda cost, _: short(cost))
         axes.locator_params(axis="x", nbins=5)
         _style(axes)
@@ -236,7 +237,7 @@ def ladder(panels: Mapping[str, tuple[Curves, Curves]], vertical: str = NATS.tit
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xlim(low, high * (high / low) ** 0.25)  # room for the names
         _style(axes)
-        _name_lines(axes, ends, palette)
+        name_lines(axes, ends, palette)
 
     return _panels(panel_rows(panels), draw, vertical, share=False)
 
@@ -349,37 +350,7 @@ def colours(names: Sequence) -> dict:
     return {name: colormaps["plasma"](place) for name, place in zip(names, places, strict=False)}
 
 
-def _name_lines(axes: Axes, ends: Mapping[object, tuple[float, float]], palette: Mapping) -> None:
-    """Writes each line's name beside its right end, moved up or down where names would touch."""
-    bottom, top = axes.get_ylim()
-    heights = _spaced([y for _, y in ends.values()], (top - bottom) * 0.06, bottom, top)
-    across = axes.transScale + axes.transLimits  # to shares of the panel
-    for (name, (x, y)), height in zip(ends.items(), heights, strict=True):
-        place = across.inverted().transform((across.transform((x, y))[0] + 0.055, 0))[0]
-        text = f" {name:g}" if isinstance(name, float) else f" {name}"
-        axes.plot([x, place], [y, height], color=palette[name], linewidth=0.6, alpha=0.6, clip_on=False)
-        axes.text(place, height, text, va="center", fontsize=SMALL, color=palette[name])
-
-
-def _spaced(heights: Sequence[float], gap: float, bottom: float, top: float) -> list[float]:
-    """The heights with neighbours at least `gap` apart: groups of close ones spread around their mean, within the
-    panel where they fit."""
-
-    def lowest(group: Sequence[int]) -> float:
-        centred = sum(heights[place] for place in group) / len(group) - gap * (len(group) - 1) / 2
-        return max(min(centred, top - gap * (len(group) - 1)), bottom)
-
-    groups: list[list[int]] = []
-    for place in sorted(range(len(heights)), key=heights.__getitem__):
-        groups.append([place])
-        while len(groups) > 1 and lowest(groups[-1]) < lowest(groups[-2]) + gap * len(groups[-2]):
-            groups[-2:] = [groups[-2] + groups[-1]]
-    ranks = {place: lowest(group) + gap * rank for group in groups for rank, place in enumerate(group)}
-    return [ranks[place] for place in range(len(heights))]
-
-
 def _smooth(values: Sequence[float]) -> list[float]:
-    """Centred means of 1/25 of the values, five at least; of fewer towards the ends, so that neither is displaced."""
-    reach = max(2, len(values) // 50)
-    widths = [min(reach, place, len(values) - 1 - place) for place in range(len(values))]
-    return [float(np.mean(values[place - width : place + width + 1])) for place, width in enumerate(widths)]
+    """Centred means of 1/25 of the values, five at least; at both ends, the straight line that fits as many best."""
+    width = min(2 * max(2, len(values) // 50) + 1, len(values) - (len(values) % 2 == 0))
+    return list(values) if width < 3 else signal.savgol_filter(values, width, 1).tolist()

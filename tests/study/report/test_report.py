@@ -7,13 +7,14 @@ import re
 import shlex
 from urllib.parse import unquote
 
+import numpy as np
 import pytest
 from studies import HEADS, RATIOS, plausible, without_plotly, write, write_study
 
 from lab import report
 from lab.errors import UserError
 from lab.study import results
-from lab.study.report import figures, page, sections
+from lab.study.report import figures, labels, page, sections
 
 PUBLISHED = "configs/published/branches_512.csv"
 VOID = {"meta", "img", "br", "hr", "link", "input"}
@@ -257,16 +258,30 @@ def test_command_line(tmp_path, capsys):
 
 def test_names_beside_lines_never_touch_and_stay_in_the_panel():
     heights = [1.0, 1.01, 1.02, 0.0, 0.99, 2.0, 2.0]
-    spaced = figures._spaced(heights, gap=0.1, bottom=0.0, top=2.0)
+    spaced = labels.spaced(heights, gap=0.1, bottom=0.0, top=2.0)
     order = sorted(spaced)
     assert min(b - a for a, b in itertools.pairwise(order)) > 0.1 - 1e-9
     assert order[0] >= 0 and order[-1] <= 2.0
     assert [heights[place] for place in sorted(range(7), key=spaced.__getitem__)] == sorted(heights)
 
 
-def test_smoothing_keeps_straight_lines_and_both_ends():
-    assert figures._smooth([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]) == pytest.approx([1, 2, 3, 4, 5, 6])
-    assert figures._smooth([0.0, 0.0, 5.0, 0.0, 0.0]) == pytest.approx([0, 5 / 3, 1, 5 / 3, 0])
+@pytest.mark.parametrize("count", [*range(9), 100, 333])
+def test_smoothing_keeps_straight_lines_and_evens_out_noise_to_both_ends(count):
+    line = np.arange(count) * 0.3 - 2
+    assert figures._smooth(line.tolist()) == pytest.approx(line.tolist())
+    noise = np.random.default_rng(0).normal(size=(200, count))
+    smooth = np.array([figures._smooth(row.tolist()) for row in noise])
+    assert count < 3 or (smooth.std(axis=0) < 0.95 * noise.std(axis=0)).all()
+
+
+def test_names_of_points_cover_neither_each_other_nor_points():
+    close = {str(number): (1 + 0.02 * number, 2 + 0.03 * (number % 2)) for number in range(1, 13)}
+    axes = figures.pareto({"seconds": close}).axes[0]
+    boxes = [text.get_window_extent() for text in axes.texts]
+    points = [axes.transData.transform(place) for place in close.values()]
+    assert [text.get_text() for text in axes.texts] == list(close)
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+    assert not any(box.contains(*place) for box in boxes for place in points)
 
 
 def test_only_columns_of_numbers_are_aligned_to_the_right():
