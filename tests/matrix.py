@@ -1,7 +1,7 @@
 """Which variant keeps which contract is a matrix too large for every run: each commit runs another sample of it.
 
 A test marked `matrix("variant")` is a contract, and each value of its argument `variant` is a row that owes it. Its
-fast parameters always run, its slow ones are drawn: some of every contract, and every row at least once. Tests
+fast parameters always run, its slow ones are drawn: some of every contract, and something of one row in three. Tests
 marked `whole` are in no sample.
 """
 
@@ -14,6 +14,7 @@ import pytest
 
 ONE_IN = 24  # of a contract's slow tests
 FEWEST = 2
+ROWS = 3  # of as many, one owes something at every commit
 
 
 def pytest_addoption(parser):
@@ -62,10 +63,18 @@ def sample(tests: list[tuple[str, str, str]], seed: int) -> set[str]:
     for test, contract, row in sorted(tests, key=lambda each: random.Random(f"{seed} {each[0]}").random()):
         of_contract[contract].append(test)
         of_row[row].append(test)
-    for some in of_contract.values():
-        drawn.update(some[: max(FEWEST, len(some) // ONE_IN)])
-    drawn.update(some[0] for some in of_row.values() if drawn.isdisjoint(some))
+    for owed in of_contract.values():
+        drawn.update(owed[: max(FEWEST, len(owed) // ONE_IN)])
+    of_commit = (owed for row, owed in of_row.items() if random.Random(f"{seed} {row}").randrange(ROWS) == 0)
+    drawn.update(owed[0] for owed in of_commit if drawn.isdisjoint(owed))
     return drawn
+
+
+def some(of: list, count: int, config) -> list:
+    """So many of these, in their order, drawn from the commit; all of them with --matrix=all."""
+    places = range(len(of))
+    kept = places if config.option.matrix == "all" else random.Random(seed(config)).sample(places, count)
+    return [of[place] for place in sorted(kept)]
 
 
 def seed(config) -> int:

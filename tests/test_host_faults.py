@@ -1,10 +1,12 @@
-"""Two processes under faults and stops: those that each commit injects; tests/host_faults.py injects any number."""
+"""Two processes under faults and stops: each commit injects some of these; tests/host_faults.py injects any number."""
 
 import host_faults
+import matrix
 import pytest
 from host_faults import STEPS, Fault
 
 pytestmark = pytest.mark.slow
+SOME = 3  # of each study's faults, that a commit injects
 FAULTS = [
     [
         Fault("shard missing", 1, "compiles", 0),
@@ -42,8 +44,9 @@ def undisturbed(injector):
 @pytest.mark.parametrize(
     "faults", [FAULTS, STOPS, pytest.param(MORE, marks=pytest.mark.whole)], ids=["faults", "stops", "more"]
 )
-def test_all_end_and_a_restart_gives_the_same_bits(injector, undisturbed, faults):
+def test_all_end_and_a_restart_gives_the_same_bits(injector, undisturbed, faults, request):
     """All end in time, the last line names the cause, the host and the step, and nothing that was saved is lost."""
+    faults = [matrix.some(life, min(len(life), SOME), request.config) for life in faults]
     outcomes = host_faults.run(injector, faults, undisturbed, lambda outcome: None)
     assert len(outcomes) == sum(map(len, faults))
     for one in outcomes:

@@ -13,10 +13,9 @@ TESTS += [(f"few[{row}]", "few", row) for row in ("one", "two")]
 @pytest.mark.slow
 @settings(max_examples=20)
 @given(seed=st.integers(0, 2**32 - 1))
-def test_a_sample_has_some_of_every_contract_and_every_row(seed):
+def test_a_sample_has_some_of_every_contract(seed):
     drawn = [test for test in TESTS if test[0] in matrix.sample(TESTS, seed)]
     of = {contract: [row for _, c, row in drawn if c == contract] for _, contract, _ in TESTS}
-    assert {row for _, _, row in drawn} == {row for _, _, row in TESTS}
     assert all(
         len(rows) >= max(matrix.FEWEST, 40 // matrix.ONE_IN) for contract, rows in of.items() if contract != "few"
     )
@@ -26,4 +25,7 @@ def test_a_sample_has_some_of_every_contract_and_every_row(seed):
 def test_a_seed_draws_one_sample_and_seeds_together_draw_all():
     shuffled = random.Random(0).sample(TESTS, len(TESTS))
     assert matrix.sample(TESTS, 1) == matrix.sample(shuffled, 1) != matrix.sample(TESTS, 2)
-    assert set.union(*(matrix.sample(TESTS, seed) for seed in range(60))) == {test for test, _, _ in TESTS}
+    samples = [matrix.sample(TESTS, seed) for seed in range(60)]
+    assert set.union(*samples) == {test for test, _, _ in TESTS}
+    rows = [{row for test, _, row in TESTS if test in drawn} for drawn in samples]
+    assert sum(map(len, rows)) / 60 > len(set.union(*rows)) / matrix.ROWS

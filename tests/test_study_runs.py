@@ -82,8 +82,7 @@ def test_killed_at_every_kind_of_moment_with_nothing_cached(place, study, undist
     """The caches of texts and of compiled programs are filled by processes that are killed while they fill them. Each
     commit draws some of the moments."""
     work, chance = place / "killed", random.Random(matrix.seed(request.config))
-    drawn = chance.sample([*MOMENTS], len(MOMENTS) if request.config.option.matrix == "all" else 4)
-    moments = [moment for moment in MOMENTS if moment in drawn]
+    moments = matrix.some([*MOMENTS], 3, request.config)
     cold = {"LAB_CACHE": str(place / "cold")}
     met = kill_at(moments, study, work, place, chance, **cold)
     assert len(met) >= len(moments) - 2, f"the study was over too soon to be killed at {moments[len(met) :]}"

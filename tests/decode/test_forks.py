@@ -34,7 +34,7 @@ def on_rules() -> list[str]:
 @pytest.mark.matrix("variant")
 @pytest.mark.parametrize("variant", variants.marked(on_rules(), fast=("rule all_branches", "delta on own_branch")))
 @given(st.lists(SEED, min_size=1, max_size=4))
-@settings(max_examples=5)
+@settings(max_examples=3)
 def test_greedy_tokens_are_those_of_the_full_pass(variant, seeds):
     """Of requests side by side, whose branches fork, join and are cancelled as they grow."""
     played = Played(decoding.engine(decoding.built(variant)))
