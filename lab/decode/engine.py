@@ -19,7 +19,7 @@ from lab.decode import forest, programs, sampling
 from lab.decode.forest import PAGE, Forest
 from lab.decode.programs import Draws, Given
 from lab.decode.request import Branch, Event, Request
-from lab.decode.sampling import Found, Sampling
+from lab.decode.sampling import Sampling
 from lab.errors import UserError
 from lab.kernels import rules
 from lab.kernels.tiles import FEW
@@ -294,11 +294,11 @@ class Engine:
     def leave(self) -> None:
         """Takes out requests all of whose branches have ended, and frees what is nobody's then."""
         self.waiting = collections.deque(made for made in self.waiting if made.live)
-        freed_BP = np.zeros((self.rows, self.length // self.page), bool)
-        for pages, row in zip(freed_BP, self.forests, strict=True):
-            for made in [made for made in row.requests if not made.live]:
-                pages[row.remove(made)] = True
-        if freed_BP.any():
+        ended = [(i, made) for i, row in enumerate(self.forests) for made in row.requests if not made.live]
+        if ended:
+            freed_BP = np.zeros((self.rows, self.length // self.page), bool)
+            for i, made in ended:
+                freed_BP[i, self.forests[i].remove(made)] = True
             cache = self.state.cache
             segment = programs.released(cache.coordinates.segment, freed_BP)
             at = dataclasses.replace(cache.coordinates, segment=segment)
@@ -310,6 +310,8 @@ class Engine:
 
     def fill(self) -> None:
         """Puts the next chunk into the cache, in each row that of the first request that lacks some."""
+        if all(made.ready for made in self.running):
+            return
         given = Given(self.rows, max(self.chunk, 2 * FEW))  # fewer would be read in tiles that are wider than a page
         for i, row in enumerate(self.forests):
             made = next((made for made in row.requests if not made.ready), None)
@@ -325,24 +327,27 @@ class Engine:
             stem.filled += len(places)
             time = stem.start + places
             given.put(
-                i, slice(len(places)), np.array(stem.tokens)[places], row.slots(stem.pages, places),
-                segment=self.segment(made), branch=stem.branch, time=time, index=time, node=stem.node,
+                i, slice(len(places)), tokens=np.array(stem.tokens)[places], segment=self.segment(made),
+                slots=[row.slot(stem.pages, place) for place in places], branch=stem.branch, time=time, index=time,
+                node=stem.node,
             )  # fmt: skip
-        self.read += (count := given.count)
-        if count:
-            self.state = programs.prefill(self.flat, self.state, *given.arrays, self.limits)
+        self.read += given.count
+        self.state = programs.prefill(self.flat, self.state, given.packed, self.limits)
 
     def give(self, given: Given, row: int, made: Request, tokens, places) -> None:
         """Own tokens of a request, to its next slots."""
         if not tokens:
             return
-        rank, branch, time, index, ids = map(np.array, zip(*tokens, strict=True))
-        held, own, node = np.zeros_like(rank), rank * made.own_pages, np.array(made.lanes)[rank]
-        for i in np.unique(own):
-            count = int((own == i).sum())
-            held[own == i] = self.forests[row].slots(made.pages[i], made.held[i] + np.arange(count))
-            made.held[i] += count
-        given.put(row, places, ids, held, segment=self.segment(made), branch=branch, time=time, index=index, node=node)
+        slots = []
+        for token in tokens:
+            own = token.rank if made.own_pages else 0
+            slots.append(self.forests[row].slot(made.pages[own], made.held[own]))
+            made.held[own] += 1
+        rank, branch, time, index, ids = zip(*tokens, strict=True)
+        given.put(
+            row, places, tokens=ids, slots=slots, segment=self.segment(made), branch=branch, time=time, index=index,
+            node=[made.lanes[i] for i in rank],
+        )  # fmt: skip
 
     def decode(self, ready: list[Request]) -> list[Event]:
         """One time step of these requests: the next token of every branch, given or drawn."""
@@ -355,17 +360,18 @@ class Engine:
                 for b in made.drawing():
                     place = made.lanes[b.tip.rank if b.tip else 0]  # the last token of the prompt has the first lane
                     draws.put(
-                        i, made.lanes[b.rank], made.sampling, wanted=place, segment=self.segment(made), branch=b.number,
+                        i, made.lanes[b.rank], wanted=place, segment=self.segment(made), branch=b.number,
                         stream=made.stream, step=len(b.text) - b.given, told=made.alternatives > 0,
+                        **made.sampling._asdict(),
                     )  # fmt: skip
                     drawn.append((i, made, b))
                 made.advance()
         self.read += given.count
-        found, self.state = programs.decode(
-            self.flat, self.state, *given.arrays, self.limits, draws.arrays, self.alternatives
+        packed, self.state = programs.decode(
+            self.flat, self.state, given.packed, self.limits, draws.packed, self.alternatives
         )
-        found = jax.device_get(found)
-        events = [made.take(b, Found(*(x[i, made.lanes[b.rank]] for x in found))) for i, made, b in drawn]
+        packed = np.asarray(packed)
+        events = [made.take(b, programs.found(packed[i, made.lanes[b.rank]])) for i, made, b in drawn]
         for made in ready:
             if any(b.begin is None for b in made.branches):
                 self.see(made)

@@ -112,9 +112,9 @@ class Forest:
         self.pages, self.lanes = sorted(self.pages + left), sorted(self.lanes + made.lanes)
         return left
 
-    def slots(self, held: list[int], places: np.ndarray) -> np.ndarray:
-        """Of the places 0, 1, ... of tokens in these pages."""
-        return np.array(held)[places // self.page] * self.page + places % self.page
+    def slot(self, held: list[int], place: int) -> int:
+        """Of the token in a place 0, 1, ... of these pages."""
+        return held[place // self.page] * self.page + place % self.page
 
     @staticmethod
     def free(among: list[int], count: int) -> list[int]:

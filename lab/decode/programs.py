@@ -46,50 +46,59 @@ class Held(NamedTuple):
     tokens_BS: jax.Array  # in the slots of the cache
 
 
-class Given:
-    """Tokens of one call: numpy arrays [B, T], padding where nothing is put."""
+class Packed:
+    """Numbers of one call in one int32 array [fields, B, N], of which each field is a view of its type: to hand many
+    small arrays to a program takes longer than what it does with them."""
+
+    types: dict[str, type]
+
+    def __init__(self, rows: int, columns: int):
+        self.packed = np.zeros((len(self.types), rows, columns), np.int32)
+        self.fields = {name: x.view(kind) for x, (name, kind) in zip(self.packed, self.types.items(), strict=True)}
+
+    @classmethod
+    def unpacked(cls, packed) -> dict[str, jax.Array]:
+        """In a program."""
+        return {name: x.view(kind) for x, (name, kind) in zip(packed, cls.types.items(), strict=True)}
+
+    def put(self, row: int, places, **values) -> None:
+        """These in places of a row."""
+        for name, value in values.items():
+            self.fields[name][row, places] = value
+
+
+class Given(Packed):
+    """Tokens [B, T], padding where nothing is put."""
+
+    types = dict.fromkeys(("tokens", "slots", "segment", "branch", "time", "index", "node"), np.int32)
 
     def __init__(self, rows: int, T: int):
-        self.tokens, self.slots = np.zeros((rows, T), np.int32), np.zeros((rows, T), np.int32)
-        self.at = dataclasses.replace(Coordinates.padding(rows, T), node=np.zeros((rows, T), np.int32)).map(np.copy)
+        super().__init__(rows, T)
+        self.fields["segment"][:] = -1
 
-    def put(self, row: int, places, tokens, slots, **coordinates) -> None:
-        """These in places of a row."""
-        self.tokens[row, places], self.slots[row, places] = tokens, slots
-        for name, values in coordinates.items():
-            getattr(self.at, name)[row, places] = values
-
-    @property
-    def arrays(self) -> tuple:
-        return self.tokens, self.at, self.slots
+    @classmethod
+    def read(cls, packed) -> tuple[jax.Array, Coordinates, jax.Array]:
+        """(tokens_BT, their coordinates, slots_BT)."""
+        fields = cls.unpacked(packed)
+        tokens_BT, slots_BT = fields.pop("tokens"), fields.pop("slots")
+        return tokens_BT, Coordinates(**fields), slots_BT
 
     @property
     def count(self) -> int:
         """How many were put."""
-        return int((self.at.segment >= 0).sum())
+        return int((self.fields["segment"] >= 0).sum())
 
 
-class Draws:
-    """What is drawn in one step: numpy arrays [B, N] of lanes."""
+class Draws(Packed):
+    """What is drawn in one step, of lanes [B, N]: of each, settings of `Sampling` too."""
+
+    types = dict.fromkeys(("wanted", "segment", "node", "branch", "step", "told", "top_k"), np.int32)
+    types |= dict.fromkeys(("temperature", "top_p", "min_p", "repetition_penalty"), np.float32)
+    types |= dict.fromkeys(("stream", "seed"), np.uint32)
 
     def __init__(self, rows: int, lanes: int):
-        shape = rows, lanes
-        self.wanted, self.node = np.zeros(shape, np.int32), np.tile(np.arange(lanes, dtype=np.int32), (rows, 1))
-        self.segment, self.branch, self.step = (np.zeros(shape, np.int32) for _ in range(3))
-        self.stream, self.told = np.zeros(shape, np.uint32), np.zeros(shape, bool)
-        types = (np.float32, np.int32, np.float32, np.float32, np.float32, np.uint32)
-        self.settings = Sampling(*(np.full(shape, x, t) for x, t in zip(Sampling(), types, strict=True)))
-
-    def put(self, row: int, lane: int, sampling: Sampling, **numbers) -> None:
-        """Of one lane."""
-        for name, value in numbers.items():
-            getattr(self, name)[row, lane] = value
-        for array, value in zip(self.settings, sampling, strict=True):
-            array[row, lane] = value
-
-    @property
-    def arrays(self) -> tuple:
-        return self.wanted, self.segment, self.node, self.branch, self.settings, self.stream, self.step, self.told
+        super().__init__(rows, lanes)
+        self.put(slice(None), slice(None), node=np.arange(lanes), **Sampling()._asdict())
 
 
 def beginning(model, rows: int, length: int, branches: int) -> Held:
@@ -108,35 +117,50 @@ def empty(model, rows: int, length: int, branches: int) -> Held:
 
 
 @functools.partial(jax.jit, donate_argnames="state")
-def prefill(flat: Flat, state: Held, tokens_BT, at: Coordinates, slots_BT, limits_BMM) -> Held:
-    """With these tokens; no logits are made."""
+def prefill(flat: Flat, state: Held, given, limits_BMM) -> Held:
+    """With the tokens of `Given`; no logits are made."""
+    tokens_BT, at, slots_BT = Given.read(given)
     cache = flat.model.extend(tokens_BT, at, state.cache, slots_BT=slots_BT, limits=limits_BMM)[1]
     return Held(cache, kept(state, tokens_BT, at, slots_BT))
 
 
 @functools.partial(jax.jit, donate_argnames="state", static_argnames="alternatives")
-def decode(
-    flat: Flat, state: Held, tokens_BT, at: Coordinates, slots_BT, limits_BMM, draws: tuple, alternatives: int
-) -> tuple[Found, Held]:
-    """What each lane draws from the logits of its place in `wanted`, and the state with these tokens."""
-    wanted_BN, segment_BN, node_BN, branch_BN, *of_lanes = draws
-    z_BNC, cache = flat.model.extend(tokens_BT, at, state.cache, slots_BT=slots_BT, wanted=wanted_BN, limits=limits_BMM)
+def decode(flat: Flat, state: Held, given, limits_BMM, draws, alternatives: int) -> tuple[jax.Array, Held]:
+    """What each lane draws from the logits of its place in `wanted`, as `found` reads it, and the state with the tokens
+    of `Given`. draws: of `Draws`."""
+    tokens_BT, at, slots_BT = Given.read(given)
+    lane = Draws.unpacked(draws)
+    branch_BN = lane["branch"]
+    z_BNC, cache = flat.model.extend(
+        tokens_BT, at, state.cache, slots_BT=slots_BT, wanted=lane["wanted"], limits=limits_BMM
+    )
     state = Held(cache, kept(state, tokens_BT, at, slots_BT))
     of_each = lambda x: x.reshape(-1, 1, *x.shape[2:])  # noqa: E731  each lane as a row, with settings of its own
     z_R1C = of_each(z_BNC)
 
     def seen_R1C():
         """Which tokens each lane has in its prompt and in its text."""
-        lanes = Coordinates(segment_BN, branch_BN, 0 * branch_BN, 0 * branch_BN, node_BN)
+        lanes = Coordinates(lane["segment"], branch_BN, 0 * branch_BN, 0 * branch_BN, lane["node"])
         own_BNS = rules.visible(OWN, lanes, cache.coordinates, limits_BMM)
         ids_BNS = jnp.where(own_BNS, state.tokens_BS[:, None], z_BNC.shape[-1])
         mark = lambda ids_S: jnp.zeros(z_BNC.shape[-1], bool).at[ids_S].set(True, mode="drop")  # noqa: E731
         return of_each(jax.vmap(jax.vmap(mark))(ids_BNS))
 
-    settings, stream_R, step_R, told_R = jax.tree.map(lambda x: x.reshape(-1), tuple(of_lanes))
-    next_R1 = sampling.next_tokens(z_R1C, seen_R1C, settings, stream_R, of_each(branch_BN), step_R[:, None])
-    found = sampling.likelihoods(z_R1C, next_R1, alternatives, told_R)
-    return jax.tree.map(lambda x: x.reshape(*branch_BN.shape, *x.shape[2:]), found), state
+    lane_R = {name: x.reshape(-1) for name, x in lane.items()}
+    settings = Sampling(*(lane_R[name] for name in Sampling._fields))
+    step_R1, told_R = lane_R["step"][:, None], lane_R["told"] > 0
+    next_R1 = sampling.next_tokens(z_R1C, seen_R1C, settings, lane_R["stream"], of_each(branch_BN), step_R1)
+    drawn = sampling.likelihoods(z_R1C, next_R1, alternatives, told_R)
+    bits = lambda x: jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32)  # noqa: E731
+    drawn = drawn._replace(log_p=bits(drawn.log_p), log_p_of_likeliest=bits(drawn.log_p_of_likeliest))
+    return jnp.concatenate([x.reshape(*branch_BN.shape, -1) for x in drawn], axis=-1), state
+
+
+def found(packed_X) -> Found:
+    """What was found for one lane."""
+    n = (len(packed_X) - 2) // 2
+    log_p = packed_X.view(np.float32)
+    return Found(packed_X[0], log_p[1], packed_X[2 : 2 + n], log_p[2 + n :])
 
 
 def kept(state: Held, tokens_BT, at: Coordinates, slots_BT):

@@ -141,10 +141,11 @@ def counted(monkeypatch) -> list[int]:
     """Of each call of prefill, the tokens that it reads."""
     calls, prefill = [], programs.prefill
 
-    def watched(model, held, tokens_BT, at, *rest):
+    def watched(model, held, given, limits):
+        tokens_BT, at, _ = programs.Given.read(given)
         assert tokens_BT.shape[1] > FEW  # which read tiles of a page at most
         calls.append(int((at.segment >= 0).sum()))
-        return prefill(model, held, tokens_BT, at, *rest)
+        return prefill(model, held, given, limits)
 
     monkeypatch.setattr(programs, "prefill", watched)
     return calls
