@@ -7,7 +7,6 @@ import pathlib
 _CACHE = pathlib.Path(__file__).resolve().parents[1] / ".pytest_cache" / "lab"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("LAB_CACHE", str(_CACHE))
-os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # else each process that tests start compiles all of the lab again
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402

@@ -85,7 +85,7 @@ def test_killed_at_every_kind_of_moment_with_nothing_cached(place, study, undist
     moments = matrix.some([*MOMENTS], 3, request.config)
     cold = {"LAB_CACHE": str(place / "cold")}
     met = kill_at(moments, study, work, place, chance, **cold)
-    assert len(met) >= len(moments) - 2, f"the study was over too soon to be killed at {moments[len(met) :]}"
+    assert len(met) >= max(2, len(moments) - 2), f"the study was over too soon to be killed at {moments[len(met) :]}"
     last = commands.finished("main", f"--config={study}", f"--workdir={work}", log=place / "killed-log", **cold)
     assert "4 of 4 runs done, 0 failed" in last.out
     commands.same_results(work, undisturbed)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lab.decode.request import PAGE, Request, owns
+from lab.decode.request import PAGE, Request, own_tokens
 from lab.kernels.rules import ENDLESS, HIDDEN
 from lab.kernels.tiles import FEW, LONGEST, WIDE, WIDE_FROM, key_tile
 
@@ -158,7 +158,7 @@ def needed_for(
     each = [given + most_tokens for given in texts]
 
     def slots(page: int, own_pages: bool) -> int:
-        own = owns(each, int(prompt > 0), own_pages) if texts else [most_tokens]
+        own = own_tokens(each, int(prompt > 0), own_pages) if texts else [most_tokens]
         return needed(max(prompt - 1, 0), own, whole(unit, page), page)
 
     if page:

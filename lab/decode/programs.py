@@ -54,11 +54,11 @@ class Packed:
 
     def __init__(self, rows: int, columns: int):
         self.packed = np.zeros((len(self.types), rows, columns), np.int32)
-        self.fields = {name: x.view(kind) for x, (name, kind) in zip(self.packed, self.types.items(), strict=True)}
+        self.fields = self.unpacked(self.packed)
 
     @classmethod
     def unpacked(cls, packed) -> dict[str, jax.Array]:
-        """In a program."""
+        """The fields, by name: views of a numpy array, in a program arrays."""
         return {name: x.view(kind) for x, (name, kind) in zip(packed, cls.types.items(), strict=True)}
 
     def put(self, row: int, places, **values) -> None:

@@ -73,7 +73,7 @@ class Token(NamedTuple):
     id: int
 
 
-def owns(tokens: Sequence[int], before: int, own_pages: bool) -> list[int]:
+def own_tokens(tokens: Sequence[int], before: int, own_pages: bool) -> list[int]:
     """How many tokens lie together in the cache, of those that each branch may have: each branch's with own pages, else
     all. before: of the first, beside them. The very last token is given to no model; of several it may be that of any.
     """
@@ -119,7 +119,7 @@ class Request:
             self.ahead += self.tokens()
             self.advance()
         each = [b.given + b.most for b in self.branches] + self.further * [self.most_tokens]
-        self.owns = owns(each, len(self.prompt[-1:]) - (len(self.shared) if self.alone else 0), self.own_pages)
+        self.owns = own_tokens(each, len(self.prompt[-1:]) - (len(self.shared) if self.alone else 0), self.own_pages)
         self.held = [0] * len(self.owns)
 
     @property
