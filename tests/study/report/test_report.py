@@ -265,6 +265,13 @@ def test_names_beside_lines_never_touch_and_stay_in_the_panel():
     assert [heights[place] for place in sorted(range(7), key=spaced.__getitem__)] == sorted(heights)
 
 
+def test_names_of_curves_that_end_low_lie_above_the_axis():
+    curves = {f"a{number}": [{step: 4 - 0.02 * step + 1e-3 * number for step in range(101)}] for number in range(7)}
+    axes = figures.learning_curves([{"": curves}]).axes[0]
+    assert len(axes.texts) == 7
+    assert min(text.get_window_extent().y0 for text in axes.texts) >= axes.get_window_extent().y0
+
+
 @pytest.mark.parametrize("count", [*range(9), 100, 333])
 def test_smoothing_keeps_straight_lines_and_evens_out_noise_to_both_ends(count):
     line = np.arange(count) * 0.3 - 2
@@ -275,11 +282,11 @@ def test_smoothing_keeps_straight_lines_and_evens_out_noise_to_both_ends(count):
 
 
 def test_names_of_points_cover_neither_each_other_nor_points():
-    close = {str(number): (1 + 0.02 * number, 2 + 0.03 * (number % 2)) for number in range(1, 13)}
-    axes = figures.pareto({"seconds": close}).axes[0]
+    pairs = {str(10 + number): (number // 2 + 0.05 * (number % 2), 2.0 + number // 2 % 3) for number in range(12)}
+    axes = figures.pareto({"seconds": pairs}).axes[0]
     boxes = [text.get_window_extent() for text in axes.texts]
-    points = [axes.transData.transform(place) for place in close.values()]
-    assert [text.get_text() for text in axes.texts] == list(close)
+    points = [axes.transData.transform(place) for place in pairs.values()]
+    assert [text.get_text() for text in axes.texts] == list(pairs)
     assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
     assert not any(box.contains(*place) for box in boxes for place in points)
 
