@@ -2,9 +2,9 @@
 
     python -m lab.main --config=configs/length_extrapolation.py                            # :cpu, minutes on two cores
     python -m lab.main --config=configs/length_extrapolation.py:2048 --config.checkpoint=DIR    # of any, L = 2048
-    python -m lab.main --config=configs/length_extrapolation.py:llama3 --config.checkpoint=DIR    # 16k to 48k tokens
+    python -m lab.main --config=configs/length_extrapolation.py:llama3 --config.checkpoint=DIR    # 8k to 48k tokens
     python -m lab.main --config=configs/length_extrapolation.py:qwen25 --config.checkpoint=DIR    # 4k to 48k
-    python -m lab.main --config=configs/length_extrapolation.py:mistral --config.checkpoint=DIR   # v0.3, 32k to 64k
+    python -m lab.main --config=configs/length_extrapolation.py:mistral --config.checkpoint=DIR   # v0.3, 16k to 64k
     python -m lab.main --config=configs/length_extrapolation.py:gemma2 --config.checkpoint=DIR    # its global layers
 
 One model, asked by every method at every length; nothing is trained but, at :cpu without a checkpoint, a small model

@@ -77,7 +77,7 @@ def cell(size: Size, ratio: int, steps: int):
 
 
 def cpu(config) -> None:
-    """2 layers on bytes of Python's own sources, 8 rows of 128 bytes: 0.02M to 0.14M parameters, 0.2M to 5.6M bytes."""
+    """2 layers on bytes of Python's own sources, 8 rows of 128 bytes: 0.02M to 0.14M parameters, 0.2M to 5.7M bytes."""
     config.run.implementation = "reference"  # rows this short gain nothing from tiles
     config.run.checkpoint.every = 1000
     config.run.log.every = 50

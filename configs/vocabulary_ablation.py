@@ -1,7 +1,7 @@
 """How large a vocabulary should a small model have, in bits per byte?
 
     python -m lab.main --config=configs/vocabulary_ablation.py         # :cpu, 5 cells, minutes on two cores
-    python -m lab.main --config=configs/vocabulary_ablation.py:gpu     # 25M parameters besides embeddings
+    python -m lab.main --config=configs/vocabulary_ablation.py:gpu     # 22.5M parameters besides embeddings
 
 A byte-level BPE is trained anew for each size, on the training texts of the same corpus; the smallest vocabulary is
 that of the bytes themselves. Bytes cut the documents into texts, so that every cell reads and is asked the same ones in

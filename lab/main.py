@@ -3,8 +3,9 @@
     python -m lab.main --config=configs/rope_ablation.py
 
 What is trained is never trained again, and is asked only what is missing; an interrupted study goes on where it was.
-Exit codes: 0 all cells done; 1 some cell failed, or a file cannot be read or written; 2 a mistake in what was asked,
-nothing was run; 75 stopped by SIGTERM or Ctrl-C with everything saved: run the same command again.
+Exit codes: 0 all cells done; 1 some cell failed, or a file cannot be read or written; 2 a mistake in what was asked;
+75 stopped by SIGTERM or Ctrl-C with everything saved: run the same command again; 130 a second Ctrl-C, or one before
+the first run; 69 of several processes, another one failed.
 """
 
 from lab import runtime
