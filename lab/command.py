@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from ml_collections import ConfigDict
 
 from lab import watch
-from lab.errors import UserError, choose
+from lab.errors import UserError, choose, shown
 from lab.options import leaves, set_field
 from lab.storage import told
 
@@ -115,7 +115,12 @@ def load_config(spec: str) -> ConfigDict:
     module = importlib.util.module_from_spec(module_spec)
     try:
         module_spec.loader.exec_module(module)
-        return module.get_config(scale) if scale else module.get_config()
+        made = module.get_config(scale) if scale else module.get_config()
+        if not isinstance(made, ConfigDict):
+            raise UserError(
+                f"{path}: get_config returns {shown(made)}, which is no ConfigDict; return what base() made"
+            )
+        return made
     except UserError:
         raise
     except Exception as error:  # a config is a program: it can fail in every way

@@ -10,7 +10,7 @@ from lab.errors import UserError, choose
 from lab.evaluate.asks import LOSS, ask
 from lab.model import execution, mesh
 from lab.model.spec import MODEL
-from lab.options import Option, Room, leaves, set_field, tuples
+from lab.options import LARGEST, Option, Room, leaves, set_field, tuples
 from lab.study.define.settings import STUDY
 from lab.train import instruments
 from lab.train.optimizer import TRAIN
@@ -81,10 +81,26 @@ def restored(stored: dict) -> ConfigDict:
     return config
 
 
+def check_fields(config: ConfigDict) -> None:
+    """Raises UserError for a field that is not declared, or is gone: a config that was unlocked takes any."""
+    for name, room in ROOMS.items():
+        there, declared = leaves(config[name]), room.declared()
+        for field in there:
+            choose(f"a field of config.{name}", field, declared)
+        for field in declared:
+            if field not in there:
+                raise UserError(f"config.{name}.{field} is missing; begin with what base() of lab.config gives")
+
+
 def check_seeds(config: ConfigDict) -> None:
-    """Raises UserError for a seed that is none."""
+    """Raises UserError for a seed that is none, and where the last of the study's would be."""
     for name, option in SEEDS.items():
         option.check(name, config[name])
+        if config[name] + (count := config.study.seeds) - 1 > LARGEST:
+            raise UserError(
+                f"{name} = {config[name]} with study.seeds = {count} passes {LARGEST}, as int32 is; choose at most "
+                f"{LARGEST - count + 1}"
+            )
 
 
 def branches(config: ConfigDict) -> ConfigDict:

@@ -110,7 +110,7 @@ def main(argv: list[str]) -> int:
     counts = runtime.CompileCounts()
     say = functools.partial(print, file=sys.stderr, flush=True)
     store = in_store(flags.workdir, found) if storage.is_remote(flags.workdir) else None
-    workdir = store.local if store else None if flags.workdir is None else pathlib.Path(flags.workdir)
+    workdir = store.local if store else None if flags.workdir is None else storage.home(flags.workdir)
     study = open(config, overridden, workdir, flags.remake).decide_attention(say)  # before a device is held
     hosts.meet("opening devices", config.run.join_timeout)
     runtime.open_devices()

@@ -121,7 +121,15 @@ def mirror(path: Path) -> Mirror | None:
 
 def opened(path: str | Path) -> Path:
     """The directory of a study, or its copy where it is in an object store."""
-    return mirrored(str(path)).open().local if is_remote(path) else Path(path)
+    return mirrored(str(path)).open().local if is_remote(path) else home(path)
+
+
+def home(path: str | Path) -> Path:
+    """With the home directory for ~, as no shell has it behind --workdir=. Raises UserError where there is none."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{path} has no place ({error}); write the directory out") from error
 
 
 def refresh(path: Path) -> None:
@@ -147,7 +155,7 @@ def told(text: object) -> str:
 def local(path: str | Path) -> Path:
     """Where a cell, one of its seeds or one checkpoint can be read: of an object store it is fetched first."""
     if not is_remote(path):
-        return Path(path).expanduser()
+        return home(path)
     from lab.remote.mirror import fetch
 
     return fetch(str(path), functools.partial(mirrored, name=f"{_own_name()}-fetched"))

@@ -30,6 +30,7 @@ while (($#)) && [[ $1 != -- ]]; do
       [[ ! $1 =~ ^--time=(0+:)?0*[1-3](:0+)?$ ]] || usage "a job is stopped up to 3 minutes before its end: --time=4 or more, not $1"
       options+=("$1")
       ;;
+    --array | --time | -t*) usage "write --array=1-N and --time=MINUTES, not $1" ;;
     -a | -a*) usage "write --array=1-N, not $1" ;;
     *) options+=("$1") ;;
   esac

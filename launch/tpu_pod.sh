@@ -43,14 +43,21 @@ case $action in
     archive=lab-$name.tar.gz
     mount=
     if [[ ${SHARED:-} ]]; then
-      mount="mountpoint -q runs || { sudo apt-get -qq install -y nfs-common && sudo mount -t nfs $(printf %q "$SHARED") runs && sudo chmod a+rwx runs; }"
+      # Lines of their own: behind && or || a command that fails would end nothing.
+      mount="if ! mountpoint -q runs; then
+sudo apt-get -qq install -y nfs-common
+sudo mount -t nfs $(printf %q "$SHARED") runs
+sudo chmod a+rwx runs
+fi"
     fi
     do_or_say git archive --output="$archive" HEAD
     do_or_say "${vm[@]}" scp "$archive" "$name:" --zone="$ZONE" --worker=all
     do_or_say rm "$archive"
     # The images' own Python is too old for the lab.
     do_or_say "${vm[@]}" ssh "$name" --zone="$ZONE" --worker=all --command="set -e
-mkdir -p lab/runs && tar -xzf $archive -C lab && cd lab
+mkdir -p lab/runs
+tar -xzf $archive -C lab
+cd lab
 ${mount:-:}
 command -v python3.11 >/dev/null || sudo apt-get -qq install -y python3.11-venv
 [[ -d .venv ]] || python3.11 -m venv .venv

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 
 import commands
@@ -15,6 +16,7 @@ import lab.config
 from lab import cluster, command, convert, main, plan, report, runtime
 from lab.errors import UserError
 from lab.options import leaves
+from lab.study import open as opening
 
 DOUBLED = (
     "--config.data.rows=8",
@@ -100,6 +102,30 @@ def test_a_broken_config_is_one_line_that_says_where(tmp_path, line, told):
     with pytest.raises(UserError, match=told) as error:
         command.load_config(str(path))
     assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("line", "told"), [
+    ("config = None", "get_config returns None, which is no ConfigDict"),
+    ("config = dict(model=1)", "get_config returns {'model': 1}, which is no ConfigDict"),
+])  # fmt: skip
+def test_a_config_that_is_none_is_refused(tmp_path, line, told):
+    path = tmp_path / "none.py"
+    path.write_text(f"def get_config():\n    {line}\n    return config\n")
+    with pytest.raises(UserError, match=told):
+        command.load_config(str(path))
+
+
+@pytest.mark.parametrize(("change", "told"), [
+    (lambda config: config.model.update(foo=1), "a field of config.model = 'foo' is unknown"),
+    (lambda config: config.train.__delitem__("warmup"), "config.train.warmup is missing"),
+])  # fmt: skip
+def test_fields_of_a_config_that_was_unlocked_are_those_that_are_declared(change, told):
+    config = lab.config.base()
+    config.study.name = "tiny"
+    with config.unlocked(), config.model.unlocked(), config.train.unlocked():
+        change(config)
+    with pytest.raises(UserError, match=re.escape(told)):
+        opening.open(config)
 
 
 @pytest.fixture(scope="module")

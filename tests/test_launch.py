@@ -205,7 +205,7 @@ def test_times_too_short_to_get_anywhere_are_refused(time, refused):
     assert told.stderr.startswith(f"launch/slurm.sh: {says}; usage: ") if refused else f"--time={time}" in told.stdout
 
 
-def test_a_slice_of_a_pod():
+def test_a_slice_of_a_pod(tmp_path):
     def told(*arguments, **more):
         return ran("tpu_pod.sh", "--dry-run", *arguments, **POD | more).stdout
 
@@ -230,6 +230,14 @@ def test_a_slice_of_a_pod():
     remote = words[-2].removeprefix("--command=")
     assert "mount -t nfs nfs-0:/lab runs" in remote and "mount" not in told("run", "s-1", STUDY)
     subprocess.run(["bash", "-n"], input=remote, text=True, check=True)
+    # Where the shared directory cannot be mounted, nothing is trained on disks that nobody else sees.
+    (tmp_path / "lab").mkdir()
+    for name, code in (("tar", 0), ("mountpoint", 1), ("sudo", 1), ("python3.11", 0)):
+        (tmp_path / name).write_text(f"#!/bin/sh\nexit {code}\n")
+        (tmp_path / name).chmod(0o755)
+    where = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    stopped = subprocess.run(["bash", "-c", remote], cwd=tmp_path, env=where, capture_output=True)
+    assert stopped.returncode == 1 and not (tmp_path / "lab" / ".venv").exists()
     started = remote.splitlines()[-1].replace("exec .venv/bin/python -m lab.main", 'printf "%s\\0"')
     passed = subprocess.run(["bash", "-c", started], capture_output=True, text=True).stdout
     assert passed.split("\0")[:-1] == AWKWARD
@@ -273,6 +281,8 @@ def strict(schema):
     ("slurm.sh", [], "the study's arguments are missing behind --"),
     ("slurm.sh", ["--nodes=2", STUDY], f"arguments of the study stand behind --, and {STUDY} does not"),
     ("slurm.sh", ["--array=0-3", "--", STUDY], "cells are numbered from 1 on: --array=1-N or --array=1-N%AT_ONCE, not"),
+    ("slurm.sh", ["--array", "1-3", "--", STUDY], "write --array=1-N and --time=MINUTES, not --array"),
+    ("slurm.sh", ["-t", "2", "--", STUDY], "write --array=1-N and --time=MINUTES, not -t"),
     ("tpu_pod.sh", ["make", "s-1"], "there is no 'make'"),
     ("tpu_pod.sh", ["run", "S 1", STUDY], "'S 1' is no name of a slice"),
     ("tpu_pod.sh", ["run", "s-1"], "the study's arguments are missing"),

@@ -277,6 +277,17 @@ def test_a_cell_that_means_nothing_is_refused(field, value, says):
     assert says in refused(lambda: plan.check(cell))
 
 
+def test_the_last_seed_of_a_study_is_a_seed():
+    made = tiny.config()
+    made.study.seeds, made.model_seed = 3, 2**31 - 3
+    plan.check(*resolve.resolve(made))
+    made.model_seed += 1
+    said = refused(lambda: plan.check(*resolve.resolve(made)))
+    assert (
+        said == "model_seed = 2147483646 with study.seeds = 3 passes 2147483647, as int32 is; choose at most 2147483645"
+    )
+
+
 IN_A_STUDY = [
     (vary("model.heads", (2,)), "field of study.cells = 'model.heads' is unknown (did you mean 'model.mixer.heads'?)"),
     (vary("run.scan", (False, True)), "run.scan: how a cell runs and what it is asked are no part of what it is"),

@@ -94,6 +94,7 @@ def open(
 ) -> Study:
     """The study of a config whose fields `overridden` were set by the command; its files go to `workdir`, or to
     runs/<study>. Reads no data. Raises UserError for whatever cannot run or be reported."""
+    lab_config.check_fields(config)
     lab_config.ROOMS["study"].check(leaves(config.study), "study.")
     config = start.laid(config, overridden)
     cells = resolve(config, overridden)

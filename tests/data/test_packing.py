@@ -164,7 +164,9 @@ def test_draws(draw, expected):
     assert packing.parse_draw(draw) == expected
 
 
-@pytest.mark.parametrize("draw", ["", "fixed", "fixed0", "0-3", "5-2", "1-", "-3", "1-3-5", "fixed1-3", "1 - 3", "x"])
+@pytest.mark.parametrize(
+    "draw", ["", "fixed", "fixed0", "0-3", "5-2", "1-", "-3", "1-3-5", "fixed1-3", "1 - 3", "x", "fixed" + 5000 * "9"]
+)
 def test_nonsense_draws_are_refused(draw):
     with pytest.raises(UserError, match=r"data\.draw = .*fixedN or LOW-HIGH"):
         packing.parse_draw(draw)

@@ -26,6 +26,7 @@ ROWS = {
     "study/judge/pairing.py": [
         ("kernels may differ", '"devices", "implementation", ', '"devices", '),
         ("losses of all conditions", "if not judged or condition in judged", "if True"),
+        ("other corpora are paired", "if unlike := _other_data(one, other):", "if unlike := '':"),
         ("unequal texts are paired", " and hashes[0][:shared] == hashes[1][:shared]", ""),
     ],
     "study/judge/residuals.py": [

@@ -146,13 +146,18 @@ def _same_test(one: Paired, other: Paired) -> bool:
 
 def between(study: Results, arm: Arm, other: Arm, length: int, part: str, name: str = "") -> Paired:
     """One arm less another, before correction; without a number where they read other documents, and with a mean alone
-    where these are too few."""
+    where these are too few, or weights were trained apart: they differ by the luck of seeds, of which documents tell
+    nothing."""
     ours, theirs = (by_document(study, *one, length, part) for one in (arm, other))
     paired = ours is not None and theirs is not None and ours[0] == theirs[0]
     differences = ours[1] - theirs[1] if paired else []
     step = resolution(float(np.mean(ours[1]))) if paired and part != "exact" else 0.0
     few = 0 < len(differences) < LEAST
-    found = Estimate(len(differences), float(np.mean(differences))) if few else estimate(differences, step)
+    apart = arm[0] != other[0] and any(
+        run.result and run.result["tokens"] for cell in (arm[0], other[0]) for run in study.runs_by_cell[cell]
+    )
+    untested = few or (apart and len(differences))
+    found = Estimate(len(differences), float(np.mean(differences))) if untested else estimate(differences, step)
     return Paired((arm[0], name or arm[1]), length, part, found)
 
 

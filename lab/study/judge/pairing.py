@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import shlex
 import statistics
 from collections.abc import Mapping, Sequence
 
@@ -79,15 +80,19 @@ def mismatch(one: Score, other: Score) -> str:
     if unlike := _other_units(one, other):
         return unlike
     if unlike := _other_segments(one.fact("segments") or [], other.fact("segments") or []):
-        place = f"{other.run.cell['directory']}/seed-{other.run.seed}"
-        return f"{unlike}; to make it again: rm -r {place}, and the study's command"
+        if unlike.startswith("vmapped"):  # what is left of a stack that lost a member is none of the same size again
+            return f"{unlike}; to compare them, train each alone: study.vmap = 'none', in a --workdir of its own"
+        place = shlex.quote(f"{other.run.cell['directory']}/seed-{other.run.seed}")
+        return f"{unlike}; to make it again: rm -r {place} in the study's directory, and the study's command"
     asked = [(score.run.asked.get(LOSS) or {}).get("environment", {}) for score in (one, other)]
     for field in ASKED_ON:
         if asked[0].get(field) != asked[1].get(field):
             return f"{field} where they were asked: {asked[0].get(field)} and {asked[1].get(field)}"
     if one.conditions != other.conditions:
         return f"conditions: {one.conditions} and {other.conditions}"
-    if not _same_texts(one, other):
+    if unlike := _other_data(one, other):
+        return unlike
+    if not _same_order(one, other):
         return f"text_hash: {one.fact('text_hash')} and {other.fact('text_hash')}"
     return ""
 
@@ -114,10 +119,29 @@ def _other_segments(ours: Sequence[dict], theirs: Sequence[dict]) -> str:
     return ""
 
 
-def _same_texts(one: Score, other: Score) -> bool:
-    """The same texts in the same order, as far as the shorter run goes: runs matched by FLOPs differ in length, and one
-    that is asked with the weights of its checkpoint has read none."""
-    if 0 in (score.run.result.get("tokens") for score in (one, other)):
+def _other_data(one: Score, other: Score) -> str:
+    """Which texts of two runs were others; "" if none were. A study of several tokenizers, which is judged in bits per
+    byte, was not begun unless all cells read the same texts."""
+    if one.measure is not NATS:
+        return ""
+    asked = [(score.run.asked.get(LOSS) or {}).get("parts", {}).get("data") for score in (one, other)]
+    if asked[0] != asked[1]:
+        return f"validation texts: {asked[0]} and {asked[1]}"
+    read = [score.fact("data") for score in (one, other)]
+    if _reads_none(one, other) or False in read or read[0] == read[1]:  # False: a result that does not tell
+        return ""
+    return f"training texts: {read[0]} and {read[1]}"
+
+
+def _reads_none(one: Score, other: Score) -> bool:
+    """Whether one of them is asked with the weights of its checkpoint."""
+    return 0 in (score.run.result.get("tokens") for score in (one, other))
+
+
+def _same_order(one: Score, other: Score) -> bool:
+    """The same numbers of texts in the same order, as far as the shorter run goes: runs matched by FLOPs differ in
+    length."""
+    if _reads_none(one, other):
         return True
     if one.fact("text_hash") == other.fact("text_hash") is not False:
         return True

@@ -172,6 +172,11 @@ def _lowest(study: Results, scores: Scores) -> str:
     start, second = f"**{_label(study, best)} has the lowest loss**, {loss}", _label(study, ranked[1])
     if mean is None:
         return f"{start}; the next, {second}, has no seed that was made like it, so the two cannot be compared"
+    if mean < 0:
+        return (
+            f"**Nothing can be told**: over all seeds {_label(study, best)} is ahead, {loss}, but at those of both "
+            f"{second} is lower by {-mean:.4f}"
+        )
     if half is None:
         shared = scores[best].keys() & scores[ranked[1]].keys()
         why = (
@@ -193,9 +198,20 @@ def _scores(study: Results, findings: Findings | None) -> Scores:
 
 
 def _ranked(scores: Scores) -> list[str]:
-    """The cells that have a finite mean loss, the lowest first."""
+    """The cells that have a finite mean loss, the lowest first. None is better for want of a hard seed: of cells with
+    unlike seeds, a number for each cell and one for each seed are fitted to the losses (least squares)."""
     means = {name: _mean(scores, name) for name, by_seed in scores.items() if by_seed}
-    return sorted((name for name, mean in means.items() if math.isfinite(mean)), key=means.get)
+    names = [name for name, mean in means.items() if math.isfinite(mean)]
+    if len({frozenset(scores[name]) for name in names}) > 1:
+        seeds = sorted(set().union(*(scores[name] for name in names)))
+        found = [(name, seed, score.loss) for name in names for seed, score in scores[name].items()]
+        design = np.zeros((len(found), len(names) + len(seeds)))
+        for row, (name, seed, _) in enumerate(found):
+            design[row, [names.index(name), len(names) + seeds.index(seed)]] = 1
+        losses = np.array([loss for *_, loss in found])
+        fitted = np.linalg.lstsq(design, losses - losses.mean(), rcond=None)[0]
+        means = dict(zip(names, fitted, strict=False))
+    return sorted(names, key=means.get)
 
 
 def _mean(scores: Scores, name: str) -> float:

@@ -2,9 +2,12 @@
 
 import inspect
 import math
+import re
+import shlex
 from collections.abc import Callable, Sequence
 
 from lab.errors import UserError, choose
+from lab.storage import told
 from lab.study.judge.evidence import Findings
 from lab.study.measure import NATS
 from lab.study.numbers import number, short, whole
@@ -270,19 +273,18 @@ def _texts(study: Results) -> str:
     hashes: dict = {}
     for run in study.runs:
         if run.result:
-            hashes.setdefault(run.seed, set()).add(run.result["text_hash"])
+            data = "" if study.measure is not NATS else run.result.get("data", "")
+            hashes.setdefault(run.seed, set()).add((run.result["text_hash"], data))
     if any(len(found) > 1 for found in hashes.values()):
         return "**Cells of one seed read different training texts**: their losses are not paired."
-    shown = ", ".join(f"`{found[:12]}`" for found in _distinct([next(iter(found)) for found in hashes.values()]))
+    shown = ", ".join(f"`{found[:12]}`" for found in _distinct([next(iter(found))[0] for found in hashes.values()]))
     return f"All finished cells of a seed read the same training texts in the same order (hash {shown})."
 
 
 def _commands(study: Results) -> list[Piece]:
-    lines = [
-        study.plan["command"],
-        f"python -m lab.report {study.directory}",
-        f"launch/tensorboard.sh {study.directory}",
-    ]
+    place = shlex.quote(told(study.directory))
+    every = re.sub(r" --cells(=| )\S+", "", study.plan["command"])  # not those of one job of several
+    lines = [every, f"python -m lab.report {place}", f"launch/tensorboard.sh {place}"]
     return [Text("To run it, to rebuild this page, and to follow the curves:"), Code("\n".join(lines))]
 
 

@@ -163,6 +163,7 @@ def _result(run: Run, config: ConfigDict, mesh, trained: loop.Trained) -> dict:
         "timings": [_train_timing(trained)],
         "environment": runtime.environment(mesh),
         "segments": segments.read(run.directory),
+        "data": run.data.fingerprint,
         "text_hash": hashlib.sha256(hashes.encode()).hexdigest()[:16],
     }
 

@@ -72,8 +72,8 @@ def held(workdir: pathlib.Path, config: ConfigDict) -> Iterator[None]:
                 )
             yield
     finally:
-        lock.release()
         pathlib.Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
 
 
 def replaced(there: dict, config: ConfigDict) -> str:
@@ -103,9 +103,12 @@ def _first_free(workdir: pathlib.Path, ours: str) -> filelock.BaseFileLock:
         lock = filelock.FileLock(workdir / f".runs.{ours}.{number}")
         try:
             lock.acquire(blocking=False)
-            return lock
         except filelock.Timeout:
             number += 1
+            continue
+        if pathlib.Path(lock.lock_file).exists():
+            return lock
+        lock.release()  # of a file that another command has deleted since it was opened here: nobody would see it
 
 
 def _left(path: pathlib.Path) -> bool:

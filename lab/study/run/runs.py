@@ -208,7 +208,7 @@ def note_look(workdir: pathlib.Path) -> None:
     path = workdir / "plan.json"
     there = results.read_plan(path)
     looks, look = there.get("looks") or [], {"seeds": there["config"]["study"]["seeds"]}
-    every = all(run.status == "done" for run in results.collect(workdir).runs)
+    every = all(run.status != "pending" for run in results.collect(workdir).runs)
     if every and looks[-1:] != [look]:
         write_json(path, there | {"looks": [*looks, look]})
 

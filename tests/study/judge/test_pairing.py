@@ -6,6 +6,7 @@ import math
 import pytest
 from studies import change_evaluation, write, write_study
 
+from lab import report
 from lab.study import results
 from lab.study.judge import pairing
 
@@ -80,6 +81,40 @@ def test_a_run_that_read_no_texts_is_paired_with_one_that_did(tmp_path):
     """Weights as a checkpoint has them, before and after they are tuned."""
     found = changed(tmp_path, lambda result: result.update(tokens=0, text_hash="of nothing"))
     assert found.kept == pytest.approx({0: -1.0, 1: -1.0, 2: -1.0}) and not found.refused
+
+
+def test_runs_that_were_trained_on_other_texts_are_refused(tmp_path):
+    """Of two corpora, whose texts have the same numbers."""
+    write_study(tmp_path, PAIR, loss=loss, counts=(1,), seeds=2, sections=["curves"])
+    for digest, cell in zip(("0a", "0b"), results.collect(tmp_path).plan["cells"], strict=True):
+        path = tmp_path / cell["directory"] / "seed-1" / "result.json"
+        write(path, json.loads(path.read_text()) | {"data": digest})
+    found = differences(tmp_path)
+    assert {*found.kept} == {0} and found.refused == {1: "training texts: 0b and 0a"}
+    report.rebuild(tmp_path)
+    assert "read different training texts" in (tmp_path / "report.md").read_text()
+
+
+def test_runs_that_were_asked_on_other_texts_are_refused(tmp_path):
+    study = results.collect(write_study(tmp_path, PAIR, loss=loss, counts=(1,), seeds=2))
+    run = next(run for run in study.runs if run.seed == 1)
+    run.asked["loss"]["parts"] = run.asked["loss"]["parts"] | {"data": "0a"}
+    one, other = pairing.scores(study, ()).values()
+    assert pairing.differences([[other], [one]], (1, -1)).refused == {1: "validation texts: None and 0a"}
+
+
+@pytest.mark.parametrize(("field", "value", "remedy"), [
+    ("vmapped", 3, "study.vmap = 'none', in a --workdir of its own"),
+    ("devices", 4, "rm -r 'cells/variant=Q&O L-f/seed-1' in the study's directory, and the study's command"),
+])  # fmt: skip
+def test_a_remedy_is_one_that_works(tmp_path, field, value, remedy):
+    write_study(tmp_path, {"variant": ["a", "b"]}, loss=lambda labels, count: 2.0, counts=(1,), seeds=2)
+    study = results.collect(tmp_path)
+    run = next(run for run in study.runs if run.seed == 1)
+    run.result["segments"][0][field], run.cell["directory"] = value, "cells/variant=Q&O L-f"
+    one, other = pairing.scores(study, ()).values()
+    (told,) = pairing.differences([[other], [one]], (1, -1)).refused.values()
+    assert told.endswith(remedy)
 
 
 def test_a_result_without_a_hash_is_not_taken_on_trust(tmp_path):

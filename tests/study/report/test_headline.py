@@ -147,6 +147,20 @@ def test_failed_runs_count_in_nothing_and_are_said(tmp_path):
     assert headline.progress(study) == "**8 of 9 runs done**, 1 failed."
 
 
+def test_a_cell_is_not_best_for_want_of_a_hard_seed(tmp_path):
+    """It is worse at every seed that both have, and has failed at the one where all lose."""
+
+    def hard(labels, seed):
+        return 0.5 * (seed == 2) + quiet(labels, seed)
+
+    study, findings = opened(tmp_path, {"variant": ["c", "b"]}, seeds=3, noise=hard, skip={("variant=c", 2)})
+    fail(tmp_path, "variant=c", 2)
+    losses = study.results.groupby("variant")["loss"].mean()
+    assert losses["c"] < losses["b"]  # over the seeds of each
+    text = headline.answer(results.collect(tmp_path), findings)
+    assert text.startswith("**variant b has the lowest loss**") and "0.1" in text and "next, variant c" in text
+
+
 @pytest.mark.parametrize("study", [None, BASELINE])
 def test_nothing_done_tells_nothing(tmp_path, study):
     every = {(f"variant={name}", 0) for name in "abc"}

@@ -193,6 +193,20 @@ def test_too_few_documents_give_a_mean_and_no_verdict(tmp_path):
     assert "**Too few documents: 3.** Below 10 no interval" in text and "beyond L cannot tell (3 documents)" in text
 
 
+@pytest.mark.parametrize(("tokens", "verdict"), [(512, "cannot tell"), (0, "better")])
+def test_documents_tell_nothing_of_weights_that_were_trained_apart(tmp_path, tokens, verdict):
+    """Of weights that a checkpoint brought they do."""
+    found = results.collect(built(tmp_path))
+    (run,) = found.runs
+    run.result["tokens"] = tokens
+    twin = found.plan["cells"][0] | {"name": "twin"}
+    found.plan["cells"].append(twin)
+    found.runs_by_cell["twin"] = [run]
+    arms = ("twin", "yarn"), (run.cell["name"], "plain")
+    (told,) = documents.corrected([documents.between(found, *arms, 512, "beyond")])
+    assert told.estimate.mean == pytest.approx(-0.4, abs=0.02) and told.verdict.startswith(verdict)
+
+
 def test_seeds_are_averaged_by_document(tmp_path):
     """Documents are the unit: two seeds make no more of them."""
     found = results.collect(built(tmp_path, seeds=2))

@@ -4,9 +4,10 @@ import errno
 import json
 import pathlib
 
+import filelock
 import pytest
 import tiny
-from studies import write_study
+from studies import write, write_study
 
 from lab import main, report
 from lab.errors import UserError
@@ -76,6 +77,20 @@ def test_one_config_at_a_time_uses_a_directory(tmp_path):
                 held(tmp_path, **overrides)
     assert not list(tmp_path.glob(".runs.*"))
     assert len(held(tmp_path, train__steps=7)) == 1
+
+
+def test_a_lock_that_others_cannot_see_is_none(tmp_path, monkeypatch):
+    """A command of the same config ends between the opening of its file and the lock on it."""
+    acquire, ended = filelock.FileLock.acquire, []
+
+    def late(lock, *arguments, **options):
+        taken = acquire(lock, *arguments, **options)
+        if not ended:
+            ended.append(pathlib.Path(lock.lock_file).unlink())
+        return taken
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", late)
+    assert len(held(tmp_path)) == 1
 
 
 def test_what_a_killed_command_leaves_bars_nobody(tmp_path):
@@ -158,6 +173,22 @@ def test_a_plan_that_is_gone_when_the_study_ends_is_said(tmp_path):
     write_study(tmp_path, {"head": ["h8"]}, lambda labels, count: 2.0, (1,), study={"seeds": 1})
     ours.note_look(), ours.note_look()
     assert len(told) == 1 and json.loads((tmp_path / "plan.json").read_text())["looks"] == [{"seeds": 1}]
+
+
+def test_a_look_at_a_study_with_a_failed_run_is_kept(tmp_path):
+    """What is pending would still change it."""
+    write_study(tmp_path, seeds=2, skip={("rope_ratio=0.0,train_branch=1-15", 1)})
+    looks = lambda: json.loads((tmp_path / "plan.json").read_text())["looks"]  # noqa: E731
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    plan["config"]["study"]["seeds"] = 2
+    write(tmp_path / "plan.json", plan)
+    runs.note_look(tmp_path)
+    assert looks() == []
+    (cell,) = (tmp_path / "cells").glob("rope_ratio=0.0,train_branch=1-15-*")
+    write(cell / "seed-1" / "failure.json", {"reason": "loss is nan", "step": 7})
+    for _ in range(2):
+        runs.note_look(tmp_path)
+        assert looks() == [{"seeds": 2}]
 
 
 def test_evaluations_of_other_weights_never_stay(tmp_path, monkeypatch):

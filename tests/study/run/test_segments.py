@@ -61,4 +61,8 @@ def test_runs_of_unlike_segments_are_refused_with_the_command_that_remakes_one(o
         return Score(Outcome(cell, 3, result, None, [], {}), 1.0, (1,))
 
     found = mismatch(score([(0, HERE)]), score(other))
-    assert found == (f"{told}; to make it again: rm -r cells/b-12/seed-3, and the study's command" if told else "")
+    assert found == (
+        f"{told}; to make it again: rm -r cells/b-12/seed-3 in the study's directory, and the study's command"
+        if told
+        else ""
+    )
