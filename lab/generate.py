@@ -110,6 +110,8 @@ def prompts(flags: argparse.Namespace) -> Iterator[Asked]:
 
 def content(name: str) -> str:
     """What a file holds, or standard input."""
+    if name == "-" and sys.stdin is None:
+        raise UserError("standard input is closed; give a prompt with --prompt or --file")
     try:
         return (sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()).decode("utf-8")
     except OSError as error:

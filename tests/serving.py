@@ -107,7 +107,7 @@ def running(patience: float = DEADLINE, grace: float = 0.0, backlog: int | None 
     made, place = worker(**settings), server.bound("127.0.0.1", 0)
     if backlog:
         place.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, backlog)
-    process = server.Server(made, app(made, served(made), patience), grace)
+    process = server.Server(made, app(made, served(made), patience), grace, patience)
     thread = threading.Thread(target=lambda: asyncio.run(server.until_stopped(process, place, NAME)))
     port = place.getsockname()[1]
     thread.start()

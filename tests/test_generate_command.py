@@ -38,9 +38,9 @@ def run(model, monkeypatch, capsys):
         loaded.append((model, apart))
         return of_bytes, Bytes()
 
-    def run(*arguments: str, stdin: bytes = b"") -> tuple[int, str, str]:
+    def run(*arguments: str, stdin: bytes | None = b"") -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["generate", "somewhere", *arguments])
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        monkeypatch.setattr(sys, "stdin", None if stdin is None else io.TextIOWrapper(io.BytesIO(stdin)))
         with pytest.raises(SystemExit) as ended:
             command.run(generate.main)
         return ended.value.code or 0, *capsys.readouterr()
@@ -110,6 +110,7 @@ JSONL = ("--jsonl", "--json")
     (JSONL, b"\xff", "- is not UTF-8 at byte 0"),
     ((), b"a" * 2**17, "standard input: a prompt of 131072 tokens and 1 x 128 to generate need 131328 slots"),
     (JSONL, b"\n", "there is no prompt"),
+    ((), None, "standard input is closed; give a prompt with --prompt or --file"),
     (("--file", "no/such.jsonl"), b"", "cannot read no/such.jsonl: No such file"),
     (("--prompt", "a", "--top-k", "x"), b"", "argument --top-k: invalid int value: 'x'"),
     (("--prompt", "a", "--top-q", "1"), b"", "unrecognized arguments: --top-q 1"),

@@ -259,6 +259,27 @@ def test_a_lease_whose_answer_is_lost_is_held(opened, files):
         assert not other.store.create(f"{RUN}/.lease.1", Lease(f"{RUN}/.lease.1", RUN))  # both found it free
 
 
+def test_a_lease_that_is_let_go_meanwhile_is_not_outdone(opened, monkeypatch):
+    """Between the list of leases and the look at the newest its holder lets go, and a third takes the first anew."""
+    one, other, third = (opened() for _ in range(3))
+    released, modified = other.claim([other.local / RUN]), one.store.modified
+    assert released.__enter__()
+    taken = contextlib.ExitStack()
+
+    def late(name):
+        monkeypatch.setattr(one.store, "modified", modified)
+        released.__exit__(None, None, None)
+        found = modified(name)
+        assert taken.enter_context(third.claim([third.local / RUN]))
+        return found
+
+    monkeypatch.setattr(one.store, "modified", late)
+    with taken, one.claim([one.local / RUN]) as held:
+        assert not held
+        third._renew()
+        assert third._leases  # it holds the run still
+
+
 @pytest.mark.parametrize("ahead", [0.0, -1e6, 1e6])
 def test_an_expired_lease_is_taken_over_and_the_one_before_stops(opened, files, monkeypatch, ahead):
     """ahead: the clock of the store shows something else than that of this machine."""

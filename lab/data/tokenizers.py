@@ -170,7 +170,10 @@ class Json:
 
     def encode_chat(self, text: str) -> np.ndarray:
         """int32 ids [n] of what a chat template has written: its special tokens are such."""
-        return np.array(self._special.encode(text, add_special_tokens=False).ids, np.int32)
+        try:
+            return np.array(self._special.encode(text, add_special_tokens=False).ids, np.int32)
+        except Exception as error:  # the library raises plain Exceptions
+            raise UserError(f"the tokenizer {self.name!r} cannot write the messages: {error}") from error
 
     @functools.cached_property
     def _special(self) -> tokenizers.Tokenizer:
@@ -390,11 +393,7 @@ def _train(texts: Iterable[str], size: int) -> str:
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=size,
-        special_tokens=[_EOS],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
+    settings = dict(special_tokens=[_EOS], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=size, **settings)
     tokenizer.train_from_iterator(texts, trainer=trainer)
     return tokenizer.to_str()

@@ -73,6 +73,7 @@ def likely(z_BNC, top_k_B, top_p_B, min_p_B):
     p_BNC = jax.nn.softmax(jnp.where(kept_BNC, sorted_BNC, -jnp.inf))
     before_BNC = jnp.cumsum(p_BNC, axis=-1) - p_BNC
     kept_BNC &= ((before_BNC < top_p_B11) | (top_p_B11 >= 1)) & (p_BNC >= min_p_B11 * p_BNC[..., :1])
+    kept_BNC |= jnp.arange(C) == 0  # the likeliest, however small top_p is: float32 may have no such number
     least_BN1 = jnp.where(kept_BNC, sorted_BNC, jnp.inf).min(axis=-1, keepdims=True)
     return jnp.where(z_BNC >= least_BN1, z_BNC, -jnp.inf)
 

@@ -21,7 +21,8 @@ def log_likelihoods(
     """For each (context, continuation): the log probability in nats of the continuation after the context, and whether
     every token of it is the likeliest. A context has at least one token.
 
-    Each pair is a single text to the model, as `model(tokens)` takes it. The longest are scored first.
+    Each pair is a single text to the model, as `model(tokens)` takes it. The longest are scored first. Raises UserError
+    for one that is longer than the model can read.
     """
     found: list = [None] * len(pairs)
     order = sorted(range(len(pairs)), key=lambda i: -sum(map(len, pairs[i])))
@@ -50,6 +51,7 @@ def score(model, pairs, rows: int, T: int) -> list[tuple[float, bool]]:
         read = len(text) - 1
         tokens_BT[row, :read], at.segment[row, :read] = text[:-1], 0
         labels_BT[row, len(context) - 1 : read] = continuation
+    jax.eval_shape(lambda: model.embed(tokens_BT, at))  # refuses places that the model has no weights for
     log_p_BT, likeliest_BT = jax.device_get(scored(model, tokens_BT, labels_BT, at))
     asked_BT = labels_BT >= 0
     return [

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from lab.data.tokenizers import Tokenizer
 from lab.decode.engine import Engine, Event
+from lab.errors import UserError
 
 LONGEST_LETTER = 4  # bytes of UTF-8, so tokens at most
 BROKEN = "�"  # what a tokenizer decodes bytes to that are no letter, or not yet
@@ -22,19 +23,20 @@ class Passage(NamedTuple):
 
 
 class Transcript:
-    """The text of one branch. What was shown is never taken back: a letter whose bytes are not all there waits, and so
-    does what may become one of `stops`, strings that end the text and are no part of it."""
+    """The text of one branch, which goes on from a prompt: where a tokenizer writes spaces before words, the first word
+    has its own. What was shown is never taken back: a letter whose bytes are not all there waits, and so does what may
+    become one of `stops`, strings that end the text and are no part of it."""
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()):
         self.tokenizer, self.stops = tokenizer, stops
-        self.tokens: list[int] = []
-        self.begin = self.read = 0  # tokens before `read` are in the text; they are decoded again from `begin` on
+        self.tokens = prompt(tokenizer)
+        self.begin, self.read = 0, len(self.tokens)  # what is before `read` is told; it is decoded again from `begin`
         self.text, self.shown, self.stopped = "", 0, False
 
     def add(self, token: int) -> str:
         """What can be shown when this token has come."""
         self.tokens.append(token)
-        self.decode(whole=len(self.tokens) - self.read >= LONGEST_LETTER)
+        self.decode()
         return self.show(len(self.text) - self.waiting)
 
     def finish(self) -> str:
@@ -42,13 +44,22 @@ class Transcript:
         self.decode(whole=True)
         return self.show(len(self.text))
 
-    def decode(self, whole: bool) -> None:
-        """Reads new tokens beside those before them, as a decoder may write a first one otherwise."""
-        before, now = (self.tokenizer.decode(self.tokens[self.begin : end]) for end in (self.read, None))
-        if self.stopped or (now.endswith(BROKEN) and not whole):
+    def decode(self, whole: bool = False) -> None:
+        """Reads new tokens beside those before them, as a decoder may write a first one otherwise. whole: all of them,
+        be the last letter complete or not."""
+        decoded = lambda end: self.tokenizer.decode(self.tokens[self.begin : end])  # noqa: E731
+        end = len(self.tokens)
+        before, now = decoded(self.read), decoded(end)
+        if self.stopped:
             return
+        if now.endswith(BROKEN) and not whole:
+            if end - self.read < LONGEST_LETTER:
+                return
+            # The first of them are no letter and never will be; those behind may become one.
+            end = next(end for end in range(self.read + 1, end + 1) if now.startswith(decoded(end)))
+            now = decoded(end)
         self.text += now[len(before) :]
-        self.begin, self.read = self.read, len(self.tokens)
+        self.begin, self.read = self.read, end
         if found := [at for stop in self.stops if (at := self.text.find(stop, self.shown)) >= 0]:
             self.text, self.stopped = self.text[: min(found)], True
 
@@ -69,6 +80,20 @@ class Transcript:
         piece = self.text[self.shown : end]
         self.shown = max(self.shown, end)
         return piece
+
+
+def prompt(tokenizer: Tokenizer) -> list[int]:
+    """Tokens that a text can go on from, in the place of its prompt; none of a tokenizer that cannot write them."""
+    try:
+        return tokenizer.encode("0").tolist()
+    except UserError:
+        return []
+
+
+def spelled(token: int, tokenizer: Tokenizer) -> str:
+    """A token as it goes on a text."""
+    before = prompt(tokenizer)
+    return tokenizer.decode([*before, token])[len(tokenizer.decode(before)) :]
 
 
 class Transcripts:

@@ -224,7 +224,8 @@ class Mirror:
         nothing is deleted that another may hold."""
         there = [found for found in self.store.list(f"{name}/") if found.startswith(f"{name}/.lease.")]
         number = max((int(found.rpartition(".")[2]) for found in there), default=0)
-        if number and not self._expired(f"{name}/.lease.{number}"):
+        # One that was let go since the list is none that expired: whoever looks now takes number 1, and not the next.
+        if number and ((age := self._age(f"{name}/.lease.{number}")) is None or age <= EXPIRES):
             return False
         lease = Lease(f"{name}/.lease.{number + 1}", name)
         if not self.store.create(lease.name, lease):
@@ -234,9 +235,10 @@ class Mirror:
         self._leases.append(lease)
         return True
 
-    def _expired(self, name: str) -> bool:
+    def _age(self, name: str) -> float | None:
+        """Seconds since a lease was renewed; None where it has gone."""
         modified = self.store.modified(name)
-        return modified is None or time.monotonic() + self._clock - modified > EXPIRES
+        return None if modified is None else time.monotonic() + self._clock - modified
 
     def _release(self, leases: list[Lease]) -> None:
         with self._renewing, contextlib.suppress(Exception):  # what is not deleted expires
@@ -273,7 +275,7 @@ class Mirror:
             self.store.write(lease.name, lease.content())
             self._leases.append(lease)
             there = [name for name in self.store.top() if name.startswith(".runs.") and name != lease.name]
-            left = [name for name in there if self._expired(name)]
+            left = [name for name in there if (age := self._age(name)) is None or age > EXPIRES]
             self._all(self.store.delete, left)
             others = {name.split(".")[2] for name in {*there} - {*left}}
         try:

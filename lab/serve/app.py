@@ -95,6 +95,8 @@ class Completions:
                 body = await whole_body(Request(scope, receive))
         except TimeoutError:
             raise Refusal(f"the body did not come within {self.patience:g} seconds", 408) from None
+        except asyncio.CancelledError:  # by the server, which ends and waits no longer
+            raise Refusal("the server is shutting down", 503) from None
         asked = await asyncio.to_thread(self.read, body, self.served)
         reply, answer = self.reply(asked, self.served), self.worker.open(asked.asks)
 

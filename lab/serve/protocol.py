@@ -16,7 +16,7 @@ from lab.decode import sampling
 from lab.decode.engine import Event
 from lab.decode.forest import needed_for
 from lab.decode.sampling import Sampling
-from lab.decode.text import BROKEN, Passage
+from lab.decode.text import BROKEN, Passage, spelled
 from lab.errors import UserError, shown
 from lab.serve.worker import Ask
 
@@ -305,7 +305,7 @@ class Reply:
 
     def spelled(self, token: int) -> str:
         """A token as text; by its number where it is none by itself."""
-        text = self.served.tokenizer.decode([token])
+        text = spelled(token, self.served.tokenizer)
         return f"token_id:{token}" if not text or BROKEN in text else text
 
     def chunks(self, passages: Sequence[Passage]) -> list[dict]:

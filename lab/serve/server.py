@@ -1,6 +1,7 @@
 """The process that serves a checkpoint: its socket, its engine, and its end by a signal."""
 
 import asyncio
+import functools
 import socket
 
 import uvicorn
@@ -9,7 +10,8 @@ from starlette.applications import Starlette
 from lab.data.tokenizers import Tokenizer
 from lab.decode.engine import Engine
 from lab.errors import UserError
-from lab.serve.app import app
+from lab.serve.app import PATIENCE, app
+from lab.serve.patient import Patient
 from lab.serve.protocol import Served
 from lab.serve.worker import Worker
 
@@ -20,7 +22,7 @@ AFTER = 2  # further ones in which their last words are sent
 
 
 def bound(host: str, port: int) -> socket.socket:
-    """A socket with this address, to which nobody can connect yet. Raises UserError where it cannot be had."""
+    """A socket with this address: who connects waits until it is served. Raises UserError where it cannot be had."""
     try:
         if not 0 <= port < 2**16:
             raise OverflowError("there is no such port")
@@ -28,7 +30,8 @@ def bound(host: str, port: int) -> socket.socket:
         made = socket.socket(family, kind, protocol)
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         made.bind(address)
-    except (OSError, OverflowError) as error:
+        made.listen()  # else Linux gives the address to others that do not listen yet, too
+    except (OSError, OverflowError, UnicodeError) as error:  # UnicodeError: of a name that can be none
         said = getattr(error, "strerror", None) or error
         raise UserError(
             f"cannot serve on port {port} of {host}: {said}; choose another port (0: any), or host"
@@ -52,7 +55,7 @@ def serve(
     served = Served(name, tokenizer, branches, **cache, alternatives=alternatives, most_prompts=worker.room)
     server = Server(worker, app(worker, served))
     print(f"lab: compiling for {rows} rows of {engine.length} tokens and up to {branches} branches", flush=True)
-    engine.submit([0, 0], branches=min(2, branches), most_tokens=1)
+    engine.submit([0, 0], most_tokens=1)
     while engine.busy:
         engine.step()
     asyncio.run(until_stopped(server, place, name))
@@ -71,10 +74,11 @@ async def until_stopped(server: "Server", place: socket.socket, name: str) -> No
 class Server(uvicorn.Server):
     """uvicorn's, which tells the worker when it is to end, and ends when the worker fails."""
 
-    def __init__(self, worker: Worker, application: Starlette, grace: float = GRACE):
+    def __init__(self, worker: Worker, application: Starlette, grace: float = GRACE, patience: float = PATIENCE):
         super().__init__(
             uvicorn.Config(
                 application,
+                http=functools.partial(Patient, patience),
                 log_level="warning",
                 access_log=False,
                 lifespan="off",

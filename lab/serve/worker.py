@@ -114,8 +114,8 @@ class Worker(threading.Thread):
 
     def run(self) -> None:
         while not self.stopped:
-            self.obey(wait=not self.busy)
             try:
+                self.obey(wait=not self.busy)
                 if self.deadline is not None and time.monotonic() >= self.deadline:
                     self.end(Closing("the server is shutting down"))
                 if self.busy:
@@ -151,8 +151,8 @@ class Worker(threading.Thread):
                 self.going[number] = Going(answer, place, max(ask.settings.get("branches", 0), 1))
                 self.stops[number] = ask.stops
         except Exception as error:  # a UserError, or a fault: others go on
-            self.abandon(answer)
             answer.tell(error)
+            self.abandon(answer)
         else:
             answer.tell([])
 

@@ -60,6 +60,14 @@ def test_filters_keep_what_a_loop_keeps(seed, k, p, m):
         assert found == expected or slack[0] <= found <= slack[1]  # float32 on the very edge
 
 
+@pytest.mark.parametrize("p", [1e-37, 1e-39, 5e-324])
+def test_however_small_a_share_is_the_likeliest_token_is_kept(p):
+    """Float32 has no such number, or flushes it to 0."""
+    z = np.array([[[0.0, 3.0, 1.0]]], np.float32)
+    kept = sampling.likely(z, np.array([0]), np.array([p], np.float32), np.array([0.0], np.float32))
+    np.testing.assert_array_equal(kept, [[[-np.inf, 3.0, -np.inf]]])
+
+
 def test_a_penalty_makes_seen_tokens_less_likely():
     rng = np.random.default_rng(0)
     z, seen = rng.normal(size=(2, 1, C)).astype(np.float32), rng.random((2, 1, C)) < 0.5

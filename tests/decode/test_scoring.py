@@ -5,11 +5,14 @@ import functools
 import decoding
 import jax
 import numpy as np
+import pytest
 import tiny
+import variants
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lab.decode.scoring import SHORTEST, log_likelihoods
+from lab.errors import UserError
 
 TEXTS, LENGTH = 3, SHORTEST + 9  # longer than one shape, so that there are two
 
@@ -43,6 +46,13 @@ def test_likelihoods_are_those_of_the_full_pass(asked, likeliest):
     found = log_likelihoods(decoding.built("default"), pairs, rows=2)
     np.testing.assert_allclose([x for x, _ in found], [x for x, _ in expected], atol=1e-3)
     assert [x for _, x in found] == [x for _, x in expected]
+
+
+def test_a_text_beyond_what_the_model_has_learned_is_refused():
+    model = tiny.model(variants.config("default", model__position__name="learned", model__position__length=24))
+    assert np.isfinite(log_likelihoods(model, [([1] * 20, [2] * 3)])[0][0])
+    with pytest.raises(UserError, match="beyond"):
+        log_likelihoods(model, [([1] * 28, [2] * 3)])
 
 
 def test_the_likeliest_continuation_is_found_to_be_it():

@@ -1,11 +1,13 @@
 """Text as tokens come: nothing is shown that is taken back, and stop strings end it wherever tokens are cut."""
 
 import decoding
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from lab.data.tokenizers import Bytes, Symbols
-from lab.decode.text import Transcript, transcribed
+from lab.data.tokenizers import Bytes, Json, Symbols
+from lab.decode.text import BROKEN, Transcript, spelled, transcribed
 
 LETTERS = st.text(st.sampled_from("ab¢€😀"), max_size=12)
 
@@ -46,9 +48,35 @@ def test_bytes_that_are_no_letters_end_nothing(found):
     assert "".join(pieces).endswith("\x00 end")
 
 
-def test_tokens_that_are_words_keep_their_spaces():
-    transcript = Transcript(Symbols(20))
-    assert "".join(transcript.add(token) for token in (3, 14, 15)) == "3 14 15"
+@given(st.lists(st.binary(min_size=1, max_size=1) | st.sampled_from(["😀".encode(), "€".encode()]), max_size=9))
+def test_letters_behind_broken_bytes_are_read(parts):
+    """Of bytes that are no letter there may be more or fewer marks; each letter is there, and no other."""
+    found = b"".join(parts)
+    transcript = Transcript(Bytes())
+    text = "".join(transcript.add(token) for token in found) + transcript.finish()
+    assert text.replace(BROKEN, "") == found.decode(errors="replace").replace(BROKEN, "")
+
+
+def words() -> Json:
+    """A tokenizer that writes a space before each word, and takes it from the first, as Llama 2's does."""
+    ids = {word: i for i, word in enumerate(["<unk>", "▁0", "▁hello", "▁world", "world"])}
+    made = Tokenizer(models.WordLevel(ids, "<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Metaspace()
+    made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    return Json(made.to_str())
+
+
+@pytest.mark.parametrize(("tokenizer", "prompt", "tokens", "text"), [
+    (Symbols(20), [1, 2], [3, 14, 15], "1 2 3 14 15"),
+    (words(), [2], [3, 3], "hello world world"),
+    (words(), [2], [4, 3], "helloworld world"),
+])  # fmt: skip
+def test_a_text_goes_on_from_its_prompt(tokenizer, prompt, tokens, text):
+    """The first word has its space, and a token that goes on in a word is told from one that begins it."""
+    transcript = Transcript(tokenizer)
+    pieces = [transcript.add(token) for token in tokens]
+    assert tokenizer.decode(prompt) + "".join(pieces) == text
+    assert pieces == [spelled(token, tokenizer) for token in tokens]
 
 
 def test_a_stop_string_ends_a_branch_and_not_the_others():

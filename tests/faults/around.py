@@ -16,7 +16,7 @@ ROWS = {
         ("checkpoints that are not whole are fetched", '+ "/" in steps', '+ "/" is not None'),
         ("what is written here is overwritten", "mark) and not self._changed(name)", "mark)"),
         ("no checkpoint while newer ones go up", "self._forget(early)", "self._forget(seals)"),
-        ("leases never expire", "self._clock - modified > EXPIRES", "self._clock - modified > 2**60"),
+        ("leases never expire", "is None or age <= EXPIRES", "is None or age <= 2**60"),
         ("leases by this machine's clock", "time.monotonic() + self._clock - modified", "time.time() - modified"),
         ("a run that was taken over is uploaded", "not _hidden(name) and not self._is_lost(name)", "not _hidden(name)"),
         ("who stood still does not look", "lease.renewed > EXPIRES / 2 for", "lease.renewed > 2**60 for"),

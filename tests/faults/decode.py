@@ -41,12 +41,14 @@ ROWS = {
     "decode/text.py": [
         ("half a stop string shown", "return self.show(len(self.text) - self.waiting)",
          "return self.show(len(self.text))"),
+        ("the space of a first word lost", "self.tokens = prompt(tokenizer)", "self.tokens = []"),
+        ("letters behind broken bytes lost", "if now.startswith(decoded(end)))", "if end == len(self.tokens))"),
     ],
     "serve/worker.py": [
         ("who leaves goes on", "                    self.engine.cancel(number)\n", "                    pass\n"),
         ("places of ended requests kept", "            going.left -= bool(passage.ended)\n", ""),
         ("one request more than may wait", "+ len(answer.asks) > self.room:", "+ len(answer.asks) > self.room + 1:"),
-        ("half of what is refused begins", "others go on\n            self.abandon(answer)\n", "others go on\n"),
+        ("half of what is refused begins", "            self.abandon(answer)\n        else:", "        else:"),
         ("an answer loses what comes before its error", "if not told and self.error:", "if self.error:"),
     ],
     "serve/protocol.py": [

@@ -287,7 +287,8 @@ def test_an_engine_that_fails_ends_the_server():
 
 
 @pytest.mark.parametrize(
-    "flags", [("--serve", "70000"), ("--serve", "TAKEN"), ("--serve", "8000", "--host", "no.such")]
+    "flags",
+    [("--serve", "70000"), ("--serve", "TAKEN"), *(("--serve", "8000", "--host", x) for x in ("no.such", "a..b"))],
 )
 def test_a_place_that_cannot_be_had_is_one_line(flags, monkeypatch):
     monkeypatch.setattr(runtime, "start_alone", lambda: None)

@@ -1,14 +1,16 @@
 """Chat completions: the prompt is what the template makes of the messages, and the answer that of the engine alone."""
 
+import dataclasses
 import json
 import pathlib
 
 import openai
 import pytest
 import serving
+from tokenizers import Tokenizer, models
 
 from lab.data.chat import Chat
-from lab.data.tokenizers import Bytes
+from lab.data.tokenizers import Bytes, Json
 from lab.serve import chat
 from lab.serve.protocol import Refusal, Served
 
@@ -62,6 +64,16 @@ def test_what_cannot_be_asked_is_refused(body, param, says):
         read(**body)
     error = refused.value.body["error"]
     assert error["param"] == param and says in error["message"] and refused.value.status == 400
+
+
+def test_half_a_letter_of_a_message_is_a_mistake():
+    """Of a client that cuts a text within a letter beyond the first plane: JSON can say it, and UTF-8 cannot."""
+    made = Json(Tokenizer(models.WordLevel({"a": 0, "b": 1}, "a")).to_str())
+    made.chat = Talking.chat
+    with pytest.raises(Refusal, match="cannot write the messages") as refused:
+        chat.read(json.dumps({"messages": [{"role": "user", "content": "a \ud83d"}]}).encode(),
+                  dataclasses.replace(SERVED, tokenizer=made))  # fmt: skip
+    assert refused.value.status == 400
 
 
 def test_the_client_talks():
