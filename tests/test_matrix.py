@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 TESTS = [(f"{contract}[{row}]", contract, row) for contract, row in itertools.product("abcde", range(40))]
+MANY = 600  # commits
 TESTS += [(f"few[{row}]", "few", row) for row in ("one", "two")]
 
 
@@ -19,13 +20,13 @@ def test_a_sample_has_some_of_every_contract(seed):
     assert all(
         len(rows) >= max(matrix.FEWEST, 40 // matrix.ONE_IN) for contract, rows in of.items() if contract != "few"
     )
-    assert of["few"] == ["one", "two"] and len(drawn) < len(TESTS) / 2
+    assert len(of["few"]) >= matrix.FEWEST and len(drawn) < len(TESTS) / 2
 
 
 def test_a_seed_draws_one_sample_and_seeds_together_draw_all():
     shuffled = random.Random(0).sample(TESTS, len(TESTS))
     assert matrix.sample(TESTS, 1) == matrix.sample(shuffled, 1) != matrix.sample(TESTS, 2)
-    samples = [matrix.sample(TESTS, seed) for seed in range(60)]
+    samples = [matrix.sample(TESTS, seed) for seed in range(MANY)]
     assert set.union(*samples) == {test for test, _, _ in TESTS}
     rows = [{row for test, _, row in TESTS if test in drawn} for drawn in samples]
-    assert sum(map(len, rows)) / 60 > len(set.union(*rows)) / matrix.ROWS
+    assert sum(map(len, rows)) / MANY > len(set.union(*rows)) / matrix.ROWS
