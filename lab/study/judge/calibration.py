@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from scipy import stats
+import scipy
 
 from lab.study.define.contrasts import SIGNS, settings
 from lab.study.judge import evidence, pairing, statistics
@@ -43,7 +43,7 @@ class Calibration:
     @property
     def interval(self) -> Interval:
         """Of the share of false verdicts: the exact binomial one (Clopper and Pearson 1934)."""
-        found = stats.binomtest(self.false, self.studies).proportion_ci(1 - LEVEL, method="exact")
+        found = scipy.stats.binomtest(self.false, self.studies).proportion_ci(1 - LEVEL, method="exact")
         return float(found.low), float(found.high)
 
     def detectable(self, seeds: int, comparisons: int = 1) -> float:

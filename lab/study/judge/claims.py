@@ -4,7 +4,7 @@ import itertools
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
+import scipy
 
 from lab.study.judge.documents import Paired, best_cf, between, cf, hybrids, methods, phase
 from lab.study.judge.evidence import UNKNOWN, overall
@@ -100,7 +100,7 @@ def _no_overhead(study: Results, cell: str, longest: int) -> Claim:
     told = f"seconds at {longest} tokens of {len(ours)} hybrids over those of {len(theirs)} asks of the plain program: "
     if min(map(len, logs)) < 2 or max(map(np.ptp, logs)) == 0:
         return Claim("no overhead", UNKNOWN, f"{told}{mean:+.1%}, and no spread that tells what a timing is worth")
-    low, high = np.exp(stats.ttest_ind(*logs, equal_var=False).confidence_interval(1 - LEVEL)) - 1
+    low, high = np.exp(scipy.stats.ttest_ind(*logs, equal_var=False).confidence_interval(1 - LEVEL)) - 1
     outcome = "contradicted" if low > OVERHEAD else "supported" if high <= OVERHEAD else UNKNOWN
     return Claim("no overhead", outcome, f"{told}{mean:+.1%} [{low:+.1%}, {high:+.1%}]")
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import stats
+import scipy
 
 from lab.errors import UserError
 from lab.study.define.cells import RUNG
@@ -176,7 +176,7 @@ def _half_widths(drawn: np.ndarray, seeds: int) -> np.ndarray:
         return np.full(drawn.shape[1], math.nan)
     with np.errstate(invalid="ignore"):
         error = drawn.std(axis=0) * math.sqrt(seeds / (seeds - 1))  # resamples of n spread by (n - 1) / n too little
-    return stats.t.ppf(1 - LEVEL / 2, seeds - 1) * error
+    return scipy.stats.t.ppf(1 - LEVEL / 2, seeds - 1) * error
 
 
 def _around(middle: float, half: float) -> Interval | None:

@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import optimize
+import scipy
 
 from lab.errors import UserError
 from lab.study.judge.statistics import LEVEL, Interval
@@ -131,7 +131,8 @@ def minimised(sizes: np.ndarray, losses: np.ndarray, first: Law | None = None) -
         starts = [np.array([np.log(floor), *moved, *np.log(np.maximum(first.exponents, LEAST))])]
     with np.errstate(over="ignore", invalid="ignore"):  # of steps that are tried
         found = [
-            optimize.minimize(_objective, start, (at, logs), METHOD, jac=True, options=OPTIONS) for start in starts
+            scipy.optimize.minimize(_objective, start, (at, logs), METHOD, jac=True, options=OPTIONS)
+            for start in starts
         ]
         best = min(found, key=lambda one: np.nan_to_num(one.fun, nan=np.inf)).x
     coefficients, exponents = best[1 : 1 + terms], np.exp(best[1 + terms :])

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import optimize, stats
+import scipy  # not its parts: they load as they are used, and take longer than all else that opens a study
 
 LEVEL = 0.05  # of every test; intervals are of 1 - LEVEL
 POWER = 0.8
@@ -48,7 +48,7 @@ def estimate(differences: Sequence[float], resolution: float = 0.0) -> Estimate:
     mean, deviation = float(values.mean()), float(values.std(ddof=1))
     if deviation <= max(resolution, 1e-12 * abs(mean)):
         return Estimate(n, mean, deviation)
-    test = stats.ttest_1samp(values, 0.0)
+    test = scipy.stats.ttest_1samp(values, 0.0)
     low, high = test.confidence_interval(1 - LEVEL)
     interval, smallest = (float(low), float(high)), detectable(n) * deviation
     return Estimate(n, mean, deviation, interval, float(test.pvalue), smallest, tuple(map(float, values)))
@@ -74,7 +74,7 @@ def holm(values: Sequence[float | None]) -> list[float | None]:
 def half_widths(values: np.ndarray) -> np.ndarray:
     """Half the pointwise Student-t interval of the mean over the first axis: [n, ...] with n > 1 -> [...]."""
     n = len(values)
-    return stats.t.ppf(1 - LEVEL / 2, n - 1) * values.std(axis=0, ddof=1) / math.sqrt(n)
+    return scipy.stats.t.ppf(1 - LEVEL / 2, n - 1) * values.std(axis=0, ddof=1) / math.sqrt(n)
 
 
 def _bootstrap(values: np.ndarray) -> Interval | None:
@@ -87,8 +87,8 @@ def _bootstrap(values: np.ndarray) -> Interval | None:
         return None
     centred, scale = values - values.mean(), values.std(ddof=1) / math.sqrt(len(values))
     with np.errstate(divide="ignore", invalid="ignore"), warnings.catch_warnings():
-        warnings.simplefilter("ignore", stats.DegenerateDataWarning)  # of resamples without spread: looked at below
-        drawn = stats.bootstrap(
+        warnings.simplefilter("ignore", scipy.stats.DegenerateDataWarning)  # of resamples without spread: see below
+        drawn = scipy.stats.bootstrap(
             (centred,),
             _student,
             n_resamples=RESAMPLES,
@@ -114,12 +114,12 @@ def detectable(n: int, comparisons: int = 1) -> float:
     """In standard deviations: where the two-sided t-test of n differences has POWER, at the level that Holm's
     correction leaves the smallest p of so many comparisons. Its power is the normal one averaged over the spread that n
     differences may show; scipy's noncentral t has holes at two of them."""
-    critical = stats.t.ppf(1 - LEVEL / 2 / comparisons, n - 1)
+    critical = scipy.stats.t.ppf(1 - LEVEL / 2 / comparisons, n - 1)
     shares = (np.arange(10_000) + 0.5) / 10_000
-    spreads = stats.chi.ppf(shares, n - 1) / math.sqrt(n - 1)
+    spreads = scipy.stats.chi.ppf(shares, n - 1) / math.sqrt(n - 1)
 
     def lacking(shift: float) -> float:
-        found = stats.norm.sf(critical * spreads - shift) + stats.norm.cdf(-critical * spreads - shift)
+        found = scipy.stats.norm.sf(critical * spreads - shift) + scipy.stats.norm.cdf(-critical * spreads - shift)
         return found.mean() - POWER
 
-    return float(optimize.brentq(lacking, 0.0, max(100.0, 3 * critical))) / math.sqrt(n)
+    return float(scipy.optimize.brentq(lacking, 0.0, max(100.0, 3 * critical))) / math.sqrt(n)

@@ -5,12 +5,12 @@ import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import numpy as np
+import scipy
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.ticker import LogLocator, NullLocator
-from scipy import signal
 
 from lab.study.judge.evidence import UNKNOWN, Comparison
 from lab.study.judge.trends import Trend
@@ -353,4 +353,4 @@ def colours(names: Sequence) -> dict:
 def _smooth(values: Sequence[float]) -> list[float]:
     """Centred means of 1/25 of the values, five at least; at both ends, the straight line that fits as many best."""
     width = min(2 * max(2, len(values) // 50) + 1, len(values) - (len(values) % 2 == 0))
-    return list(values) if width < 3 else signal.savgol_filter(values, width, 1).tolist()
+    return list(values) if width < 3 else scipy.signal.savgol_filter(values, width, 1).tolist()
