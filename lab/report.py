@@ -5,7 +5,6 @@ python -m lab.report s3://bucket/rope_ablation         # the same in an object s
 python -m lab.report runs/a runs/b [--output DIR]   # writes comparison.md and comparison.html, here or to DIR
 """
 
-import sys
 from pathlib import Path
 
 from lab import command, storage
@@ -44,25 +43,20 @@ def compare(directories: list[str], output: str | Path) -> list[Path]:
     return page.write(Path(output), compare.TITLE, compare.sections(studies), name="comparison")
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None) -> None:
     parser = command.Parser(prog="python -m lab.report", description=__doc__)
     parser.add_argument("directories", nargs="+", help="of studies, such as runs/rope_ablation")
     parser.add_argument("--output", help="where the pages of a comparison go (default: here)")
     flags = parser.parse_args(arguments)
-    try:
-        directories = [str(storage.opened(directory)) for directory in flags.directories]
-        if len(flags.directories) == 1 and flags.output:
-            raise UserError(f"--output={flags.output} needs several studies: the report of one goes to its directory")
-        several = len(flags.directories) > 1
-        paths = compare(directories, flags.output or ".") if several else rebuild(directories[0])
-        if not several:
-            storage.flush(Path(directories[0]))
-        for path in paths:
-            print(storage.told(path))
-    except (UserError, OSError) as error:
-        print(f"lab: {storage.told(error)}", file=sys.stderr)
-        return 2
-    return 0
+    directories = [str(storage.opened(directory)) for directory in flags.directories]
+    if len(flags.directories) == 1 and flags.output:
+        raise UserError(f"--output={flags.output} needs several studies: the report of one goes to its directory")
+    several = len(flags.directories) > 1
+    paths = compare(directories, flags.output or ".") if several else rebuild(directories[0])
+    if not several:
+        storage.flush(Path(directories[0]))
+    for path in paths:
+        print(storage.told(path))
 
 
 if __name__ == "__main__":

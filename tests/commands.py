@@ -9,6 +9,11 @@ import signal
 import subprocess
 import sys
 import time
+import unittest.mock
+
+import pytest
+
+from lab import command
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 STEPS = 40
@@ -140,6 +145,13 @@ def finished(command: str, *arguments, log: pathlib.Path, code: int = 0, **envir
     with started(command, *arguments, log=log, **environment) as process:
         assert process.wait() == code, process.told()
     return process
+
+
+def ended(main, *arguments) -> int:
+    """The exit code of a command that is run in this process."""
+    with unittest.mock.patch.object(sys, "argv", ["lab", *map(str, arguments)]), pytest.raises(SystemExit) as left:
+        command.run(main)
+    return left.value.code or 0
 
 
 def metrics(run: pathlib.Path) -> list[dict]:

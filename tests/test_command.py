@@ -289,10 +289,9 @@ def test_what_a_kill_left_of_a_plan_does_not_bar_the_directory(told, tmp_path, s
     assert json.loads((work / "plan.json").read_text())["study"] == "tiny"
 
 
-def test_a_report_of_no_study_is_refused(told, tmp_path, capsys):
-    assert report.main([str(tmp_path)]) == 2
-    err = capsys.readouterr().err
-    assert "has no plan.json" in err and err.count("\n") == 1
+def test_a_report_of_no_study_is_refused(told, tmp_path):
+    code, _, err = told(report, tmp_path)
+    assert code == 2 and "has no plan.json" in err and err.count("\n") == 1
 
 
 def test_the_plan_as_json(told, study):

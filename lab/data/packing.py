@@ -97,7 +97,7 @@ def highest_branch(data) -> int:
 
 def parse_draw(draw: str, field: str = "data.draw") -> tuple[int, int]:
     """The least and most that are drawn: fixedN -> (N, N), LOW-HIGH -> (LOW, HIGH). Raises UserError."""
-    match = re.fullmatch(r"fixed(\d{1,9})|(\d{1,9})-(\d{1,9})", draw)
+    match = re.fullmatch(r"fixed(\d{1,99})|(\d{1,99})-(\d{1,99})", draw)
     low, high = (int(match[1] or match[2]), int(match[1] or match[3])) if match else (0, 0)
     if not 1 <= low <= high:
         raise UserError(f"{field} = {draw!r} is not a draw; choose fixedN or LOW-HIGH with 1 <= LOW <= HIGH, as 1-15")

@@ -191,7 +191,7 @@ def test_a_recurrent_state_is_shown_with_the_cache(tmp_path):
 
 def test_studies_side_by_side_show_costs_and_residuals(tmp_path):
     directories = [str(made(tmp_path / "a")), str(made(tmp_path / "b", changed=lambda cell: {"parameters": 594816}))]
-    assert report.main([*directories, "--output", str(tmp_path)]) == 0
+    report.main([*directories, "--output", str(tmp_path)])
     text = (tmp_path / "comparison.md").read_text()
     assert {row["parameters"] for row in table(text, "study")} == {"297 k", "372 k", "595 k"}
     found = {row["cell"].split("rope_ratio=")[1][:3]: row for row in table(text, "cell | seeds")}
