@@ -1,4 +1,5 @@
-# make run | make test | make setup. PYTHON picks the interpreter (3.11 to 3.13 are tested), VENV the environment, CONFIG the study.
+# make run | make test | make setup. PYTHON picks the interpreter (3.11 to 3.13 are tested), VENV the environment, CONFIG
+# the study.
 # The first that runs and is recent enough: a version manager's shim may be on the path and run nothing.
 RECENT = import sys; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do $$p -c '$(RECENT)' && echo $$p && break; done 2>/dev/null)

@@ -6,7 +6,7 @@ import commands
 import pytest
 
 from lab.errors import UserError
-from lab.storage import cache_directory
+from lab.storage import cache_directory, opened
 
 
 @pytest.mark.parametrize(
@@ -35,3 +35,11 @@ def test_one_function_reads_the_place_of_the_cache():
         path for path in (commands.REPOSITORY / "lab").rglob("*.py") if 'environ.get("LAB_CACHE' in path.read_text()
     ]
     assert [path.name for path in readers] == ["storage.py"]
+
+
+def test_a_home_is_found_where_no_shell_has_put_it(monkeypatch, tmp_path):
+    """As behind --workdir=."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert opened("~/runs/x") == tmp_path / "runs" / "x" and opened("runs/~") == pathlib.Path("runs/~")
+    with pytest.raises(UserError, match="~nobody-here/x has no place"):
+        opened("~nobody-here/x")

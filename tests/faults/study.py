@@ -69,7 +69,9 @@ ROWS = {
     ],
     "study/report/cell_page.py": [
         ("the command of the cell before", 'enumerate(study.plan["cells"], 1)', 'enumerate(study.plan["cells"], 0)'),
-        ("flags of the study's own share", 'own and "=" not in word', "False"),
+    ],
+    "study/report/layout.py": [
+        ("flags of the study's own share", 'given and "=" not in word', "False"),
     ],
     "study/report/decoding.py": [
         ("a cost turned", 'frame["loss_alone"] - frame["loss"]', 'frame["loss"] - frame["loss_alone"]'),

@@ -313,7 +313,7 @@ def test_the_extra_has_to_be_installed(missing, monkeypatch):
 
 @pytest.mark.slow
 def test_the_command_serves_until_a_signal(tmp_path):
-    made = variants.config("default", model__vocabulary=258)
+    made = variants.config("default", model__vocabulary=258, model__rule="own_branch")  # branches have own pages
     cell = tiny.saved(tmp_path / "cell", tiny.model(made), made)
     process = subprocess.Popen(
         [sys.executable, "-m", "lab.generate", str(cell), "--serve", "0", "--length", "128"],

@@ -13,7 +13,7 @@ from lab.study.judge.evidence import Findings
 from lab.study.judge.residuals import MEANINGS, shown
 from lab.study.numbers import number
 from lab.study.report import live, page
-from lab.study.report.layout import CELL_PAGE, describe, differences, links
+from lab.study.report.layout import CELL_PAGE, describe, differences, links, words_without
 from lab.study.report.page import Chart, Code, Piece, Section, Table, Text
 from lab.study.report.verdicts import differing, interval, signed
 from lab.study.results import Results
@@ -42,18 +42,8 @@ def write(study: Results, findings: Findings | None) -> list[Path]:
 
 def command(study: Results, place: int) -> str:
     """The command that makes the cell of a place, from 1 on, again, and no other, in a directory beside the study's."""
-    try:
-        words = shlex.split(study.plan["command"])
-    except ValueError:  # a plan that was written by hand
-        words = [study.plan["command"]]
-    kept, skipped = [], False
-    for word in words:
-        own = word.split("=")[0] in OWN
-        if not own and not skipped:
-            kept.append(word)
-        skipped = own and "=" not in word  # its value is the next word
     share, workdir = f"--cells={place}/{len(study.plan['cells'])}", f"--workdir={told(study.directory)}-again"
-    return shlex.join([*kept, share, workdir])
+    return shlex.join([*words_without(study, OWN), share, workdir])
 
 
 def _config(study: Results, cell: dict) -> dict:

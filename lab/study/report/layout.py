@@ -1,6 +1,7 @@
 """How reports name cells and arrange them into panels."""
 
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 from urllib.parse import quote
@@ -13,6 +14,21 @@ from lab.study.results import Outcome, Results, identity
 WIDEST = 3  # panels in a row, where rows mean nothing
 CELL_PAGE = "index.html"  # in the directory of each cell
 MOST_CELLS = 60  # of a figure: no reader tells more lines apart, and drawing them takes minutes
+
+
+def words_without(study: Results, flags: Sequence[str]) -> list[str]:
+    """The words of the study's command, but for these flags and their values."""
+    try:
+        words = shlex.split(study.plan["command"])
+    except ValueError:  # a plan that was written by hand
+        words = [study.plan["command"]]
+    kept, skipped = [], False
+    for word in words:
+        given = word.split("=")[0] in flags
+        if not given and not skipped:
+            kept.append(word)
+        skipped = given and "=" not in word  # its value is the next word
+    return kept
 
 
 def line_label(study: Results) -> str:

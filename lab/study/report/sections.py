@@ -2,7 +2,6 @@
 
 import inspect
 import math
-import re
 import shlex
 from collections.abc import Callable, Sequence
 
@@ -31,7 +30,7 @@ from lab.study.report import (
     trials,
     verdicts,
 )
-from lab.study.report.layout import arrange, few, grouped, line_label, links, lowest, run_label
+from lab.study.report.layout import arrange, few, grouped, line_label, links, lowest, run_label, words_without
 from lab.study.report.page import Chart, Code, Piece, Section, Table, Text
 from lab.study.results import Results
 
@@ -283,7 +282,7 @@ def _texts(study: Results) -> str:
 
 def _commands(study: Results) -> list[Piece]:
     place = shlex.quote(told(study.directory))
-    every = re.sub(r" --cells(=| )\S+", "", study.plan["command"])  # not those of one job of several
+    every = shlex.join(words_without(study, ("--cells",)))  # not those of one job of several
     lines = [every, f"python -m lab.report {place}", f"launch/tensorboard.sh {place}"]
     return [Text("To run it, to rebuild this page, and to follow the curves:"), Code("\n".join(lines))]
 

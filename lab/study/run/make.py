@@ -78,10 +78,7 @@ def train(unit: Unit, display: Display, stop: Callable[[int], bool]) -> tuple[st
                 log.finish(weights[i])
                 write_json(run.directory / "result.json", _result(run, configs[i], mesh, trained))
     if workload.vmapped and writes:
-        shutil.rmtree(checkpoint_directory(unit))
-        with contextlib.suppress(OSError):  # another stack is there, or what was set aside
-            for directory in checkpoint_directory(unit).parents[:2]:
-                directory.rmdir()
+        drop_stack(unit)
     if workload.vmapped:
         return _told(trained), None
     return _told(trained), partition.whole(compiled.laid(trained.state.model, mesh))
@@ -127,6 +124,16 @@ def checkpoint_directory(unit: Unit) -> pathlib.Path:
         return unit[0].directory / "checkpoints"
     members = hashlib.sha256(json.dumps([(run.place, run.seed) for run in unit]).encode()).hexdigest()[:12]
     return unit[0].directory.parents[2] / "stacks" / members / "checkpoints"
+
+
+def drop_stack(unit: Unit) -> None:
+    """Deletes the checkpoints of a stack that nothing goes on from."""
+    directory = checkpoint_directory(unit)
+    if directory.exists():
+        shutil.rmtree(directory)
+    with contextlib.suppress(OSError):  # another stack is there, or what was set aside
+        for above in directory.parents[:2]:
+            above.rmdir()
 
 
 def _keep_members(unit: Unit, states, config: ConfigDict) -> None:

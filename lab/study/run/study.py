@@ -104,8 +104,8 @@ def _make(unit: Unit, display: Display, stop: Callable[[int], bool]) -> None:
             speed, model = make.train(untrained, display, stop)
             break
         except loop.NonFinite as error:
-            if len(untrained) > 1 and jax.process_index() == 0:  # no stack goes on from there
-                shutil.rmtree(make.checkpoint_directory(untrained), ignore_errors=True)
+            if len(untrained) > 1 and jax.process_index() == 0:
+                make.drop_stack(untrained)  # what is left of it is another one
             failed.append(untrained[error.member])
             untrained = tuple(run for run in untrained if run is not failed[-1])
             _fail(failed[-1], error, display)

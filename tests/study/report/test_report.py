@@ -248,6 +248,17 @@ def test_unknown_section_is_refused_with_the_nearest(tmp_path):
         sections.make(results.collect(tmp_path), None)
 
 
+def test_commands_on_the_page_run_all_of_the_study_where_it_lies(tmp_path):
+    """Whichever job of several wrote the plan last, and whatever its directory is called."""
+    place = write_study(tmp_path / "my runs", counts=(1,))
+    plan = json.loads((place / "plan.json").read_text())
+    for flag in ("--cells=7/16", "--cells 7/16"):
+        write(place / "plan.json", plan | {"command": f"python -m lab.main {flag} --config='a b.py'"})
+        report.rebuild(place)
+        text = (place / "report.md").read_text()
+        assert "\npython -m lab.main '--config=a b.py'\n" in text and f"\npython -m lab.report '{place}'\n" in text
+
+
 def test_command_line(tmp_path, capsys):
     write_study(tmp_path / "study", counts=(1, 2))
     report.main([str(tmp_path / "study")])

@@ -3,6 +3,7 @@
 import errno
 import json
 import pathlib
+from types import SimpleNamespace
 
 import filelock
 import pytest
@@ -12,7 +13,7 @@ from studies import write, write_study
 from lab import main, report
 from lab.errors import UserError
 from lab.study.define.cell import Cell
-from lab.study.run import hosts, places, runs
+from lab.study.run import hosts, make, places, runs
 from lab.study.run import study as run_study
 
 
@@ -189,6 +190,20 @@ def test_a_look_at_a_study_with_a_failed_run_is_kept(tmp_path):
     for _ in range(2):
         runs.note_look(tmp_path)
         assert looks() == [{"seeds": 2}]
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_a_stack_that_is_dropped_leaves_nothing_and_others_stay(tmp_path, saved):
+    def unit(*seeds):
+        return tuple(SimpleNamespace(directory=tmp_path / "cells/a-0/seed-0", place=0, seed=seed) for seed in seeds)
+
+    first, other = unit(0, 1), unit(0, 1, 2)
+    for stack in (first, other) if saved else ():
+        make.checkpoint_directory(stack).mkdir(parents=True)
+    make.drop_stack(first)
+    assert make.checkpoint_directory(other).exists() == saved and not make.checkpoint_directory(first).parent.exists()
+    make.drop_stack(other)
+    assert not (tmp_path / "stacks").exists()
 
 
 def test_evaluations_of_other_weights_never_stay(tmp_path, monkeypatch):
