@@ -228,14 +228,14 @@ def test_a_report_of_hostile_names_is_whole(tmp_path):
     """A label with a tuple for its value, and names that four markups would read."""
     write_study(tmp_path, {"head": ["h8", "h16"]}, lambda labels, count: 2.0, (1, 2), sections=["curves"], seeds=2)
     content = json.loads((tmp_path / "plan.json").read_text())
-    content |= {"labels": [["name", "a|b"]], "question": HOSTILE, "command": "```\n<i>"}
+    content |= {"labels": [["name", "a|b"]], "question": HOSTILE, "command": "'```\n<i>'"}
     for number, cell in enumerate(content["cells"]):
         cell["labels"] = {"a|b": [[HOSTILE, number]]}
     study = {"baseline": [["a|b", [[HOSTILE, 0]]]], "groups": []}
     write(tmp_path / "plan.json", content | {"config": content["config"] | {"study": study}})
     report.main([str(tmp_path)])
     text, whole = (tmp_path / "report.md").read_text(), without_plotly((tmp_path / "report.html").read_text())
-    assert "<b>" not in text and "````\n```\n<i>\n" in text
+    assert "<b>" not in text and "````\n'```\n<i>'\n" in text
     assert "<b>" not in whole and "<i>" not in whole and "&lt;b&gt;c&lt;/b&gt;" in whole
 
 
