@@ -11,6 +11,7 @@ import sys
 import time
 import unittest.mock
 
+import compiling
 import pytest
 
 from lab import command
@@ -72,7 +73,7 @@ class Process:
         self._logs = log.with_suffix(".out"), log.with_suffix(".err")
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
         settings = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2", "PYTHON": sys.executable}
-        settings |= {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"} | environment  # tests/conftest.py says why
+        settings |= compiling.FAST | environment
         with self._logs[0].open("w") as out, self._logs[1].open("w") as err:
             self._popen = subprocess.Popen(
                 [*map(str, arguments)],

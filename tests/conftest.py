@@ -4,8 +4,11 @@ import itertools
 import os
 import pathlib
 
+import compiling
+
 _CACHE = pathlib.Path(__file__).resolve().parents[1] / ".pytest_cache" / "lab"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ |= compiling.FAST  # of commands that tests start too
 os.environ.setdefault("LAB_CACHE", str(_CACHE))
 
 import hypothesis  # noqa: E402
@@ -20,9 +23,6 @@ DEVICES = 8
 MAPPINGS = 30_000
 _tests = itertools.count()
 
-# Compiling is all that tiny models cost, and optimising is most of that. The whole lab is run once with
-# programs that are optimised as usual: tests/test_smoke.py.
-jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_num_cpu_devices", DEVICES)  # before the backend starts
 jax.config.update("jax_compilation_cache_dir", str(_CACHE / "xla"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
@@ -35,10 +35,7 @@ hypothesis.settings.load_profile("lab")
 @pytest.fixture(scope="session", autouse=True)
 def devices():
     """The simulated devices. Host device counts in XLA_FLAGS would silently be overruled; fewer would test nothing."""
-    with pytest.MonkeyPatch.context() as patch:
-        if jax.__version_info__ < (0, 11):  # later ones have no such flag, and compile faster without it
-            patch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false")
-        found = jax.devices()  # starts the backend, which reads the flags once
+    found = jax.devices()
     assert len(found) == DEVICES
     return found
 

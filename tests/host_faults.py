@@ -25,6 +25,7 @@ import types
 from typing import NamedTuple
 
 import commands
+import compiling
 import forked
 
 STEPS, EVERY = 24, 4  # of the study; between checkpoints
@@ -166,7 +167,7 @@ class Injector:
             place / "tiny.py", commands.write_corpus(place / "corpus.jsonl"), commands.ONE_CELL, sections=("curves",),
             steps=STEPS,
         )  # fmt: skip
-        of_jax = dict(JAX_PLATFORMS="cpu", JAX_NUM_CPU_DEVICES="1", JAX_DISABLE_MOST_OPTIMIZATIONS="1")
+        of_jax = dict(JAX_PLATFORMS="cpu", JAX_NUM_CPU_DEVICES="1") | compiling.FAST
         self.environment = {name: x for name, x in os.environ.items() if not name.startswith("JAX_")} | of_jax
         self.server = forked.Server(place, self.environment)
 

@@ -9,7 +9,6 @@ import commands
 import pytest
 
 pytestmark = pytest.mark.slow
-FAST = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # tests/conftest.py says why
 
 
 @pytest.mark.parametrize("stages", [
@@ -20,7 +19,7 @@ def test_a_dry_run_says_all_and_a_worker_that_is_killed_costs_its_own_row(tmp_pa
     sizes = ["--out", tmp_path / "out", "--scratch", tmp_path / "scratch", "--budget", "1500", "--dry"]
     kill = {"CHECK_KILL": "cudnn 64 64 ", "CHECK_SILENT": "300", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, script, *sizes, "--stages", *stages]
-    run = subprocess.run(command, cwd=tmp_path, env=os.environ | kill | FAST, capture_output=True, text=True)
+    run = subprocess.run(command, cwd=tmp_path, env=os.environ | kill, capture_output=True, text=True)
     assert not run.returncode, run.stdout + run.stderr
     found = json.loads((tmp_path / "out" / "check.json").read_text())
     ends = {(x["stage"].split("-")[0], *x["id"]): x for x in found if x.get("what") == "end"}

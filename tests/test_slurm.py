@@ -12,6 +12,7 @@ import subprocess
 import sys
 
 import commands
+import compiling
 import pytest
 import slurm_cluster
 
@@ -46,7 +47,7 @@ class Job:
     def __init__(self, slurm: slurm_cluster.Cluster, study: pathlib.Path, work: pathlib.Path, name: str, *more: str):
         self._slurm, self._log = slurm, work.parent / f"{name}.log"
         settings = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2", "PYTHON": sys.executable}
-        settings |= {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"} | slurm.environment
+        settings |= compiling.FAST | slurm.environment
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "SLURM_"))}
         arguments = [f"--config={study}", f"--workdir={work}", "--config.run.checkpoint.every=100"]
         options = ["--partition=low", "--nodes=2", "--exclusive", f"--output={self._log}", *more]

@@ -6,6 +6,7 @@ import json
 from urllib.parse import unquote
 
 import commands
+import compiling
 import jax
 import numpy as np
 import pytest
@@ -21,7 +22,6 @@ from lab.train import step
 
 pytestmark = pytest.mark.smoke
 STEPS = 12
-OPTIMISED = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}  # as users run it
 CELLS = 'product(vary("model.position.ratio", (0.0, 1.0)), vary("data.draw", ("1-3",)))'
 
 
@@ -30,7 +30,9 @@ def work(tmp_path_factory):
     """The directory of a study of two cells that has run."""
     place = tmp_path_factory.mktemp("smoke")
     study = commands.write_study(place / "tiny.py", commands.write_corpus(place / "corpus.jsonl"), CELLS, steps=STEPS)
-    run = commands.finished("main", f"--config={study}", f"--workdir={place / 'runs'}", log=place / "log", **OPTIMISED)
+    run = commands.finished(
+        "main", f"--config={study}", f"--workdir={place / 'runs'}", log=place / "log", **compiling.USUAL
+    )
     assert run.err == ""
     assert "compiled: train_step 1 (" in run.out and "evaluation_step 1 (" in run.out
     assert "2 of 2 runs done, 0 failed" in run.out

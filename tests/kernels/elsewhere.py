@@ -7,6 +7,7 @@ import pathlib
 import subprocess
 import sys
 
+import compiling
 import filelock
 import jax
 
@@ -33,5 +34,5 @@ def environment(name: str, *packages: str) -> dict[str, str]:
             install = [sys.executable, "-m", "pip", "install", "--quiet", "--upgrade", "--target", place, *packages]
             subprocess.run(install, check=True, capture_output=True, text=True)
             (place / ".ready").touch()
-    kept = {key: value for key, value in os.environ.items() if key not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+    kept = {key: value for key, value in os.environ.items() if key not in {*compiling.FAST, "JAX_PLATFORMS"}}
     return kept | {"PYTHONPATH": str(place)}
