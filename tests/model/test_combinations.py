@@ -76,7 +76,7 @@ LOOK = jax.jit(looked_at)
 
 
 @pytest.mark.slow
-@settings(max_examples=int(os.environ.get("COMBINATIONS", 14)), suppress_health_check=list(HealthCheck))
+@settings(max_examples=int(os.environ.get("COMBINATIONS", 10)), suppress_health_check=list(HealthCheck))
 @given(chosen=st.fixed_dictionaries({field: st.sampled_from(values) for field, values in CHOICES.items()}))
 def test_any_combination_is_built_counted_and_learns_and_sees_nothing_later(chosen):
     made = config(chosen)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from itertools import chain, cycle
 from typing import NamedTuple
 
 from ml_collections import ConfigDict
@@ -86,13 +87,14 @@ def missed(row: dict) -> bool:
 
 
 def nearest_multiple(quantity: Callable[[int], float | None], target: float, multiple: int) -> int | None:
-    """The positive multiple whose quantity is nearest to the target, by bisection; the smaller of two as near.
+    """The positive multiple whose quantity is nearest to the target; the smaller of two as near.
 
     The quantity must not fall as the multiple grows; it is None of a value that cannot be, and such are passed over.
-    None if it does not grow at all. Raises LookupError where no multiple has a quantity.
+    None if it does not grow at all. Raises LookupError where no multiple has a quantity. Found by lines through two
+    known values, and by halves, in turns: most quantities are nearly straight, and each value is a model to build.
     """
     known = functools.cache(lambda number: quantity(number * multiple))
-    first_of = lambda numbers: next((n for n in numbers if known(n) is not None), None)  # noqa: E731
+    first_of = lambda *ranges: next((n for n in chain(*ranges) if known(n) is not None), None)  # noqa: E731
     low = first_of(range(1, PROBED + 1))
     if low is None:
         raise LookupError
@@ -102,15 +104,20 @@ def nearest_multiple(quantity: Callable[[int], float | None], target: float, mul
     if known(high) <= known(low):
         return None
     while known(low) < known(high) < target:
-        beyond = first_of((*range(2 * high, 4 * high + PROBED), *range(2 * high - 1, high, -1)))
+        ahead = (target - known(high)) / (known(high) - known(low)) * (high - low)
+        guess = high + int(min(max(ahead, high), 63 * high))
+        double = range(2 * high, 4 * high + PROBED), range(2 * high - 1, high, -1)
+        beyond = first_of(range(guess, guess + PROBED), *double)
         if beyond is None:
             return high * multiple
         low, high = high, beyond
-    while True:
-        middle = (low + high) // 2
-        between = first_of((*range(max(middle, low + 1), high), *range(middle - 1, low, -1)))
+    for straight in cycle((True, False)):
+        rise = known(high) - known(low)
+        share = min(max(0.0, (target - known(low)) / rise), 1.0) if straight and rise else 0.5
+        middle = low + int(share * (high - low))
+        between = first_of(range(max(middle, low + 1), high), range(middle - 1, low, -1))
         if between is None:
-            return min((low * multiple, high * multiple), key=lambda value: abs(quantity(value) - target))
+            return multiple * min((low, high), key=lambda number: abs(known(number) - target))
         low, high = (between, high) if known(between) <= target else (low, between)
 
 

@@ -193,7 +193,7 @@ def describe(cell: Cell) -> dict:
         "state_per_layer": accounting.state_per_layer(model),
         **moved(config, model),
         "tokens": nominal_tokens(config),
-        "executable": program(config),
+        "executable": program(config) if partition.Partition.of(config).partial else executable(config, model),
         "head_dim": config.model.mixer.head_dim,
         **rotary,
         "fields": fields(config),

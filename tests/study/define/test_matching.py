@@ -91,7 +91,7 @@ def test_no_other_multiple_is_nearer_in_parameters(base, other, by, multiple):
 @given(
     slope=st.integers(1, 50), start=st.integers(0, 10**4), target=st.integers(1, 10**6), multiple=st.integers(1, 300)
 )
-def test_bisection_against_trying_everything(slope, start, target, multiple):
+def test_the_nearest_against_trying_everything(slope, start, target, multiple):
     def quantity(value):
         return start + slope * value * value
 
@@ -153,6 +153,14 @@ def test_a_match_that_no_value_can_make_is_named():
         "variant=odd is matched on parameters to variant=base by model.feedforward.width, and no multiple of 1 up to "
         "256 is one that it can have: model.mixer.heads = 4 is not divisible by model.mixer.kv_heads = 3"
     )
+
+
+@pytest.mark.parametrize("target", [1, 500_000, 10**9])
+def test_what_grows_straight_is_found_in_a_few_values(target):
+    """Each is a model to build; halving would ask for twenty and more."""
+    asked = []
+    found = matching.nearest_multiple(lambda value: asked.append(value) or 3000 + 7 * value, target, 1)
+    assert found == max(1, round((target - 3000) / 7)) and len(asked) <= 12
 
 
 def test_a_field_that_stops_growing_ends_the_search():

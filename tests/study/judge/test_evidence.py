@@ -156,7 +156,7 @@ def test_intervals_cover_the_truth_and_false_findings_are_rare(tmp_path, n, effe
     values = {"rope_ratio": list(effects)}
     study = results.collect(write_study(tmp_path, values, lambda labels, count: 2.0, (1,), n, study=BASELINE))
     truth = {f"rope_ratio={ratio}": effect for ratio, effect in effects.items()}
-    generator, studies = np.random.default_rng(n), 1000
+    generator, studies = np.random.default_rng(n), 600
     covered = {"t_interval": [], "bootstrap_interval": []}
     false_findings = true_findings = 0
     for _ in range(studies):
