@@ -6,7 +6,7 @@ import pytest
 from host_faults import STEPS, Fault
 
 pytestmark = pytest.mark.slow
-SOME = 3  # of each study's faults, that a commit injects
+SOME = 2  # of each study's faults, that a commit injects
 FAULTS = [
     [
         Fault("shard missing", 1, "compiles", 0),

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import commands
+import matrix
 import pytest
 import tiny
 import variants
@@ -221,8 +222,8 @@ for path in sys.argv[1:]:
 
 
 @pytest.mark.slow
-def test_no_device_is_held_before_it_is_decided():
-    configs = sorted((commands.REPOSITORY / "configs").glob("*.py"))
+def test_no_device_is_held_before_it_is_decided(request):
+    configs = matrix.some(sorted((commands.REPOSITORY / "configs").glob("*.py")), 6, request.config)
     command = [sys.executable, "-c", PROBE, *map(str, configs)]
     run = subprocess.run(command, cwd=commands.REPOSITORY, capture_output=True, text=True)
     assert not run.returncode and len(run.stdout.splitlines()) == len(configs), run.stderr

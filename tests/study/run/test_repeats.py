@@ -103,7 +103,7 @@ def test_the_plan_shows_what_a_calibration_adds():
 def test_a_finished_study_is_calibrated_and_goes_on(tmp_path, capsys):
     """Through the commands: what is done is kept, only the repeats are made, and the tables stay as they are."""
     corpus = commands.write_corpus(tmp_path / "corpus.jsonl")
-    flags = [f"--config={commands.write_study(tmp_path / 'tiny.py', corpus, commands.ONE_CELL)}"]
+    flags = [f"--config={commands.write_study(tmp_path / 'tiny.py', corpus, commands.ONE_CELL, steps=10)}"]
     flags += ["--config.study.seeds=2"]
     work, asked = tmp_path / "work", "--config.study.calibrate=2"
     commands.finished("main", *flags, f"--workdir={work}", log=tmp_path / "first")
