@@ -7,6 +7,7 @@ from rich.console import Console
 from lab import model as lab_model
 from lab import plan as command
 from lab.study.define import plan
+from lab.study.define.cell import Cell
 
 
 def row(name, state=0, **overrides):
@@ -59,3 +60,10 @@ def test_bytes_and_intensities_have_a_line_for_cells_that_share_them():
     lines, text = printed(rows, command.moved)
     assert lines[0] == ["a", "1,536", "12.3", "1.0", "7.0"] and lines[-1] == ["delta", "1,536", "12.3", "—", "—"]
     assert [line[0] for line in lines] == ["a", "b", "delta"] and "of decoding 64" in text
+
+
+@pytest.mark.parametrize("over", [{}, {"model__lora__rank": 2}, {"train__freeze": ("embedding",)}], ids=str)
+def test_a_cell_is_named_by_the_program_that_trains_it(over):
+    """Another one where a part of the model is trained, and so a tree of other kinds of weights."""
+    config = tiny.config(model__vocabulary=258, **over)
+    assert plan.describe(Cell("one", {}, config))["executable"] == plan.program(config)
