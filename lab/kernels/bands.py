@@ -161,7 +161,7 @@ def attend_bands(
     if len(outputs) == 1:
         o_BTHV, lse_BTH = outputs[0]
     else:
-        o_BTHV, lse_BTH = split.merge(*(jnp.stack(x, axis=1) for x in zip(*outputs, strict=True)))
+        o_BTHV, lse_BTH = split.merge(outputs)
     return (o_BTHV, lse_BTH) if return_lse else o_BTHV
 
 

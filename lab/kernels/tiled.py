@@ -86,8 +86,7 @@ def attend(
     """Returns (o_BTHV, lse_BTH) as lab.kernels.reference.attend does."""
     if isinstance(tiles, Lanes):
         inputs = q_BTHK, k_BSGK, v_BSGV, q_coordinates, k_coordinates, rule, scale, softcap
-        parts = [attend(*inputs, part, bias, dropout, limits) for part in tiles]
-        return split.merge(*(jnp.stack(x, axis=1) for x in zip(*parts, strict=True)))
+        return split.merge([attend(*inputs, part, bias, dropout, limits) for part in tiles])
     tiles = plan(rule, q_coordinates, k_coordinates, limits) if tiles is None else tiles
     B, T, H, _ = q_BTHK.shape
     q_tile, k_tile = tile_sizes(T, k_BSGK.shape[1])

@@ -42,8 +42,8 @@ ROWS = {
         ("values of the first group", "o[:, :, g, :, g]", "o[:, :, g, :, 0]"),
     ],
     "kernels/split.py": [
-        ("parts weigh alike", "/ total_BTH[..., None]", "/ weight_BPTH.shape[1]"),
-        ("log sum without its top", "jnp.where(saw_BTH, top_B1TH[:, 0] + jnp.log(", "jnp.where(saw_BTH, jnp.log("),
+        ("parts weigh alike", "/ total_BTH[..., None]", "/ len(weights)"),
+        ("log sum without its top", "jnp.where(saw_BTH, top_BTH + jnp.log(", "jnp.where(saw_BTH, jnp.log("),
     ],
     "kernels/pallas_triton.py": [
         ("Triton: hidden keys are seen", "_coordinates(k_at, j).map(_row)), s_Rk, MASKED)",

@@ -41,11 +41,11 @@ def test_parts_merge_to_the_whole_forward_and_backward(parts, seed, pack):
 
 
 def test_parts_that_see_nothing_weigh_nothing():
-    o = jnp.asarray(np.random.default_rng(0).normal(size=(1, 2, 3, 1, 4)), jnp.float32)
-    lse = jnp.asarray([[[[0.0], [-jnp.inf], [-jnp.inf]], [[0.0], [800.0], [-jnp.inf]]]])
-    merged, total = split.merge(o.at[0, :, 2].set(0), lse)
-    check_close(merged[0, 0], o[0, :, 0].mean(0))
-    check_close(merged[0, 1], o[0, 1, 1])
+    o = jnp.asarray(np.random.default_rng(0).normal(size=(2, 1, 3, 1, 4)), jnp.float32)
+    lse = jnp.asarray([[[[0.0], [-jnp.inf], [-jnp.inf]]], [[[0.0], [800.0], [-jnp.inf]]]])
+    merged, total = split.merge([*zip(o.at[:, :, 2].set(0), lse, strict=True)])
+    check_close(merged[0, 0], o[:, 0, 0].mean(0))
+    check_close(merged[0, 1], o[1, 0, 1])
     assert not merged[0, 2].any()
     check_close(total[0, :, 0], np.array([np.log(2), 800.0, -np.inf]))
 
