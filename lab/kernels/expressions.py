@@ -83,10 +83,10 @@ _OPERATORS = {
 
 
 def _at(limits, q_node, k_node):
-    """limits[..., q_node, k_node] of tables [*, M, M] and nodes [*, T, S] that broadcast; of none, a node far off."""
+    """limits[..., q_node, k_node] of tables [*, L, M] and nodes [*, T, S] that broadcast; of none, a node far off."""
     M = limits.shape[-1]
     index, batch = jnp.asarray(q_node * M + k_node), limits.shape[:-2]
-    flat = jnp.asarray(limits).reshape(*batch, M * M)
+    flat = jnp.asarray(limits).reshape(*batch, -1)
     return jnp.take_along_axis(flat, index.reshape(*batch, -1), axis=-1, mode="clip").reshape(index.shape)
 
 

@@ -29,9 +29,14 @@ ROWS = {
         ("full tiles of two segments", "        & (columns.segment.low == columns.segment.high)\n", ""),
         ("transposed lists unsorted", "jnp.take_along_axis(kind, jnp.argsort(tiles.keys, axis=-1), axis=-1)", "kind"),
     ],
-    "kernels/tiled.py": [
+    "kernels/tiled_loops.py": [
         ("running sum grows", "shrink_GR = jnp.exp(max_GR - new_GR)", "shrink_GR = jnp.exp(new_GR - max_GR)"),
         ("gradient of the cap", "1 - jnp.square(s_GRk / static.softcap)", "1 - s_GRk / static.softcap"),
+        ("a list goes on behind its end", "(x < own.total)[:, None]", "(x < len(q_coordinates.segment))[:, None]"),
+        ("rows share limits", "q_coordinates.node + M * row_N1", "q_coordinates.node + 0 * row_N1"),
+        ("the last lists are left out", "lax.fori_loop(0, -(-N // at_once)", "lax.fori_loop(0, N // at_once"),
+    ],
+    "kernels/tiled.py": [
         ("gradient of the log sum", "- jnp.where(saw_NGR, dlse_NGR, 0)", "+ jnp.where(saw_NGR, dlse_NGR, 0)"),
         ("rows share tile lists", "[:, None, None] * m", "[:, None, None] * 0"),
         ("queries scaled back once", "(dq_NGRK * static.scale)", "dq_NGRK"),

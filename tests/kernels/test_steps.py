@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lab import kernels
-from lab.kernels import rules, tiled
+from lab.coordinates import Coordinates
+from lab.kernels import rules, tiled, tiled_loops
 from lab.kernels.bias import Bias
 
 K, V, SCALE = 8, 6, 0.7
@@ -80,3 +81,28 @@ def test_few_queries_read_large_tiles(T, S, tile, heads, softcap, sloped, seed, 
     keys = packs.PACKS[pack](rng, 2, S)
     some = rng.integers(0, S, T)
     check(rules.causal, (keys.map(lambda x: x[:, some]), keys), heads, rng, softcap=softcap, sloped=sloped)
+
+
+def pages(rng, rows: int, lanes: int, count: int, page: int = 64):
+    """(queries of lanes, keys, limits of each row): each page is a lane's, the stem's or free, in part filled."""
+    owner = rng.integers(-1, lanes + 1, (rows, count, 1))
+    held = np.where(np.arange(page) < rng.integers(1, page + 1, (rows, count, 1)), owner, -1).reshape(rows, -1)
+    at = lambda node, time: Coordinates(np.minimum(node, 0), np.where(node < lanes, node + 1, 0), time, time, node)  # noqa: E731
+    limits = np.full((rows, lanes + 1, lanes + 1), rules.HIDDEN)
+    limits[:, range(lanes), range(lanes)] = rules.ENDLESS
+    limits[:, :lanes, lanes] = rng.choice([rules.HIDDEN, rules.ENDLESS], (rows, lanes))
+    queries = at(np.where(rng.random((rows, lanes)) < 0.2, -1, np.arange(lanes)), np.full((rows, lanes), held.shape[1]))
+    keys = at(held, np.tile(np.arange(held.shape[1]), (rows, 1)))
+    int32 = lambda x: x.astype(np.int32)  # noqa: E731
+    return queries.map(int32), keys.map(int32), int32(limits)
+
+
+@given(SEED)
+@settings(max_examples=4)
+def test_lists_of_single_queries_are_read_several_at_once(seed):
+    """Three at once of 22, of unlike lengths: the last turn does some again."""
+    rng, heads, sloped = np.random.default_rng(seed), (4, 2), seed % 2 == 0
+    *at, limits = pages(rng, 2, tiled.FEW + 3, 30)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiled_loops, "AT_ONCE", 3 * 64 * 2 * K)
+        check(rules.own_branch, at, heads, rng, softcap=1.5, sloped=sloped, limits=limits)
