@@ -2,8 +2,8 @@
 
 An outer loop over query tiles, an inner loop over the key tiles of its list: first those that need no mask, then
 those that do (lab.kernels.tiled_loops). The query heads of a group are folded into rows. The backward pass computes
-each tile again. A single query a row has longer key tiles, and no heads are put apart for it: one product with all of
-them costs less. Several lists of single queries are read at once.
+each tile again. A single query a row has longer key tiles, and few heads are not put apart for it: one product with all
+of them costs less. Several lists of single queries are read at once.
 
 N query tiles of all rows of the batch, M key tiles; q and k: tokens of a tile; R = H / G * q rows. P runs of query
 tiles have a bias each: a single one, but under jax.vmap. FlashAttention-2 (arXiv 2307.08691, algorithms 1 and 2) on
@@ -25,7 +25,7 @@ from lab.kernels.rules import Rule
 from lab.kernels.tiled_loops import TileDropout, TiledStatic
 from lab.kernels.tiles import FEW, MANY, Lanes, Tiles, is_step, key_tile, make_lanes, make_tiles, pad_to_tiles
 
-SPREAD = 32  # query heads at most that one product takes: what it multiplies in vain grows with them
+SPREAD = 32  # query heads times key heads at most that one product takes: it multiplies G times as much
 
 
 def tile_sizes(T: int, S: int) -> tuple[int, int]:
@@ -77,7 +77,7 @@ def attend(
     static = TiledStatic(rule, float(scale), float(softcap or 0.0), q_tile, k_tile, step)
     G = k_BSGK.shape[2]
     keys, values = key_tiles(k_BSGK, k_tile), key_tiles(v_BSGV, k_tile)
-    if spread := q_tile == 1 and step and H <= SPREAD:
+    if spread := q_tile == 1 and step and H * G <= SPREAD:
         groups, G, q_BTHK = G, 1, spread_queries(q_BTHK, G)
         keys, values = (x.reshape(*x.shape[:2], -1) for x in (keys, values))
     o_NGRV, lse_NGR = _attend(
