@@ -2,7 +2,7 @@
 
 A test marked `matrix("variant")` is a contract, and each value of its argument `variant` is a row that owes it. Its
 fast parameters always run, its slow ones are drawn: one of every contract at least, and something of one row in six.
-Tests marked `whole` are in no sample.
+Tests marked `whole` are in no sample. Of those marked `long`, half a minute and more each, a commit runs half.
 """
 
 import collections
@@ -33,10 +33,13 @@ def pytest_sessionstart(session):
 def pytest_collection_modifyitems(config, items):
     if config.option.matrix == "all":
         return
-    sampled = [item for item in items if item.get_closest_marker("matrix") and is_slow(item) and not is_whole(item)]
-    in_matrix = {item.nodeid: item for item in sampled}
+    marked = lambda name: [item for item in items if item.get_closest_marker(name) and not is_whole(item)]  # noqa: E731
+    in_matrix = {item.nodeid: item for item in marked("matrix") if is_slow(item)}
     drawn = sample([(test, contract(item), row(item)) for test, item in in_matrix.items()], seed(config))
-    kept = {item for item in items if item.nodeid in drawn or not (item.nodeid in in_matrix or is_whole(item))}
+    long = sorted(item.nodeid for item in marked("long"))
+    drawn.update(some(long, -(-len(long) // 2), config))
+    sampled = {*in_matrix, *long}
+    kept = {item for item in items if item.nodeid in drawn or not (item.nodeid in sampled or is_whole(item))}
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = [item for item in items if item in kept]
 

@@ -11,6 +11,7 @@ import pytest
 pytestmark = pytest.mark.slow
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("stages", [
     ("env", "numerics"), pytest.param(("env", "numerics", "times", "train", "main"), marks=pytest.mark.whole)
 ])  # fmt: skip

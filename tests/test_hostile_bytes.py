@@ -221,6 +221,7 @@ def study(tmp_path_factory):
         yield Study(tmp_path_factory.mktemp("hostile"))
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("begun", [False, True], ids=["finished", "begun"])
 def test_what_a_study_leaves(study, begun):

@@ -72,6 +72,7 @@ def test_a_wrong_directory_is_one_line_that_says_what_to_bring(kind, tmp_path):
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("scale", ["llama3/32", pytest.param("qwen25/32", marks=pytest.mark.whole)])
 def test_the_seeds_table_is_rebuilt_with_every_column(scale, tmp_path):

@@ -12,6 +12,7 @@ from lab import command
 pytestmark = pytest.mark.slow
 
 
+@pytest.mark.long
 def test_a_killed_study_goes_on_where_its_shards_were_moved(tmp_path):
     corpus = commands.write_corpus(tmp_path / "corpus.jsonl")
     study = commands.write_study(tmp_path / "tiny.py", corpus, commands.ONE_CELL)

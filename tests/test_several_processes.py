@@ -51,6 +51,7 @@ def together(place, study):
     return place / "together"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("devices", [1, pytest.param(4, marks=pytest.mark.whole)])
 def test_one_process_finds_the_same(place, study, together, devices):
     work = place / f"alone{devices}"
@@ -130,6 +131,7 @@ def test_stopped_then_killed_then_stopped_again_then_finished(place, study, toge
     commands.same_results(work, together)
 
 
+@pytest.mark.long
 def test_a_run_of_eight_devices_goes_on_over_two_processes(place):
     """From its tenth step, in microbatches. Batches, rates and seeds are those of the run on eight; losses drift."""
     study = commands.write_study(place / "one.py", commands.write_corpus(place / "one.jsonl"), commands.ONE_CELL)
@@ -202,6 +204,7 @@ sys.exit(main.main(sys.argv[2:]))
 """
 
 
+@pytest.mark.long
 def test_a_process_that_compiles_for_long_is_waited_for(place, study):
     """Gloo waits for 30 seconds where it connects, so all of its connections are there before anything else is done."""
     arguments = [f"--config={study}", f"--workdir={place / 'late'}", "--cells=1/2"]

@@ -59,6 +59,7 @@ def test_a_diff_applies(diff):
     assert not run.returncode, run.stderr
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_every_diff_applies_and_what_it_adds_trains(tmp_path):
     for folder in ("lab", "configs"):

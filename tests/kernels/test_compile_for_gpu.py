@@ -20,6 +20,7 @@ def compiled(environment: dict[str, str], *arguments) -> list[dict]:
     return [json.loads(line) for line in made.stdout.splitlines()]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("options", [["--quick"], pytest.param([], marks=pytest.mark.whole)], ids=str)
 def test_products_wait_for_nothing_and_sums_stay_in_registers(options):
     ptxas = elsewhere.environment("ptxas", "--no-deps", *elsewhere.PTXAS)

@@ -16,6 +16,7 @@ pytestmark = pytest.mark.slow
 SMALLEST = 64 * 2**20  # bytes of VMEM of a core of any TPU since v4
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("tpu", "options"),
     [("v6e", ["--quick"]), *(pytest.param(tpu, [], marks=pytest.mark.whole) for tpu in ("v5e", "v5p", "v6e"))],
@@ -45,6 +46,7 @@ def test_every_width_compiles_within_memory(tpu, options):
             assert each["temporaries"] < 20 * cache, each  # that of scores would be thousands of times as much
 
 
+@pytest.mark.long
 def test_a_training_step_is_planned_for_a_slice():
     """A whole command: attention's own kernels are in the step, its weights are gathered over fsdp and its products
     summed over tensor, and it makes at least the FLOPs of the model."""

@@ -75,6 +75,7 @@ def looked_at(model, tokens_BT, batch: Batch):
 LOOK = jax.jit(looked_at)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @settings(max_examples=int(os.environ.get("COMBINATIONS", 10)), suppress_health_check=list(HealthCheck))
 @given(chosen=st.fixed_dictionaries({field: st.sampled_from(values) for field, values in CHOICES.items()}))

@@ -53,7 +53,9 @@ def check_goes_on(got: list[Record], undisturbed: list[Record]) -> None:
     np.testing.assert_allclose(losses, expected, rtol=DRIFTED)
 
 
-@pytest.mark.parametrize("shape", [pytest.param(s, marks=[] if s in FAST else pytest.mark.slow) for s in SHAPES])
+@pytest.mark.parametrize(
+    "shape", [pytest.param(s, marks=[] if s in FAST else [pytest.mark.slow, pytest.mark.long]) for s in SHAPES]
+)
 def test_a_run_goes_on_over_other_devices(tmp_path, stopped, undisturbed, shape):
     sizes, microbatches = SHAPES[shape]
     shutil.copytree(stopped, tmp_path / "run")

@@ -95,6 +95,7 @@ def test_small_numbers_are_written_with_digits_that_count():
     assert panel["data"][0]["texttemplate"] == "%{z:.2g}" and "%{z:.4g}" in panel["data"][0]["hovertemplate"]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_study_that_is_trained_is_asked_to_decode(tmp_path):
     """By another config of its name, in its directory: nothing is trained again, and the maps are drawn."""

@@ -137,6 +137,7 @@ def test_members_of_a_stack_have_weights_of_their_own(name):
     assert any(not np.array_equal(*pair, equal_nan=True) for pair in zip(*(t.values() for t in together), strict=True))
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("vmap", ["none", pytest.param("seeds", marks=pytest.mark.whole)])
 def test_runs_leave_the_weights_that_they_end_with(tmp_path, vmap):

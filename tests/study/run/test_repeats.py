@@ -99,6 +99,7 @@ def test_the_plan_shows_what_a_calibration_adds():
     assert calibration.cost(config(calibrate=0), [], rows) is None
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_finished_study_is_calibrated_and_goes_on(tmp_path, capsys):
     """Through the commands: what is done is kept, only the repeats are made, and the tables stay as they are."""
