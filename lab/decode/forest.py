@@ -14,7 +14,7 @@ import numpy as np
 
 from lab.decode.request import PAGE, Request, own_tokens
 from lab.kernels.rules import ENDLESS, HIDDEN
-from lab.kernels.tiles import FEW, LONGEST, WIDE, WIDE_FROM, key_tile
+from lab.kernels.tiles import FEW, WIDE, WIDE_FROM, key_tile
 
 
 @dataclass(eq=False)
@@ -134,7 +134,7 @@ def row_of(length: int, branches: int, chunk: int) -> tuple[int, int, int]:
     are whole tiles of keys. A row of one branch has one request, so that its tiles may have several pages."""
     least = max(length, chunk)
     page = max(PAGE, key_tile(branches, whole(least, WIDE))) if branches > 1 else PAGE
-    return whole(least, LONGEST if branches == 1 and length > LONGEST else page), page, whole(chunk, page)
+    return whole(least, WIDE if branches == 1 and length > WIDE else page), page, whole(chunk, page)
 
 
 def whole(count: int, of: int) -> int:

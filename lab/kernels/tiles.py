@@ -15,8 +15,7 @@ from lab.kernels.rules import Range, Rule
 FULL, PARTIAL, EMPTY = range(3)  # tiles in the order of a list: no pair is hidden, some may be, all are
 FEW = 8  # queries that each go on with a text of their own, but read all texts together, at no more cost
 MANY = 64  # queries of a tile at most where there are more: each reads its own text by itself
-LONGEST = 512  # keys of a tile that a single query reads
-WIDE, WIDE_FROM = 256, 1024  # keys of a tile that FEW queries read, and of a row from which on they do
+WIDE, WIDE_FROM = 256, 1024  # keys of a tile that one query, or FEW, read, and of a row from which on FEW do
 SHARED = 8  # keys for each query from which on reading them is what a call costs
 FIRST, LAST, ADD_FULL, ADD_PARTIAL = 1, 2, 4, 8  # what a step does: begins and ends its tile, adds another to it
 
@@ -40,7 +39,7 @@ def is_step(T: int, S: int) -> bool:
 def key_tile(T: int, S: int) -> int:
     """Keys of a tile that T queries over S keys read: 64, or less for short inputs. One query, or a few over many keys,
     read larger tiles, so that a loop has fewer turns, if these divide S: none are copied to fill the last one."""
-    larger = (LONGEST, 256, 128) if T == 1 else (WIDE,) if T <= FEW and S >= WIDE_FROM else ()
+    larger = (WIDE, WIDE // 2) if T == 1 else (WIDE,) if T <= FEW and S >= WIDE_FROM else ()
     return next((tile for tile in larger if S % tile == 0), min(64, S))
 
 

@@ -63,11 +63,11 @@ def check(rule, at, heads, rng, *, softcap=None, sloped=False, limits=None) -> N
 @pytest.mark.parametrize(
     ("T", "S", "tile", "heads", "softcap", "sloped"),
     [
-        (1, 1024, 512, (8, 2), None, False),
+        (1, 1024, 256, (8, 2), None, False),
         (1, 768, 256, (6, 6), 1.5, True),
         (3, 1280, 256, (4, 2), 1.5, False),
         pytest.param(1, 640, 128, (4, 1), None, True, marks=pytest.mark.slow),
-        pytest.param(1, 1024, 512, (tiled.SPREAD // 2 + 2, 2), 1.5, False, marks=pytest.mark.slow),
+        pytest.param(1, 1024, 256, (tiled.SPREAD // 2 + 2, 2), 1.5, False, marks=pytest.mark.slow),
         pytest.param(1, 200, 64, (8, 4), None, False, marks=pytest.mark.slow),  # which no longer tile divides
         pytest.param(tiled.FEW, 1024, 256, (8, 8), None, True, marks=pytest.mark.slow),
         pytest.param(2, 1100, 64, (8, 2), None, False, marks=pytest.mark.slow),
