@@ -92,8 +92,8 @@ class Given(Packed):
 class Draws(Packed):
     """What is drawn in one step, of lanes [B, N]: of each, settings of `Sampling` too."""
 
-    types = dict.fromkeys(("wanted", "segment", "node", "branch", "step", "told", "top_k"), np.int32)
-    types |= dict.fromkeys(("temperature", "top_p", "min_p", "repetition_penalty"), np.float32)
+    types = dict.fromkeys(("wanted", "segment", "node", "branch", "step", "told"), np.int32)
+    types |= {name: {float: np.float32, int: np.int32}[type(x)] for name, x in Sampling()._asdict().items()}
     types |= dict.fromkeys(("stream", "seed"), np.uint32)
 
     def __init__(self, rows: int, lanes: int):
