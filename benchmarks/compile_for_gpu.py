@@ -3,12 +3,14 @@
     pip install "jax[cuda13]" -r requirements.txt   # in an environment of its own
     python benchmarks/compile_for_gpu.py kernels [--quick]
     python benchmarks/compile_for_gpu.py steps [configs/rope_ablation.py:gpu ...] [--implementations pallas_gpu cudnn]
+                                              [--microbatches 1]
 
 kernels: for each implementation and widths a line of JSON: {"implementation", "K", "V", "pairs": that rotate inside,
-"softcap", "kernels": {name: {"registers", "spilled": bytes, "serialised": products that wait for each other}}}.
+"softcap", "kernels": {name: {"registers", "spilled": bytes, "serialised": products that wait for each other}},
+"temporaries": bytes of the device}.
 steps: for each config and implementation {"config", "cell", "implementation", "bytes": of the device that a step takes,
 "kernels": that a step starts, "attention": how often which of our own, "host_waits": how often it waits for a number of
-the device to know what is next}.
+the device to know what is next}, or {..., "error"} of one that does not compile.
 """
 
 import argparse

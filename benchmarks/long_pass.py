@@ -1,7 +1,7 @@
 """What one scored pass over a long text takes: the peak memory of the process, and seconds, by the length of the text.
 
     python benchmarks/long_pass.py --lengths 32768        # the whole pass: ten minutes or more, alone on the machine
-    python benchmarks/long_pass.py [--lengths 4096 8192] [--chunk 128 256 512] [--chunks 0]
+    python benchmarks/long_pass.py [--lengths 4096 8192] [--chunk 128] [--chunks 0]
         [--most-gib 4] [--compute float32]
 
 A model of 0.1 billion parameters (12 layers of width 768, 12 heads, a vocabulary of 32,000) with random weights scores
@@ -76,7 +76,7 @@ def peak() -> int:
 
 
 def main() -> int:
-    flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192])
     flags.add_argument("--chunk", type=int, nargs="+", default=[128])
     flags.add_argument("--chunks", type=int, default=0, help="reads only so many: the cache is whole from the first on")

@@ -4,7 +4,7 @@
                                  [--out docs/options.md] [--quick]
 
 Options: the cells of configs/architecture_ablation.py, part by part at one size, the optimizers of
-configs/optimizer_ablation.py, and those of `further`, which no study has: a cell that is added there is measured here.
+configs/optimizer_ablation.py, and those of `further`, which are in neither. What is added to either is measured here.
 Each stands beside the baseline of its part, at equal parameters where the part matches them.
 
 Time: training steps on Python's own sources, on one device, each option in turns with its baseline: the median, and the
@@ -58,7 +58,7 @@ def optimizers(config) -> None:
 
 
 def further(config) -> None:
-    """What no part of a study has."""
+    """What neither of the two configs has."""
     sites = {"attention": "attention", "sublayers": "residual", "the embedding": "embedding"}
     dropped = (named(f"dropout of {name}", (f"train.dropout.{field}", 0.1)) for name, field in sites.items())
     config.study.cells = chain(named("none"), *dropped, named("DeepNorm", *DEEP))

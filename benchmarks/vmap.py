@@ -2,7 +2,7 @@
 
     python benchmarks/vmap.py [--config configs/rope_ablation.py] [--members 8] [--rounds 5] [--steps 5]
 
-Medians of steps that take turns, on the first cell of the study; tokens per second of all members together.
+Medians of steps that take turns, on the last cell of the study; tokens per second of all members together.
 """
 
 import argparse

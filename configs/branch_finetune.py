@@ -129,7 +129,7 @@ def untuned(config) -> None:
 
 
 def cpu(config) -> None:
-    """Branches of 32 bytes, 100 steps of 2,048 of them; plain text of 128."""
+    """Branches of 32 bytes, 100 steps of 64 of them; plain text of 128."""
     sized(config, "cpu")
     branched(config, 32, (16, 64), 64)
     config.study.brings = "a plain causal model of texts of 128 bytes, as configs/branch_finetune.py:cpu-base trains it"

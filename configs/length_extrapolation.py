@@ -17,9 +17,9 @@ rehearsal: every length, and L, is divided by N, and texts have no BOS; a model 
 
 Published of hybrid positions (L + (p - L) / cf beyond L; configs/published/extrapolation_*.csv), hypotheses here: cf 2
 is best, the best cf grows with the stretch, no harm within L, no overhead. The published table itself has cf 1.5 ahead
-up to 4 L, and cf 2 behind the plain model up to 3.5 L; that of Qwen2.5 never passed L, so that nothing acted. The
-future work that its source names is here: cf 1.8, hybrids of YaRN, NTK-aware and dynamic frequencies, Mistral, Gemma,
-and Qwen at lengths that its tokens do pass.
+of cf 2 up to 4 L, behind the plain model at 2 L, and cf 2 behind the plain model up to 3.5 L; that of Qwen2.5 never
+passed L, so that nothing acted. The future work that its source names is here: cf 1.8, hybrids of YaRN, NTK-aware and
+dynamic frequencies, Mistral, Gemma, and Qwen at lengths that its tokens do pass.
 """
 
 import functools

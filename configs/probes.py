@@ -1,7 +1,7 @@
 """Which abilities need a second layer, and which a view of the whole row?
 
     python -m lab.main --config=configs/probes.py         # :cpu, 9 cells, minutes on two cores
-    python -m lab.main --config=configs/probes.py:gpu     # every probe, 4 layers of width 256
+    python -m lab.main --config=configs/probes.py:gpu     # five probes, 4 layers of width 256
 
 Rows are made on the fly from (seed, step, row); lab/data/probes.py says what each probe asks. Evaluated by difficulty:
 pairs known (mqar), symbols copied (copy) or known (induction), moves made (state), tokens in between (needle).

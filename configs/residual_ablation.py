@@ -10,15 +10,16 @@
     python -m lab.main --config=configs/residual_ablation.py:cpu-confirm   # the six best published, with more seeds
     python -m lab.plan --config=configs/residual_ablation.py:paper-v4      # :gpu and :paper have the same parts
 
-Methods are called as in the notes, v1m1 to v4mD; all cells of a part have the same steps and batch. Beside V4:
-"temperature", one learned number for each layer, for methods 4 to 7; "temperature 2", scores halved, for C. Methods
-that combine layers refuse a single one, so "sanity" has those that do not: C, D and the temperature. V4-5 and V4-7 are
-one method when nothing decays: log a starts elsewhere and its gradients are the same.
+Methods have the names of the study that they come from, v1m1 to v4mD; all cells of a part have the same steps and
+batch. Beside V4: "temperature", one learned number for each layer, for methods 4 to 7; "temperature 2", scores halved,
+for C. Methods that combine layers refuse a single one, so "sanity" has those that do not: C, D and the temperature.
+V4-5 and V4-7 are one method when nothing decays: log a starts elsewhere and its gradients are the same.
 
 :gpu and :paper have the published model of 51.65M parameters: 8 layers of 512, feed-forward 1024, 8 heads over 4
 groups, and an untied vocabulary of 32,000. :paper has the published data (wikitext-103, blocks of 2048, 696M tokens,
-batch 2; bring the texts) and every method twice: as the source ran it (decay "all": everything decays, V1 sums what
-comes after the residual, D and E read the normed input) and corrected (decay "declared"). :cpu has 4 layers of 64.
+batch 2; bring the texts) and, but in sanity and beyond, every method twice: as the source ran it (decay "all":
+everything decays, V1 sums what comes after the residual, D and E read the normed input) and corrected (decay
+"declared"). :cpu has 4 layers of 64.
 
 Published (configs/published/residual_series.csv: one seed, repeats differ by about 0.002): baseline 2.5297, V4-1D
 2.5155, V4-1E 2.5189, V2-3 2.5199, V4-1B 2.5220, V3-1 2.5253, V3-3.1 2.5259; V4-4 to V4-7 2.542 to 2.547. Seconds of an

@@ -3,10 +3,10 @@
     python -m lab.main --config=configs/stability_ablation.py         # :cpu, 13 cells of 5 seeds, minutes
     python -m lab.main --config=configs/stability_ablation.py:gpu     # 25.8M parameters
 
-Every cell but one trains at a rate that is deliberately too high, with neither warm-up nor clipping, and changes one
-thing. The section `stability` of the report says which failed and when, the largest attention score and log Z, the
-entropy of attention, the size of updates, loss spikes, and the gradient of each layer; the table of cells has tokens
-per second, which is what a remedy costs.
+Every cell but one trains at a rate that is deliberately too high. None clips gradients, two warm up, and each changes
+one or two things of pre-norm. The section `stability` of the report says which failed and when, the largest attention
+score and log Z, the entropy of attention, the size of updates, loss spikes, and the gradient of each layer; the table
+of cells has tokens per second, which is what a remedy costs.
 
 Published: in post-norm models the gradient at the start grows with the layer, in pre-norm ones it does not, and
 post-norm without warm-up is the worst (arXiv 2002.04745); QK-norm trains at higher rates (arXiv 2302.05442), 10.84

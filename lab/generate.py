@@ -63,7 +63,9 @@ class Asked:
 def parser(description: str, settings: dict) -> command.Parser:
     """What both ways of calling the command have."""
     made = command.Parser(prog="python -m lab.generate", description=description)
-    made.add_argument("checkpoint", help="the directory of a cell, of one of its seeds, or of one checkpoint")
+    made.add_argument(
+        "checkpoint", help="the directory of a cell, of a seed, of a checkpoint, of an imported or a Hugging Face model"
+    )
     made.add_argument(
         "--rule",
         help="who sees whom, such as all_branches (default: as the model was trained, "

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs a lab command as several processes of this machine, joined by JAX's own multi-process runtime.
+# Runs a study (python -m lab.main) as several processes of this machine, joined by JAX's own multi-process runtime.
 #
 #   launch/local.sh [--dry-run] PROCESSES [ARGUMENTS of python -m lab.main]
 #   launch/local.sh 2 --config=configs/rope_ablation.py
@@ -7,7 +7,8 @@
 # --dry-run prints the processes that it would start. They share the NVIDIA GPUs of this machine, unless JAX_PLATFORMS
 # says cpu.
 # DEVICES=2 sets the CPU devices of each process, PYTHON the interpreter (default: .venv/bin/python), PORT the
-# coordinator's port. Ends with the first exit code that is not 0, and ends the other processes then.
+# coordinator's port. Ends with the exit code of the process that failed first; one that only tells of another (69, 134)
+# gives way to the cause. The other processes are ended then.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR
 . "$(dirname "$0")/dry_run.sh"

@@ -55,7 +55,9 @@ def check_size(room: str, batch: ConfigDict, text_length: int) -> None:
 def rows_of_process(field: str, rows: int, process_index: int, process_count: int) -> range:
     """The rows that one of the hosts packs, contiguous. Raises UserError if they cannot be shared equally."""
     if rows % process_count:
-        raise UserError(f"{field} = {rows} cannot be shared by {process_count} processes; choose a multiple of it")
+        raise UserError(
+            f"{field} = {rows} cannot be shared by {process_count} processes; choose a multiple of {process_count}"
+        )
     share = rows // process_count
     return range(process_index * share, (process_index + 1) * share)
 

@@ -151,7 +151,7 @@ def unnamed(config: ConfigDict) -> str | None:
     held_out = max(ask.texts for _, ask in _of_texts(config)) or "any number of"
     return (
         f"data.path is empty: this config reads {data.texts} training and {held_out} validation texts from corpus "
-        f"{data.corpus}; name its files there (--config.data.path=...), or set data.texts lower"
+        f"{data.corpus}; name its files with --config.data.path=... and, if they have fewer, set data.texts lower"
     )
 
 

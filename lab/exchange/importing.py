@@ -68,7 +68,9 @@ def locate(name: str) -> Path:
     if Path(name).is_dir():
         return Path(name)
     if name.count("/") > 1 or name.startswith((".", "/", "~")) or Path(name).exists():
-        raise UserError(f"{name} is no directory")
+        raise UserError(
+            f"{name} is no directory; give that of a Hugging Face model, or its name on the hub, as OWNER/MODEL"
+        )
     try:
         import huggingface_hub
     except ImportError:

@@ -62,7 +62,8 @@ def _tensors(model, names: dict[str, str]) -> dict[str, np.ndarray]:
     for path in lora.adapters(model):
         _, entry, *own = path
         if (theirs := names.get(".".join(own))) is None:
-            raise UserError(f"the model has adapters of {'.'.join(path)}, which no tensor of the family is")
+            told = f"the model has adapters of {'.'.join(path)}, for which its family has no tensor"
+            raise UserError(f"{told}; choose other model.lora.targets")
         a, b = (np.asarray(variables[*path[:-1], path[-1] + side].get_raw_value()) for side in (lora.A, lora.B))
         for place, (of_a, of_b) in enumerate(zip(a, b, strict=True)):
             layer, rank = place * len(model.blocks) + int(entry), of_a.shape[-1]

@@ -90,7 +90,7 @@ def plan(rule, q_coordinates, k_coordinates):
 def attend(q_BTHK, k_BSGK, v_BSGV, q_coordinates, k_coordinates, rule, scale, softcap, tiles=None):
     """Returns (o_BTHV, lse_BTH) as lab.kernels.reference.attend does; lse has no gradient."""
     if softcap:
-        raise UserError(f"attention implementation 'cudnn' caps no scores (softcap = {softcap}); choose another")
+        raise UserError(f"attention implementation 'cudnn' caps no scores (softcap = {softcap}); choose auto or tiled")
     call = functools.partial(_attend, scale=float(scale))
     mask = plan(rule, q_coordinates, k_coordinates) if tiles is None else tiles
     if mask is not None:

@@ -42,7 +42,7 @@ def _refuse(implementation, _, cotangent):
         return (jnp.zeros(cotangent.shape, cotangent.dtype),)
     raise UserError(
         f"attention implementation {implementation!r} has no gradient of the log normaliser, which sinks and bands "
-        "need; choose another"
+        "need; choose auto or tiled"
     )
 
 

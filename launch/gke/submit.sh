@@ -6,9 +6,9 @@
 #
 # --dry-run prints the manifest. IMAGE names the container: docker build -f launch/gke/Dockerfile . for GPUs, for TPUs
 # with --build-arg REQUIREMENTS=requirements-tpu.txt besides. CLAIM names a volume claim that all hosts write
-# (ReadWriteMany, such as Filestore), which becomes runs/. ACCELERATOR, HOSTS and CHIPS say on what: hosts, and chips of
-# each; for TPUs also TOPOLOGY of a slice and SLICES. A pod that is moved saves, ends with code 75, and all start again
-# where they were.
+# (ReadWriteMany, such as Filestore), which becomes runs/. ACCELERATOR names the chip, HOSTS the
+# number of hosts (for TPUs of each slice), CHIPS the chips of a host; for TPUs TOPOLOGY is that of a slice, and SLICES
+# their number. A pod that is moved saves, ends with code 75, and all start again where they were.
 set -euo pipefail
 usage() {
   echo "launch/gke/submit.sh: $1; usage: IMAGE=... CLAIM=... launch/gke/submit.sh [--dry-run] tpu|gpu NAME --config=..." >&2
