@@ -1,7 +1,7 @@
 """Branches that share a prompt, one after the other, as a batch, and by `transformers`: tokens a second and memory.
 
     python benchmarks/decode.py [--prefixes 128 512 2048 8192] [--branches 1 2 4 8 16 32 64] [--shares 1 4]
-                                [--own 64] [--rounds 7] [--steps 5] [--dim 256] [--heads 8] [--layers 4]
+                                [--own 64] [--processes 3] [--rounds 5] [--steps 5] [--dim 256] [--heads 8] [--layers 4]
                                 [--chunk 64] [--read 16384] [--most 8] [--torch-python PATH] [--out DIR] [--quick]
 
 N branches go on from one prefix of P tokens, each after `own` tokens of its own, greedily, under own_branch, so that
@@ -12,16 +12,20 @@ shared: lab.decode's engine, a row whose branches read the prefix once. sequenti
 times. plain: the engine with N rows, each with its copy of the prefix. transformers: `generate` of N rows with caches
 of their own, in a Python that has it (--torch-python); left out without. At one branch the first three are one.
 
-Each way has a process of its own; they take turns. ms: the median of single steps, each a token of every branch. Ratios
-are medians of those of single turns. first: from the prompt to the first token of every branch; sequential: of the
-first branch; not measured ("-") where rows with prompts of their own would read more than `read` tokens. cache: bytes
-of keys, values and coordinates as they were allocated. resident: the most of the process while it decodes, its programs
-and libraries among it. A way whose cache would be over `most` GB is left out.
+Each way has a process of its own; they take turns, in another order each time. Processes of one program differ by some
+percent from beginning to end, so each point is measured again in `processes` new ones. ms: the median of single steps,
+each a token of every branch. Ratios are geometric means, over processes, of medians of those of single turns. first:
+from the prompt to the first token of every branch; sequential: of the first branch; not measured ("-") where rows with
+prompts of their own would read more than `read` tokens. cache: bytes of keys, values and coordinates as they were
+allocated. resident: the most of the process while it decodes, its programs and libraries among it. A way whose cache
+would be over `most` GB is left out.
 
 Writes decode.json, decode.md and decode.png to `out`, and says whether the targets are met.
 """
 
 import argparse
+import collections
+import itertools
 import json
 import os
 import pathlib
@@ -39,6 +43,7 @@ from safetensors.numpy import save_file
 HERE = pathlib.Path(__file__).parent
 WAYS = ("shared", "sequential", "plain", "transformers")
 VOCABULARY = 2048
+SETTLE = 0.1  # seconds before a turn: threads of the way before wait for work for a while, and take time from the next
 TARGET_PREFIX, TARGET_BRANCHES = 2048, 64
 TARGETS = {"cpu": {"sequential": 8, "plain": 1.5}, "others": {"sequential": 20, "plain": 3}}  # x, at these
 
@@ -122,8 +127,9 @@ def measured(ways: dict[str, peers.Peer], flags, prefix: int, branches: int, tok
             found[way] |= {"first": first, "steps": []}
     for way in [*going]:
         attempt(way, lambda way=way: ways[way].ask("fill"))
-    for turn in range(flags.rounds if going else 0):
-        for way in going[turn % len(going) :] + going[: turn % len(going)]:
+    for _ in range(flags.rounds if going else 0):
+        for way in rng.permutation(going):
+            time.sleep(SETTLE)
             seconds = attempt(way, lambda way=way: ways[way].ask("steps", count=flags.steps))
             if way in going:
                 found[way]["steps"].append(seconds)
@@ -134,16 +140,34 @@ def measured(ways: dict[str, peers.Peer], flags, prefix: int, branches: int, tok
     return found
 
 
+def merged(parts: list[dict[str, dict]]) -> dict[str, dict]:
+    """Of each way what all processes have found: turns of each, the medians of the rest. One error is that of all."""
+    found = {}
+    for way in parts[0]:
+        several = [part[way] for part in parts]
+        if failed := [one for one in several if "error" in one]:
+            found[way] = failed[0]
+            continue
+        medians = {key: float(np.median([one[key] for one in several])) for key in ("cache", "resident")}
+        first = None if several[0]["first"] is None else float(np.median([one["first"] for one in several]))
+        steps, tokens = [one["steps"] for one in several], [one["tokens"] for one in several]
+        found[way] = medians | {"first": first, "steps": steps, "tokens": tokens}
+    return found
+
+
 def summary(ways: dict[str, dict], branches: int) -> dict:
     """ms and tokens a second of each way, how often faster the shared one is, and whose tokens are others."""
     if branches == 1:
         ways = dict.fromkeys(WAYS[:3], ways["sequential"]) | ways
-    of_turns = {way: one["steps"] for way, one in ways.items() if "steps" in one}
-    turns = {way: np.median(seconds, axis=1) for way, seconds in of_turns.items()}
+    of_turns = {way: np.array(one["steps"]) for way, one in ways.items() if "steps" in one}  # process, turn, step
+    turns = {way: np.median(seconds, axis=2) for way, seconds in of_turns.items()}
     made = {way: 1 if way == "sequential" else branches for way in turns}  # tokens of a step
     rate = {way: made[way] / float(np.median(seconds)) for way, seconds in of_turns.items()}
-    ratio = lambda way: float(np.median(turns[way] / made[way] / (turns["shared"] / made["shared"])))  # noqa: E731
-    other = lambda one, ours: any(a != b for a, b in zip(one["tokens"], ours, strict=False))  # noqa: E731  some have more
+    each = lambda way: np.median(turns[way] / made[way] / (turns["shared"] / made["shared"]), axis=1)  # noqa: E731
+    ratio = lambda way: float(np.exp(np.log(each(way)).mean()))  # noqa: E731
+    other = lambda one, ours: any(  # noqa: E731  some have more
+        a != b for mine, its in zip(one["tokens"], ours, strict=True) for a, b in zip(mine, its, strict=False)
+    )
     return {
         "ms": {way: 1e3 * made[way] / rate[way] for way in turns},
         "tokens_per_second": rate,
@@ -253,7 +277,8 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--branches", nargs="+", default=[1, 2, 4, 8, 16, 32, 64], **whole)
     parser.add_argument("--shares", nargs="+", default=[1, 4], **whole, help="query heads of a key head")
     parser.add_argument("--own", default=64, **whole, help="tokens of each branch when it is measured")
-    parser.add_argument("--rounds", default=7, **whole, help="turns of each way")
+    parser.add_argument("--processes", default=3, **whole, help="of each way, one after the other")
+    parser.add_argument("--rounds", default=5, **whole, help="turns of each way")
     parser.add_argument("--steps", default=5, **whole, help="of a turn; the first finds nothing in caches")
     parser.add_argument("--dim", default=256, **whole, help="width; heads are dim / heads wide")
     parser.add_argument("--heads", default=8, **whole)
@@ -270,7 +295,8 @@ def parsed() -> argparse.Namespace:
     if undivided := [share for share in flags.shares if flags.heads % share]:
         parser.error(f"--shares {undivided[0]} does not divide --heads {flags.heads}")
     if flags.quick:
-        flags.prefixes, flags.branches, flags.rounds, flags.own = [128, 512], [1, 4], 2, 8
+        flags.prefixes, flags.branches = [128, 512], [1, 4]
+        flags.processes, flags.rounds, flags.own = 2, 2, 8
     return flags
 
 
@@ -281,24 +307,27 @@ def main() -> None:
         print(f"transformers is left out: {flags.torch_python} does not have it (--torch-python)", file=sys.stderr)
         flags.torch_python = None
     flags.out.mkdir(parents=True, exist_ok=True)
-    points, about = [], {}
-    for share in flags.shares:
+    parts, points, about = collections.defaultdict(list), [], {}
+    for share, process in itertools.product(flags.shares, range(flags.processes)):
         with tempfile.TemporaryDirectory() as place:
             write_model(pathlib.Path(place) / "model", flags, flags.heads // share)
             ways, about = opened(pathlib.Path(place) / "model", flags)
         half = 1 if about["dtype"] == "float32" else 2
         token_bytes = flags.layers * 2 * flags.dim // share * 4 // half
-        for prefix in flags.prefixes:
-            for branches in flags.branches:
-                start, at = time.monotonic(), dict(share=share, prefix=prefix, branches=branches)
-                points.append(at | summary(measured(ways, flags, prefix, branches, token_bytes), branches))
-                said = ", ".join(f"{x:.2f}x {way}" for way, x in points[-1]["x"].items())
-                took = f"{time.monotonic() - start:.0f} s"
-                print(f"{share} query heads a key head, prefix {prefix}, {branches} branches: {said} ({took})",
-                      file=sys.stderr, flush=True)  # fmt: skip
-                settings = {name: value for name, value in vars(flags).items() if name not in ("out", "torch_python")}
-                kept = {"about": about, "flags": settings, "points": points}
-                (flags.out / "decode.json").write_text(json.dumps(kept, indent=1) + "\n")
+        for prefix, branches in itertools.product(flags.prefixes, flags.branches):
+            start, at = time.monotonic(), (share, prefix, branches)
+            parts[at].append(measured(ways, flags, prefix, branches, token_bytes))
+            said = ", ".join(f"{x:.2f}x {way}" for way, x in summary(merged(parts[at][-1:]), branches)["x"].items())
+            took = f"process {process + 1} of {flags.processes}, {time.monotonic() - start:.0f} s"
+            print(f"{share} query heads a key head, prefix {prefix}, {branches} branches: {said} ({took})",
+                  file=sys.stderr, flush=True)  # fmt: skip
+            points = [
+                dict(zip(("share", "prefix", "branches"), at, strict=True)) | summary(merged(found), at[2])
+                for at, found in parts.items()
+            ]
+            settings = {name: value for name, value in vars(flags).items() if name not in ("out", "torch_python")}
+            kept = {"about": about, "flags": settings, "points": points}
+            (flags.out / "decode.json").write_text(json.dumps(kept, indent=1) + "\n")
         for peer in ways.values():
             peer.close()
     told = verdicts(points, about["device"], flags.own)

@@ -6,8 +6,8 @@ Queries [G, R, K] of G groups read keys and values of every layer, one layer aft
 lab.kernels.tiled without its masks. tokens: keys lie as [S, G, K], so that each tile is transposed for its products.
 pages: as [S / tile, G, tile, K], which they take as it is. diagonal: [S, G, K], and one product for all groups, with
 queries that are zero outside of their own. whole: no loop, one product with all keys, as [G, S, K]. ms: median and
-least of calls, and seconds of both cores in one. Then what each operation of the loop over tiles of 64 takes, from
-JAX's profiler: microseconds at each time, and milliseconds of a call.
+least of calls, and those of all cores together in one. Then what each operation of the loop over tiles of 64 takes,
+from JAX's profiler: microseconds at each time, and milliseconds of a call.
 """
 
 import argparse
@@ -79,8 +79,8 @@ def whole(q_GRK, k_SGK, v_SGK, tile: int):
 
 
 WAYS = {
-    "tokens, 64": (tokens, 64), "tokens, 512": (tokens, 512), "diagonal, 64": (diagonal, 64),
-    "diagonal, 512": (diagonal, 512), "pages, 64": (pages, 64), "pages, 512": (pages, 512), "whole": (whole, 0),
+    "tokens, 64": (tokens, 64), "tokens, 256": (tokens, 256), "diagonal, 64": (diagonal, 64),
+    "diagonal, 256": (diagonal, 256), "pages, 64": (pages, 64), "pages, 256": (pages, 256), "whole": (whole, 0),
 }  # fmt: skip
 
 
