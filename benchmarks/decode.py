@@ -29,6 +29,7 @@ import itertools
 import json
 import os
 import pathlib
+import random
 import shutil
 import subprocess
 import sys
@@ -128,7 +129,7 @@ def measured(ways: dict[str, peers.Peer], flags, prefix: int, branches: int, tok
     for way in [*going]:
         attempt(way, lambda way=way: ways[way].ask("fill"))
     for _ in range(flags.rounds if going else 0):
-        for way in rng.permutation(going):
+        for way in random.sample(going, len(going)):
             time.sleep(SETTLE)
             seconds = attempt(way, lambda way=way: ways[way].ask("steps", count=flags.steps))
             if way in going:

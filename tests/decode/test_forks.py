@@ -14,7 +14,7 @@ from lab.decode.engine import Engine
 from lab.decode.sampling import Sampling
 from lab.errors import UserError
 from lab.kernels import tiled
-from lab.kernels.tiles import FEW, MANY
+from lab.kernels.tiles import FEW, MANY, WIDE
 from lab.model.mixers import MIXERS
 
 CLOSE = 1e-3  # float32 in another order
@@ -284,6 +284,7 @@ def test_pages_are_whole_tiles(branches, length, chunk):
     row, page, _ = forest.row_of(length, branches, chunk)
     for T in (branches, max(chunk, 2 * FEW)):
         assert branches == 1 or page % tiled.tile_sizes(T, row)[1] == 0
+    assert branches > 1 or row <= WIDE or tiled.tile_sizes(1, row)[1] == WIDE
 
 
 def test_chunks_that_cut_pages_are_refused():
