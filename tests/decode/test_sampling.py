@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lab.decode import sampling
+from lab.decode import programs, sampling
 from lab.decode.sampling import Sampling
 from lab.errors import UserError
 
@@ -131,3 +131,15 @@ def test_settings_that_mean_nothing_are_refused(asked, says):
     with pytest.raises(UserError) as refused:
         sampling.check(Sampling(**asked))
     assert says in str(refused.value)
+
+
+@given(SETTINGS, st.integers(0, 2**32 - 1))
+def test_what_is_asked_reaches_the_program_as_it_is(asked, stream):
+    """Through one array of int32, and lanes that ask for nothing have the defaults."""
+    draws = programs.Draws(2, 3)
+    draws.put(1, 2, stream=stream, **asked._asdict())
+    lanes = programs.Draws.unpacked(jax.numpy.asarray(draws.packed))
+    assert int(lanes["stream"][1, 2]) == stream
+    for place, expected in (((1, 2), asked), ((0, 2), Sampling())):
+        found = {name: lanes[name][place].item() for name in Sampling._fields}
+        assert found == pytest.approx(expected._asdict(), rel=1e-6)
