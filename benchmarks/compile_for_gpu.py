@@ -4,6 +4,8 @@
     python benchmarks/compile_for_gpu.py kernels [--quick]
     python benchmarks/compile_for_gpu.py steps [configs/rope_ablation.py:gpu ...] [--implementations pallas_gpu cudnn]
                                               [--microbatches 1]
+    python benchmarks/compile_for_gpu.py decode [configs/rope_ablation.py:gpu ...] [--branches 64] [--length 8192]
+                                              [--implementations pallas_triton tiled]
 
 kernels: for each implementation and widths a line of JSON: {"implementation", "K", "V", "pairs": that rotate inside,
 "softcap", "kernels": {name: {"registers", "spilled": bytes, "serialised": products that wait for each other}},
@@ -11,6 +13,8 @@ kernels: for each implementation and widths a line of JSON: {"implementation", "
 steps: for each config and implementation {"config", "cell", "implementation", "bytes": of the device that a step takes,
 "kernels": that a step starts, "attention": how often which of our own, "host_waits": how often it waits for a number of
 the device to know what is next}, or {..., "error"} of one that does not compile.
+decode: the same of the engine's programs under own_branch, in bfloat16: "step", of one row with so many branches, and
+"prefill" of 64 tokens.
 """
 
 import argparse
@@ -183,6 +187,48 @@ def of_step(config, implementation: str, microbatches: int = 1) -> dict:
     return {"bytes": memory.needed(program), **counted(program.as_text())}
 
 
+def decode(configs, implementations, branches: int, length: int) -> None:
+    from lab.command import load_config
+    from lab.study.open import open
+
+    jax.default_backend = lambda: "gpu"  # what is compiled runs there
+    for path in configs:
+        cell = open(load_config(path), path, []).cells[-1]
+        for name in implementations:
+            for what, row in of_engine(cell.config, name, branches, length):
+                about = {"config": path, "cell": cell.name, "implementation": name, "program": what}
+                print(json.dumps(about | row), flush=True)
+
+
+def of_engine(config, implementation: str, branches: int, length: int):
+    """(name, memory, kernels and host waits) of each program of an engine with one row."""
+    from lab import model as lab_model
+    from lab.decode import forest, programs
+    from lab.train import memory
+
+    config = config.copy_and_resolve_references()
+    config.run.update(dict(implementation=implementation))
+    config.model.update(dict(rule="own_branch", compute="bfloat16"))
+    place = SingleDeviceSharding(device())
+    placed = lambda tree: jax.tree.map(  # noqa: E731
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree
+    )
+    length, page, _ = forest.row_of(length, branches, forest.PAGE)
+    model = placed(jax.eval_shape(lambda: lab_model.build(config.model, jax.random.key(0), config.run).apart()))
+    state = placed(jax.eval_shape(lambda model: programs.empty(model, 1, length, branches), model))
+    given = lambda T: placed(programs.Given(1, T).packed)  # noqa: E731
+    nodes = branches + length // page
+    limits = placed(np.zeros((1, nodes, nodes), np.int32))
+    flat, draws = programs.Flat.of(model), placed(programs.Draws(1, branches).packed)
+    for what, traced in (
+        ("step", lambda: programs.decode.trace(flat, state, given(branches), limits, draws, alternatives=0)),
+        ("prefill", lambda: programs.prefill.trace(flat, state, given(forest.PAGE), limits)),
+    ):
+        with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=KIND)), overheard():
+            program = traced().lower(lowering_platforms=("cuda",)).compile()
+        yield what, {"bytes": memory.needed(program), **counted(program.as_text())}
+
+
 def counted(hlo: str) -> dict:
     """Kernels that a program starts, our own of attention by name, and how often it waits for the host: at each turn of
     a loop whose length, and at each branch whose choice, is on the device. A loop of unknown length counts once."""
@@ -223,16 +269,25 @@ def counted(hlo: str) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("kernels", "steps"))
-    parser.add_argument("configs", nargs="*", help=f"of steps (default: {' '.join(STEPS)})")
+    parser.add_argument("what", choices=("kernels", "steps", "decode"))
+    parser.add_argument("configs", nargs="*", help=f"of steps and decode (default: {' '.join(STEPS)})")
     parser.add_argument("--quick", action="store_true", help="the two commonest widths")
-    parser.add_argument("--implementations", nargs="*", default=("cudnn", "pallas_gpu"), help="of attention in steps")
+    parser.add_argument("--implementations", nargs="*", help="of attention in steps and decode")
     parser.add_argument("--microbatches", type=int, default=1, help="of a step, as run.microbatches")
+    parser.add_argument("--branches", type=int, default=64, help="of the row of an engine")
+    parser.add_argument("--length", type=int, default=8192, help="slots of the row of an engine")
     flags = parser.parse_args()
     if flags.what == "kernels":
         kernels(QUICK if flags.quick else CASES)
+    elif flags.what == "steps":
+        steps(flags.configs or STEPS, flags.implementations or ("cudnn", "pallas_gpu"), flags.microbatches)
     else:
-        steps(flags.configs or STEPS, flags.implementations, flags.microbatches)
+        decode(
+            flags.configs or STEPS[:1],
+            flags.implementations or ("pallas_triton", "tiled"),
+            flags.branches,
+            flags.length,
+        )
 
 
 if __name__ == "__main__":

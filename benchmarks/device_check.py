@@ -15,7 +15,7 @@ race, one that stays from the run before was never written). times: attention al
 masks of benchmarks/attention.py, calls queued back to back. torch: FlexAttention and SDPA on the same masks. train:
 steps of rope_ablation:gpu on its own texts by implementation, tokens/s and share of the peak, and whether they learn
 alike; of the 272M model on rows of 16k tokens; and the kernels of a step that take longest. main: the study's own
-command, a few steps of one cell.
+command, a few steps of one cell. decode: benchmarks/decode.py, 64 branches behind 2,048 tokens.
 
 What is timed compiles at once, and then takes its turn alone.
 """
@@ -44,9 +44,9 @@ RUNS = {
     **dict.fromkeys(("pallas_gpu", "pallas_triton", "cudnn", "tokamax"), ("gpu",)),
 }
 PREPARE = 120  # seconds, of all that compiles
-LIMITS = {"env": 75, "numerics": PREPARE, "times": 40, "torch": 40, "train": 40, "main": 150}  # of a process
+LIMITS = {"env": 75, "numerics": PREPARE, "main": 150, "decode": 150} | dict.fromkeys(("times", "torch", "train"), 40)
 TAKING_TURNS = ("times", "torch", "train")  # compile at once, are timed one after another
-STAGES = ["env", "numerics", "times", "torch", "train", "main"]
+STAGES = ["env", "numerics", "times", "torch", "train", "main", "decode"]
 SILENT = float(os.environ.get("CHECK_SILENT", 75))  # seconds without a line after which a process is taken to hang
 
 
@@ -187,6 +187,8 @@ def main(flags) -> None:
             wait([stage])
     if "main" in flags.stages and left(flags) > 30:
         wait([Stage(flags, "main", best_of(flags))])
+    if "decode" in flags.stages and left(flags) > 30:
+        wait([Stage(flags, "decode", "engine")])
     for path in sorted(flags.scratch.glob("*.jsonl")):
         found += [{"stage": path.stem, **line} for line in lines(path)]
     flags.out.mkdir(parents=True, exist_ok=True)
@@ -232,7 +234,8 @@ def table(found: list[dict]) -> None:
         print(f"  {line['id']}: of {line['ms_per_step']:.1f} ms a step")
         for name, milliseconds, calls in line["busiest"][:12]:
             print(f"    {milliseconds:8.3f} ms {calls:5.0f} x {name[:100]}")
-    for line in (x for x in found if x["stage"].split("-")[0] in ("train", "main") and x.get("what") == "end"):
+    whole = "train", "main", "decode"
+    for line in (x for x in found if x["stage"].split("-")[0] in whole and x.get("what") == "end"):
         print(" ", {k: v for k, v in line.items() if k not in ("stage", "what", "losses", "tail", "busiest")})
 
 

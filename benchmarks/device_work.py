@@ -23,7 +23,8 @@ BEGUN, STAND_IN = time.monotonic(), contextlib.ExitStack()
 NUMERICS = {  # implementation -> (K, V, what else)
     "pallas_gpu": [(64, 64, ""), (64, 64, "rotated"), (128, 128, ""), (64, 64, "capped"), (192, 128, ""),
                    (256, 256, ""), (128, 128, "rotated"), (192, 192, "")],
-    "pallas_triton": [(64, 64, ""), (32, 32, ""), (16, 16, ""), (128, 128, ""), (64, 64, "step"), (192, 128, "")],
+    "pallas_triton": [(64, 64, ""), (32, 32, ""), (16, 16, ""), (128, 128, ""), (64, 64, "step"), (64, 64, "forked"),
+                      (128, 128, "forked"), (192, 128, "")],
     "cudnn": [(64, 64, ""), (128, 128, ""), (32, 32, ""), (16, 16, ""), (192, 128, ""), (256, 256, "")],
     "pallas_tpu": [(64, 64, ""), (128, 128, ""), (64, 64, "rotated"), (64, 64, "capped"), (192, 128, ""),
                    (64, 64, "step")],
@@ -180,14 +181,15 @@ def worker_numerics(flags, notes) -> None:
         if not notes.wants(name, K, V, extra):
             continue
         with notes(name, K, V, extra) as note:
-            tokens, keys = (16, 256) if extra == "step" else (300, 300)
+            step = extra in ("step", "forked")  # of decoding
+            tokens, keys = (16, 2048) if step else (300, 300)
             begun, found = time.perf_counter(), []
             for rule in every if not extra and (K, V) == (64, 64) else every[:1]:
                 problem = trial.Problem(
                     q=(2, tokens, 4, K), k=(2, keys, 2, K), v=(2, keys, 2, V), dtype="bfloat16", rule=rule,
                     scale=K**-0.5, softcap=2.0 if extra == "capped" else 0.0,
-                    frequencies=K // 2 if extra == "rotated" else 0, training=extra != "step",
-                    of_lse=name not in choice.LIBRARIES, at=(at, at),
+                    frequencies=K // 2 if extra == "rotated" else 0, training=not step,
+                    of_lse=name not in choice.LIBRARIES, at=(at, at), forked=extra == "forked",
                 )  # fmt: skip
                 write(notes.path, what="beat")
                 found.append(trial.numbers(problem, name, rng))
@@ -475,15 +477,30 @@ def worker_main(flags, notes) -> None:
                    f"--config.evaluate.loss.texts={texts}",
                    f"--config.run.implementation={'auto' if flags.dry else name}",
                    f"--workdir={pathlib.Path(flags.lines).parent / 'run'}"]  # fmt: skip
-        begun = time.perf_counter()
-        said = pathlib.Path(flags.lines).with_suffix(".said")
-        with said.open("w") as file:
-            process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
-            while process.poll() is None:
-                time.sleep(2)
-                write(notes.path, what="beat")
-        note |= {"code": process.returncode, "seconds": time.perf_counter() - begun, "ok": not process.returncode,
-                 "said": said.read_text()[-1200:]}  # fmt: skip
+        note |= said_by(command, notes)
+
+
+def worker_decode(flags, notes) -> None:
+    with notes(flags.share, "benchmarks/decode.py") as note:
+        shape = "--prefixes 64 --branches 2 --own 4 --dim 32 --heads 4 --layers 1" if flags.dry else (
+            "--prefixes 2048 --branches 1 64 --dim 1024 --heads 16 --layers 8 --read 0"
+        )  # fmt: skip
+        out = pathlib.Path(flags.lines).parent / "decode"
+        turns = f"--shares 4 --processes 1 --rounds 3 --out {out}"
+        note |= said_by([sys.executable, str(ROOT / "benchmarks" / "decode.py"), *f"{shape} {turns}".split()], notes)
+
+
+def said_by(command: list[str], notes) -> dict:
+    """What came of a command, and the last that it said."""
+    begun, path = time.perf_counter(), notes.path.with_suffix(".said")
+    with path.open("w") as file:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
+        while process.poll() is None:
+            time.sleep(2)
+            write(notes.path, what="beat")
+    said = path.read_text()[-3000:]
+    return {"code": process.returncode, "seconds": time.perf_counter() - begun, "ok": not process.returncode,
+            "said": said}  # fmt: skip
 
 
 if __name__ == "__main__":

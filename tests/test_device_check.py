@@ -13,7 +13,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.mark.long
 @pytest.mark.parametrize("stages", [
-    ("env", "numerics"), pytest.param(("env", "numerics", "times", "train", "main"), marks=pytest.mark.whole)
+    ("env", "numerics"), pytest.param(("env", "numerics", "times", "train", "main", "decode"), marks=pytest.mark.whole)
 ])  # fmt: skip
 def test_a_dry_run_says_all_and_a_worker_that_is_killed_costs_its_own_row(tmp_path, stages):
     script = commands.REPOSITORY / "benchmarks" / "device_check.py"
@@ -30,5 +30,5 @@ def test_a_dry_run_says_all_and_a_worker_that_is_killed_costs_its_own_row(tmp_pa
     assert {key[0] for key in ends} >= {*stages}
     steps = [x for key, x in ends.items() if key[0] == "train"]
     assert all(x["ok"] and x["tokens_per_second"] > 0 for x in steps)
-    assert all(x["ok"] for key, x in ends.items() if key[0] == "main")
+    assert all(x["ok"] for key, x in ends.items() if key[0] in ("main", "decode"))
     assert "steps of a study" in run.stdout

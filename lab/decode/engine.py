@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lab.coordinates import Coordinates
-from lab.decode import forest, programs, sampling
+from lab.decode import attention, forest, programs, sampling
 from lab.decode.forest import PAGE, Forest
 from lab.decode.programs import Draws, Given
 from lab.decode.request import Branch, Event, Request
@@ -70,7 +70,7 @@ class Engine:
             raise UserError(f"chunk = {chunk} is not valid; choose a divisor or a multiple of {PAGE}")
         if not 0 <= alternatives <= (C := model.embedding.shape[0]):
             raise UserError(f"alternatives = {alternatives} is not valid; choose 0 to {C}, which are all tokens")
-        self.model, self.rows, self.branches = model.apart(), rows, branches
+        self.model, self.rows, self.branches = attention.settled(model.apart()), rows, branches
         self.flat = programs.Flat.of(self.model)
         self.chunk, self.alternatives = chunk, alternatives
         self.length, self.page, self.unit = forest.row_of(length, branches, chunk)

@@ -49,7 +49,7 @@ IMPLEMENTATIONS = {
     "tiled": Implementation(biases=True, drops=True, forks=True),
     "pallas_tpu": Implementation("tpu", interpretable=True, rotates=True),
     "pallas_gpu": Implementation("gpu", rotates=True),
-    "pallas_triton": Implementation("gpu", interpretable=True),
+    "pallas_triton": Implementation("gpu", interpretable=True, forks=True),
     "cudnn": Implementation("gpu"),
     "tokamax": Implementation("gpu"),
 }
@@ -295,7 +295,8 @@ def attend(
     if row.interpretable:
         options["interpret"] = row.platform != _compiled_for()
     arguments = q_BTHK, k_BSGK, v_BSGV, q_coordinates, k_coordinates, rule, scale, softcap
-    parts = split.parts(B * H, T, S) if row.platform == "gpu" and is_step(T, S) else 1
+    splits = row.platform == "gpu" and is_step(T, S) and limits is None  # with limits it splits lists
+    parts = split.parts(B * H, T, S) if splits else 1
     if parts > 1:
         options.pop("tiles", None)  # of keys that are not split
         o_BTHV, lse_BTH = split.attend(functools.partial(module.attend, **options), parts, *arguments)

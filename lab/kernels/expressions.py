@@ -83,7 +83,12 @@ _OPERATORS = {
 
 
 def _at(limits, q_node, k_node):
-    """limits[..., q_node, k_node] of tables [*, L, M] and nodes [*, T, S] that broadcast; of none, a node far off."""
+    """limits[..., q_node, k_node] of tables [*, L, M] and nodes [*, T, S] that broadcast; of none, a node far off.
+
+    A kernel has a function that looks up in its place.
+    """
+    if callable(limits):
+        return limits(q_node, k_node)
     M = limits.shape[-1]
     index, batch = jnp.asarray(q_node * M + k_node), limits.shape[:-2]
     flat = jnp.asarray(limits).reshape(*batch, -1)

@@ -5,7 +5,8 @@ query heads for the output and dq, the tiles of queries of a group of keys for d
 programs write to one place, so every sum has one order. Triton takes powers of two only: a width such as 192 is read as
 128 + 64, and tiles are cut into blocks that such widths leave room for. Keys are read where they lie. In a step of
 decoding the queries of up to 64 branches and 4 heads (bfloat16, to width 128; else fewer) are one block, which reads
-each key once for all of them.
+each key once for all of them. With limits a program looks up what two nodes show each other where it masks, and the
+list of a step is dealt into parts, which are merged.
 
 Queries are rotated before: folding copies them, and XLA rotates as it copies. Letters as in lab.kernels.folding, with
 blocks for tiles; s is transposed for dk and dv, [k, R]. FlashAttention-2 (arXiv 2307.08691).
@@ -21,11 +22,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from lab.coordinates import Coordinates
+from lab.kernels import split
 from lab.kernels.folding import fold_queries, key_tiles, unfold_queries, whole
 from lab.kernels.pallas_common import MASKED, Static, capped, dot, fields, of_rows, probabilities, score_gradients
 from lab.kernels.residuals import kept
 from lab.kernels.rules import Rule, pairs_visible
-from lab.kernels.tiles import BothWays, Tiles, cut, is_step, pad_to_tiles, plan_both_ways
+from lab.kernels.tiles import BothWays, cut, is_step, pad_to_tiles, plan_both_ways
 
 try:
     from jax.experimental.pallas import triton
@@ -34,6 +36,7 @@ except ImportError:  # jax has announced that it will go
 
 OBSTACLE = None if triton else f"needs the Triton lowering of Pallas, which jax {jax.__version__} no longer has"
 LEAST = 16  # of each side of a product
+HEADS = 8  # or bundles of them, each of which has a program for a tile of queries: about so many
 ALL = slice(None)
 OF_QUERIES, OF_KEYS = 1, 2  # the axis of an array's heads; 0 is that of its tiles
 
@@ -80,10 +83,15 @@ def tile_sizes(T: int, S: int) -> tuple[int, int]:
     return tuple(min(64, max(LEAST, pl.next_power_of_2(length))) for length in (T, S))
 
 
-def plan(rule: Rule, q_coordinates: Coordinates, k_coordinates: Coordinates) -> BothWays:
-    """The tile lists `attend` needs: made once per batch and rule, shared by layers."""
-    sizes = tile_sizes(q_coordinates.shape[1], k_coordinates.shape[1])
-    return plan_both_ways(rule, q_coordinates, k_coordinates, *sizes)
+def plan(rule: Rule, q_coordinates: Coordinates, k_coordinates: Coordinates, limits=None, lanes=False) -> BothWays:
+    """The tile lists `attend` needs: made once per batch and rule, shared by layers.
+
+    With limits the list of a step is dealt into parts, as many as keep a GPU busy. lanes: what queries alone see is
+    read by all of a tile, which costs no more than what they share.
+    """
+    (B, T), S = q_coordinates.shape, k_coordinates.shape[1]
+    parts = max(1, min(split.PROGRAMS // (HEADS * B), S // split.KEYS)) if limits is not None and is_step(T, S) else 1
+    return plan_both_ways(rule, q_coordinates, k_coordinates, *tile_sizes(T, S), limits, parts)
 
 
 def attend(
@@ -98,9 +106,10 @@ def attend(
     tiles: BothWays | None = None,
     *,
     interpret,
+    limits=None,
 ):
     """Returns (o_BTHV, lse_BTH) as lab.kernels.reference.attend does."""
-    by_query, by_key = plan(rule, q_coordinates, k_coordinates) if tiles is None else tiles
+    by_query, by_key = plan(rule, q_coordinates, k_coordinates, limits) if tiles is None else tiles
     B, T, H, K = q_BTHK.shape
     S, G, V = v_BSGV.shape[1:]
     q_tile, k_tile = tile_sizes(T, S)
@@ -108,17 +117,27 @@ def attend(
     q_size, k_size = min(q_tile, block.rows), min(k_tile, block.keys)
     C = H // math.gcd(H // G, block.rows // q_size)
     of_query, of_key = q_tile // q_size, k_tile // k_size
+    q_BTHK, q_coordinates = whole(q_BTHK, q_tile, LEAST), pad_to_tiles(q_coordinates, q_tile)
+    padded = q_BTHK.shape[1]
+    count = by_query.keys.shape[1] * q_tile // padded
+    for_each = lambda x: jnp.concatenate([x] * count, axis=1)  # noqa: E731  part: queries once more
     o_NCRV, lse_NCR = _attend(
         Static(rule, float(scale), float(softcap or 0.0), interpret),
         block,
-        fold_queries(whole(q_BTHK, q_tile, LEAST), q_size, C),
+        fold_queries(for_each(q_BTHK), q_size, C),
         key_tiles(whole(k_BSGK, k_tile, LEAST), k_size),
         key_tiles(whole(v_BSGV, k_tile, LEAST), k_size),
-        fields(pad_to_tiles(q_coordinates, q_tile), q_size, H // C),
+        fields(q_coordinates.map(for_each), q_size, H // C),
         fields(pad_to_tiles(k_coordinates, k_tile), k_size, 1),
         BothWays(cut(by_query, of_query, of_key), cut(by_key, of_key, of_query)),
+        limits,
     )
-    return unfold_queries(o_NCRV, B, T, H)[..., :V], unfold_queries(lse_NCR[..., None], B, T, H)[..., 0]
+    o_BTHV = unfold_queries(o_NCRV, B, count * padded, H)[..., :V]
+    lse_BTH = unfold_queries(lse_NCR[..., None], B, count * padded, H)[..., 0]
+    if count > 1:
+        of_parts = [jnp.split(x, count, axis=1) for x in (o_BTHV, lse_BTH)]
+        o_BTHV, lse_BTH = split.merge([*zip(*of_parts, strict=True)])
+    return o_BTHV[:, :T], lse_BTH[:, :T]
 
 
 def parts(width: int) -> list[slice]:
@@ -156,7 +175,15 @@ def _plus(sums, weights, rows) -> list:
 
 
 def _coordinates(ref, *place) -> Coordinates:
-    return Coordinates(*(ref[(*place, field)] for field in range(4)))
+    return Coordinates(*(ref[(*place, field)] for field in range(ref.shape[-2])))
+
+
+def _looked_up(tables):
+    """What reads limits [1, M, M] of two nodes; None where there are none."""
+    if not tables:
+        return None
+    (limits,) = tables
+    return lambda q_node, k_node: limits[(0, *jnp.broadcast_arrays(q_node, k_node))]
 
 
 def _column(x):
@@ -173,14 +200,17 @@ def _over_list(others, full, total, add, carry):
     return lax.fori_loop(full[0], total[0], lambda x, carry: add(others[x], True, carry), carry)
 
 
-def _forward_kernel(others, full, total, q, q_at, k, v, k_at, o, lse, *, static):
+def _forward_kernel(others, full, total, q, q_at, k, v, k_at, *rest, static):
+    *tables, o, lse = rest
+    limits = _looked_up(tables)
     q_RK, q_R1 = _read(q, ALL), _coordinates(q_at).map(_column)
 
     def add(j, masked, carry):
         o_RV, top_R, sum_R = carry
         s_Rk = capped(_products(q_RK, _read(k, j, ALL)), static)
         if masked:
-            s_Rk = jnp.where(pairs_visible(static.rule, q_R1, _coordinates(k_at, j).map(_row)), s_Rk, MASKED)
+            seen_Rk = pairs_visible(static.rule, q_R1, _coordinates(k_at, j).map(_row), limits)
+            s_Rk = jnp.where(seen_Rk, s_Rk, MASKED)
         new_R = jnp.maximum(top_R, s_Rk.max(1))
         p_Rk, shrink_R = jnp.exp(s_Rk - _column(new_R)), jnp.exp(top_R - new_R)
         o_RV = _plus([_column(shrink_R) * part for part in o_RV], p_Rk, _read(v, j, ALL))
@@ -195,14 +225,16 @@ def _forward_kernel(others, full, total, q, q_at, k, v, k_at, o, lse, *, static)
     lse[...] = jnp.where(saw_R, top_R + jnp.log(sum_R), -jnp.inf)
 
 
-def _dq_kernel(others, full, total, q, do, lse, delta, q_at, k, v, k_at, dq, *, static):
+def _dq_kernel(others, full, total, q, do, lse, delta, q_at, k, v, k_at, *rest, static):
+    *tables, dq = rest
+    limits = _looked_up(tables)
     q_RK, do_RV, q_R1 = _read(q, ALL), _read(do, ALL), _coordinates(q_at).map(_column)
     lse_R1, delta_R1 = _column(lse[...]), _column(delta[...])
 
     def add(j, masked, dq_RK):
         k_kK = _read(k, j, ALL)
         s_Rk = capped(_products(q_RK, k_kK), static)
-        seen = pairs_visible(static.rule, q_R1, _coordinates(k_at, j).map(_row)) if masked else None
+        seen = pairs_visible(static.rule, q_R1, _coordinates(k_at, j).map(_row), limits) if masked else None
         p_Rk = probabilities(s_Rk, lse_R1, seen)
         ds_Rk = score_gradients(static, s_Rk, p_Rk, _products(do_RV, _read(v, j, ALL)), delta_R1)
         return _plus(dq_RK, ds_Rk, k_kK)
@@ -211,7 +243,9 @@ def _dq_kernel(others, full, total, q, do, lse, delta, q_at, k, v, k_at, dq, *, 
     _write(dq, [static.scale * part for part in dq_RK])
 
 
-def _dkv_kernel(others, full, total, k, v, k_at, q, do, lse, delta, q_at, dk, dv, *, static):
+def _dkv_kernel(others, full, total, k, v, k_at, q, do, lse, delta, q_at, *rest, static):
+    *tables, dk, dv = rest
+    limits = _looked_up(tables)
     k_kK, v_kV, k_k1 = _read(k, ALL), _read(v, ALL), _coordinates(k_at).map(_column)
 
     def add_bundle(c, carry):
@@ -219,7 +253,7 @@ def _dkv_kernel(others, full, total, k, v, k_at, q, do, lse, delta, q_at, dk, dv
             dk_kK, dv_kV = carry
             q_RK, do_RV = _read(q, i, c, ALL), _read(do, i, c, ALL)
             s_kR = capped(_products(k_kK, q_RK), static)
-            seen = pairs_visible(static.rule, _coordinates(q_at, i).map(_row), k_k1) if masked else None
+            seen = pairs_visible(static.rule, _coordinates(q_at, i).map(_row), k_k1, limits) if masked else None
             p_kR = probabilities(s_kR, _row(lse[i, c]), seen)
             ds_kR = score_gradients(static, s_kR, p_kR, _products(v_kV, do_RV), _row(delta[i, c]))
             return _plus(dk_kK, ds_kR, q_RK), _plus(dv_kV, p_kR, do_RV)
@@ -232,17 +266,17 @@ def _dkv_kernel(others, full, total, k, v, k_at, q, do, lse, delta, q_at, dk, dv
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(static: Static, block: BlockSize, q_NCRK, k_MkGK, v_MkGV, q_at, k_at, tiles):
-    return _forward(static, block, q_NCRK, k_MkGK, v_MkGV, q_at, k_at, tiles)[0]
+def _attend(static: Static, block: BlockSize, q_NCRK, k_MkGK, v_MkGV, q_at, k_at, tiles, limits):
+    return _forward(static, block, q_NCRK, k_MkGK, v_MkGV, q_at, k_at, tiles, limits)[0]
 
 
-def _forward(static: Static, block: BlockSize, q_NCRK, k_MkGK, v_MkGV, q_at, k_at, tiles: BothWays):
+def _forward(static: Static, block: BlockSize, q_NCRK, k_MkGK, v_MkGV, q_at, k_at, tiles: BothWays, limits):
     q_NCRK = (q_NCRK * static.scale).astype(q_NCRK.dtype)
     N, C, R, _ = q_NCRK.shape
     outputs = _call(
         functools.partial(_forward_kernel, static=static),
         (static.interpret, block),
-        tiles.by_query,
+        (tiles.by_query, limits),
         own=((q_NCRK, OF_QUERIES), (q_at, None)),
         others=((k_MkGK, OF_KEYS), (v_MkGV, OF_KEYS), (k_at, None)),
         outputs=(
@@ -251,18 +285,18 @@ def _forward(static: Static, block: BlockSize, q_NCRK, k_MkGK, v_MkGV, q_at, k_a
         ),
     )
     outputs = kept(outputs)
-    return outputs, (q_NCRK, k_MkGK, v_MkGV, q_at, k_at, tiles, *outputs)
+    return outputs, (q_NCRK, k_MkGK, v_MkGV, q_at, k_at, tiles, limits, *outputs)
 
 
 def _backward(static: Static, block: BlockSize, residuals, cotangents):
-    q_NCRK, k_MkGK, v_MkGV, q_at, k_at, tiles, o_NCRV, lse_NCR = residuals
+    q_NCRK, k_MkGK, v_MkGV, q_at, k_at, tiles, limits, o_NCRV, lse_NCR = residuals
     do_NCRV, dlse_NCR = cotangents
     rows = q_NCRK, do_NCRV, *of_rows(o_NCRV, lse_NCR, do_NCRV, dlse_NCR)
     keys = (k_MkGK, OF_KEYS), (v_MkGV, OF_KEYS), (k_at, None)
     (dq_NCRK,) = _call(
         functools.partial(_dq_kernel, static=static),
         (static.interpret, block),
-        tiles.by_query,
+        (tiles.by_query, limits),
         own=(*((x, OF_QUERIES) for x in rows), (q_at, None)),
         others=keys,
         outputs=((q_NCRK, OF_QUERIES),),
@@ -272,24 +306,27 @@ def _backward(static: Static, block: BlockSize, residuals, cotangents):
     dk_MkGK, dv_MkGV = _call(
         functools.partial(_dkv_kernel, static=static),
         (static.interpret, block),
-        tiles.by_key,
+        (tiles.by_key, limits),
         own=keys,
         others=(*of_groups, (q_at, None)),
         outputs=keys[:2],
     )
-    return dq_NCRK, dk_MkGK, dv_MkGV, None, None, None
+    return dq_NCRK, dk_MkGK, dv_MkGV, None, None, None, None
 
 
 _attend.defvjp(_forward, _backward)
 
 
-def _call(kernel, compiled: tuple[bool, BlockSize], lists: Tiles, own, others, outputs):
-    """Runs kernel(list, full, total, *own, *others, *outputs) for each tile and head of own[0].
+def _call(kernel, compiled: tuple[bool, BlockSize], seen: tuple, own, others, outputs):
+    """Runs kernel(list, full, total, *own, *others, *limits, *outputs) for each tile and head of own[0].
+
+    seen: the lists, and limits [B, M, M] or None, of which a program has those of its row.
 
     Of each (array [tiles, ..], axis of its heads or None) a program has one head, and one tile, or of others all tiles
     of its row of the batch. Where an array has fewer heads than own[0], several share one.
     """
-    interpret, block = compiled
+    (interpret, block), (lists, limits) = compiled, seen
+    tables = () if limits is None else (limits,)
     _, n, m = lists.keys.shape
     tiles, programs = len(own[0][0]), own[0][0].shape[own[0][1]]
 
@@ -308,7 +345,7 @@ def _call(kernel, compiled: tuple[bool, BlockSize], lists: Tiles, own, others, o
         grid=(tiles, programs),
         in_specs=[
             pl.BlockSpec((None, m), lambda i, c: (i, 0)), one, one,
-            *(spec(*x, None) for x in own), *(spec(*x, m) for x in others),
+            *(spec(*x, None) for x in own), *(spec(*x, m) for x in others), *(spec(x, None, 1) for x in tables),
         ],
         out_specs=[spec(*x, None) for x in outputs],
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x, _ in outputs],
@@ -316,4 +353,4 @@ def _call(kernel, compiled: tuple[bool, BlockSize], lists: Tiles, own, others, o
         interpret=interpret,
     )  # fmt: skip
     arrays = [x for x, _ in (*own, *others)]
-    return run(lists.keys.reshape(-1, m), lists.full.reshape(-1), lists.total.reshape(-1), *arrays)
+    return run(lists.keys.reshape(-1, m), lists.full.reshape(-1), lists.total.reshape(-1), *arrays, *tables)

@@ -104,15 +104,24 @@ def tile_kinds(rule: Rule, q: Coordinates, k: Coordinates, q_tile: int, k_tile: 
     return xp.where(some, xp.where(full, FULL, PARTIAL), EMPTY)
 
 
-def make_tiles(rule: Rule, q: Coordinates, k: Coordinates, q_tile: int, k_tile: int, limits=None) -> Tiles:
+def make_tiles(
+    rule: Rule, q: Coordinates, k: Coordinates, q_tile: int, k_tile: int, limits=None, parts: int = 1
+) -> Tiles:
     """Tile lists for query coordinates [B, T] and key coordinates [B, S], both multiples of their tile sizes.
 
     With limits, tiles come in the order of their index, and those from the first that needs a mask on have one: where a
     text owns tiles whole, it meets them in its own order then, and what it is to the bit, wherever in the row they lie
-    and whatever other texts are there, whose tiles add zeros.
+    and whatever other texts are there, whose tiles add zeros. parts: into which each list is dealt in turns, by index
+    and branch, so that these too are what the text says: lists [B, parts * n, m], all n of a part together.
     """
-    kinds = tile_kinds(rule, q, k, q_tile, k_tile, limits=limits)
-    return _listed(kinds) if limits is None else _in_order(kinds, tile_ranges(k, k_tile)[0].index.low)
+    kind_Bnm = tile_kinds(rule, q, k, q_tile, k_tile, limits=limits)
+    if limits is None:
+        return _listed(kind_Bnm)
+    of_tile = tile_ranges(k, k_tile)[0]
+    part_Bm = (of_tile.index.low // k_tile + of_tile.branch.low) % parts
+    dealt_Bpm = part_Bm[:, None] == jnp.arange(parts)[:, None]
+    kind_Bpnm = jnp.where(dealt_Bpm[:, :, None], kind_Bnm[:, None], EMPTY)
+    return _in_order(kind_Bpnm.reshape(len(kind_Bnm), -1, kind_Bnm.shape[2]), of_tile.index.low)
 
 
 def _in_order(kind_Bnm, first_Bm) -> Tiles:
@@ -171,9 +180,12 @@ def both_ways(tiles: Tiles) -> BothWays:
     return BothWays(tiles, _transposed(tiles))
 
 
-def plan_both_ways(rule: Rule, q: Coordinates, k: Coordinates, q_tile: int, k_tile: int) -> BothWays:
+def plan_both_ways(
+    rule: Rule, q: Coordinates, k: Coordinates, q_tile: int, k_tile: int, limits=None, parts: int = 1
+) -> BothWays:
     """The lists for coordinates of any length."""
-    return both_ways(make_tiles(rule, pad_to_tiles(q, q_tile), pad_to_tiles(k, k_tile), q_tile, k_tile))
+    q, k = pad_to_tiles(q, q_tile), pad_to_tiles(k, k_tile)
+    return both_ways(make_tiles(rule, q, k, q_tile, k_tile, limits, parts))
 
 
 def _transposed(tiles: Tiles) -> Tiles:

@@ -25,12 +25,13 @@ import numpy as np
 from lab import kernels
 from lab.coordinates import Coordinates
 from lab.errors import UserError
-from lab.kernels import reference
+from lab.kernels import reference, rules
 from lab.kernels.rotary import rotate, rotation
 from lab.kernels.rules import Rule
 
 SMALL = 200  # tokens of a row of the packs that numbers are compared on: more than a tile, and no multiple of one
 PACKS = 3
+NODES = 6  # of texts that fork and join
 # |found - reference| / |reference| that is allowed; an implementation in 16 bits rounds probabilities before it sums.
 ALLOWED = {
     "16 bits": {"o": 8e-3, "lse": 2e-3, "dq": 1.2e-2, "dk": 1.2e-2, "dv": 1.2e-2, "df": 3e-2},
@@ -46,6 +47,7 @@ class Problem:
     Shapes [rows, tokens, heads, width] of queries, keys and values; frequencies: pairs of queries that the kernel may
     rotate, 0 for none. training: with gradients; of_lse: with that of the log normaliser. at: NumPy coordinates of a
     batch, of queries and of keys; free: whether tokens may be put in another order. calls: how often it is made.
+    forked: whether it has limits, as where texts fork and join.
     """
 
     q: tuple[int, int, int, int]
@@ -61,6 +63,7 @@ class Problem:
     at: tuple[Coordinates, Coordinates]
     free: bool = True
     calls: int = 1
+    forked: bool = False
 
     def program(self) -> str:
         """What two problems share that one program computes."""
@@ -89,8 +92,8 @@ def draw(problem: Problem, rng: np.random.Generator, at, shapes) -> tuple:
 
 
 def program(problem: Problem, name: str) -> Callable:
-    """(q, k, v, at, frequencies, cotangents, tiles) -> {"o", "lse"} and, in training, {"dq", "dk", "dv"} and, of
-    frequencies, "df". tiles: what layers share, or None."""
+    """(q, k, v, at, frequencies, cotangents, tiles, limits) -> {"o", "lse"} and, in training, {"dq", "dk", "dv"} and,
+    of frequencies, "df". tiles: what layers share, or None. limits: of a problem that is forked."""
     key = problem.program(), name
     if key not in _programs:
         _programs[key] = _program(problem, name)
@@ -101,19 +104,20 @@ _programs: dict[tuple[str, str], Callable] = {}
 
 
 def _program(problem: Problem, name: str) -> Callable:
-    def attend(q, k, v, frequencies, at, tiles):
+    def attend(q, k, v, frequencies, at, tiles, limits):
         if name == "reference":
             q = q if frequencies is None else rotate(q, rotation(at[0], frequencies))
-            return reference.attend(q, k, v, *at, problem.rule, problem.scale, problem.softcap)
+            rule = rules.forked(problem.rule) if problem.forked else problem.rule
+            return reference.attend(q, k, v, *at, rule, problem.scale, problem.softcap, limits=limits)
         options = dict(scale=problem.scale, softcap=problem.softcap, return_lse=True, frequencies_3F=frequencies)
-        options["tiles"] = tiles
+        options |= dict(tiles=tiles, limits=limits)
         return kernels.attend(q, k, v, *at, problem.rule, implementation=name, **options)
 
-    def run(q, k, v, at, frequencies, cotangents, tiles=None):
+    def run(q, k, v, at, frequencies, cotangents, tiles=None, limits=None):
         if not problem.training:
-            o, lse = attend(q, k, v, frequencies, at, tiles)
+            o, lse = attend(q, k, v, frequencies, at, tiles, limits)
             return {"o": o, "lse": lse}
-        call = lambda q, k, v, frequencies: attend(q, k, v, frequencies, at, tiles)  # noqa: E731
+        call = lambda q, k, v, frequencies: attend(q, k, v, frequencies, at, tiles, limits)  # noqa: E731
         if problem.of_lse:
             (o, lse), pull = jax.vjp(call, q, k, v, frequencies)
             gradients = pull(cotangents)
@@ -137,6 +141,14 @@ def packs(rng: np.random.Generator, rows: int, tokens: int) -> Coordinates:
     return Coordinates(np.where(padding, -1, segment), draw(0, 4), index // 4, index.copy())
 
 
+def forks(rng: np.random.Generator, at: Coordinates) -> tuple[Coordinates, np.ndarray]:
+    """The same tokens as those of nodes, and limits of these of every kind."""
+    rows, tokens = at.shape
+    node = rng.integers(0, NODES, at.shape).astype(np.int32)
+    kinds = [rules.HIDDEN, -1, tokens // 8, rules.ENDLESS]
+    return dataclasses.replace(at, node=node), rng.choice(kinds, (rows, NODES, NODES)).astype(np.int32)
+
+
 def errors(found: dict, expected: dict) -> dict[str, float]:
     """Relative ones of every output; infinite where one is finite and the other is not."""
     told = {}
@@ -154,13 +166,15 @@ def numbers(problem: Problem, name: str, rng: np.random.Generator) -> dict:
     """{"errors", "allowed", "same"} on small packs."""
     ours, theirs = program(problem, name), jax.default_matmul_precision("highest")(program(problem, "reference"))
     rows, tokens = 2, min(SMALL, problem.q[1])
-    keys = SMALL * problem.k[1] // max(problem.q[1], 1) if problem.q[1] != problem.k[1] else tokens
+    keys = tokens * problem.k[1] // problem.q[1]
     shapes = [(rows, n, *shape[2:]) for n, shape in ((tokens, problem.q), (keys, problem.k), (keys, problem.v))]
     worst, same, before = {}, True, None
     for _ in range(PACKS):
-        of_keys = packs(rng, rows, keys)
+        of_keys, limits = packs(rng, rows, keys), None
+        if problem.forked:
+            of_keys, limits = forks(rng, of_keys)
         of_queries = of_keys.map(lambda x: np.ascontiguousarray(x[:, -tokens:]))
-        inputs = draw(problem, rng, (of_queries, of_keys), shapes)
+        inputs = *draw(problem, rng, (of_queries, of_keys), shapes), None, limits
         found = jax.device_get(ours(*inputs))
         full = jax.tree.map(lambda x: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x, inputs)
         for key, error in errors(found, jax.device_get(theirs(*full))).items():

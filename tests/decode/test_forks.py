@@ -2,6 +2,7 @@
 
 import decoding
 import forking
+import jax
 import numpy as np
 import pytest
 import variants
@@ -9,7 +10,8 @@ from forking import Op, Played, Script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lab.decode import forest, programs
+from lab import kernels
+from lab.decode import attention, forest, programs
 from lab.decode.engine import Engine
 from lab.decode.sampling import Sampling
 from lab.errors import UserError
@@ -117,12 +119,32 @@ def test_few_branches_in_a_long_row_are_the_same_to_the_bit_beside_others():
     assert alone == beside
 
 
+@pytest.mark.parametrize("rule", [RULES[0], pytest.param(RULES[1], marks=pytest.mark.slow)])
+def test_the_kernel_of_gpus_gives_the_same_to_the_bit_beside_others(rule):
+    """Interpreted: its lists are dealt into parts. It draws what `tiled` draws."""
+    texts = [decoding.tokens(np.random.default_rng(i), 60) for i in range(3)]
+    asked = rule, FEW + 2, PREFIXES[2], texts, rule == "own_branch"
+    with kernels.interpreted():
+        alone, beside = (found_beside(n, *asked, 2048, attention.KERNEL) for n in (0, 6))
+    assert alone == beside
+    for found, expected in zip(alone, found_beside(0, *asked), strict=True):
+        assert found.token == expected.token and np.isclose(found.log_p, expected.log_p, atol=1e-4)
+
+
 def found_beside(
-    others: int, rule: str, branches: int, prompt: list[int], texts: list[list[int]], own_pages: bool
+    others: int,
+    rule: str,
+    branches: int,
+    prompt: list[int],
+    texts: list[list[int]],
+    own_pages: bool,
+    length: int = 8192,
+    implementation: str = "auto",
 ) -> list:
     """What the branches of a request draw, beside so many of another one. own_pages: whether each has some."""
-    model = decoding.built("default", **decoding.ALONE | dict(model__rule=rule))
-    engine = Engine(model, rows=1, length=8192, branches=branches, chunk=64)
+    model = jax.tree.map(lambda w: w, decoding.built("default", **decoding.ALONE | dict(model__rule=rule)))
+    model.execution = model.execution._replace(implementation=implementation)
+    engine = Engine(model, rows=1, length=length, branches=branches, chunk=64)
     if others:
         engine.submit(PREFIXES[1], branches=others, most_tokens=9, stream=7)
         engine.step()
@@ -251,8 +273,6 @@ def test_a_mixer_with_a_state_forks_and_refuses_a_join_by_name():
 
 
 def test_implementations_that_read_no_limits_refuse_by_name():
-    from lab import kernels
-
     with (
         kernels.interpreted(),
         pytest.raises(UserError, match=r"'pallas_tpu' reads no limits .* among: auto, reference"),

@@ -25,6 +25,7 @@ ROWS = {
     "kernels/tiles.py": [
         ("a stem read alone until it is shared", "(seen_BTm.sum(1) == 1) & (of_tile.node.low < T)",
          "seen_BTm.sum(1) == 1"),
+        ("parts that no list is dealt to", "of_tile.branch.low) % parts", "of_tile.branch.low) % (parts + 1)"),
         ("padded keys in full tiles", "(k_any & ~k_padded)[:, None, :]", "k_any[:, None, :]"),
         ("full tiles of two segments", "        & (columns.segment.low == columns.segment.high)\n", ""),
         ("transposed lists unsorted", "jnp.take_along_axis(kind, jnp.argsort(tiles.keys, axis=-1), axis=-1)", "kind"),
@@ -51,8 +52,9 @@ ROWS = {
         ("log sum without its top", "jnp.where(saw_BTH, top_BTH + jnp.log(", "jnp.where(saw_BTH, jnp.log("),
     ],
     "kernels/pallas_triton.py": [
-        ("Triton: hidden keys are seen", "_coordinates(k_at, j).map(_row)), s_Rk, MASKED)",
-         "_coordinates(k_at, j).map(_row)), s_Rk, s_Rk)"),
+        ("Triton: hidden keys are seen", "jnp.where(seen_Rk, s_Rk, MASKED)", "jnp.where(seen_Rk, s_Rk, s_Rk)"),
+        ("Triton: limits of keys for queries", "jnp.broadcast_arrays(q_node, k_node)",
+         "jnp.broadcast_arrays(k_node, q_node)"),
     ],
     "kernels/bias.py": [
         ("bias of negative indices", "(index >= 0) & (index < N)", "(index < N)"),

@@ -1,5 +1,5 @@
-"""Kernels for Hopper GPUs, and a training step with each implementation that a study may take, compiled for real by
-ptxas and XLA, with no GPU."""
+"""Kernels for Hopper GPUs, a training step with each implementation that a study may take, and the programs of an
+engine, compiled for real by ptxas and XLA, with no GPU."""
 
 import json
 import subprocess
@@ -8,6 +8,8 @@ import sys
 import elsewhere
 import jax
 import pytest
+
+from lab.decode import attention
 
 pytestmark = pytest.mark.slow
 SCRIPT = elsewhere.ROOT / "benchmarks" / "compile_for_gpu.py"
@@ -47,3 +49,13 @@ def test_no_step_waits_for_the_host():
         # No kernel of a layer is started again, neither for the backward pass nor to keep its output.
         assert {*each["attention"].values()} <= {8}, each
     assert {*found[0]["attention"]} == {"forward_kernel", "dq_kernel", "dkv_kernel"}
+
+
+@pytest.mark.whole
+def test_an_engine_waits_for_the_host_only_to_know_what_sampling_asks():
+    cuda = elsewhere.environment("cuda", f"jax[cuda13]=={jax.__version__}")
+    found = {(each["implementation"], each["program"]): each for each in compiled(cuda, "decode")}
+    waits = {key: each["host_waits"] for key, each in found.items()}
+    assert waits[attention.KERNEL, "step"] == 3 and waits[attention.KERNEL, "prefill"] == 0, waits
+    assert waits["tiled", "step"] > 30 and waits["tiled", "prefill"] > 10, waits
+    assert all(each["kernels"] < 500 for key, each in found.items() if key[0] == attention.KERNEL), found

@@ -16,6 +16,8 @@ from lab.coordinates import Coordinates
 from lab.kernels import rules, tiled, tiles
 
 M, B, T, S = 5, 2, 70, 150  # nodes, rows, queries and keys: several tiles of either
+STEP = 3, 1100  # queries and keys of a step of decoding, whose lists GPUs deal into parts
+FORKED = [name for name, row in kernels.IMPLEMENTATIONS.items() if row.forks]
 PLAIN = {
     "own_branch": lambda q, k, own: (k.branch == 0 or own) and k.time <= q.time,
     "all_branches": lambda q, k, own: k.time < q.time or k.index == q.index,
@@ -23,7 +25,7 @@ PLAIN = {
 }
 
 
-def drawn(rng, run: int):
+def drawn(rng, run: int, T: int = T, S: int = S):
     """(queries, keys, limits): nodes in runs of so many tokens."""
 
     def at(length):
@@ -47,26 +49,56 @@ def seen(name: str, q, k, limits) -> np.ndarray:
 
 @functools.cache
 def attending(name: str, implementation: str):
-    def run(q, k, v, queries, keys, limits):
-        return kernels.attend(q, k, v, queries, keys, rules.parse(name), implementation=implementation,
-                              return_lse=True, limits=limits)  # fmt: skip
+    """(o, lse), and gradients of q, k and v, for cotangents of both."""
+
+    def run(q, k, v, queries, keys, limits, cotangents):
+        def attend(q, k, v):
+            options = dict(implementation=implementation, return_lse=True, limits=limits)
+            return kernels.attend(q, k, v, queries, keys, rules.parse(name), **options)
+
+        outputs, pull = jax.vjp(attend, q, k, v)
+        return *outputs, *pull(cotangents)
 
     return jax.jit(run)
 
 
-@pytest.mark.parametrize("name", ["own_branch", pytest.param("all_branches", marks=pytest.mark.slow)])
+@pytest.mark.matrix("implementation")
+@pytest.mark.parametrize("implementation", FORKED)
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("own_branch", (T, S)), ("own_branch", STEP), pytest.param("all_branches", (T, S), marks=pytest.mark.slow)],
+    ids=str,
+)
 @given(st.integers(0, 2**32 - 1), st.sampled_from([1, 64]))
 @settings(max_examples=3)
-def test_attention_sees_what_limits_show(name, seed, run):
+def test_attention_sees_what_limits_show(name, shape, implementation, seed, run):
     rng = np.random.default_rng(seed)
-    queries, keys, limits = drawn(rng, run)
-    q, k, v = (rng.normal(size=shape).astype(np.float32) for shape in ((B, T, 4, 8), (B, S, 2, 8), (B, S, 2, 6)))
-    shown = seen(name, queries, keys, limits)
-    (o, lse), _ = exact.attend(exact.scores(q, k, 8**-0.5), v, shown, np.zeros((B, T, 4, 6)), np.zeros((B, T, 4)))
-    for implementation in ("reference", "tiled"):
-        found = attending(name, implementation)(q, k, v, queries, keys, limits)
-        np.testing.assert_allclose(found[0], o, atol=1e-5)
-        np.testing.assert_allclose(found[1], lse, atol=1e-5)
+    queries, keys, limits = drawn(rng, run, *shape)
+    T, S = shape
+    q, k, v, do = (rng.normal(size=(B, *x)).astype(np.float32) for x in ((T, 4, 8), (S, 2, 8), (S, 2, 6), (T, 4, 6)))
+    dlse, s = rng.normal(size=(B, T, 4)).astype(np.float32), exact.scores(q, k, 8**-0.5)
+    outputs, (ds, _, dv) = exact.attend(s, v, seen(name, queries, keys, limits), do, dlse)
+    with kernels.interpreted():
+        found = attending(name, implementation)(q, k, v, queries, keys, limits, (do, dlse))
+    for x, y in zip(found, (*outputs, *exact.of_scores(ds, q, k, 8**-0.5), dv), strict=True):
+        np.testing.assert_allclose(x, y, atol=3e-5)
+
+
+def test_parts_of_lists_hold_every_tile_once_where_its_index_and_branch_say():
+    """In the order of index, wherever it lies."""
+    rng, parts = np.random.default_rng(0), 3
+    queries, keys, limits = drawn(rng, 4)
+    rule, q, k = rules.forked(rules.own_branch), tiles.pad_to_tiles(queries, 4), tiles.pad_to_tiles(keys, 4)
+    whole, dealt = (jax.device_get(tiles.make_tiles(rule, q, k, 4, 4, limits, n)) for n in (1, parts))
+    n, real = whole.total.shape[1], np.asarray(k.segment >= 0).reshape(B, -1, 4)
+    least = lambda x: np.where(real, np.asarray(x).reshape(B, -1, 4), 2**29).min(-1)  # noqa: E731
+    index, branch = least(k.index), least(k.branch)
+    for b, i in np.ndindex(whole.total.shape):
+        listed = [dealt.keys[b, p * n + i, : dealt.total[b, p * n + i]] for p in range(parts)]
+        assert sorted(np.concatenate(listed)) == sorted(whole.keys[b, i, : whole.total[b, i]])
+        for p, each in enumerate(listed):
+            assert ((index[b, each] // 4 + branch[b, each]) % parts == p).all()
+            assert (np.diff(index[b, each]) >= 0).all()
 
 
 @pytest.mark.parametrize("name", PLAIN)
