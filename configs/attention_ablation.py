@@ -1,6 +1,6 @@
 """Which part of MLA makes it good: its wide heads, keys and values that share numbers, or partial RoPE?
 
-    python -m lab.main --config=configs/attention_ablation.py                # :cpu, parts I to VI, 15 minutes
+    python -m lab.main --config=configs/attention_ablation.py                # :cpu, parts I to VI, 15 to 25 minutes
     python -m lab.main --config=configs/attention_ablation.py:cpu-flops      # most of these at equal training FLOPs
     python -m lab.main --config=configs/attention_ablation.py:cpu-factorial  # K, V shared or not x full, partial RoPE
     python -m lab.main --config=configs/attention_ablation.py:cpu-rotate     # which of q, k, v, o rotate: 16 subsets

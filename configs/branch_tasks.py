@@ -1,6 +1,6 @@
 """Do questions over one passage lose anything when they are answered side by side, as branches, and what is saved?
 
-    python -m lab.main --config=configs/branch_tasks.py         # :cpu, 9 runs, about 6 minutes on two cores
+    python -m lab.main --config=configs/branch_tasks.py         # :cpu, 9 runs, 6 to 9 minutes on two cores
     python -m lab.main --config=configs/branch_tasks.py:gpu     # 8 layers of width 512, 64 facts, 32 questions
     python -m lab.main --config=configs/branch_tasks.py --config.evaluate.answers.facts=2    # of easier passages
 

@@ -2,18 +2,18 @@
 # Runs a study (python -m lab.main) as several processes of this machine, joined by JAX's own multi-process runtime.
 #
 #   launch/local.sh [--dry-run] PROCESSES [ARGUMENTS of python -m lab.main]
-#   launch/local.sh 2 --config=configs/rope_ablation.py
+#   DEVICES=1 launch/local.sh 2 --config=configs/rope_ablation.py
 #
 # --dry-run prints the processes that it would start. They share the NVIDIA GPUs of this machine, unless JAX_PLATFORMS
 # says cpu.
-# DEVICES=2 sets the CPU devices of each process, PYTHON the interpreter (default: .venv/bin/python), PORT the
+# DEVICES sets the CPU devices of each process (default: 2), PYTHON the interpreter (default: .venv/bin/python), PORT the
 # coordinator's port. Ends with the exit code of the process that failed first; one that only tells of another (69, 134)
 # gives way to the cause. The other processes are ended then.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR
 . "$(dirname "$0")/dry_run.sh"
 if ! [[ ${1:-} =~ ^[1-9][0-9]*$ ]]; then
-  echo "launch/local.sh: the first argument is the number of processes, not '${1:-}'; usage: launch/local.sh 2 --config=configs/rope_ablation.py" >&2
+  echo "launch/local.sh: the first argument is the number of processes, not '${1:-}'; usage: DEVICES=1 launch/local.sh 2 --config=configs/rope_ablation.py" >&2
   exit 2
 fi
 processes=$1

@@ -2,7 +2,7 @@
 # Submits a study to Slurm: one program over all nodes of a job, or an array of N jobs that take every N-th cell each.
 #
 #   launch/slurm.sh [--dry-run] [OPTIONS of sbatch] -- ARGUMENTS of python -m lab.main
-#   launch/slurm.sh --nodes=4 --gpus-per-node=8 --time=4:00:00 -- --config=configs/rope_ablation.py:gpu
+#   launch/slurm.sh --nodes=4 --gpus-per-node=8 --time=4:00:00 -- --config=configs/architecture_ablation.py:gpu
 #   launch/slurm.sh --array=1-16 --gpus=1 --time=1:00:00 -- --config=configs/rope_ablation.py:gpu
 #
 # --dry-run prints what it would submit, PYTHON names the interpreter (default: .venv/bin/python). One task runs on each
@@ -11,7 +11,7 @@
 # needs --time=4 (minutes) or more, and one that has less is refused, here or, if its partition says so, where it starts.
 set -euo pipefail
 usage() {
-  echo "launch/slurm.sh: $1; usage: launch/slurm.sh [--dry-run] --nodes=2 -- --config=configs/rope_ablation.py" >&2
+  echo "launch/slurm.sh: $1; usage: launch/slurm.sh [--dry-run] --nodes=2 -- --config=configs/architecture_ablation.py:gpu" >&2
   exit 2
 }
 # shellcheck source-path=SCRIPTDIR

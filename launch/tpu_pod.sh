@@ -6,7 +6,7 @@
 #   launch/tpu_pod.sh [--dry-run] run NAME ARGUMENTS of python -m lab.main
 #   launch/tpu_pod.sh [--dry-run] fetch NAME [STUDY]
 #   launch/tpu_pod.sh [--dry-run] delete NAME
-#   launch/tpu_pod.sh run slice --config=configs/rope_ablation.py:gpu
+#   launch/tpu_pod.sh run slice --config=configs/architecture_ablation.py:gpu
 #
 # --dry-run prints the commands. ZONE names the zone, TYPE the slice (default: v5litepod-16), VERSION its software. What
 # is committed here is copied to every worker. Workers of several hosts need one directory of results: SHARED=HOST:/PATH

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 
 import commands
 import jsonschema
@@ -14,7 +15,9 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from lab import cluster
+from lab import cluster, command
+from lab.study.open import open as open_study
+from lab.study.run import runs
 
 LAUNCH = commands.REPOSITORY / "launch"
 SCRIPTS = sorted(LAUNCH.rglob("*.sh"))
@@ -294,3 +297,20 @@ def test_a_script_says_how_it_is_used(script, arguments, told):
     process = ran(script, *arguments, code=2, **POD, **GKE)
     assert process.stderr.startswith(f"launch/{script}: {told}") and process.stderr.count("\n") == 1
     assert "; usage: " in process.stderr and process.stdout == ""
+
+
+SEVERAL = {  # commands of the README that run one study over several devices, and how many these are
+    r"^python -m lab.main --config=(\S+) --config.run.mesh.fsdp=2": 2,
+    r"^DEVICES=1 launch/local.sh 2 --config=(\S+)": 2,
+    r"^launch/slurm.sh --nodes=4 --gpus-per-node=8 -- --config=(\S+)": 32,
+    r"^launch/tpu_pod.sh run \S+ --config=(\S+)": 16,
+    r"^launch/gke/submit.sh gpu \S+ --config=(\S+)": 16,
+}
+
+
+@pytest.mark.parametrize("shown", SEVERAL)
+def test_batches_of_the_studies_that_readme_runs_over_devices_divide_over_them(shown):
+    (path,) = re.findall(shown, (commands.REPOSITORY / "README.md").read_text(), re.MULTILINE)
+    mesh = types.SimpleNamespace(shape=dict(data=SEVERAL[shown], fsdp=1, tensor=1, context=1))
+    for cell in open_study(command.load_config(path), path, []).cells:
+        runs.check_mesh(cell.config, mesh)

@@ -14,29 +14,42 @@ from lab.kernels import trial
 from lab.kernels.trial import Problem
 
 KERNEL = "pallas_triton"
-TOKENS, SLOTS = (1, 64), 1024  # of a row: the queries of a step, few and many, and the keys
+SLOTS = 4096  # of a row, at most, on which it is tried: more than eight for each of 256 queries, as a step has
 
 
-def settled(model):
-    """The model as an engine runs it, which on a GPU names the kernel.
+def settled(model, widths: tuple[int, ...], length: int):
+    """The model as an engine runs it, which on a GPU names the kernel. widths: tokens of a row in its calls.
 
-    Otherwise "auto" is `tiled`, which waits there for the host at every turn of its loops. It stays so where the kernel
-    is not as right as its rounding allows on small texts that fork, of the model's own heads, and where it does not
-    run; a warning says why then. An implementation that the model names is taken as it is.
+    Otherwise "auto" is `tiled`, which waits there for the host at every turn of its loops. It stays so where a position
+    adds to scores, where weights lie on several devices, and where the kernel fails or is not as right as its rounding
+    allows, on small texts that fork, of the model's own heads and these widths; a warning says why then. The trial is
+    made in this process, which a kernel that crashes or hangs would end. What the model names is taken as it is.
     """
     biased = any(block.mixer.biased for block in model.blocks)
-    if model.execution.implementation != "auto" or default_backend() != "gpu" or biased:
+    apart = len(model.embedding[...].sharding.device_set) > 1
+    if model.execution.implementation != "auto" or default_backend() != "gpu" or biased or apart:
         return model
-    if why := kernels.lacks(KERNEL) or next(filter(None, map(fault, problems(model))), None):
+    named = jax.tree.map(lambda w: w, model)
+    named.execution = model.execution._replace(implementation=KERNEL)
+    why = kernels.lacks(KERNEL)
+    if why := why or next(filter(None, map(fault, problems(named, widths, min(length, SLOTS)))), None):
         logging.warning("attention: %s %s; decoding with tiled, which is slow on a GPU", KERNEL, why)
         return model
-    model = jax.tree.map(lambda w: w, model)
-    model.execution = model.execution._replace(implementation=KERNEL)
-    return model
+    logging.info("attention: %s (it passed its trial here)", KERNEL)
+    return named
+
+
+_faults: dict[str, str | None] = {}  # of what has been tried in this process
 
 
 def fault(problem: Problem) -> str | None:
     """What is wrong with the kernel on this machine, if anything is."""
+    if problem.program() not in _faults:
+        _faults[problem.program()] = _fault(problem)
+    return _faults[problem.program()]
+
+
+def _fault(problem: Problem) -> str | None:
     try:
         found = trial.numbers(problem, KERNEL, np.random.default_rng(0))
     except Exception as error:  # of a compiler, of a device: whatever it is, the kernel is not taken
@@ -48,23 +61,23 @@ def fault(problem: Problem) -> str | None:
     return None if found["same"] else f"does not repeat itself to the bit ({problem})"
 
 
-def problems(model) -> Iterator[Problem]:
-    """Each way in which layers call attention, once."""
+def problems(model, widths: tuple[int, ...], length: int) -> Iterator[Problem]:
+    """Each way in which its layers call attention, once."""
     found = {}
-    for T in TOKENS:
-        for call in calls(model, T):
+    for T in widths:
+        for call in calls(model, T, length):
             assert not call.pop("biased")
             problem = Problem(**call, training=False, at=(), forked=True)
             found[problem.program()] = problem
     return iter(found.values())
 
 
-def calls(model, T: int) -> list[dict]:
+def calls(model, T: int, length: int) -> list[dict]:
     """Of attention, by T tokens over a cache."""
 
     def extended(model):
         at = Coordinates.padding(1, T).map(np.asarray)
-        cache = model.init_cache(1, SLOTS, branches=T)
+        cache = model.init_cache(1, max(T, length), branches=T)
         nodes = lambda at: dataclasses.replace(at, node=0 * at.time)  # noqa: E731
         cache = cache._replace(coordinates=nodes(cache.coordinates))
         limits, slots = np.zeros((1, 1, 1), np.int32), np.arange(T, dtype=np.int32)[None]

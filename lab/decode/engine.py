@@ -70,10 +70,11 @@ class Engine:
             raise UserError(f"chunk = {chunk} is not valid; choose a divisor or a multiple of {PAGE}")
         if not 0 <= alternatives <= (C := model.embedding.shape[0]):
             raise UserError(f"alternatives = {alternatives} is not valid; choose 0 to {C}, which are all tokens")
-        self.model, self.rows, self.branches = attention.settled(model.apart()), rows, branches
-        self.flat = programs.Flat.of(self.model)
-        self.chunk, self.alternatives = chunk, alternatives
         self.length, self.page, self.unit = forest.row_of(length, branches, chunk)
+        self.width = max(chunk, 2 * FEW)  # of a call that fills: fewer would be read in tiles wider than a page
+        self.model = attention.settled(model.apart(), (branches, self.width), self.length)
+        self.flat, self.rows, self.branches = programs.Flat.of(self.model), rows, branches
+        self.chunk, self.alternatives = chunk, alternatives
         self.own_pages = branches > FEW and not any(map(rules.shows_others, {b.mixer.rule for b in self.model.blocks}))
         self.apart = any(block.mixer.in_order for block in model.blocks)
         self.forests = [Forest(self.length, self.page, branches, self.apart) for _ in range(rows)]
@@ -312,7 +313,7 @@ class Engine:
         """Puts the next chunk into the cache, in each row that of the first request that lacks some."""
         if all(made.ready for made in self.running):
             return
-        given = Given(self.rows, max(self.chunk, 2 * FEW))  # fewer would be read in tiles that are wider than a page
+        given = Given(self.rows, self.width)
         for i, row in enumerate(self.forests):
             made = next((made for made in row.requests if not made.ready), None)
             if made is None:

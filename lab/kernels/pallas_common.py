@@ -25,7 +25,7 @@ class Static(NamedTuple):
 
 
 def fields(coordinates: Coordinates, tile: int, heads: int):
-    """Coordinates of each row of a tile, int32 [tiles, 4, heads * tile]."""
+    """Coordinates of each row of a tile, int32 [tiles, 4 or with nodes 5, heads * tile]."""
     stacked = jnp.stack([jnp.asarray(x).reshape(-1, tile) for x in jax.tree.leaves(coordinates)], axis=1)
     return jnp.tile(stacked, (1, 1, heads))
 

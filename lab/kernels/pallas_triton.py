@@ -36,7 +36,7 @@ except ImportError:  # jax has announced that it will go
 
 OBSTACLE = None if triton else f"needs the Triton lowering of Pallas, which jax {jax.__version__} no longer has"
 LEAST = 16  # of each side of a product
-HEADS = 8  # or bundles of them, each of which has a program for a tile of queries: about so many
+BUNDLES, SLOTS = 4, 256  # of heads, about so many in a model; of a row, for each part of a list that is dealt
 ALL = slice(None)
 OF_QUERIES, OF_KEYS = 1, 2  # the axis of an array's heads; 0 is that of its tiles
 
@@ -86,11 +86,12 @@ def tile_sizes(T: int, S: int) -> tuple[int, int]:
 def plan(rule: Rule, q_coordinates: Coordinates, k_coordinates: Coordinates, limits=None, lanes=False) -> BothWays:
     """The tile lists `attend` needs: made once per batch and rule, shared by layers.
 
-    With limits the list of a step is dealt into parts, as many as keep a GPU busy. lanes: what queries alone see is
-    read by all of a tile, which costs no more than what they share.
+    With limits the list of a step is dealt into parts, so that few rows have more programs. lanes: no matter, all
+    queries of a tile read what each alone sees.
     """
     (B, T), S = q_coordinates.shape, k_coordinates.shape[1]
-    parts = max(1, min(split.PROGRAMS // (HEADS * B), S // split.KEYS)) if limits is not None and is_step(T, S) else 1
+    dealt = limits is not None and is_step(T, S)
+    parts = max(1, min(split.PROGRAMS // (BUNDLES * B), S // SLOTS)) if dealt else 1
     return plan_both_ways(rule, q_coordinates, k_coordinates, *tile_sizes(T, S), limits, parts)
 
 
@@ -110,6 +111,9 @@ def attend(
 ):
     """Returns (o_BTHV, lse_BTH) as lab.kernels.reference.attend does."""
     by_query, by_key = plan(rule, q_coordinates, k_coordinates, limits) if tiles is None else tiles
+    if limits is not None and softcap:
+        # Whether a tile is full may depend on other requests, and the loop of full ones may round the cap otherwise.
+        by_query = by_query._replace(full=jnp.zeros_like(by_query.full))
     B, T, H, K = q_BTHK.shape
     S, G, V = v_BSGV.shape[1:]
     q_tile, k_tile = tile_sizes(T, S)

@@ -111,8 +111,8 @@ def make_tiles(
 
     With limits, tiles come in the order of their index, and those from the first that needs a mask on have one: where a
     text owns tiles whole, it meets them in its own order then, and what it is to the bit, wherever in the row they lie
-    and whatever other texts are there, whose tiles add zeros. parts: into which each list is dealt in turns, by index
-    and branch, so that these too are what the text says: lists [B, parts * n, m], all n of a part together.
+    and whatever other texts are there, whose tiles add zeros. parts: into which each such list is dealt in turns, by
+    index and branch, so that these too are what the text says: lists [B, parts * n, m], all n of a part together.
     """
     kind_Bnm = tile_kinds(rule, q, k, q_tile, k_tile, limits=limits)
     if limits is None:

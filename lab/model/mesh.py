@@ -77,7 +77,8 @@ def check_rows(mesh: Mesh, name: str, rows: int, tokens: int) -> None:
     over_rows, over_tokens = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["context"]
     if rows % over_rows:
         raise UserError(
-            f"{name} = {rows} does not divide over run.mesh data x fsdp = {over_rows}; choose a multiple of it"
+            f"{name} = {rows} does not divide over run.mesh data x fsdp = {over_rows}; choose a multiple of it, "
+            "fewer devices, or run.auto_mesh = True"
         )
     if over_rows % (processes := jax.process_count()):
         raise UserError(

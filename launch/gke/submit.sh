@@ -2,7 +2,7 @@
 # Runs a study on Kubernetes Engine as a JobSet (jobset.sigs.k8s.io): tpu.yaml or gpu.yaml, filled in.
 #
 #   launch/gke/submit.sh [--dry-run] tpu|gpu NAME ARGUMENTS of python -m lab.main
-#   launch/gke/submit.sh gpu rope --config=configs/rope_ablation.py:gpu
+#   launch/gke/submit.sh gpu norms --config=configs/architecture_ablation.py:gpu
 #
 # --dry-run prints the manifest. IMAGE names the container: docker build -f launch/gke/Dockerfile . for GPUs, for TPUs
 # with --build-arg REQUIREMENTS=requirements-tpu.txt besides. CLAIM names a volume claim that all hosts write

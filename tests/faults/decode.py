@@ -8,7 +8,12 @@ ROWS = {
         ("nucleus without the token that fills it", "(before_BNC < top_p_B11)", "(before_BNC + p_BNC < top_p_B11)"),
         ("negative logits divided", "z_BNC * penalty_B11)", "z_BNC / penalty_B11)"),
     ],
+    "decode/attention.py": [
+        ("a kernel that repeats what is wrong", "if not error <= found", "if not found['same'] and not error <= found"),
+    ],
     "decode/engine.py": [
+        ("a GPU decodes with what waits for the host", "attention.settled(model.apart(), (branches, self.width), "
+         "self.length)", "model.apart()"),
         ("a row that keeps its slots", "programs.released(cache.coordinates.segment, freed_BP)",
          "cache.coordinates.segment"),
         ("every step draws alike", "step=len(b.text) - b.given,", "step=0,"),

@@ -16,7 +16,7 @@ from lab.coordinates import Coordinates
 from lab.kernels import rules, tiled, tiles
 
 M, B, T, S = 5, 2, 70, 150  # nodes, rows, queries and keys: several tiles of either
-STEP = 3, 1100  # queries and keys of a step of decoding, whose lists GPUs deal into parts
+STEP, MANY = (3, 600), (70, 600)  # queries and keys of steps of decoding, whose lists GPUs deal into parts
 FORKED = [name for name, row in kernels.IMPLEMENTATIONS.items() if row.forks]
 PLAIN = {
     "own_branch": lambda q, k, own: (k.branch == 0 or own) and k.time <= q.time,
@@ -65,22 +65,27 @@ def attending(name: str, implementation: str):
 @pytest.mark.matrix("implementation")
 @pytest.mark.parametrize("implementation", FORKED)
 @pytest.mark.parametrize(
-    ("name", "shape"),
-    [("own_branch", (T, S)), ("own_branch", STEP), pytest.param("all_branches", (T, S), marks=pytest.mark.slow)],
+    ("name", "shape", "K"),
+    [
+        ("own_branch", (T, S), 8),
+        ("own_branch", STEP, 8),
+        pytest.param("own_branch", MANY, 72, marks=pytest.mark.slow),  # of which a Triton program has half a tile
+        pytest.param("all_branches", (T, S), 8, marks=pytest.mark.slow),
+    ],
     ids=str,
 )
 @given(st.integers(0, 2**32 - 1), st.sampled_from([1, 64]))
 @settings(max_examples=3)
-def test_attention_sees_what_limits_show(name, shape, implementation, seed, run):
+def test_attention_sees_what_limits_show(name, shape, K, implementation, seed, run):
     rng = np.random.default_rng(seed)
     queries, keys, limits = drawn(rng, run, *shape)
     T, S = shape
-    q, k, v, do = (rng.normal(size=(B, *x)).astype(np.float32) for x in ((T, 4, 8), (S, 2, 8), (S, 2, 6), (T, 4, 6)))
-    dlse, s = rng.normal(size=(B, T, 4)).astype(np.float32), exact.scores(q, k, 8**-0.5)
+    q, k, v, do = (rng.normal(size=(B, *x)).astype(np.float32) for x in ((T, 4, K), (S, 2, K), (S, 2, 6), (T, 4, 6)))
+    dlse, s = rng.normal(size=(B, T, 4)).astype(np.float32), exact.scores(q, k, K**-0.5)
     outputs, (ds, _, dv) = exact.attend(s, v, seen(name, queries, keys, limits), do, dlse)
     with kernels.interpreted():
         found = attending(name, implementation)(q, k, v, queries, keys, limits, (do, dlse))
-    for x, y in zip(found, (*outputs, *exact.of_scores(ds, q, k, 8**-0.5), dv), strict=True):
+    for x, y in zip(found, (*outputs, *exact.of_scores(ds, q, k, K**-0.5), dv), strict=True):
         np.testing.assert_allclose(x, y, atol=3e-5)
 
 
