@@ -27,7 +27,7 @@ from lab.kernels.folding import fold_queries, key_tiles, unfold_queries, whole
 from lab.kernels.pallas_common import MASKED, Static, capped, dot, fields, of_rows, probabilities, score_gradients
 from lab.kernels.residuals import kept
 from lab.kernels.rules import Rule, pairs_visible
-from lab.kernels.tiles import BothWays, cut, is_step, pad_to_tiles, plan_both_ways
+from lab.kernels.tiles import BothWays, alike, cut, is_step, pad_to_tiles, plan_both_ways
 
 try:
     from jax.experimental.pallas import triton
@@ -111,9 +111,7 @@ def attend(
 ):
     """Returns (o_BTHV, lse_BTH) as lab.kernels.reference.attend does."""
     by_query, by_key = plan(rule, q_coordinates, k_coordinates, limits) if tiles is None else tiles
-    if limits is not None and softcap:
-        # Whether a tile is full may depend on other requests, and the loop of full ones may round the cap otherwise.
-        by_query = by_query._replace(full=jnp.zeros_like(by_query.full))
+    by_query = alike(by_query) if limits is not None and softcap else by_query
     B, T, H, K = q_BTHK.shape
     S, G, V = v_BSGV.shape[1:]
     q_tile, k_tile = tile_sizes(T, S)

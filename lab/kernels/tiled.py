@@ -23,7 +23,7 @@ from lab.kernels.folding import fold_queries, key_tiles, own_values, spread_quer
 from lab.kernels.residuals import kept
 from lab.kernels.rules import Rule
 from lab.kernels.tiled_loops import TileDropout, TiledStatic
-from lab.kernels.tiles import FEW, MANY, Lanes, Tiles, is_step, key_tile, make_lanes, make_tiles, pad_to_tiles
+from lab.kernels.tiles import FEW, MANY, Lanes, Tiles, alike, is_step, key_tile, make_lanes, make_tiles, pad_to_tiles
 
 SPREAD = 32  # query heads times key heads at most that one product takes: it multiplies G times as much
 
@@ -67,6 +67,7 @@ def attend(
         inputs = q_BTHK, k_BSGK, v_BSGV, q_coordinates, k_coordinates, rule, scale, softcap
         return split.merge([attend(*inputs, part, bias, dropout, limits) for part in tiles])
     tiles = plan(rule, q_coordinates, k_coordinates, limits) if tiles is None else tiles
+    tiles = alike(tiles) if limits is not None and softcap else tiles
     B, T, H, _ = q_BTHK.shape
     q_tile, k_tile = tile_sizes(T, k_BSGK.shape[1])
     if is_step(T, k_BSGK.shape[1]):

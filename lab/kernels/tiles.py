@@ -131,6 +131,12 @@ def _in_order(kind_Bnm, first_Bm) -> Tiles:
     return Tiles(order.astype(jnp.int32), leading.sum(-1), (kind_Bnm != EMPTY).sum(-1, dtype=jnp.int32))
 
 
+def alike(tiles: Tiles) -> Tiles:
+    """The same with masks for all. Whether a tile is full may depend on who else is in a row, and one compiler rounds
+    capped scores otherwise in the loop of full ones, where nothing stands between the cap and the softmax."""
+    return tiles._replace(full=jnp.zeros_like(tiles.full))
+
+
 class Lanes(NamedTuple):
     """Of queries that each go on with a text of their own: key tiles that tiles of several queries read, and those that
     each query reads by itself. Attention over both is merged."""

@@ -102,6 +102,30 @@ def test_what_a_request_samples_is_the_same_to_the_bit_at_every_occupancy(rule, 
         assert found == {b: [e._replace(request=number) for e in events] for b, events in expected.items()}
 
 
+@pytest.mark.matrix("variant")
+@pytest.mark.parametrize("variant", variants.marked(variants.VARIANTS))
+def test_what_every_variant_samples_is_the_same_to_the_bit_beside_others(variant):
+    """Of one engine: with nobody else, then with another request in its row, or beside it. Its prompt fills a tile of
+    keys, which hides nothing as long as nobody else is there."""
+    engine = decoding.engine(decoding.built(variant))
+    asked = dict(branches=2, texts=[[4], [5, 6]], sampling=Sampling(temperature=0.9), stream=1, most_tokens=6)
+    try:
+        engine.cancel(engine.submit(prompt := PREFIXES[2][:80], **asked))
+    except UserError as refused:
+        assert "beyond" in str(refused)  # the last place that the model has weights for
+        prompt = PREFIXES[2][:11]
+    decoding.run(engine)
+    alone, beside = [], []
+    for events in (alone, beside):
+        if events is beside:
+            engine.submit(PREFIXES[0][:3], branches=3, most_tokens=7, stream=7)
+            engine.step()
+        number = engine.submit(prompt, **asked)
+        while engine.busy:
+            events += [event._replace(request=0) for event in engine.step() if event.request == number]
+    assert len(alone) == 12 and alone == beside
+
+
 @pytest.mark.parametrize("rule", [RULES[0], pytest.param(RULES[1], marks=pytest.mark.slow)])
 @pytest.mark.parametrize("before", [18, pytest.param(3, marks=pytest.mark.slow)])
 def test_many_branches_are_the_same_to_the_bit_beside_others(rule, before):
@@ -109,6 +133,14 @@ def test_many_branches_are_the_same_to_the_bit_beside_others(rule, before):
     what they write, they fill pages of their own."""
     texts = [decoding.tokens(np.random.default_rng(i), 60) for i in range(20)]
     alone, beside = (found_beside(n, rule, MANY + 6, PREFIXES[2], texts, rule == "own_branch") for n in (0, before))
+    assert alone == beside
+
+
+def test_capped_scores_are_the_same_to_the_bit_beside_others():
+    """Of a prompt whose tiles hide nothing as long as nobody else is there."""
+    texts = [decoding.tokens(np.random.default_rng(i), 60) for i in range(3)]
+    asked = "own_branch", FEW + 2, PREFIXES[2], texts, True, 2048
+    alone, beside = (found_beside(n, *asked, model__mixer__softcap=3.0) for n in (0, 6))
     assert alone == beside
 
 
@@ -140,9 +172,10 @@ def found_beside(
     own_pages: bool,
     length: int = 8192,
     implementation: str = "auto",
+    **overrides,
 ) -> list:
     """What the branches of a request draw, beside so many of another one. own_pages: whether each has some."""
-    model = jax.tree.map(lambda w: w, decoding.built("default", **decoding.ALONE | dict(model__rule=rule)))
+    model = jax.tree.map(lambda w: w, decoding.built("default", **decoding.ALONE | dict(model__rule=rule) | overrides))
     model.execution = model.execution._replace(implementation=implementation)
     engine = Engine(model, rows=1, length=length, branches=branches, chunk=64)
     if others:

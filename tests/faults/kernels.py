@@ -25,6 +25,7 @@ ROWS = {
     "kernels/tiles.py": [
         ("a stem read alone until it is shared", "(seen_BTm.sum(1) == 1) & (of_tile.node.low < T)",
          "seen_BTm.sum(1) == 1"),
+        ("capped scores of full tiles have no mask", "tiles._replace(full=jnp.zeros_like(tiles.full))", "tiles"),
         ("parts that no list is dealt to", "of_tile.branch.low) % parts", "of_tile.branch.low) % (parts + 1)"),
         ("padded keys in full tiles", "(k_any & ~k_padded)[:, None, :]", "k_any[:, None, :]"),
         ("full tiles of two segments", "        & (columns.segment.low == columns.segment.high)\n", ""),
