@@ -150,6 +150,7 @@ def merged(parts: list[dict[str, dict]]) -> dict[str, dict]:
             found[way] = failed[0]
             continue
         medians = {key: float(np.median([one[key] for one in several])) for key in ("cache", "resident")}
+        medians["attention"] = sorted({one["attention"] for one in several if "attention" in one})
         first = None if several[0]["first"] is None else float(np.median([one["first"] for one in several]))
         steps, tokens = [one["steps"] for one in several], [one["tokens"] for one in several]
         found[way] = medians | {"first": first, "steps": steps, "tokens": tokens}
@@ -229,7 +230,8 @@ def verdicts(points: list[dict], device: str, own: int) -> list[str]:
         if ratios:
             told = f"{sum(x < 0.97 for x in ratios)} of {len(ratios)} points, {min(ratios):.2f}x at worst"
             lines.append(f"sharing is slower than plain batching by more than 3%, {of}: at {told}")
-    return lines
+    taken = {name for p in points for one in p["ways"].values() for name in one.get("attention", ())}
+    return [*lines, f"attention of the lab: {', '.join(sorted(taken))}"]
 
 
 def whole_over_plain(point: dict, own: int) -> float | None:

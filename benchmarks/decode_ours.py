@@ -18,6 +18,7 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 
 import lab  # noqa: E402
+from lab import kernels  # noqa: E402
 from lab.decode.engine import Engine  # noqa: E402
 from lab.decode.forest import needed_for  # noqa: E402
 
@@ -103,7 +104,8 @@ class Decoder:
     def close(self) -> dict:
         """What it took, and what the first branch has generated."""
         cache = sum(x.nbytes for x in jax.tree.leaves(self.engine.state))
-        return {"cache": cache, "resident": peers.peak(), "tokens": self.texts[0]}
+        implementation = kernels.resolve(self.engine.model.execution.implementation, self.engine.length, forking=True)
+        return {"cache": cache, "resident": peers.peak(), "tokens": self.texts[0], "attention": implementation}
 
 
 if __name__ == "__main__":

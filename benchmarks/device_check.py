@@ -14,8 +14,8 @@ reference in float32, forward and backward; run again after other inputs, to the
 race, one that stays from the run before was never written). times: attention alone, on packs of the studies and on
 masks of benchmarks/attention.py, calls queued back to back. torch: FlexAttention and SDPA on the same masks. train:
 steps of rope_ablation:gpu on its own texts by implementation, tokens/s and share of the peak, and whether they learn
-alike; of the 272M model on rows of 16k tokens; and the kernels of a step that take longest. main: the study's own
-command, a few steps of one cell. decode: benchmarks/decode.py, 64 branches behind 2,048 tokens.
+alike; of the 272M model on rows of 16k tokens; and the kernels of a step that take longest. decode:
+benchmarks/decode.py, 64 branches behind 2,048 tokens. main: the study's own command, a few steps of one cell.
 
 What is timed compiles at once, and then takes its turn alone.
 """
@@ -46,7 +46,7 @@ RUNS = {
 PREPARE = 120  # seconds, of all that compiles
 LIMITS = {"env": 75, "numerics": PREPARE, "main": 150, "decode": 150} | dict.fromkeys(("times", "torch", "train"), 40)
 TAKING_TURNS = ("times", "torch", "train")  # compile at once, are timed one after another
-STAGES = ["env", "numerics", "times", "torch", "train", "main", "decode"]
+STAGES = ["env", "numerics", "times", "torch", "train", "decode", "main"]
 SILENT = float(os.environ.get("CHECK_SILENT", 75))  # seconds without a line after which a process is taken to hang
 
 
@@ -185,10 +185,10 @@ def main(flags) -> None:
             go_of(stage.path).touch()
             stage.limit(LIMITS[stage.stage])
             wait([stage])
-    if "main" in flags.stages and left(flags) > 30:
-        wait([Stage(flags, "main", best_of(flags))])
     if "decode" in flags.stages and left(flags) > 30:
         wait([Stage(flags, "decode", "engine")])
+    if "main" in flags.stages and left(flags) > 30:
+        wait([Stage(flags, "main", best_of(flags))])
     for path in sorted(flags.scratch.glob("*.jsonl")):
         found += [{"stage": path.stem, **line} for line in lines(path)]
     flags.out.mkdir(parents=True, exist_ok=True)
