@@ -198,6 +198,7 @@ def test_a_run_goes_on_in_another_way(place, study, undisturbed, halfway):
     assert abs(ours[-1]["loss"] - theirs[-1]["loss"]) < 1e-3 and ours[0] == theirs[0]
 
 
+@pytest.mark.long
 def test_two_processes_divide_a_study(place, study, undisturbed):
     work = place / "divided"
     arguments = (f"--config={study}", f"--workdir={work}")
@@ -360,6 +361,7 @@ def fill(disk):
             return
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("moment", [pytest.param("begins", marks=pytest.mark.whole), "trains"])
 def test_a_full_disk_loses_nothing(place, study, undisturbed, small_disk, moment):
     work = small_disk / "runs"

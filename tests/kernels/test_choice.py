@@ -58,6 +58,7 @@ def test_what_fails_is_refused_and_says_why(tried, name):
     assert choice.best([found], [1, 1]).name == "tiled"
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_what_hangs_is_ended(tried, monkeypatch):
     monkeypatch.setattr(choice, "SILENCE", 30.0)

@@ -182,5 +182,6 @@ def test_lanes_read_their_own_tiles_alone():
         exact.scores(q, k, 1.0), v, shown & (held >= 0)[:, None], np.zeros((1, lanes, 2, 8)), np.zeros((1, lanes, 2))
     )
     for tiles_of in (planned, None):
-        found = kernels.attend(q, k, v, queries, keys, rule, tiles=tiles_of, **options)
+        attend = jax.jit(lambda *arrays, tiles=tiles_of: kernels.attend(*arrays, rule, tiles=tiles, **options))
+        found = attend(q, k, v, queries, keys)
         np.testing.assert_allclose(found, o, atol=1e-5)
