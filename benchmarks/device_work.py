@@ -488,8 +488,8 @@ def worker_decode(flags, notes) -> None:
         out = pathlib.Path(flags.lines).parent / "decode"
         turns = f"--shares 4 --processes 1 --rounds 3 --out {out}"
         note |= said_by([sys.executable, str(ROOT / "benchmarks" / "decode.py"), *f"{shape} {turns}".split()], notes)
-        # Else the trial of the kernel has refused it.
-        note["tiled"] = "attention of the lab: pallas_triton\n" not in note["said"]
+        if note["ok"]:  # True: some engine was refused the kernel by its trial
+            note["tiled"] = "attention of the lab: pallas_triton\n" not in note["said"]
 
 
 def said_by(command: list[str], notes) -> dict:

@@ -267,4 +267,4 @@ def test_a_mistake_ends_all_processes(place):
 def test_the_script_says_how_it_is_used(place, arguments):
     process = commands.Process([SCRIPT, *arguments], place / "usage-log")
     assert process.wait() == 2
-    assert process.err.count("\n") == 1 and "usage: launch/local.sh 2 --config=" in process.err
+    assert process.err.count("\n") == 1 and "usage: DEVICES=1 launch/local.sh 2 --config=" in process.err

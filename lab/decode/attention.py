@@ -14,16 +14,16 @@ from lab.kernels import trial
 from lab.kernels.trial import Problem
 
 KERNEL = "pallas_triton"
-SLOTS = 4096  # of a row, at most, on which it is tried: more than eight for each of 256 queries, as a step has
+SLOTS = 4096  # keys of a trial at most: enough that up to 256 queries are a step (lab.kernels.tiles.is_step)
 
 
 def settled(model, widths: tuple[int, ...], length: int):
     """The model as an engine runs it, which on a GPU names the kernel. widths: tokens of a row in its calls.
 
     Otherwise "auto" is `tiled`, which waits there for the host at every turn of its loops. It stays so where a position
-    adds to scores, where weights lie on several devices, and where the kernel fails or is not as right as its rounding
-    allows, on small texts that fork, of the model's own heads and these widths; a warning says why then. The trial is
-    made in this process, which a kernel that crashes or hangs would end. What the model names is taken as it is.
+    adds to scores, and where weights lie on several devices. It stays so, too, where the kernel fails its trial, and a
+    warning says why. The trial is of small texts that fork, of the model's own heads and of these widths. It runs in
+    this process: a kernel that crashes ends it, one that hangs holds it. What the model names is taken as it is.
     """
     biased = any(block.mixer.biased for block in model.blocks)
     apart = len(model.embedding[...].sharding.device_set) > 1

@@ -86,7 +86,7 @@ def tile_sizes(T: int, S: int) -> tuple[int, int]:
 def plan(rule: Rule, q_coordinates: Coordinates, k_coordinates: Coordinates, limits=None, lanes=False) -> BothWays:
     """The tile lists `attend` needs: made once per batch and rule, shared by layers.
 
-    With limits the list of a step is dealt into parts, so that few rows have more programs. lanes: no matter, all
+    With limits the list of a step is dealt into parts, so that few rows have more programs. lanes: not read. All
     queries of a tile read what each alone sees.
     """
     (B, T), S = q_coordinates.shape, k_coordinates.shape[1]

@@ -132,8 +132,9 @@ def _in_order(kind_Bnm, first_Bm) -> Tiles:
 
 
 def alike(tiles: Tiles) -> Tiles:
-    """The same with masks for all. Whether a tile is full may depend on who else is in a row, and one compiler rounds
-    capped scores otherwise in the loop of full ones, where nothing stands between the cap and the softmax."""
+    """The same lists, with a mask for every tile. Whether a tile is full may depend on who else is in a row, and XLA's
+    CPU compiler rounds capped scores otherwise in the loop of full tiles, where nothing stands between the cap and the
+    softmax."""
     return tiles._replace(full=jnp.zeros_like(tiles.full))
 
 
