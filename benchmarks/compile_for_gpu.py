@@ -145,22 +145,22 @@ def kernels(cases) -> None:
         print(json.dumps(row), flush=True)
 
 
-def steps(configs, implementations, microbatches: int) -> None:
+def over(configs, implementations, rows) -> None:
+    """Prints what `rows` of a config and an implementation says, of the last cell of each study."""
     from lab.command import load_config
     from lab.study.open import open
 
     jax.default_backend = lambda: "gpu"  # what is compiled runs there
     cudnn.OBSTACLE = cudnn.OBSTACLE if cudnn.fused is None or hasattr(cudnn.fused, "should_export_dbias") else None
     for path in configs:
-        config = load_config(path)
-        cell = open(config, path, []).cells[-1]
+        cell = open(load_config(path), path, []).cells[-1]
         for name in implementations:
-            row = {"config": path, "cell": cell.name, "implementation": name}
+            about = {"config": path, "cell": cell.name, "implementation": name}
             try:
-                row |= of_step(cell.config, name, microbatches)
+                for row in rows(cell.config, name):
+                    print(json.dumps(about | row), flush=True)
             except Exception as error:  # one that does not compile costs its own line
-                row |= {"error": f"{type(error).__name__}: {str(error)[:300]}"}
-            print(json.dumps(row), flush=True)
+                print(json.dumps(about | {"error": f"{type(error).__name__}: {str(error)[:300]}"}), flush=True)
 
 
 def of_step(config, implementation: str, microbatches: int = 1) -> dict:
@@ -187,21 +187,8 @@ def of_step(config, implementation: str, microbatches: int = 1) -> dict:
     return {"bytes": memory.needed(program), **counted(program.as_text())}
 
 
-def decode(configs, implementations, branches: int, length: int) -> None:
-    from lab.command import load_config
-    from lab.study.open import open
-
-    jax.default_backend = lambda: "gpu"  # what is compiled runs there
-    for path in configs:
-        cell = open(load_config(path), path, []).cells[-1]
-        for name in implementations:
-            for what, row in of_engine(cell.config, name, branches, length):
-                about = {"config": path, "cell": cell.name, "implementation": name, "program": what}
-                print(json.dumps(about | row), flush=True)
-
-
 def of_engine(config, implementation: str, branches: int, length: int):
-    """(name, memory, kernels and host waits) of each program of an engine with one row."""
+    """Memory, kernels and host waits of each program of an engine with one row."""
     from lab import model as lab_model
     from lab.decode import forest, programs
     from lab.train import memory
@@ -226,7 +213,7 @@ def of_engine(config, implementation: str, branches: int, length: int):
     ):
         with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=KIND)), overheard():
             program = traced().lower(lowering_platforms=("cuda",)).compile()
-        yield what, {"bytes": memory.needed(program), **counted(program.as_text())}
+        yield {"program": what, "bytes": memory.needed(program), **counted(program.as_text())}
 
 
 def counted(hlo: str) -> dict:
@@ -280,14 +267,11 @@ def main() -> None:
     if flags.what == "kernels":
         kernels(QUICK if flags.quick else CASES)
     elif flags.what == "steps":
-        steps(flags.configs or STEPS, flags.implementations or ("cudnn", "pallas_gpu"), flags.microbatches)
+        rows = lambda config, name: [of_step(config, name, flags.microbatches)]  # noqa: E731
+        over(flags.configs or STEPS, flags.implementations or ("cudnn", "pallas_gpu"), rows)
     else:
-        decode(
-            flags.configs or STEPS[:1],
-            flags.implementations or ("pallas_triton", "tiled"),
-            flags.branches,
-            flags.length,
-        )
+        rows = lambda config, name: of_engine(config, name, flags.branches, flags.length)  # noqa: E731
+        over(flags.configs or STEPS[:1], flags.implementations or ("pallas_triton", "tiled"), rows)
 
 
 if __name__ == "__main__":

@@ -20,8 +20,8 @@ prompts of their own would read more than `read` tokens. cache: bytes of keys, v
 allocated. resident: the most of the process while it decodes, its programs and libraries among it. A way whose cache
 would be over `most` GB is left out.
 
-Writes decode.json, decode.md and decode.png to `out`, says whether the targets are met, and which
-attention the lab took.
+Writes decode.json, decode.md and decode.png to `out`, says whether the targets are met, and which attention the lab
+took.
 """
 
 import argparse

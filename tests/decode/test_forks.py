@@ -117,10 +117,13 @@ def test_what_every_variant_samples_is_the_same_to_the_bit_beside_others(variant
     decoding.run(engine)
     alone, beside = [], []
     for events in (alone, beside):
+        if events is beside:
+            engine.submit(PREFIXES[0][:3], branches=3, most_tokens=7, stream=7)
+            engine.step()
         number = engine.submit(prompt, **asked)
         while not any(made.id == number and made.ready for made in engine.running):
             engine.step()
-        if events is beside:  # what came before would have ended while the prompt was read
+        if events is beside:  # what came before may have ended while the prompt was read
             engine.submit(PREFIXES[0][:3], branches=3, most_tokens=7, stream=7)
         while engine.busy:
             events += [event._replace(request=0) for event in engine.step() if event.request == number]
