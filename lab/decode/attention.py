@@ -26,13 +26,13 @@ def settled(model, widths: tuple[int, ...], length: int):
     this process: a kernel that crashes ends it, one that hangs holds it. What the model names is taken as it is.
     """
     biased = any(block.mixer.biased for block in model.blocks)
-    apart = len(model.embedding[...].sharding.device_set) > 1
-    if model.execution.implementation != "auto" or default_backend() != "gpu" or biased or apart:
+    spread = len(model.embedding[...].sharding.device_set) > 1
+    if model.execution.implementation != "auto" or default_backend() != "gpu" or biased or spread:
         return model
     named = jax.tree.map(lambda w: w, model)
     named.execution = model.execution._replace(implementation=KERNEL)
-    why = kernels.lacks(KERNEL)
-    if why := why or next(filter(None, map(fault, problems(named, widths, min(length, SLOTS)))), None):
+    why = kernels.lacks(KERNEL) or next(filter(None, map(fault, problems(named, widths, min(length, SLOTS)))), None)
+    if why:
         logging.warning("attention: %s %s; decoding with tiled, which is slow on a GPU", KERNEL, why)
         return model
     logging.info("attention: %s (it passed its trial here)", KERNEL)
